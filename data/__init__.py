@@ -1,0 +1,1 @@
+"""Data preparation; text_to_bin.py holds the .bin reader, the writer and the tokenizer that everything uses."""
