@@ -239,7 +239,7 @@ def write_shards(paths: list[Path], out: Path, val_fraction: float = 0.05, field
     total = sum(path.stat().st_size for path in paths)
     train, val = ShardWriter(out / "train", shard_tokens), ShardWriter(out / "val", shard_tokens)
     seen = 0
-    with tqdm(total=total, unit="B", unit_scale=True, desc=str(out)) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=out.name) as bar:
         for size, starts, tokens in tokenize(paths, field):
             if seen < (1 - val_fraction) * total or not train.total:
                 train.write(tokens)

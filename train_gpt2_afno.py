@@ -1,0 +1,1127 @@
+"""Train a GPT-2 whose tokens are mixed by a causal AFNO (afno.py), or by attention: the NoCap-Test baseline.
+
+    python train_gpt2_afno.py                                        # defaults for this device, said at start
+    torchrun --standalone --nproc_per_node=1 train_gpt2_afno.py --mixer afno --attn_layers 3,9 --sequence_length 4096
+    python train_gpt2_afno.py --output_dir runs/mine --resume auto   # goes on where it stopped
+    python train_gpt2_afno.py --output_dir runs/mine --generate "To be, or not"
+
+Read from top to bottom: configuration, model, causality check, data loader, optimizers, checkpoints, training
+loop, generation, command line.
+"""
+import argparse
+import codecs
+import contextlib
+import glob
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from afno import AFNO1D, rmsnorm
+from data.text_to_bin import InputError, gpt2_encoding, read_bin
+
+START = time.perf_counter()
+ROOT = Path(__file__).resolve().parent
+
+# -----------------------------------------------------------------------------
+# configuration
+
+MODELS = {  # n_layer, n_head, n_embd; d12 to d48 are GPT-2's sizes, d4 is for CPUs
+    "d4": (4, 2, 128),
+    "d12": (12, 12, 768),
+    "d24": (24, 16, 1024),
+    "d36": (36, 20, 1280),
+    "d48": (48, 25, 1600),
+}
+MIXERS, FORMS, POSITIONS = ("attn", "afno"), ("filter",), ("none", "learned", "sinusoidal")
+
+
+@dataclass
+class GPTConfig:
+    """The model's shape. Raises InputError naming the field, which is the flag, and its allowed range."""
+
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    sequence_length: int = 1024  # trained length; any other length runs, too
+    mixer: str = "afno"
+    attn_layers: tuple[int, ...] = ()  # layers that keep attention when the mixer is afno: the hybrid
+    afno_form: str = "filter"
+    afno_num_blocks: int = 8
+    afno_sparsity_threshold: float = 0.01
+    afno_hard_thresholding_fraction: float = 1.0
+    afno_filter_length: int | None = None  # taps; None: sequence_length
+    position: str = "none"  # rotary stays inside attention, whatever this says
+
+    def __post_init__(self):
+        self.attn_layers = tuple(self.attn_layers)
+        if self.afno_filter_length is None:
+            self.afno_filter_length = self.sequence_length
+        for name, allowed in (("mixer", MIXERS), ("afno_form", FORMS), ("position", POSITIONS)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "sequence_length", "afno_filter_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be >= 1, got {getattr(self, name)}")
+        if self.n_embd % (2 * self.n_head):
+            raise InputError(f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head}")
+        if outside := [layer for layer in self.attn_layers if not 0 <= layer < self.n_layer]:
+            raise InputError(f"--attn_layers must be in 0 ... {self.n_layer - 1}, got {outside[0]}")
+        if not 1 <= self.afno_num_blocks <= self.n_embd or self.n_embd % self.afno_num_blocks:
+            raise InputError(f"--afno_num_blocks must divide n_embd={self.n_embd}, got {self.afno_num_blocks}")
+        if not self.afno_sparsity_threshold >= 0:
+            raise InputError(f"--afno_sparsity_threshold must be >= 0, got {self.afno_sparsity_threshold}")
+        if not 0 < self.afno_hard_thresholding_fraction <= 1:
+            raise InputError("--afno_hard_thresholding_fraction must be in (0, 1], "
+                             f"got {self.afno_hard_thresholding_fraction}")
+
+    def mixer_of(self, layer: int) -> str:
+        return "attn" if self.mixer == "attn" or layer in self.attn_layers else "afno"
+
+
+# -----------------------------------------------------------------------------
+# model
+
+
+def rotary_tables(T: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, (T, head_dim / 2) each, of rotary position embeddings with base 10000 (Su et al., 2021)."""
+    frequency = 10000.0 ** -(torch.arange(0, head_dim, 2, device=like.device, dtype=like.dtype) / head_dim)
+    angle = torch.outer(torch.arange(T, device=like.device, dtype=like.dtype), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the halves (x1, x2) of x, (B, n_head, T, head_dim), by minus the angle of their position."""
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat((x1 * cos + x2 * sin, -x1 * sin + x2 * cos), -1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # query | key | value
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """Mixer, then MLP, each on the normed residual stream. The mixer is the config's for this layer."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.mixer_scale = (2 * config.n_layer) ** -0.5
+        if config.mixer_of(layer) == "attn":
+            self.mixer = CausalSelfAttention(config)
+        else:
+            self.mixer = AFNO1D(config.n_embd, config.afno_num_blocks, config.afno_sparsity_threshold,
+                                config.afno_hard_thresholding_fraction, config.afno_filter_length)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        h = rmsnorm(x)
+        h = self.mixer(h, *rotary) if isinstance(self.mixer, CausalSelfAttention) else self.mixer(h)
+        x = x + self.mixer_scale * h
+        return x + self.mlp(rmsnorm(x))
+
+
+def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool):
+    """Sum of the losses of some rows and, with it, d loss / d logits. Targets of -1 do not count.
+
+    logits: (rows, >= vocab_size), columns beyond are padding; targets: (rows,).
+    """
+    full = logits[:, :vocab_size]
+    full = full.float() if full.dtype == torch.bfloat16 else full
+    log_prob = F.log_softmax(full, -1)
+    loss = F.nll_loss(log_prob, targets, ignore_index=-1, reduction="sum")
+    if not with_gradient:
+        return loss, None
+    hit = torch.arange(vocab_size, device=targets.device) == targets[:, None]
+    gradient = (log_prob.exp() - hit.to(log_prob.dtype)) * (targets >= 0)[:, None]
+    return loss, F.pad(gradient.to(logits.dtype), (0, logits.size(1) - vocab_size))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """mean cross-entropy(x @ weight.T, targets) in chunks of rows: the (N, vocab_size) logits never exist at once.
+
+    x: (N, C); weight: (vocab_size, C); targets: (N,), -1 does not count. The gradient of a cross-entropy needs
+    nothing from above but one factor, so forward computes it along with the loss and backward only scales it.
+    Products are in autocast's dtype where it is on, the softmax in fp32 (float64 for float64).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk_function):
+        on_gpu, vocab_size = x.is_cuda, weight.size(0)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        # The stored vocabulary is not padded, the operand is: tensor cores want rows of aligned length.
+        # On a CPU, small chunks instead: 128 rows of logits (25 MB) stay below what malloc returns to the system
+        # each time, and page faults would cost more than the arithmetic.
+        padding, rows = (-vocab_size % 64, 4096) if on_gpu else (0, 128)
+        w = F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
+        with_gradient = any(ctx.needs_input_grad)
+        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradient else (None, None)
+        for i in range(0, x.size(0), rows):
+            h = x[i : i + rows].to(dtype)
+            chunk_loss, dlogits = chunk_function(h @ w.T, targets[i : i + rows], vocab_size, with_gradient)
+            loss += chunk_loss
+            if with_gradient:
+                dx[i : i + rows] = dlogits @ w
+                dw += (dlogits.T @ h)[:vocab_size]
+        count = (targets >= 0).sum().clamp(min=1)
+        if with_gradient:
+            ctx.save_for_backward(dx.div_(count), dw.div_(count))
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, gradient):
+        dx, dw = ctx.saved_tensors
+        return dx * gradient, dw * gradient, None, None
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # one tensor, with nn.Linear's initialisation
+        if config.position == "learned":
+            self.transformer.wpe = nn.Embedding(config.sequence_length, config.n_embd)
+            nn.init.uniform_(self.transformer.wpe.weight, -config.n_embd**-0.5, config.n_embd**-0.5)  # as wte
+        self.cross_entropy_chunk = cross_entropy_chunk
+
+    def compile(self):
+        """Compile block by block (alike layers share one compilation, so it takes seconds) and the loss."""
+        # The one complex number in a block, the input of irfft, runs as it would without compilation.
+        warnings.filterwarnings("ignore", message=".*does not support code generation for complex operators")
+        torch._dynamo.config.recompile_limit = 64  # attention and AFNO, training and evaluation, full and short batch
+        for block in self.transformer.h:
+            block.compile(dynamic=False)
+        self.cross_entropy_chunk = torch.compile(cross_entropy_chunk, dynamic=False)
+
+    def positions(self, T: int) -> Tensor:
+        """What is added to the embeddings of positions 0 ... T - 1, (T, C)."""
+        weight, C = self.lm_head.weight, self.config.n_embd
+        if self.config.position == "learned":
+            if T > self.config.sequence_length:
+                raise InputError(f"--position learned has a table of {self.config.sequence_length} positions, "
+                                 f"--sequence_length must not exceed it, got {T}")
+            return self.transformer.wpe.weight[:T]
+        angle = torch.outer(torch.arange(T, device=weight.device, dtype=weight.dtype),
+                            10000.0 ** -(torch.arange(0, C, 2, device=weight.device, dtype=weight.dtype) / C))
+        # sines have mean square 1/2, embeddings at initialisation 1/(3C)
+        return torch.cat((angle.sin(), angle.cos()), -1)[:, :C] * math.sqrt(2 / (3 * C))
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        """Normed hidden states before the head: idx (B, T) of tokens to (B, T, C)."""
+        x = self.transformer.wte(idx)
+        if self.config.position != "none":
+            x = x + self.positions(idx.size(1))
+        rotary = rotary_tables(idx.size(1), self.config.n_embd // self.config.n_head, x)
+        for block in self.transformer.h:
+            x = block(x, rotary)
+        return rmsnorm(x)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True):
+        """idx, targets: (B, T) int64, a target of -1 does not count -> (logits (B, T, vocab_size) or None,
+        mean loss or None)."""
+        x, loss = self.hidden(idx), None
+        if targets is not None:
+            loss = LinearCrossEntropy.apply(x.view(-1, x.size(-1)), self.lm_head.weight, targets.reshape(-1),
+                                            self.cross_entropy_chunk)
+        return (self.lm_head(x) if return_logits else None), loss
+
+
+# -----------------------------------------------------------------------------
+# causality check
+
+CUTS = (1, 3, 7, 15, 31, 32, 63)  # and T - 1
+
+
+def random_tokens(shape: tuple[int, ...], vocab_size: int) -> Tensor:
+    """Tokens on the CPU from a generator of their own: the training's random numbers stay as they are."""
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1234))
+
+
+def exchange_after(idx: Tensor, cut: int, vocab_size: int) -> Tensor:
+    """idx with every token from position `cut` on replaced by another one."""
+    shift = 1 + random_tokens(idx.shape, vocab_size - 1).to(idx.device)
+    return torch.where(torch.arange(idx.size(1), device=idx.device) < cut, idx, (idx + shift) % vocab_size)
+
+
+@torch.no_grad()
+def change_by_position(hidden, idx: Tensor, cut: int, vocab_size: int) -> Tensor:
+    """How far row 0 of hidden(idx), (B, T, C), moves at each position when the tokens from `cut` on are exchanged.
+
+    Returns norms, (T,), float64: all zero before `cut` if no future value even enters the arithmetic.
+    """
+    before, after = hidden(idx)[0].clone(), hidden(exchange_after(idx, cut, vocab_size))[0]
+    return (after.double() - before.double()).norm(dim=-1)
+
+
+def refuse_leaks(hidden, T: int, B: int, vocab_size: int, device: torch.device):
+    """Raise InputError where hidden states before an exchanged token are not bit-identical, or where nothing moves.
+
+    Bitwise, in the very precision and compilation that trains: no mixer here lets a future value into the
+    arithmetic of a past output (test_causality.py measures the same in float64, and gradients).
+    """
+    idx = random_tokens((1, T), vocab_size).expand(B, T).to(device)
+    for cut in sorted({*(cut for cut in CUTS if cut < T), T - 1} - {0}):
+        change = change_by_position(hidden, idx, cut, vocab_size)
+        if not change[cut:].norm() > 0:
+            raise InputError(f"causality check: exchanging the tokens from position {cut} on changes nothing after it")
+        if leaks := (~(change[:cut] == 0)).nonzero().flatten().tolist():
+            raise InputError(f"causality check: the model leaks, refusing to train: hidden state {leaks[0]} is the "
+                             f"first that changes with the tokens from position {cut} on")
+
+
+# -----------------------------------------------------------------------------
+# data loader
+
+
+class TokenStream:
+    """The tokens of all shards that match a pattern, as one memory-mapped sequence without beginning or end."""
+
+    def __init__(self, pattern: str, vocab_size: int, flag: str):
+        self.paths, self.vocab_size = sorted(glob.glob(pattern)), vocab_size
+        if not self.paths:
+            raise InputError(f"--{flag}: no shard matches {pattern} (see data/ for how to make some)")
+        self.shards = [read_bin(path) for path in self.paths]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(number of the shard, offset of the token in it)."""
+        position %= len(self)
+        shard = int(np.searchsorted(self.starts, position, side="right")) - 1
+        return shard, position - int(self.starts[shard])
+
+    def where(self, position: int) -> str:
+        shard, offset = self.locate(position)
+        return f"{self.paths[shard]}, token {offset}"
+
+    def read(self, position: int, count: int) -> Tensor:
+        """Tokens position ... position + count - 1, int64, across shard borders and from the end to the beginning."""
+        parts, begin = [], position
+        while count > 0:
+            shard, offset = self.locate(begin)
+            parts.append(self.shards[shard][offset : offset + count].astype(np.int64))
+            begin, count = begin + len(parts[-1]), count - len(parts[-1])
+        tokens = np.concatenate(parts)
+        if tokens.max() >= self.vocab_size:
+            at = int((tokens >= self.vocab_size).argmax())
+            raise InputError(f"{self.where(position + at)}: token {tokens[at]}, the vocabulary has {self.vocab_size}")
+        return torch.from_numpy(tokens)
+
+
+def to_device(tokens: Tensor, device: torch.device) -> Tensor:
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
+
+
+class TrainLoader:
+    """Endless micro-batches (B, T) of inputs and targets, read one ahead in a thread.
+
+    `position` is where in the stream the next micro-batch of rank 0 begins. Micro-batches are dealt out over the
+    ranks in turn, so that any number of ranks sees the same tokens in a step.
+    """
+
+    def __init__(self, stream: TokenStream, B: int, T: int, position: int, rank: int, world: int, device):
+        if len(stream) < world * B * T + 1:
+            raise InputError(f"--input_bin holds {len(stream)} tokens, fewer than one micro-batch and its last target: "
+                             f"{world * B * T + 1} (--batch_size {B} x --sequence_length {T} x {world} ranks + 1)")
+        self.stream, self.B, self.T, self.device = stream, B, T, device
+        self.position, self.rank, self.stride = position, rank, world * B * T
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead = self.thread.submit(self.load, position)
+
+    def load(self, position: int) -> tuple[Tensor, Tensor]:
+        tokens = self.stream.read(position + self.rank * self.B * self.T, self.B * self.T + 1)
+        return tuple(to_device(part.view(self.B, self.T), self.device) for part in (tokens[:-1], tokens[1:]))
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        batch = self.ahead.result()
+        self.position += self.stride
+        self.ahead = self.thread.submit(self.load, self.position)
+        return batch
+
+
+@torch.no_grad()
+def evaluate(model: GPT, stream: TokenStream, val_tokens: int, B: int, T: int, rank: int, world: int, device, autocast):
+    """Mean loss over the first `val_tokens` targets of the stream, every one of them, in windows of T tokens.
+
+    The last row and the last batch are filled up with targets that do not count, so all batches have one shape.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    batches = -(-val_tokens // (B * T))
+    for batch in range(rank, batches, world):
+        begin = batch * B * T
+        count = min(B * T, val_tokens - begin)
+        tokens = F.pad(stream.read(begin, count + 1), (0, B * T - count))
+        targets = tokens[1:].clone()
+        targets[count:] = -1
+        with autocast():
+            _, loss = model(to_device(tokens[:-1].view(B, T), device), to_device(targets.view(B, T), device), False)
+        total += loss.double() * count
+    if world > 1:
+        dist.all_reduce(total)
+    return total.item() / val_tokens
+
+
+# -----------------------------------------------------------------------------
+# optimizers
+
+
+class FallbackMuon(torch.optim.Optimizer):
+    """torch.optim.Muon's updates, for torch 2.8, which does not have it (Jordan et al., 2024, "Muon").
+
+    lr is scaled by 0.2 sqrt(max(rows, columns)), so that an update has AdamW's usual size (Moonshot AI, 2025).
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95, adjust_lr_fn="match_rms_adamw"):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @staticmethod
+    def orthogonalize(G: Tensor) -> Tensor:
+        """Newton-Schulz: U V^T of the singular value decomposition of G, roughly, in bf16."""
+        X = G.bfloat16()
+        X = X.T if G.size(0) > G.size(1) else X
+        X = X / X.norm().clamp(min=1e-7)
+        for _ in range(5):
+            A = X @ X.T
+            X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+        return X.T if G.size(0) > G.size(1) else X
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = self.orthogonalize(p.grad.lerp(average, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
+    """Muon over 2-D views of parameters: stacked projections and 3-D block weights are orthogonalised one by one."""
+
+    def __init__(self, stacks: list[tuple[nn.Parameter, int]], **options):
+        """stacks: (parameter, how many equal matrices are stacked along its rows)."""
+        self.stacks = [(p, p.detach().flatten(0, -2).chunk(n)) for p, n in stacks]
+        super().__init__([matrix for _, matrices in self.stacks for matrix in matrices],
+                         adjust_lr_fn="match_rms_adamw", **options)
+
+    def step(self):
+        for p, matrices in self.stacks:
+            for matrix, gradient in zip(matrices, p.grad.flatten(0, -2).chunk(len(matrices))):
+                matrix.grad = gradient
+        super().step()
+
+    def zero_grad(self):
+        super().zero_grad()
+        for p, _ in self.stacks:
+            p.grad = None
+
+
+def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """adamw: one AdamW for everything, as in the baseline. muon: Muon for the matrices of the blocks, AdamW for the rest."""
+    stacks = {}
+    if name == "muon":
+        for key, p in model.transformer.h.named_parameters():
+            if p.ndim == 3:
+                stacks[p] = len(p)  # AFNO's MLPs: one matrix, [Re | Im], a block
+            elif key.endswith(".weight"):
+                stacks[p] = {"c_attn": 3, "c_in": 2}.get(key.split(".")[-2], 1)
+    rest = [p for p in model.parameters() if p not in stacks]
+    optimizers = [torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)]
+    if stacks:
+        optimizers.append(MatrixMuon(list(stacks.items()), lr=learning_rate, weight_decay=weight_decay))
+    return optimizers
+
+
+def learning_rate_factor(step: int, num_iterations: int, warmup_iters: int, warmdown_iters: int) -> float:
+    """The factor for the update that follows `step` updates: rising, constant, linear to zero."""
+    if step < warmup_iters:
+        return (step + 1) / warmup_iters
+    return min(1.0, (num_iterations - step) / max(warmdown_iters, 1))
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+
+class Checkpoints:
+    """state_step*.pt files of one run, written to a temporary file, synced and renamed; the last two are kept."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def paths(self) -> list[Path]:
+        """Newest first."""
+        return sorted(self.folder.glob("state_step*.pt"), key=lambda path: int(re.sub(r"\D", "", path.name)), reverse=True)
+
+    def save(self, state: dict):
+        path = self.folder / f"state_step{state['step']:06d}.pt"
+        part = path.with_suffix(".pt.part")
+        try:
+            with open(part, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+            descriptor = os.open(self.folder, os.O_RDONLY)
+            os.fsync(descriptor)  # the rename, too, must survive a power cut
+            os.close(descriptor)
+        except (OSError, RuntimeError) as error:  # torch.save turns some write errors into RuntimeError
+            part.unlink(missing_ok=True)
+            kept = self.paths()
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise InputError(f"--output_dir: cannot write {path.name}: {reason}; "
+                             f"last checkpoint: {kept[0].name if kept else 'none yet'}") from None
+        for old in self.paths()[2:]:
+            old.unlink()
+
+    @staticmethod
+    def load(path: Path) -> dict:
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    def newest(self, log) -> dict:
+        """The newest one that can be read; says which ones cannot."""
+        for path in self.paths():
+            try:
+                return self.load(path)
+            except Exception as error:  # a truncated archive fails in many ways
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                log(f"warning: {path.name} cannot be read ({reason}): trying the one before")
+        raise InputError(f"--resume: no readable checkpoint state_step*.pt in {self.folder}")
+
+
+# -----------------------------------------------------------------------------
+# logs
+
+
+def relative(text: str) -> str:
+    """Paths inside the repository relative to it, so that a log reads the same everywhere."""
+    return text.replace(f"{ROOT}{os.sep}", "")
+
+
+class RunLog:
+    """train.log (full source, command, versions, then all that is printed) and metrics.jsonl of one run."""
+
+    def __init__(self, folder: Path, resumed_step: int | None):
+        self.metrics_path = folder / "metrics.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if resumed_step is not None:
+                self.cut_back(resumed_step)
+            self.text = open(folder / "train.log", "a", encoding="utf-8")
+            self.metrics = open(self.metrics_path, "a", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--output_dir {folder} is not writable: {error.strerror}") from None
+        if resumed_step is None:
+            for name in ("train_gpt2_afno.py", "afno.py"):
+                self.text.write(f"{'=' * 100}\n{name}\n{'=' * 100}\n{(ROOT / name).read_text(encoding='utf-8')}")
+            self.text.write("=" * 100 + "\n")
+
+    def cut_back(self, step: int):
+        """Drop what was logged after `step` (it will be done again), and a last line that a crash cut off."""
+        kept = []
+        if self.metrics_path.exists():
+            for line in self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True):
+                with contextlib.suppress(json.JSONDecodeError):
+                    if json.loads(line)["step"] <= step and line.endswith("\n"):
+                        kept.append(line)
+        part = self.metrics_path.with_suffix(".jsonl.part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(self.metrics_path)
+
+    def line(self, text: str):
+        self.text.write(text + "\n")
+        self.text.flush()
+
+    def metric(self, **values):
+        self.metrics.write(json.dumps(values) + "\n")
+        self.metrics.flush()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU, resident on a CPU, at most, so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows, where there is no such figure
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product in this dtype on this device: what the MFU is a share of."""
+    n, repeats = (8192, 10) if device.type == "cuda" else (1024, 3)
+    a, b = (torch.randn(n, n, generator=torch.Generator().manual_seed(i)).to(device, dtype) for i in range(2))
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for _ in range(2):  # the first round warms up
+        synchronize()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        synchronize()
+        seconds = time.perf_counter() - begin
+    return repeats * 2 * n**3 / seconds
+
+
+def flops_per_token(model: GPT, T: int) -> float:
+    """Forward and backward, the usual count: 6 a parameter, 6 C T a layer of causal attention; convolutions are free."""
+    attention = sum(model.config.mixer_of(layer) == "attn" for layer in range(model.config.n_layer))
+    return 6 * sum(p.numel() for p in model.parameters()) + 6 * attention * model.config.n_embd * T
+
+
+# -----------------------------------------------------------------------------
+# training loop
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient that is not finite."""
+
+
+@dataclass
+class Runtime:
+    """Where and how everything runs: one process, or one of several under torchrun."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    rank: int = 0
+    world: int = 1
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank: ranks must leave the loop together."""
+        if self.world == 1:
+            return flag
+        flags = torch.tensor(float(flag))
+        dist.all_reduce(flags)  # on the CPU, through gloo: does not wait for the GPU
+        return flags.item() > 0
+
+
+def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_dir: Path):
+    """Train until num_iterations, target_val_loss, max_seconds or a signal; returns the exit status."""
+    device, rank, world = runtime.device, runtime.rank, runtime.world
+    B, T, total_steps = args.batch_size, config.sequence_length, args.num_iterations
+    accumulation = args.grad_accumulation_steps // world
+    if args.grad_accumulation_steps % world:
+        raise InputError(f"--grad_accumulation_steps must be a multiple of the {world} ranks, "
+                         f"got {args.grad_accumulation_steps}")
+    step = saved["step"] if saved else 0
+    if step > total_steps:
+        raise InputError(f"--num_iterations must be >= {step}, the step of the checkpoint, got {total_steps}")
+
+    # data first: what is wrong with it should not wait for a model
+    stream = TokenStream(args.input_bin, config.vocab_size, "input_bin")
+    val_stream = TokenStream(args.input_val_bin, config.vocab_size, "input_val_bin")
+    val_tokens = count_val_tokens(args, val_stream)
+    position = saved["position"] if saved else 0
+    loader = TrainLoader(stream, B, T, position, rank, world, device)
+
+    log = RunLog(output_dir, step if saved else None) if rank == 0 else None
+    checkpoints = Checkpoints(output_dir)
+
+    def say(text: str):
+        if rank == 0:
+            tqdm.write(text)
+            log.line(text)
+
+    from tqdm import tqdm
+
+    say(f"command: {relative(shlex.join(sys.argv))}" + (f", resumed at step {step}" if saved else ""))
+    gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if device.type == "cuda" else "CPU"
+    say(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {world} x {gpu}, {torch.get_num_threads()} threads")
+
+    torch.manual_seed(args.seed)
+    model = GPT(config).to(device)
+    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
+    train_time = compile_time = past_wall = 0.0
+    if saved:
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if device.type == "cuda" and saved["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+        train_time, compile_time, past_wall = (saved[key] for key in ("train_time_s", "compile_time_s", "wall_time_s"))
+    mixers = [config.mixer_of(layer) for layer in range(config.n_layer)]
+    say(f"model: {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, mixers {' '.join(mixers)}, "
+        f"position {config.position}")
+    say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens; validation: {relative(args.input_val_bin)}, "
+        f"{val_tokens:,} targets of {len(val_stream) - 1:,}")
+    tokens_per_step = B * T * args.grad_accumulation_steps
+    say(f"steps: {total_steps} of {tokens_per_step:,} tokens ({args.grad_accumulation_steps} x {B} x {T}); "
+        f"optimizer {args.optimizer}, learning rate {args.learning_rate}, warmup {args.warmup_iters}, "
+        f"warmdown {args.warmdown_iters}, weight decay {args.weight_decay}, grad clip {args.grad_clip}")
+    say(f"device: {device.type}, {str(runtime.dtype).removeprefix('torch.')}, compile {int(runtime.compile)}; "
+        f"output: {relative(str(output_dir))}")
+
+    begin = time.perf_counter()
+    if runtime.compile:
+        model.compile()
+    with runtime.autocast():  # the compiled shape where there is one, so the check compiles nothing of its own
+        refuse_leaks(model.hidden, T, B if runtime.compile else 1, config.vocab_size, device)
+    say(f"causality check: hidden states before an exchanged token are bit-identical ({time.perf_counter() - begin:.1f} s)")
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    if runtime.compile:
+        tokens = random_tokens((B, T), config.vocab_size).to(device)
+        with runtime.autocast():
+            wrapped(tokens, tokens, return_logits=False)[1].backward()
+        model.zero_grad()
+        torch.cuda.synchronize() if device.type == "cuda" else None
+        compile_time += time.perf_counter() - begin
+        say(f"compiled in {time.perf_counter() - begin:.1f} s")
+    matmul_rate = measure_matmul_rate(device, runtime.dtype) * world
+    say(f"matmul rate: {matmul_rate / 1e12:.4g} TFLOP/s measured on this device, the 100% of mfu")
+    flops = flops_per_token(model, T)
+
+    signals = []
+
+    def on_signal(signum, frame):
+        signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, on_signal)
+
+    bar = tqdm(total=total_steps, initial=step, desc=config.mixer, disable=rank > 0, dynamic_ncols=True,
+               mininterval=0.5 if sys.stderr.isatty() else 30)
+    pending = None  # the figures of the last step, on their way to the host
+    mark = time.perf_counter()
+
+    def flush():
+        """Log the pending step; by now its successor is already queued, so waiting for it does not stall the GPU."""
+        nonlocal pending, mark, train_time
+        if pending is None:
+            return
+        done, began_at, factor, figures, arrived = pending
+        pending = None
+        if arrived:
+            arrived.synchronize()
+        *losses, grad_norm = figures.tolist()
+        now = time.perf_counter()
+        seconds, mark = now - mark, now
+        train_time += seconds
+        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if bad is not None or not math.isfinite(grad_norm):
+            what = f"loss {losses[bad]}" if bad is not None else f"gradient norm {grad_norm}"
+            kept = checkpoints.paths()
+            raise Diverged(f"step {done}: {what}, micro-batch at {stream.where(began_at + (bad or 0) * B * T)}; "
+                           f"last good checkpoint: {kept[0].name if kept else 'none'}")
+        if rank == 0:
+            loss, rate = sum(losses) / len(losses), tokens_per_step / seconds
+            log.metric(step=done, tokens=done * tokens_per_step, train_loss=loss, lr=factor * args.learning_rate,
+                       grad_norm=grad_norm, tokens_per_s=rate, mfu=rate * flops / matmul_rate,
+                       train_time_s=train_time, peak_memory_bytes=peak_memory(device))
+            bar.set_postfix(loss=f"{loss:.4f}", tok_s=f"{rate:,.0f}", refresh=False)
+            bar.update(done - bar.n)
+
+    def state() -> dict:
+        return dict(model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers], step=step,
+                    position=position, config=asdict(config), args=args.__dict__["to_save"],
+                    rng=dict(cpu=torch.get_rng_state(),
+                             cuda=torch.cuda.get_rng_state() if device.type == "cuda" else None),
+                    train_time_s=train_time, compile_time_s=compile_time, wall_time_s=past_wall + wall_time())
+
+    def wall_time() -> float:
+        return time.perf_counter() - START
+
+    start_step, reached, status = step, None, 0
+    while True:
+        # validate, then save: a checkpoint's step is always one whose validation is done
+        last, error, batches = step == total_steps, None, []
+        due = last or (args.val_loss_every and step % args.val_loss_every == 0)
+        if due and not (saved and step == start_step):
+            flush()
+            val_loss = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, rank, world, device, runtime.autocast)
+            say(f"step:{step}/{total_steps} val_loss:{val_loss:.4f} train_time:{train_time:.1f}s "
+                f"step_avg:{1000 * train_time / max(step, 1):.1f}ms wall_time:{past_wall + wall_time():.1f}s")
+            if rank == 0:
+                log.metric(step=step, tokens=step * tokens_per_step, val_loss=val_loss, train_time_s=train_time,
+                           wall_time_s=past_wall + wall_time())
+            if not math.isfinite(val_loss):
+                raise Diverged(f"step {step}: validation loss {val_loss}")
+            if args.target_val_loss is not None and val_loss <= args.target_val_loss:
+                reached = train_time
+            mark = time.perf_counter()  # the clock excludes validation
+        if not last and reached is None:
+            try:  # all of the step's data before any of its work
+                batches = [loader.next() for _ in range(accumulation)]
+            except InputError as bad_data:
+                error = bad_data
+        late = args.max_seconds is not None and wall_time() > args.max_seconds
+        stop = runtime.any_rank(bool(signals) or late or error is not None or reached is not None) or last
+        if stop or (args.save_every and step % args.save_every == 0 and step > start_step):
+            flush()
+            if rank == 0:
+                checkpoints.save(state())
+        if stop:
+            break
+
+        factor = learning_rate_factor(step, total_steps, args.warmup_iters, args.warmdown_iters)
+        losses = torch.zeros(world, accumulation, device=device)
+        for i, (x, y) in enumerate(batches):
+            # gradients travel between ranks once a step
+            sync = contextlib.nullcontext() if world == 1 or i == accumulation - 1 else wrapped.no_sync()
+            with sync:
+                with runtime.autocast():
+                    _, loss = wrapped(x, y, return_logits=False)
+                (loss / accumulation).backward()
+            losses[rank, i] = loss.detach()
+        grads = [p.grad for p in model.parameters()]
+        grad_norm = torch.nn.utils.get_total_norm(grads)
+        if args.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.grad_clip, grad_norm)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * args.learning_rate
+            optimizer.step()
+            optimizer.zero_grad()
+        if world > 1:
+            dist.all_reduce(losses)
+        figures = torch.cat((losses.T.flatten(), grad_norm.view(1)))  # in the order of the stream
+        arrived = None
+        if device.type == "cuda":
+            host = torch.empty(figures.shape, pin_memory=True)
+            figures = host.copy_(figures, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        flush()
+        pending = (step + 1, position, factor, figures, arrived)
+        step, position = step + 1, position + tokens_per_step
+
+    bar.close()
+    if error is not None:
+        raise error
+    if signals:
+        say(f"stopped by {signal.Signals(signals[0]).name} at step {step}; go on with --output_dir "
+            f"{relative(str(output_dir))} --resume auto")
+        status = 128 + signals[0]
+    elif late:
+        say(f"stopped by --max_seconds {args.max_seconds:g} at step {step}")
+    summary = dict(tokens_per_s=step * tokens_per_step / train_time if train_time else 0.0,
+                   peak_memory_usage=peak_memory(device), train_time_s=train_time,
+                   train_time_with_compilation_s=train_time + compile_time, wall_time_s=past_wall + wall_time(),
+                   wall_clock_time_to_target_loss=reached)
+    say(f"tokens/s: {summary['tokens_per_s']:,.0f}  peak_memory_usage: {summary['peak_memory_usage'] / 2**20:,.0f} MiB  "
+        f"train_time: {train_time:.1f} s, {train_time + compile_time:.1f} s with compilation  "
+        f"wall_clock_time_to_target_loss: " + (f"{reached:.1f} s" if reached is not None else "not reached"
+                                               if args.target_val_loss else "no --target_val_loss"))
+    if rank == 0:
+        log.metric(step=step, **summary)
+    return status
+
+
+def count_val_tokens(args, val_stream: TokenStream) -> int:
+    """How many targets to evaluate: every token but the first can be one."""
+    most = len(val_stream) - 1
+    if most < 1:
+        raise InputError("--input_val_bin holds one token, validation needs two")
+    if args.val_tokens is not None and args.val_tokens > most:
+        raise InputError(f"--val_tokens must be <= {most}, the targets in --input_val_bin, got {args.val_tokens}")
+    return args.val_tokens or min(1_048_576, most)
+
+
+# -----------------------------------------------------------------------------
+# generation
+
+
+@torch.no_grad()
+def generate(model: GPT, text: str, args, T: int, runtime: Runtime):
+    """Stream a continuation of `text` to the terminal; the window of T tokens slides once the text outgrows it."""
+    encoding = gpt2_encoding()
+    tokens = encoding.encode_ordinary(text) or [encoding.eot_token]
+    generator = torch.Generator().manual_seed(args.seed)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may take several tokens
+    print(text, end="", flush=True)
+    for _ in range(args.max_new_tokens):
+        with runtime.autocast():
+            hidden = model.hidden(torch.tensor([tokens[-T:]], device=runtime.device))
+            logits = model.lm_head(hidden[0, -1]).float().cpu()
+        if args.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            top = logits.topk(min(args.top_k, len(logits)))
+            chosen = torch.multinomial(F.softmax(top.values / args.temperature, -1), 1, generator=generator)
+            token = int(top.indices[chosen])
+        tokens.append(token)
+        print(decoder.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+DEFAULTS = dict(
+    input_bin=None, input_val_bin=None, output_dir=None, model=None, mixer="afno", attn_layers=(), afno_form="filter",
+    afno_num_blocks=8, afno_sparsity_threshold=0.01, afno_hard_thresholding_fraction=1.0, afno_filter_length=None,
+    position="none", optimizer="adamw", learning_rate=0.0018, warmup_iters=None, warmdown_iters=None, weight_decay=0.1,
+    grad_clip=0.0, val_tokens=None, val_batch_size=None, save_every=128, target_val_loss=None, max_seconds=None,
+    seed=1337, device="auto", dtype=None, compile=None, resume=None, eval_only=False, generate=None,
+    max_new_tokens=200, temperature=0.8, top_k=50,
+)
+DEVICE_DEFAULTS = {  # on a GPU the baseline's run, on a CPU what two cores do in minutes
+    "cuda": dict(model="d12", batch_size=16, grad_accumulation_steps=32, sequence_length=1024, num_iterations=4768,
+                 val_loss_every=128, dtype="bfloat16", compile=1),
+    "cpu": dict(model="d4", batch_size=8, grad_accumulation_steps=1, sequence_length=256, num_iterations=400,
+                val_loss_every=100, dtype="float32", compile=0),
+}
+NOT_KEPT = ("output_dir", "device", "compile", "resume", "eval_only", "generate", "max_seconds", "max_new_tokens",
+            "temperature", "top_k")  # flags that a checkpoint does not carry over to the run that loads it
+
+
+def number(kind, at_least=None, above=None):
+    """An argparse type that knows its range."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if (at_least is not None and not value >= at_least) or (above is not None and not value > above):
+            word = "an integer" if kind is int else "a number"
+            bound = f">= {at_least}" if at_least is not None else f"> {above}"
+            raise argparse.ArgumentTypeError(f"must be {word} {bound}, got {text}")
+        return value
+
+    return parse
+
+
+def layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be layer numbers such as 3,9, got {text}") from None
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(re.sub(r"^argument ", "", message))
+
+
+def parse_flags(argv: list[str], model_flags_only: bool = False) -> dict:
+    """The flags that were given, and no others: {name: value}. Raises InputError."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", choices=MODELS, help="size (default d12 on CUDA, d4 on a CPU)")
+    add("--mixer", choices=MIXERS, help="what mixes tokens; attn is the baseline (default afno)")
+    add("--attn_layers", type=layers, metavar="L,L", help="layers that keep attention when the mixer is afno (none)")
+    add("--sequence_length", type=number(int, 1), metavar="T", help="tokens a row (1024 on CUDA, 256 on a CPU)")
+    add("--afno_form", choices=FORMS, help="construction of the operator (filter)")
+    add("--afno_num_blocks", type=number(int, 1), metavar="N", help="diagonal blocks of AFNO's MLP (8)")
+    add("--afno_sparsity_threshold", type=number(float, 0), metavar="X", help="soft-shrink of the response (0.01)")
+    add("--afno_hard_thresholding_fraction", type=number(float, above=0), metavar="X", help="share of the modes kept (1)")
+    add("--afno_filter_length", type=number(int, 1), metavar="K", help="taps (the sequence length)")
+    add("--position", choices=POSITIONS, help="what is added to embeddings; attention has rotary anyway (none)")
+    add("--device", choices=("auto", "cuda", "cpu"), help="(auto: CUDA if there is any)")
+    add("--dtype", choices=("bfloat16", "float32"), help="of autocast (bfloat16 on CUDA, float32 on a CPU)")
+    add("--compile", type=int, choices=(0, 1), help="torch.compile, block by block (1 on CUDA, 0 on a CPU)")
+    add("--seed", type=number(int, 0), metavar="N", help="of initialisation and sampling; the data order is fixed (1337)")
+    if not model_flags_only:
+        add = parser.add_argument_group("data and output").add_argument
+        add("--input_bin", metavar="GLOB", help="training shards (data/fineweb10B if present, else data/shakespeare)")
+        add("--input_val_bin", metavar="GLOB", help="validation shards (likewise)")
+        add("--output_dir", metavar="DIR", help="logs and checkpoints (runs/<time>-<model>-<mixer>)")
+        add = parser.add_argument_group("optimization").add_argument
+        add("--batch_size", type=number(int, 1), metavar="B", help="rows of a micro-batch on one device (16; CPU 8)")
+        add("--grad_accumulation_steps", type=number(int, 1), metavar="N",
+            help="micro-batches a step, over all ranks together (32; CPU 1)")
+        add("--num_iterations", type=number(int, 1), metavar="N", help="steps (4768; CPU 400)")
+        add("--optimizer", choices=("adamw", "muon"), help="muon: for the matrices of the blocks, AdamW for the rest (adamw)")
+        add("--learning_rate", type=number(float, above=0), metavar="X", help="of AdamW and Muon alike (0.0018)")
+        add("--warmup_iters", type=number(int, 0), metavar="N", help="rising (256/4768 of num_iterations)")
+        add("--warmdown_iters", type=number(int, 0), metavar="N", help="falling to zero (1024/4768 of num_iterations)")
+        add("--weight_decay", type=number(float, 0), metavar="X", help="on all parameters (0.1)")
+        add("--grad_clip", type=number(float, 0), metavar="X", help="largest gradient norm; 0 does not clip (0)")
+        add = parser.add_argument_group("evaluation and checkpoints").add_argument
+        add("--val_loss_every", type=number(int, 0), metavar="N", help="steps; 0: at the end only (128; CPU 100)")
+        add("--val_batch_size", type=number(int, 1), metavar="B", help="rows (as batch_size)")
+        add("--val_tokens", type=number(int, 1), metavar="N", help="targets, each of them counts (at most 1,048,576)")
+        add("--save_every", type=number(int, 0), metavar="N", help="steps; 0: at the end only (128)")
+        add("--target_val_loss", type=number(float, above=0), metavar="X", help="stop there and report the time")
+        add("--max_seconds", type=number(float, above=0), metavar="X", help="of wall clock; save, then stop")
+        add("--resume", metavar="auto|FILE", help="continue the newest checkpoint, or FILE; flags left out are its own")
+        add("--eval_only", action="store_true", help="validation loss of a checkpoint, at any --sequence_length")
+        add = parser.add_argument_group("generation").add_argument
+        add("--generate", metavar="TEXT", help="continue TEXT with a checkpoint")
+        add("--max_new_tokens", type=number(int, 1), metavar="N", help="(200)")
+        add("--temperature", type=number(float, 0), metavar="X", help="0: the likeliest token (0.8)")
+        add("--top_k", type=number(int, 1), metavar="N", help="sample among so many (50)")
+    return vars(parser.parse_args(argv))
+
+
+def model_fields(values: dict) -> dict:
+    """The part of the flags that GPTConfig takes."""
+    chosen = {f.name: values[f.name] for f in fields(GPTConfig) if f.name in values}
+    if "model" in values:
+        chosen.update(zip(("n_layer", "n_head", "n_embd"), MODELS[values["model"]]))
+    return chosen
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this torch sees no CUDA device; use cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def find_checkpoint(flags: dict, say) -> tuple[dict, Path]:
+    """(state, folder of the run) that --resume, --eval_only or --generate ask for."""
+    source = flags.get("resume", "auto")
+    if source != "auto":
+        try:
+            return Checkpoints.load(Path(source)), Path(flags.get("output_dir", Path(source).parent))
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"--resume {source}: no readable checkpoint ({reason})") from None
+    if "output_dir" in flags:
+        folder = Path(flags["output_dir"])
+    else:
+        runs = sorted(ROOT.glob("runs/*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise InputError("--output_dir: no run with a checkpoint under runs/, name the folder of one")
+        folder = runs[-1].parent
+    say(f"checkpoint: newest in {relative(str(folder))}")
+    return Checkpoints(folder).newest(say), folder
+
+
+def main(argv: list[str]) -> int:
+    flags = parse_flags(argv)
+    device = choose_device(flags.get("device", "auto"))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    def say(text: str):  # until there is a log
+        if rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    saved, only_read = None, "generate" in flags or "eval_only" in flags
+    if only_read or "resume" in flags:
+        saved, folder = find_checkpoint(flags, say)
+    values = {**DEFAULTS, **DEVICE_DEFAULTS[device.type], **(saved["args"] if saved else {}), **flags}
+    if saved:
+        config = GPTConfig(**saved["config"])
+        asked = GPTConfig(**{**saved["config"], **model_fields(flags)})
+        T, asked.sequence_length = asked.sequence_length, config.sequence_length if only_read else asked.sequence_length
+        differing = {name: (old, asdict(asked)[name]) for name, old in asdict(config).items() if asdict(asked)[name] != old}
+        if values["optimizer"] != saved["args"]["optimizer"]:
+            differing["optimizer"] = (saved["args"]["optimizer"], values["optimizer"])
+        if differing:
+            raise InputError("--resume: a checkpoint of another config: " + ", ".join(
+                f"{name} is {old} there, the flags say {new}" for name, (old, new) in differing.items()))
+    else:
+        config = GPTConfig(**model_fields(values))
+        T = config.sequence_length
+        default = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{values['model']}-{values['mixer']}"
+        folder = Path(flags.get("output_dir", ROOT / default))
+        if rank == 0 and Checkpoints(folder).paths():
+            raise InputError(f"--output_dir {relative(str(folder))} holds a run: add --resume auto, or name another")
+    values["sequence_length"] = config.sequence_length
+
+    args = argparse.Namespace(**values, to_save={k: v for k, v in values.items() if k not in NOT_KEPT})
+    args.val_batch_size = args.val_batch_size or args.batch_size
+    if args.warmup_iters is None:
+        args.warmup_iters = round(args.num_iterations * 256 / 4768)
+    if args.warmdown_iters is None:
+        args.warmdown_iters = round(args.num_iterations * 1024 / 4768)
+    if (args.input_bin is None) != (args.input_val_bin is None):
+        raise InputError("--input_bin and --input_val_bin go together, one is missing")
+    if args.input_bin is None:
+        fineweb = ROOT / "data/fineweb10B/fineweb_{}_*.bin"
+        chosen = fineweb if glob.glob(str(fineweb).format("train")) else ROOT / "data/shakespeare/{}_*.bin"
+        args.input_bin, args.input_val_bin = (str(chosen).format(part) for part in ("train", "val"))
+
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    runtime = Runtime(device, getattr(torch, args.dtype), bool(args.compile), rank, world)
+    if not only_read:
+        if world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        try:
+            return train(args, config, runtime, saved, folder)
+        finally:
+            if world > 1:
+                dist.destroy_process_group()
+
+    model = GPT(config).to(device)
+    model.load_state_dict(saved["model"])
+    model.positions(T) if config.position == "learned" else None  # refuses a T beyond its table
+    say(f"step {saved['step']}, {device.type}, {args.dtype}, sequence length {T} (trained at {config.sequence_length})")
+    if "generate" in flags:
+        generate(model, flags["generate"], args, T, runtime)
+        return 0
+    if runtime.compile:
+        model.compile()
+    val_stream = TokenStream(args.input_val_bin, config.vocab_size, "input_val_bin")
+    val_tokens = count_val_tokens(args, val_stream)
+    loss = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, 0, 1, device, runtime.autocast)
+    print(f"step:{saved['step']} sequence_length:{T} val_tokens:{val_tokens} val_loss:{loss:.4f}")
+    return 0
+
+
+def run(main_function) -> None:
+    """Exit with the function's status; bad input is one clear line and status 2, a diverged run one line and 1."""
+    try:
+        status = main_function(sys.argv[1:])
+    except InputError as error:
+        status = f"error: {error}", 2
+    except Diverged as error:
+        status = f"error: {error}", 1
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        status = "error: out of memory: lower --batch_size (and raise --grad_accumulation_steps to match), or " \
+                 f"--val_batch_size, or --sequence_length ({str(error).splitlines()[0]})", 2
+    if isinstance(status, tuple):
+        print(status[0], file=sys.stderr, flush=True)
+        status = status[1]
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    run(main)
