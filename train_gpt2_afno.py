@@ -157,19 +157,19 @@ class Block(nn.Module):
 
 
 def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool):
-    """Sum of the losses of some rows and, with it, d loss / d logits. Targets of -1 do not count.
+    """Losses of some rows, (rows,), and d loss / d logits, which is softmax(logits) minus one at the target.
 
     logits: (rows, >= vocab_size), columns beyond are padding; targets: (rows,).
     """
     full = logits[:, :vocab_size]
-    full = full.float() if full.dtype == torch.bfloat16 else full
-    log_prob = F.log_softmax(full, -1)
-    loss = F.nll_loss(log_prob, targets, ignore_index=-1, reduction="sum")
+    log_prob = F.log_softmax(full.float() if full.dtype == torch.bfloat16 else full, -1)
+    hit = log_prob.gather(1, targets[:, None])
     if not with_gradient:
-        return loss, None
-    hit = torch.arange(vocab_size, device=targets.device) == targets[:, None]
-    gradient = (log_prob.exp() - hit.to(log_prob.dtype)) * (targets >= 0)[:, None]
-    return loss, F.pad(gradient.to(logits.dtype), (0, logits.size(1) - vocab_size))
+        return -hit[:, 0], None
+    gradient = log_prob.exp_().to(logits.dtype)
+    if padding := logits.size(1) - vocab_size:
+        gradient = F.pad(gradient, (0, padding))
+    return -hit[:, 0], gradient.scatter_(1, targets[:, None], (hit.exp() - 1).to(logits.dtype))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -181,25 +181,26 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk_function):
+    def forward(ctx, x, weight, targets, chunk_function, with_gradient):
         on_gpu, vocab_size = x.is_cuda, weight.size(0)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         # The stored vocabulary is not padded, the operand is: tensor cores want rows of aligned length.
-        # On a CPU, small chunks instead: 128 rows of logits (25 MB) stay below what malloc returns to the system
-        # each time, and page faults would cost more than the arithmetic.
-        padding, rows = (-vocab_size % 64, 4096) if on_gpu else (0, 128)
+        # On a CPU, small chunks instead: 96 rows of logits (19 MB) stay below what malloc returns to the system
+        # each time, and page faults would cost as much as the arithmetic.
+        padding, rows = (-vocab_size % 64, 4096) if on_gpu else (0, 96)
         w = F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
-        with_gradient = any(ctx.needs_input_grad)
+        counts = (targets >= 0).to(x.dtype)[:, None]  # (N, 1), a factor of 0 for targets that do not count
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradient else (None, None)
         for i in range(0, x.size(0), rows):
-            h = x[i : i + rows].to(dtype)
-            chunk_loss, dlogits = chunk_function(h @ w.T, targets[i : i + rows], vocab_size, with_gradient)
-            loss += chunk_loss
+            part = slice(i, i + rows)
+            h = x[part].to(dtype)
+            losses, dlogits = chunk_function(h @ w.T, targets[part].clamp(min=0), vocab_size, with_gradient)
+            loss += losses @ counts[part, 0].to(losses.dtype)
             if with_gradient:
-                dx[i : i + rows] = dlogits @ w
-                dw += (dlogits.T @ h)[:vocab_size]
-        count = (targets >= 0).sum().clamp(min=1)
+                dx[part] = (dlogits @ w) * counts[part]
+                dw += (dlogits.T @ (h * counts[part].to(dtype)))[:vocab_size]
+        count = counts.sum().clamp(min=1)
         if with_gradient:
             ctx.save_for_backward(dx.div_(count), dw.div_(count))
         return loss / count
@@ -207,7 +208,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         dx, dw = ctx.saved_tensors
-        return dx * gradient, dw * gradient, None, None
+        return dx * gradient, dw * gradient, None, None, None
 
 
 class GPT(nn.Module):
@@ -263,7 +264,7 @@ class GPT(nn.Module):
         x, loss = self.hidden(idx), None
         if targets is not None:
             loss = LinearCrossEntropy.apply(x.view(-1, x.size(-1)), self.lm_head.weight, targets.reshape(-1),
-                                            self.cross_entropy_chunk)
+                                            self.cross_entropy_chunk, torch.is_grad_enabled())
         return (self.lm_head(x) if return_logits else None), loss
 
 
@@ -719,14 +720,9 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     say(f"matmul rate: {matmul_rate / 1e12:.4g} TFLOP/s measured on this device, the 100% of mfu")
     flops = flops_per_token(model, T)
 
-    signals = []
-
-    def on_signal(signum, frame):
-        signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
-
+    signals = []  # a repeated one changes nothing: torchrun passes on what a terminal has already sent to all
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, on_signal)
+        signal.signal(signum, lambda signum, frame: signals.append(signum))
 
     bar = tqdm(total=total_steps, initial=step, desc=config.mixer, disable=rank > 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 30)
@@ -760,6 +756,21 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             bar.set_postfix(loss=f"{loss:.4f}", tok_s=f"{rate:,.0f}", refresh=False)
             bar.update(done - bar.n)
 
+    def forward_backward(batches) -> Tensor | None:
+        """Losses (world, accumulation) of a step, gradients in the parameters; None if a signal came in between."""
+        losses = torch.zeros(world, accumulation, device=device)
+        for i, (x, y) in enumerate(batches):
+            if runtime.any_rank(bool(signals)):
+                return None  # the step has changed nothing yet: giving it up is quicker than waiting for its end
+            # gradients travel between ranks once a step
+            sync = contextlib.nullcontext() if world == 1 or i == accumulation - 1 else wrapped.no_sync()
+            with sync:
+                with runtime.autocast():
+                    _, loss = wrapped(x, y, return_logits=False)
+                (loss / accumulation).backward()
+            losses[rank, i] = loss.detach()
+        return losses
+
     def state() -> dict:
         return dict(model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers], step=step,
                     position=position, config=asdict(config), args=args.__dict__["to_save"],
@@ -770,13 +781,14 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     def wall_time() -> float:
         return time.perf_counter() - START
 
-    start_step, reached, status = step, None, 0
+    start_step, validated, reached, status = step, step if saved else None, None, 0
     while True:
         # validate, then save: a checkpoint's step is always one whose validation is done
         last, error, batches = step == total_steps, None, []
         due = last or (args.val_loss_every and step % args.val_loss_every == 0)
-        if due and not (saved and step == start_step):
+        if due and step != validated:
             flush()
+            validated = step
             val_loss = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, rank, world, device, runtime.autocast)
             say(f"step:{step}/{total_steps} val_loss:{val_loss:.4f} train_time:{train_time:.1f}s "
                 f"step_avg:{1000 * train_time / max(step, 1):.1f}ms wall_time:{past_wall + wall_time():.1f}s")
@@ -803,15 +815,9 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             break
 
         factor = learning_rate_factor(step, total_steps, args.warmup_iters, args.warmdown_iters)
-        losses = torch.zeros(world, accumulation, device=device)
-        for i, (x, y) in enumerate(batches):
-            # gradients travel between ranks once a step
-            sync = contextlib.nullcontext() if world == 1 or i == accumulation - 1 else wrapped.no_sync()
-            with sync:
-                with runtime.autocast():
-                    _, loss = wrapped(x, y, return_logits=False)
-                (loss / accumulation).backward()
-            losses[rank, i] = loss.detach()
+        losses = forward_backward(batches)
+        if losses is None:
+            continue
         grads = [p.grad for p in model.parameters()]
         grad_norm = torch.nn.utils.get_total_norm(grads)
         if args.grad_clip:
@@ -832,6 +838,8 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             arrived.record()
         flush()
         pending = (step + 1, position, factor, figures, arrived)
+        if arrived is None:
+            flush()  # nothing is asynchronous on a CPU
         step, position = step + 1, position + tokens_per_step
 
     bar.close()
@@ -900,15 +908,15 @@ DEFAULTS = dict(
     input_bin=None, input_val_bin=None, output_dir=None, model=None, mixer="afno", attn_layers=(), afno_form="filter",
     afno_num_blocks=8, afno_sparsity_threshold=0.01, afno_hard_thresholding_fraction=1.0, afno_filter_length=None,
     position="none", optimizer="adamw", learning_rate=0.0018, warmup_iters=None, warmdown_iters=None, weight_decay=0.1,
-    grad_clip=0.0, val_tokens=None, val_batch_size=None, save_every=128, target_val_loss=None, max_seconds=None,
+    grad_clip=0.0, val_tokens=None, val_batch_size=None, target_val_loss=None, max_seconds=None,
     seed=1337, device="auto", dtype=None, compile=None, resume=None, eval_only=False, generate=None,
     max_new_tokens=200, temperature=0.8, top_k=50,
 )
 DEVICE_DEFAULTS = {  # on a GPU the baseline's run, on a CPU what two cores do in minutes
     "cuda": dict(model="d12", batch_size=16, grad_accumulation_steps=32, sequence_length=1024, num_iterations=4768,
-                 val_loss_every=128, dtype="bfloat16", compile=1),
-    "cpu": dict(model="d4", batch_size=8, grad_accumulation_steps=1, sequence_length=256, num_iterations=400,
-                val_loss_every=100, dtype="float32", compile=0),
+                 val_loss_every=128, save_every=128, dtype="bfloat16", compile=1),
+    "cpu": dict(model="d4", batch_size=8, grad_accumulation_steps=1, sequence_length=256, num_iterations=120,
+                val_loss_every=60, save_every=60, dtype="float32", compile=0),
 }
 NOT_KEPT = ("output_dir", "device", "compile", "resume", "eval_only", "generate", "max_seconds", "max_new_tokens",
             "temperature", "top_k")  # flags that a checkpoint does not carry over to the run that loads it
@@ -943,12 +951,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(re.sub(r"^argument ", "", message))
 
 
-def parse_flags(argv: list[str], model_flags_only: bool = False) -> dict:
+def parse_flags(argv: list[str]) -> dict:
     """The flags that were given, and no others: {name: value}. Raises InputError."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
-    group = parser.add_argument_group("model")
-    add = group.add_argument
+    add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, help="size (default d12 on CUDA, d4 on a CPU)")
     add("--mixer", choices=MIXERS, help="what mixes tokens; attn is the baseline (default afno)")
     add("--attn_layers", type=layers, metavar="L,L", help="layers that keep attention when the mixer is afno (none)")
@@ -956,43 +963,44 @@ def parse_flags(argv: list[str], model_flags_only: bool = False) -> dict:
     add("--afno_form", choices=FORMS, help="construction of the operator (filter)")
     add("--afno_num_blocks", type=number(int, 1), metavar="N", help="diagonal blocks of AFNO's MLP (8)")
     add("--afno_sparsity_threshold", type=number(float, 0), metavar="X", help="soft-shrink of the response (0.01)")
-    add("--afno_hard_thresholding_fraction", type=number(float, above=0), metavar="X", help="share of the modes kept (1)")
+    add("--afno_hard_thresholding_fraction", type=number(float, above=0), metavar="X",
+        help="share of the modes kept (1)")
     add("--afno_filter_length", type=number(int, 1), metavar="K", help="taps (the sequence length)")
     add("--position", choices=POSITIONS, help="what is added to embeddings; attention has rotary anyway (none)")
+    add = parser.add_argument_group("device").add_argument
     add("--device", choices=("auto", "cuda", "cpu"), help="(auto: CUDA if there is any)")
     add("--dtype", choices=("bfloat16", "float32"), help="of autocast (bfloat16 on CUDA, float32 on a CPU)")
     add("--compile", type=int, choices=(0, 1), help="torch.compile, block by block (1 on CUDA, 0 on a CPU)")
     add("--seed", type=number(int, 0), metavar="N", help="of initialisation and sampling; the data order is fixed (1337)")
-    if not model_flags_only:
-        add = parser.add_argument_group("data and output").add_argument
-        add("--input_bin", metavar="GLOB", help="training shards (data/fineweb10B if present, else data/shakespeare)")
-        add("--input_val_bin", metavar="GLOB", help="validation shards (likewise)")
-        add("--output_dir", metavar="DIR", help="logs and checkpoints (runs/<time>-<model>-<mixer>)")
-        add = parser.add_argument_group("optimization").add_argument
-        add("--batch_size", type=number(int, 1), metavar="B", help="rows of a micro-batch on one device (16; CPU 8)")
-        add("--grad_accumulation_steps", type=number(int, 1), metavar="N",
-            help="micro-batches a step, over all ranks together (32; CPU 1)")
-        add("--num_iterations", type=number(int, 1), metavar="N", help="steps (4768; CPU 400)")
-        add("--optimizer", choices=("adamw", "muon"), help="muon: for the matrices of the blocks, AdamW for the rest (adamw)")
-        add("--learning_rate", type=number(float, above=0), metavar="X", help="of AdamW and Muon alike (0.0018)")
-        add("--warmup_iters", type=number(int, 0), metavar="N", help="rising (256/4768 of num_iterations)")
-        add("--warmdown_iters", type=number(int, 0), metavar="N", help="falling to zero (1024/4768 of num_iterations)")
-        add("--weight_decay", type=number(float, 0), metavar="X", help="on all parameters (0.1)")
-        add("--grad_clip", type=number(float, 0), metavar="X", help="largest gradient norm; 0 does not clip (0)")
-        add = parser.add_argument_group("evaluation and checkpoints").add_argument
-        add("--val_loss_every", type=number(int, 0), metavar="N", help="steps; 0: at the end only (128; CPU 100)")
-        add("--val_batch_size", type=number(int, 1), metavar="B", help="rows (as batch_size)")
-        add("--val_tokens", type=number(int, 1), metavar="N", help="targets, each of them counts (at most 1,048,576)")
-        add("--save_every", type=number(int, 0), metavar="N", help="steps; 0: at the end only (128)")
-        add("--target_val_loss", type=number(float, above=0), metavar="X", help="stop there and report the time")
-        add("--max_seconds", type=number(float, above=0), metavar="X", help="of wall clock; save, then stop")
-        add("--resume", metavar="auto|FILE", help="continue the newest checkpoint, or FILE; flags left out are its own")
-        add("--eval_only", action="store_true", help="validation loss of a checkpoint, at any --sequence_length")
-        add = parser.add_argument_group("generation").add_argument
-        add("--generate", metavar="TEXT", help="continue TEXT with a checkpoint")
-        add("--max_new_tokens", type=number(int, 1), metavar="N", help="(200)")
-        add("--temperature", type=number(float, 0), metavar="X", help="0: the likeliest token (0.8)")
-        add("--top_k", type=number(int, 1), metavar="N", help="sample among so many (50)")
+    add = parser.add_argument_group("data and output").add_argument
+    add("--input_bin", metavar="GLOB", help="training shards (data/fineweb10B if present, else data/shakespeare)")
+    add("--input_val_bin", metavar="GLOB", help="validation shards (likewise)")
+    add("--output_dir", metavar="DIR", help="logs and checkpoints (runs/<time>-<model>-<mixer>)")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--batch_size", type=number(int, 1), metavar="B", help="rows of a micro-batch on one device (16; CPU 8)")
+    add("--grad_accumulation_steps", type=number(int, 1), metavar="N",
+        help="micro-batches a step, over all ranks together (32; CPU 1)")
+    add("--num_iterations", type=number(int, 1), metavar="N", help="steps (4768; CPU 120)")
+    add("--optimizer", choices=("adamw", "muon"), help="muon: for the matrices of the blocks, AdamW for the rest (adamw)")
+    add("--learning_rate", type=number(float, above=0), metavar="X", help="of AdamW and Muon alike (0.0018)")
+    add("--warmup_iters", type=number(int, 0), metavar="N", help="rising (256/4768 of num_iterations)")
+    add("--warmdown_iters", type=number(int, 0), metavar="N", help="falling to zero (1024/4768 of num_iterations)")
+    add("--weight_decay", type=number(float, 0), metavar="X", help="on all parameters (0.1)")
+    add("--grad_clip", type=number(float, 0), metavar="X", help="largest gradient norm; 0 does not clip (0)")
+    add = parser.add_argument_group("evaluation and checkpoints").add_argument
+    add("--val_loss_every", type=number(int, 0), metavar="N", help="steps; 0: at the end only (128; CPU 60)")
+    add("--val_batch_size", type=number(int, 1), metavar="B", help="rows (as batch_size)")
+    add("--val_tokens", type=number(int, 1), metavar="N", help="targets, each of them counts (at most 1,048,576)")
+    add("--save_every", type=number(int, 0), metavar="N", help="steps; 0: at the end only (128; CPU 60)")
+    add("--target_val_loss", type=number(float, above=0), metavar="X", help="stop there and report the time")
+    add("--max_seconds", type=number(float, above=0), metavar="X", help="of wall clock; save, then stop")
+    add("--resume", metavar="auto|FILE", help="continue the newest checkpoint, or FILE; flags left out are its own")
+    add("--eval_only", action="store_true", help="validation loss of a checkpoint, at any --sequence_length")
+    add = parser.add_argument_group("generation").add_argument
+    add("--generate", metavar="TEXT", help="continue TEXT with a checkpoint")
+    add("--max_new_tokens", type=number(int, 1), metavar="N", help="(200)")
+    add("--temperature", type=number(float, 0), metavar="X", help="0: the likeliest token (0.8)")
+    add("--top_k", type=number(int, 1), metavar="N", help="sample among so many (50)")
     return vars(parser.parse_args(argv))
 
 
