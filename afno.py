@@ -62,7 +62,10 @@ def complex_soft_shrink(z: Complex, threshold: float) -> Complex:
 def toeplitz(x: Tensor) -> Tensor:
     """(..., n) -> (..., n, n), lower triangular: out[t, s] = x[t - s] where t >= s, else an exact zero."""
     n = x.size(-1)
-    return F.pad(x, (n - 1, 0)).unfold(-1, n, 1).flip(-1)
+    # Rows of 2n numbers (x, then zeros), read on as rows of 2n - 1: each row begins one place later than the one
+    # before. Only copies and views: the gradient is a plain sum, where unfold's would be a scatter.
+    rows = F.pad(x, (0, n)).unsqueeze(-2).expand(*x.shape[:-1], n, 2 * n).flatten(-2)
+    return rows[..., : n * (2 * n - 1)].unflatten(-1, (n, 2 * n - 1))[..., :n].mT
 
 
 def odd_dft(block: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,9 +120,10 @@ def causal_conv(u: Tensor, taps: Tensor) -> Tensor:
     x = F.pad(u, (0, 0, 0, n * b - T)).view(B, n, b, G, C // G).permute(3, 2, 1, 0, 4).reshape(G, b, -1)
     y = near.to(x.dtype) @ x
     if n > 1:
-        spectra = forward[:, :b].to(x.dtype) @ x  # (G, 2b, n * B * C/G), rows (w, re/im)
+        # expand: otherwise matmul would fold filters and columns together, through transposed copies of x
+        spectra = forward[:, :b].to(x.dtype).expand(G, -1, -1) @ x  # (G, 2b, n * B * C/G), rows (w, re/im)
         mixed = mix.to(x.dtype) @ spectra.view(G * b, 2 * n, -1)
-        y = y + inverse.to(x.dtype) @ mixed.view(G, 2 * b, -1)
+        y = y + inverse.to(x.dtype).expand(G, -1, -1) @ mixed.view(G, 2 * b, -1)
     return y.view(G, b, n, B, C // G).permute(3, 2, 1, 0, 4).reshape(B, n * b, C)[:, :T]
 
 

@@ -230,6 +230,7 @@ class GPT(nn.Module):
         """Compile block by block (alike layers share one compilation, so it takes seconds) and the loss."""
         # The one complex number in a block, the input of irfft, runs as it would without compilation.
         warnings.filterwarnings("ignore", message=".*does not support code generation for complex operators")
+        warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores")  # fp32 is to mean fp32
         torch._dynamo.config.recompile_limit = 64  # attention and AFNO, training and evaluation, full and short batch
         for block in self.transformer.h:
             block.compile(dynamic=False)
@@ -443,24 +444,45 @@ class FallbackMuon(torch.optim.Optimizer):
 
 
 class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
-    """Muon over 2-D views of parameters: stacked projections and 3-D block weights are orthogonalised one by one."""
+    """Muon over 2-D views of parameters: stacked projections and 3-D block weights are orthogonalised one by one.
+
+    On a GPU the second step is recorded as a CUDA graph, which the later ones replay: thousands of small kernels,
+    launched one by one, would take the host longer than forward and backward pass take the GPU. A graph's numbers
+    are fixed, but the update is affine in the learning rate: the graph makes the step for a learning rate of 1
+    and goes the fraction lr of that way.
+    """
 
     def __init__(self, stacks: list[tuple[nn.Parameter, int]], **options):
         """stacks: (parameter, how many equal matrices are stacked along its rows)."""
         self.stacks = [(p, p.detach().flatten(0, -2).chunk(n)) for p, n in stacks]
         super().__init__([matrix for _, matrices in self.stacks for matrix in matrices],
                          adjust_lr_fn="match_rms_adamw", **options)
+        self.steps, self.graph, self.fraction = 0, None, torch.zeros((), device=stacks[0][0].device)
 
+    @torch.no_grad()
     def step(self):
-        for p, matrices in self.stacks:
-            for matrix, gradient in zip(matrices, p.grad.flatten(0, -2).chunk(len(matrices))):
-                matrix.grad = gradient
-        super().step()
+        (group,) = self.param_groups
+        self.steps += 1
+        if self.steps == 1 or not self.fraction.is_cuda:  # the first step also makes the state that a graph needs
+            for p, matrices in self.stacks:
+                for matrix, gradient in zip(matrices, p.grad.flatten(0, -2).chunk(len(matrices))):
+                    matrix.grad = gradient
+            super().step()
+            return
+        if self.graph is None:
+            self.graph, lr, group["lr"] = torch.cuda.CUDAGraph(), group["lr"], 1.0
+            with torch.cuda.graph(self.graph):
+                begin = [p.clone() for p, _ in self.stacks]
+                super().step()
+                for p_begin, (p, _) in zip(begin, self.stacks):
+                    p.copy_(p_begin.lerp_(p, self.fraction))
+            group["lr"] = lr
+        self.fraction.fill_(group["lr"])
+        self.graph.replay()
 
     def zero_grad(self):
-        super().zero_grad()
         for p, _ in self.stacks:
-            p.grad = None
+            p.grad.zero_()  # in place: a graph reads its inputs where they were
 
 
 def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
