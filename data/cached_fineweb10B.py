@@ -56,7 +56,7 @@ def main():
         from tqdm import tqdm
 
         OUT.mkdir(parents=True, exist_ok=True)
-        for name in tqdm(missing, desc="FineWeb shards"):
+        for name in tqdm(missing, desc="FineWeb shards", disable=None):
             fetch(name, hf_hub_download)
     print(f"{OUT.relative_to(ROOT)}: {len(names)} shards, {len(missing)} of them new")
 

