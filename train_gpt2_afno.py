@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -322,7 +323,7 @@ class TokenStream:
     def __init__(self, pattern: str, vocab_size: int, flag: str):
         self.paths, self.vocab_size = sorted(glob.glob(pattern)), vocab_size
         if not self.paths:
-            raise InputError(f"--{flag}: no shard matches {pattern} (see data/ for how to make some)")
+            raise InputError(f"--{flag}: no shard matches {relative(pattern)} (see data/ for how to make some)")
         self.shards = [read_bin(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
 
@@ -374,7 +375,8 @@ class TrainLoader:
         self.ahead = self.thread.submit(self.load, position)
 
     def load(self, position: int) -> tuple[Tensor, Tensor]:
-        tokens = self.stream.read(position + self.rank * self.B * self.T, self.B * self.T + 1)
+        # all ranks' tokens, though only a part is used: so a bad one stops every rank, with one message
+        tokens = self.stream.read(position, self.stride + 1)[self.rank * self.B * self.T :][: self.B * self.T + 1]
         return tuple(to_device(part.view(self.B, self.T), self.device) for part in (tokens[:-1], tokens[1:]))
 
     def next(self) -> tuple[Tensor, Tensor]:
@@ -385,23 +387,29 @@ class TrainLoader:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, stream: TokenStream, val_tokens: int, B: int, T: int, rank: int, world: int, device, autocast):
+def evaluate(model: GPT, stream: TokenStream, val_tokens: int, B: int, T: int, runtime: "Runtime",
+             interrupted=lambda: False) -> float | None:
     """Mean loss over the first `val_tokens` targets of the stream, every one of them, in windows of T tokens.
 
     The last row and the last batch are filled up with targets that do not count, so all batches have one shape.
+    None as soon as interrupted() says so, which it does to all ranks at once.
     """
+    device = runtime.device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    batches = -(-val_tokens // (B * T))
-    for batch in range(rank, batches, world):
-        begin = batch * B * T
+    for first in range(0, val_tokens, runtime.world * B * T):
+        if interrupted():
+            return None
+        begin = first + runtime.rank * B * T
+        if begin >= val_tokens:
+            continue
         count = min(B * T, val_tokens - begin)
         tokens = F.pad(stream.read(begin, count + 1), (0, B * T - count))
         targets = tokens[1:].clone()
         targets[count:] = -1
-        with autocast():
+        with runtime.autocast():
             _, loss = model(to_device(tokens[:-1].view(B, T), device), to_device(targets.view(B, T), device), False)
         total += loss.double() * count
-    if world > 1:
+    if runtime.world > 1:
         dist.all_reduce(total)
     return total.item() / val_tokens
 
@@ -520,7 +528,21 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Newest first."""
-        return sorted(self.folder.glob("state_step*.pt"), key=lambda path: int(re.sub(r"\D", "", path.name)), reverse=True)
+        found = [path for path in self.folder.glob("state_step*.pt") if re.fullmatch(r"state_step\d+\.pt", path.name)]
+        return sorted(found, key=self.step_of, reverse=True)
+
+    @staticmethod
+    def step_of(path: Path) -> int:
+        return int(re.sub(r"\D", "", path.name))
+
+    def set_aside_after(self, step: int, log):
+        """Rename the checkpoints later than `step`: a run that goes on from there must not take them for its own."""
+        for path in self.paths():
+            if self.step_of(path) > step:
+                path.replace(path.with_suffix(".pt.abandoned"))
+                log(f"{path.name} is set aside as {path.name}.abandoned, step {step} is the last that counts")
+        for part in self.folder.glob("state_step*.pt.part"):
+            part.unlink()  # of a run that was killed while saving
 
     def save(self, state: dict):
         path = self.folder / f"state_step{state['step']:06d}.pt"
@@ -536,16 +558,26 @@ class Checkpoints:
             os.close(descriptor)
         except (OSError, RuntimeError) as error:  # torch.save turns some write errors into RuntimeError
             part.unlink(missing_ok=True)
-            kept = self.paths()
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise InputError(f"--output_dir: cannot write {path.name}: {reason}; "
-                             f"last checkpoint: {kept[0].name if kept else 'none yet'}") from None
+            cause = error if isinstance(error, OSError) else error.__context__
+            reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+            raise InputError(f"--output_dir: cannot write {path.name}: {reason}; checkpoints kept: {self.kept()}") from None
         for old in self.paths()[2:]:
             old.unlink()
 
+    def kept(self) -> str:
+        return ", ".join(path.name for path in self.paths()) or "none"
+
     @staticmethod
     def load(path: Path) -> dict:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        """Raises an exception of any kind if the file is not a whole and sound checkpoint of this trainer."""
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():
+                raise ValueError(f"checksum of {bad} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := {"model", "optimizers", "step", "position", "config", "args", "rng"} - set(state):
+            raise ValueError(f"not a checkpoint of this trainer, {min(missing)} is missing")
+        GPTConfig(**state["config"])
+        return state
 
     def newest(self, log) -> dict:
         """The newest one that can be read; says which ones cannot."""
@@ -553,9 +585,12 @@ class Checkpoints:
             try:
                 return self.load(path)
             except Exception as error:  # a truncated archive fails in many ways
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                log(f"warning: {path.name} cannot be read ({reason}): trying the one before")
+                log(f"warning: {path.name} cannot be read ({first_line(error)}): trying the one before")
         raise InputError(f"--resume: no readable checkpoint state_step*.pt in {self.folder}")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # -----------------------------------------------------------------------------
@@ -571,39 +606,49 @@ class RunLog:
     """train.log (full source, command, versions, then all that is printed) and metrics.jsonl of one run."""
 
     def __init__(self, folder: Path, resumed_step: int | None):
-        self.metrics_path = folder / "metrics.jsonl"
-        try:
+        self.folder, self.validated = folder, None  # the resumed step, if its validation is among the metrics
+        with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
             if resumed_step is not None:
                 self.cut_back(resumed_step)
             self.text = open(folder / "train.log", "a", encoding="utf-8")
-            self.metrics = open(self.metrics_path, "a", encoding="utf-8")
+            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+            if resumed_step is None:
+                for name in ("train_gpt2_afno.py", "afno.py"):
+                    self.text.write(f"{'=' * 100}\n{name}\n{'=' * 100}\n{(ROOT / name).read_text(encoding='utf-8')}")
+                self.text.write("=" * 100 + "\n")
+
+    @contextlib.contextmanager
+    def errors(self):
+        try:
+            yield
         except OSError as error:
-            raise InputError(f"--output_dir {folder} is not writable: {error.strerror}") from None
-        if resumed_step is None:
-            for name in ("train_gpt2_afno.py", "afno.py"):
-                self.text.write(f"{'=' * 100}\n{name}\n{'=' * 100}\n{(ROOT / name).read_text(encoding='utf-8')}")
-            self.text.write("=" * 100 + "\n")
+            raise InputError(f"--output_dir {self.folder} is not writable: {error.strerror}; "
+                             f"checkpoints kept: {Checkpoints(self.folder).kept()}") from None
 
     def cut_back(self, step: int):
-        """Drop what was logged after `step` (it will be done again), and a last line that a crash cut off."""
-        kept = []
-        if self.metrics_path.exists():
-            for line in self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True):
-                with contextlib.suppress(json.JSONDecodeError):
-                    if json.loads(line)["step"] <= step and line.endswith("\n"):
-                        kept.append(line)
-        part = self.metrics_path.with_suffix(".jsonl.part")
+        """Drop what was logged after `step` (it will be done again), summaries, and a last line that a crash cut off."""
+        path, kept = self.folder / "metrics.jsonl", []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):
+                values = json.loads(line)
+                if line.endswith("\n") and values["step"] <= step and "wall_clock_time_to_target_loss" not in values:
+                    kept.append(line)
+                    if values["step"] == step and "val_loss" in values:
+                        self.validated = step
+        part = path.with_suffix(".jsonl.part")
         part.write_text("".join(kept), encoding="utf-8")
-        part.replace(self.metrics_path)
+        part.replace(path)
 
     def line(self, text: str):
-        self.text.write(text + "\n")
-        self.text.flush()
+        with self.errors():
+            self.text.write(text + "\n")
+            self.text.flush()
 
     def metric(self, **values):
-        self.metrics.write(json.dumps(values) + "\n")
-        self.metrics.flush()
+        with self.errors():
+            self.metrics.write(json.dumps(values) + "\n")
+            self.metrics.flush()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -666,15 +711,34 @@ class Runtime:
         return flags.item() > 0
 
 
-def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_dir: Path):
+@contextlib.contextmanager
+def caught_signals():
+    """Yields a list that grows by every SIGINT and SIGTERM, which otherwise do nothing.
+
+    So a repeated one is harmless: torchrun passes on to its processes what a terminal has already sent to all.
+    """
+    signals = []
+    before = {signum: signal.signal(signum, lambda signum, frame: signals.append(signum))
+              for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_dir: Path, signals: list[int]) -> int:
     """Train until num_iterations, target_val_loss, max_seconds or a signal; returns the exit status."""
+    from tqdm import tqdm
+
     device, rank, world = runtime.device, runtime.rank, runtime.world
     B, T, total_steps = args.batch_size, config.sequence_length, args.num_iterations
     accumulation = args.grad_accumulation_steps // world
+    tokens_per_step = B * T * args.grad_accumulation_steps
     if args.grad_accumulation_steps % world:
         raise InputError(f"--grad_accumulation_steps must be a multiple of the {world} ranks, "
                          f"got {args.grad_accumulation_steps}")
-    step = saved["step"] if saved else 0
+    step, position = (saved["step"], saved["position"]) if saved else (0, 0)  # updates done, tokens consumed
     if step > total_steps:
         raise InputError(f"--num_iterations must be >= {step}, the step of the checkpoint, got {total_steps}")
 
@@ -682,7 +746,6 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     stream = TokenStream(args.input_bin, config.vocab_size, "input_bin")
     val_stream = TokenStream(args.input_val_bin, config.vocab_size, "input_val_bin")
     val_tokens = count_val_tokens(args, val_stream)
-    position = saved["position"] if saved else 0
     loader = TrainLoader(stream, B, T, position, rank, world, device)
 
     log = RunLog(output_dir, step if saved else None) if rank == 0 else None
@@ -693,19 +756,20 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             tqdm.write(text)
             log.line(text)
 
-    from tqdm import tqdm
-
     say(f"command: {relative(shlex.join(sys.argv))}" + (f", resumed at step {step}" if saved else ""))
+    if rank == 0:
+        checkpoints.set_aside_after(step, say)
     gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if device.type == "cuda" else "CPU"
     say(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {world} x {gpu}, {torch.get_num_threads()} threads")
 
+    # model and optimizers
     torch.manual_seed(args.seed)
     model = GPT(config).to(device)
     optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
     train_time = compile_time = past_wall = 0.0
     if saved:
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        model.load_state_dict(saved.pop("model"))
+        for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
             optimizer.load_state_dict(state)
         torch.set_rng_state(saved["rng"]["cpu"])
         if device.type == "cuda" and saved["rng"]["cuda"] is not None:
@@ -716,13 +780,13 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         f"position {config.position}")
     say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens; validation: {relative(args.input_val_bin)}, "
         f"{val_tokens:,} targets of {len(val_stream) - 1:,}")
-    tokens_per_step = B * T * args.grad_accumulation_steps
     say(f"steps: {total_steps} of {tokens_per_step:,} tokens ({args.grad_accumulation_steps} x {B} x {T}); "
         f"optimizer {args.optimizer}, learning rate {args.learning_rate}, warmup {args.warmup_iters}, "
         f"warmdown {args.warmdown_iters}, weight decay {args.weight_decay}, grad clip {args.grad_clip}")
     say(f"device: {device.type}, {str(runtime.dtype).removeprefix('torch.')}, compile {int(runtime.compile)}; "
         f"output: {relative(str(output_dir))}")
 
+    # causality check and compilation, before the clock starts
     begin = time.perf_counter()
     if runtime.compile:
         model.compile()
@@ -742,14 +806,39 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     say(f"matmul rate: {matmul_rate / 1e12:.4g} TFLOP/s measured on this device, the 100% of mfu")
     flops = flops_per_token(model, T)
 
-    signals = []  # a repeated one changes nothing: torchrun passes on what a terminal has already sent to all
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, frame: signals.append(signum))
-
     bar = tqdm(total=total_steps, initial=step, desc=config.mixer, disable=rank > 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 30)
     pending = None  # the figures of the last step, on their way to the host
     mark = time.perf_counter()
+
+    def wall_time() -> float:
+        return past_wall + time.perf_counter() - START
+
+    def interrupted() -> bool:
+        return runtime.any_rank(bool(signals))
+
+    def forward_backward(batches) -> Tensor | None:
+        """Losses (world, accumulation) of a step, gradients in the parameters; None if a signal came in between."""
+        losses = torch.zeros(world, accumulation, device=device)
+        for i, (x, y) in enumerate(batches):
+            if interrupted():
+                return None  # the step has changed nothing yet: giving it up is quicker than waiting for its end
+            # gradients travel between ranks once a step
+            sync = contextlib.nullcontext() if world == 1 or i == accumulation - 1 else wrapped.no_sync()
+            with sync:
+                with runtime.autocast():
+                    _, loss = wrapped(x, y, return_logits=False)
+                (loss / accumulation).backward()
+            losses[rank, i] = loss.detach()
+        return losses
+
+    def diverged(at: int, what: str, bad_weights: int):
+        """Stop; checkpoints from step `bad_weights` on hold the weights that gave this: they are not resumed from."""
+        if rank == 0:
+            checkpoints.set_aside_after(bad_weights - 1, say)
+        message = f"step {at}: {what}; checkpoints kept: {checkpoints.kept()}"
+        say(f"error: {message}")
+        raise Diverged(message)
 
     def flush():
         """Log the pending step; by now its successor is already queued, so waiting for it does not stall the GPU."""
@@ -767,76 +856,62 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None or not math.isfinite(grad_norm):
             what = f"loss {losses[bad]}" if bad is not None else f"gradient norm {grad_norm}"
-            kept = checkpoints.paths()
-            raise Diverged(f"step {done}: {what}, micro-batch at {stream.where(began_at + (bad or 0) * B * T)}; "
-                           f"last good checkpoint: {kept[0].name if kept else 'none'}")
+            diverged(done, f"{what}, micro-batch at {stream.where(began_at + (bad or 0) * B * T)}",
+                     done - 1 if bad is not None else done)
         if rank == 0:
             loss, rate = sum(losses) / len(losses), tokens_per_step / seconds
-            log.metric(step=done, tokens=done * tokens_per_step, train_loss=loss, lr=factor * args.learning_rate,
+            log.metric(step=done, tokens=began_at + tokens_per_step, train_loss=loss, lr=factor * args.learning_rate,
                        grad_norm=grad_norm, tokens_per_s=rate, mfu=rate * flops / matmul_rate,
                        train_time_s=train_time, peak_memory_bytes=peak_memory(device))
             bar.set_postfix(loss=f"{loss:.4f}", tok_s=f"{rate:,.0f}", refresh=False)
             bar.update(done - bar.n)
 
-    def forward_backward(batches) -> Tensor | None:
-        """Losses (world, accumulation) of a step, gradients in the parameters; None if a signal came in between."""
-        losses = torch.zeros(world, accumulation, device=device)
-        for i, (x, y) in enumerate(batches):
-            if runtime.any_rank(bool(signals)):
-                return None  # the step has changed nothing yet: giving it up is quicker than waiting for its end
-            # gradients travel between ranks once a step
-            sync = contextlib.nullcontext() if world == 1 or i == accumulation - 1 else wrapped.no_sync()
-            with sync:
-                with runtime.autocast():
-                    _, loss = wrapped(x, y, return_logits=False)
-                (loss / accumulation).backward()
-            losses[rank, i] = loss.detach()
-        return losses
+    def save():
+        nonlocal saved_step, mark
+        if saved_step == step:
+            return
+        flush()
+        if rank == 0:
+            rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if device.type == "cuda" else None)
+            checkpoints.save(dict(
+                model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers], step=step,
+                position=position, rng=rng, config=asdict(config), args=args.to_save, train_time_s=train_time,
+                compile_time_s=compile_time, wall_time_s=wall_time()))
+        saved_step, mark = step, time.perf_counter()  # the clock excludes saving
 
-    def state() -> dict:
-        return dict(model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers], step=step,
-                    position=position, config=asdict(config), args=args.__dict__["to_save"],
-                    rng=dict(cpu=torch.get_rng_state(),
-                             cuda=torch.cuda.get_rng_state() if device.type == "cuda" else None),
-                    train_time_s=train_time, compile_time_s=compile_time, wall_time_s=past_wall + wall_time())
-
-    def wall_time() -> float:
-        return time.perf_counter() - START
-
-    start_step, validated, reached, status = step, step if saved else None, None, 0
+    saved_step = step if saved and any(checkpoints.step_of(path) == step for path in checkpoints.paths()) else None
+    validated = step if runtime.any_rank(rank == 0 and log.validated is not None) else None
+    reached = error = None
     while True:
-        # validate, then save: a checkpoint's step is always one whose validation is done
-        last, error, batches = step == total_steps, None, []
-        due = last or (args.val_loss_every and step % args.val_loss_every == 0)
-        if due and step != validated:
+        last = step == total_steps
+        if step == 0 or last or (args.save_every and step % args.save_every == 0):
+            save()  # before the validation, whose failure then costs nothing
+        if step != validated and (last or (args.val_loss_every and step % args.val_loss_every == 0)):
             flush()
-            validated = step
-            val_loss = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, rank, world, device, runtime.autocast)
-            say(f"step:{step}/{total_steps} val_loss:{val_loss:.4f} train_time:{train_time:.1f}s "
-                f"step_avg:{1000 * train_time / max(step, 1):.1f}ms wall_time:{past_wall + wall_time():.1f}s")
-            if rank == 0:
-                log.metric(step=step, tokens=step * tokens_per_step, val_loss=val_loss, train_time_s=train_time,
-                           wall_time_s=past_wall + wall_time())
-            if not math.isfinite(val_loss):
-                raise Diverged(f"step {step}: validation loss {val_loss}")
-            if args.target_val_loss is not None and val_loss <= args.target_val_loss:
-                reached = train_time
+            val_loss = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, runtime, interrupted)
+            if val_loss is not None:
+                validated = step
+                say(f"step:{step}/{total_steps} val_loss:{val_loss:.4f} train_time:{train_time:.1f}s "
+                    f"step_avg:{1000 * train_time / max(step, 1):.1f}ms wall_time:{wall_time():.1f}s")
+                if not math.isfinite(val_loss):
+                    diverged(step, f"validation loss {val_loss}", step)
+                if rank == 0:
+                    log.metric(step=step, tokens=position, val_loss=val_loss, train_time_s=train_time,
+                               wall_time_s=wall_time())
+                if args.target_val_loss is not None and val_loss <= args.target_val_loss:
+                    reached = train_time
             mark = time.perf_counter()  # the clock excludes validation
+        batches = []
         if not last and reached is None:
             try:  # all of the step's data before any of its work
                 batches = [loader.next() for _ in range(accumulation)]
             except InputError as bad_data:
                 error = bad_data
-        late = args.max_seconds is not None and wall_time() > args.max_seconds
-        stop = runtime.any_rank(bool(signals) or late or error is not None or reached is not None) or last
-        if stop or (args.save_every and step % args.save_every == 0 and step > start_step):
-            flush()
-            if rank == 0:
-                checkpoints.save(state())
-        if stop:
+        late = args.max_seconds is not None and time.perf_counter() - START > args.max_seconds
+        if runtime.any_rank(bool(signals) or late) or last or reached is not None or error is not None:
+            save()
             break
 
-        factor = learning_rate_factor(step, total_steps, args.warmup_iters, args.warmdown_iters)
         losses = forward_backward(batches)
         if losses is None:
             continue
@@ -844,6 +919,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         grad_norm = torch.nn.utils.get_total_norm(grads)
         if args.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.grad_clip, grad_norm)
+        factor = learning_rate_factor(step, total_steps, args.warmup_iters, args.warmdown_iters)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = factor * args.learning_rate
@@ -851,12 +927,10 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             optimizer.zero_grad()
         if world > 1:
             dist.all_reduce(losses)
-        figures = torch.cat((losses.T.flatten(), grad_norm.view(1)))  # in the order of the stream
-        arrived = None
+        figures, arrived = torch.cat((losses.T.flatten(), grad_norm.view(1))), None  # in the order of the stream
         if device.type == "cuda":
             host = torch.empty(figures.shape, pin_memory=True)
-            figures = host.copy_(figures, non_blocking=True)
-            arrived = torch.cuda.Event()
+            figures, arrived = host.copy_(figures, non_blocking=True), torch.cuda.Event()
             arrived.record()
         flush()
         pending = (step + 1, position, factor, figures, arrived)
@@ -870,20 +944,18 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     if signals:
         say(f"stopped by {signal.Signals(signals[0]).name} at step {step}; go on with --output_dir "
             f"{relative(str(output_dir))} --resume auto")
-        status = 128 + signals[0]
-    elif late:
+    elif late and not last:
         say(f"stopped by --max_seconds {args.max_seconds:g} at step {step}")
-    summary = dict(tokens_per_s=step * tokens_per_step / train_time if train_time else 0.0,
-                   peak_memory_usage=peak_memory(device), train_time_s=train_time,
-                   train_time_with_compilation_s=train_time + compile_time, wall_time_s=past_wall + wall_time(),
-                   wall_clock_time_to_target_loss=reached)
+    summary = dict(tokens_per_s=position / train_time if train_time else 0.0, peak_memory_usage=peak_memory(device),
+                   train_time_s=train_time, train_time_with_compilation_s=train_time + compile_time,
+                   wall_time_s=wall_time(), wall_clock_time_to_target_loss=reached)
+    to_target = f"{reached:.1f} s" if reached is not None else "not reached" if args.target_val_loss else "no target"
     say(f"tokens/s: {summary['tokens_per_s']:,.0f}  peak_memory_usage: {summary['peak_memory_usage'] / 2**20:,.0f} MiB  "
         f"train_time: {train_time:.1f} s, {train_time + compile_time:.1f} s with compilation  "
-        f"wall_clock_time_to_target_loss: " + (f"{reached:.1f} s" if reached is not None else "not reached"
-                                               if args.target_val_loss else "no --target_val_loss"))
+        f"wall_clock_time_to_target_loss: {to_target}")
     if rank == 0:
         log.metric(step=step, **summary)
-    return status
+    return 128 + signals[0] if signals else 0
 
 
 def count_val_tokens(args, val_stream: TokenStream) -> int:
@@ -893,7 +965,10 @@ def count_val_tokens(args, val_stream: TokenStream) -> int:
         raise InputError("--input_val_bin holds one token, validation needs two")
     if args.val_tokens is not None and args.val_tokens > most:
         raise InputError(f"--val_tokens must be <= {most}, the targets in --input_val_bin, got {args.val_tokens}")
-    return args.val_tokens or min(1_048_576, most)
+    val_tokens = args.val_tokens or min(1_048_576, most)
+    for begin in range(0, val_tokens, 1 << 20):  # a bad token should not wait for the first validation
+        val_stream.read(begin, min(1 << 20, val_tokens + 1 - begin))
+    return val_tokens
 
 
 # -----------------------------------------------------------------------------
@@ -916,7 +991,8 @@ def generate(model: GPT, text: str, args, T: int, runtime: Runtime):
             token = int(logits.argmax())
         else:
             top = logits.topk(min(args.top_k, len(logits)))
-            chosen = torch.multinomial(F.softmax(top.values / args.temperature, -1), 1, generator=generator)
+            scores = (top.values - top.values.max()) / args.temperature  # <= 0: no temperature is too low
+            chosen = torch.multinomial(F.softmax(scores, -1), 1, generator=generator)
             token = int(top.indices[chosen])
         tokens.append(token)
         print(decoder.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
@@ -940,22 +1016,24 @@ DEVICE_DEFAULTS = {  # on a GPU the baseline's run, on a CPU what two cores do i
     "cpu": dict(model="d4", batch_size=8, grad_accumulation_steps=1, sequence_length=256, num_iterations=120,
                 val_loss_every=60, save_every=60, dtype="float32", compile=0),
 }
+DATA_FLAGS = ("input_bin", "input_val_bin")
 NOT_KEPT = ("output_dir", "device", "compile", "resume", "eval_only", "generate", "max_seconds", "max_new_tokens",
             "temperature", "top_k")  # flags that a checkpoint does not carry over to the run that loads it
 
 
-def number(kind, at_least=None, above=None):
+def number(kind, at_least=-math.inf, above=-math.inf, below=math.inf):
     """An argparse type that knows its range."""
+    bounds = [f">= {at_least}"] * (at_least > -math.inf) + [f"> {above}"] * (above > -math.inf) + \
+        [f"< {below}"] * (below < math.inf)
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if (at_least is not None and not value >= at_least) or (above is not None and not value > above):
-            word = "an integer" if kind is int else "a number"
-            bound = f">= {at_least}" if at_least is not None else f"> {above}"
-            raise argparse.ArgumentTypeError(f"must be {word} {bound}, got {text}")
+        if not (value >= at_least and above < value < below):
+            word = "an integer" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f"must be {word} {' and '.join(bounds)}, got {text}")
         return value
 
     return parse
@@ -993,7 +1071,7 @@ def parse_flags(argv: list[str]) -> dict:
     add("--device", choices=("auto", "cuda", "cpu"), help="(auto: CUDA if there is any)")
     add("--dtype", choices=("bfloat16", "float32"), help="of autocast (bfloat16 on CUDA, float32 on a CPU)")
     add("--compile", type=int, choices=(0, 1), help="torch.compile, block by block (1 on CUDA, 0 on a CPU)")
-    add("--seed", type=number(int, 0), metavar="N", help="of initialisation and sampling; the data order is fixed (1337)")
+    add("--seed", type=number(int, 0, below=2**63), metavar="N", help="of initialisation and sampling; the data order is fixed (1337)")
     add = parser.add_argument_group("data and output").add_argument
     add("--input_bin", metavar="GLOB", help="training shards (data/fineweb10B if present, else data/shakespeare)")
     add("--input_val_bin", metavar="GLOB", help="validation shards (likewise)")
@@ -1034,6 +1112,18 @@ def model_fields(values: dict) -> dict:
     return chosen
 
 
+def choose_data(flags: dict, values: dict) -> dict:
+    """Absolute patterns of the shards: the flags' (relative to here), a checkpoint's (to the repository), a default."""
+    given = {name: values[name] for name in DATA_FLAGS if values[name] is not None}
+    if len(given) == 1:
+        raise InputError("--input_bin and --input_val_bin go together, one is missing")
+    if given:
+        return {name: os.path.abspath(value if name in flags else ROOT / value) for name, value in given.items()}
+    fineweb = str(ROOT / "data/fineweb10B/fineweb_{}_*.bin")
+    chosen = fineweb if glob.glob(fineweb.format("train")) else str(ROOT / "data/shakespeare/{}_*.bin")
+    return {name: chosen.format(part) for name, part in zip(DATA_FLAGS, ("train", "val"))}
+
+
 def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no CUDA device; use cpu or auto")
@@ -1047,8 +1137,7 @@ def find_checkpoint(flags: dict, say) -> tuple[dict, Path]:
         try:
             return Checkpoints.load(Path(source)), Path(flags.get("output_dir", Path(source).parent))
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"--resume {source}: no readable checkpoint ({reason})") from None
+            raise InputError(f"--resume {source}: no readable checkpoint ({first_line(error)})") from None
     if "output_dir" in flags:
         folder = Path(flags["output_dir"])
     else:
@@ -1073,6 +1162,7 @@ def main(argv: list[str]) -> int:
     if only_read or "resume" in flags:
         saved, folder = find_checkpoint(flags, say)
     values = {**DEFAULTS, **DEVICE_DEFAULTS[device.type], **(saved["args"] if saved else {}), **flags}
+    values.update(choose_data(flags, values))
     if saved:
         config = GPTConfig(**saved["config"])
         asked = GPTConfig(**{**saved["config"], **model_fields(flags)})
@@ -1081,29 +1171,25 @@ def main(argv: list[str]) -> int:
         if values["optimizer"] != saved["args"]["optimizer"]:
             differing["optimizer"] = (saved["args"]["optimizer"], values["optimizer"])
         if differing:
-            raise InputError("--resume: a checkpoint of another config: " + ", ".join(
+            raise InputError(f"{relative(str(folder))}: a checkpoint of another config: " + ", ".join(
                 f"{name} is {old} there, the flags say {new}" for name, (old, new) in differing.items()))
     else:
         config = GPTConfig(**model_fields(values))
         T = config.sequence_length
         default = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{values['model']}-{values['mixer']}"
         folder = Path(flags.get("output_dir", ROOT / default))
-        if rank == 0 and Checkpoints(folder).paths():
+        metrics = folder / "metrics.jsonl"
+        if rank == 0 and (Checkpoints(folder).paths() or metrics.is_file() and metrics.stat().st_size):
             raise InputError(f"--output_dir {relative(str(folder))} holds a run: add --resume auto, or name another")
     values["sequence_length"] = config.sequence_length
 
-    args = argparse.Namespace(**values, to_save={k: v for k, v in values.items() if k not in NOT_KEPT})
+    args = argparse.Namespace(**values, to_save={name: relative(value) if name in DATA_FLAGS else value
+                                                 for name, value in values.items() if name not in NOT_KEPT})
     args.val_batch_size = args.val_batch_size or args.batch_size
     if args.warmup_iters is None:
         args.warmup_iters = round(args.num_iterations * 256 / 4768)
     if args.warmdown_iters is None:
         args.warmdown_iters = round(args.num_iterations * 1024 / 4768)
-    if (args.input_bin is None) != (args.input_val_bin is None):
-        raise InputError("--input_bin and --input_val_bin go together, one is missing")
-    if args.input_bin is None:
-        fineweb = ROOT / "data/fineweb10B/fineweb_{}_*.bin"
-        chosen = fineweb if glob.glob(str(fineweb).format("train")) else ROOT / "data/shakespeare/{}_*.bin"
-        args.input_bin, args.input_val_bin = (str(chosen).format(part) for part in ("train", "val"))
 
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1113,11 +1199,15 @@ def main(argv: list[str]) -> int:
         if world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         try:
-            return train(args, config, runtime, saved, folder)
+            with caught_signals() as signals:
+                return train(args, config, runtime, saved, folder, signals)
         finally:
             if world > 1:
                 dist.destroy_process_group()
 
+    if rank > 0:
+        return 0  # one process is enough to evaluate or to write
+    runtime.world = 1
     model = GPT(config).to(device)
     model.load_state_dict(saved["model"])
     model.positions(T) if config.position == "learned" else None  # refuses a T beyond its table
@@ -1129,27 +1219,28 @@ def main(argv: list[str]) -> int:
         model.compile()
     val_stream = TokenStream(args.input_val_bin, config.vocab_size, "input_val_bin")
     val_tokens = count_val_tokens(args, val_stream)
-    loss = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, 0, 1, device, runtime.autocast)
+    loss = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, runtime)
     print(f"step:{saved['step']} sequence_length:{T} val_tokens:{val_tokens} val_loss:{loss:.4f}")
     return 0
 
 
 def run(main_function) -> None:
     """Exit with the function's status; bad input is one clear line and status 2, a diverged run one line and 1."""
+    first_rank = os.environ.get("RANK", "0") == "0"  # errors of input and divergence meet all ranks alike
+    message = None
     try:
         status = main_function(sys.argv[1:])
-    except InputError as error:
-        status = f"error: {error}", 2
-    except Diverged as error:
-        status = f"error: {error}", 1
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (InputError, Diverged) as error:
+        message, status = str(error) if first_rank else None, 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:  # outside training, which saves first
+        status = 130
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
             raise
-        status = "error: out of memory: lower --batch_size (and raise --grad_accumulation_steps to match), or " \
-                 f"--val_batch_size, or --sequence_length ({str(error).splitlines()[0]})", 2
-    if isinstance(status, tuple):
-        print(status[0], file=sys.stderr, flush=True)
-        status = status[1]
+        message, status = "out of memory: lower --batch_size (and raise --grad_accumulation_steps to match), or " \
+            f"--val_batch_size, --sequence_length or --model ({first_line(error)})", 2
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 

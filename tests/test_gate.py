@@ -1,0 +1,114 @@
+"""The causality gate must be able to fail: mixers that leak, each in a known way, and what gate and trainer say."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import test_causality
+from afno import AFNO1D, causal_conv, complex_linear, complex_relu, complex_soft_shrink
+from data.text_to_bin import InputError
+from train_gpt2_afno import GPT, GPTConfig, Runtime, refuse_leaks
+
+CONFIG = GPTConfig(**test_causality.SMALL, sequence_length=96)
+CPU = torch.device("cpu")
+
+
+def padded_afno(mixer, x):
+    """The original AFNO (Guibas et al., 2022) on a sequence padded to 2T and cut back to T: MLP and shrink on data."""
+    B, T, C = x.shape
+    blocks, size = mixer.w1.size(0), C // mixer.w1.size(0)
+    weight = lambda seed: torch.randn(blocks, size, 2 * size, generator=torch.Generator().manual_seed(seed)).to(x)
+    X = torch.fft.rfft(x, n=2 * T, dim=1, norm="ortho").view(B, T + 1, blocks, size).permute(2, 0, 1, 3).flatten(1, 2)
+    z = complex_linear((X.real, X.imag), weight(1) * size**-0.5, torch.zeros(blocks, 2 * size).to(x))
+    z = complex_linear(complex_relu(z), weight(2) * size**-0.5, torch.zeros(blocks, 2 * size).to(x))
+    X = torch.complex(*complex_soft_shrink(z, 0.01)).view(blocks, B, T + 1, size).permute(1, 2, 0, 3).flatten(2)
+    return torch.fft.irfft(X, n=2 * T, dim=1, norm="ortho")[:, :T] + x
+
+
+def learned_response(mixer, x):
+    """A learned response at all 2T frequencies with padding: a kernel of both signs of lag."""
+    T = x.size(1)
+    response = torch.view_as_complex(torch.randn(T + 1, x.size(2), 2, generator=torch.Generator().manual_seed(1)).to(x))
+    return torch.fft.irfft(torch.fft.rfft(x, n=2 * T, dim=1) * response, n=2 * T, dim=1)[:, :T]
+
+
+def low_frequencies_only(mixer, x):
+    """A causal kernel whose high frequencies are cut."""
+    T = x.size(1)
+    response = torch.fft.rfft(F.pad(mixer.taps()[:, :T], (0, 2 * T - min(T, mixer.filter_length))), dim=1)
+    response = response.repeat_interleave(x.size(2) // len(response), 0).T.clone()
+    response[T // 2 :] = 0
+    return torch.fft.irfft(torch.fft.rfft(x, n=2 * T, dim=1) * response, n=2 * T, dim=1)[:, :T]
+
+
+def block_summary(mixer, x):
+    """The mean of 8 tokens, told to all of them."""
+    B, T, C = x.shape
+    padded = F.pad(x, (0, 0, 0, -T % 8)).view(B, -1, 8, C)
+    return x + padded.mean(2, keepdim=True).expand_as(padded).reshape(B, -1, C)[:, :T]
+
+
+def off_by_one(mixer, x):
+    return F.pad(causal_conv(x, mixer.taps()), (0, 0, 0, 1))[:, 1:]
+
+
+def rolled(mixer, x):
+    """Rolling the sequence: the last token comes first."""
+    return x + x.roll(1, 1)
+
+
+def norm_over_time(mixer, x):
+    return x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
+
+
+LEAKS = (padded_afno, learned_response, low_frequencies_only, block_summary, off_by_one, rolled, norm_over_time)
+
+
+def failures(monkeypatch, mixer) -> list[str]:
+    """The rows of the gate's table that a mixer does not pass."""
+    monkeypatch.setattr(AFNO1D, "forward", mixer)
+    table = test_causality.check(CONFIG, [Runtime(CPU, torch.float32, compile=False)])
+    test_causality.print_table(mixer.__name__, table)
+    return [what for _, _, what, *_, passed in table if not passed]
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_gate_reports_every_known_leak(monkeypatch, leak):
+    found = failures(monkeypatch, leak)
+    assert found.count("float32") == found.count("float64") == found.count("float64 gradients") == 4  # each time
+    with pytest.raises(InputError, match=r"the model leaks, refusing to train: hidden state \d+ is the first"):
+        refuse_leaks(GPT(CONFIG).hidden, 96, 1, CONFIG.vocab_size, CPU)
+
+
+def test_a_whole_sequence_fft_is_causal_but_not_bitwise(monkeypatch):
+    """Rounding is a leak, too: float64 passes its bound, the training dtype is refused (design: blocks, not one FFT)."""
+
+    def whole_sequence_fft(mixer, x):
+        T = x.size(1)
+        response = torch.fft.rfft(mixer.taps()[:, :T], n=2 * T, dim=1).repeat_interleave(2, 0).T
+        return torch.fft.irfft(torch.fft.rfft(x, n=2 * T, dim=1) * response, n=2 * T, dim=1)[:, :T]
+
+    monkeypatch.setattr(AFNO1D, "channels_per_filter", 2)
+    assert set(failures(monkeypatch, whole_sequence_fft)) == {"float32"}
+
+
+def test_a_mixer_that_ignores_its_input_tests_nothing(monkeypatch):
+    """Gradients and changes that are zero everywhere are no proof of causality."""
+    config = GPTConfig(**{**test_causality.SMALL, "n_layer": 1}, sequence_length=8)
+    model = GPT(config)
+    monkeypatch.setattr(model, "hidden", lambda idx: torch.zeros(*idx.shape, 4))
+    with pytest.raises(InputError, match="changes nothing after it"):
+        refuse_leaks(model.hidden, 8, 1, config.vocab_size, CPU)
+    assert test_causality.prefix_leaks(model.hidden, 8, config.vocab_size, CPU)[0][0] == float("inf")
+
+
+def test_nan_is_a_leak(monkeypatch):
+    assert failures(monkeypatch, lambda mixer, x: x * torch.nan)
+
+
+@pytest.mark.parametrize("mixer, status", ((AFNO1D.forward, 0), (padded_afno, 1)))
+def test_exit_status_of_the_command(monkeypatch, capsys, mixer, status):
+    monkeypatch.setattr(AFNO1D, "forward", mixer)
+    flags = "--model d4 --attn_layers 1,2,3 --sequence_length 16 --device cpu --dtype float32 --compile 0"
+    assert test_causality.main(flags.split()) == status
+    printed = capsys.readouterr().out
+    assert ("LEAK" in printed) == ("NOT CAUSAL" in printed) == bool(status)

@@ -1,0 +1,235 @@
+"""The model and its optimizers: the baseline written down a second time, parameter counts, loss, Muon, schedule."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.text_to_bin import InputError
+from train_gpt2_afno import (GPT, MODELS, FallbackMuon, GPTConfig, LinearCrossEntropy, MatrixMuon, cross_entropy_chunk,
+                             learning_rate_factor, make_optimizers, random_tokens)
+
+TINY = dict(vocab_size=97, n_layer=3, n_head=2, n_embd=16, sequence_length=24, afno_num_blocks=4)
+
+
+def tiny(**options) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**TINY, **options}))
+
+
+def relative(a, b) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+# -----------------------------------------------------------------------------
+# the baseline: NoCap-Test's d12
+
+
+def baseline(weights: dict, idx, n_layer: int, n_head: int):
+    """Logits of the NoCap-Test model, head by head and position by position, from a state_dict in float64."""
+    norm = lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    x = weights["lm_head.weight"][idx]
+    T, C = x.shape[1:]
+    d = C // n_head
+    angle = torch.arange(T).double()[:, None] / 10000 ** (torch.arange(d // 2).double() * 2 / d)
+
+    def rotary(z):
+        z1, z2 = z[..., : d // 2], z[..., d // 2 :]
+        return torch.cat((z1 * angle.cos() + z2 * angle.sin(), -z1 * angle.sin() + z2 * angle.cos()), -1)
+
+    for layer in range(n_layer):
+        w = {name: weights[f"transformer.h.{layer}.{name}.weight"]
+             for name in ("mixer.c_attn", "mixer.c_proj", "mlp.c_fc", "mlp.c_proj")}
+        q, k, v = (norm(x) @ w["mixer.c_attn"].T).split(C, -1)
+        heads = []
+        for head in range(n_head):
+            part = slice(head * d, (head + 1) * d)
+            scores = rotary(q[..., part]) @ rotary(k[..., part]).mT / math.sqrt(d)
+            scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+            heads.append(scores.softmax(-1) @ v[..., part])
+        x = x + torch.cat(heads, -1) @ w["mixer.c_proj"].T / math.sqrt(2 * n_layer)
+        hidden = norm(x) @ w["mlp.c_fc"].T
+        x = x + (hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))) @ w["mlp.c_proj"].T
+    return norm(x) @ weights["lm_head.weight"].T
+
+
+def test_attention_model_is_the_baseline():
+    model, idx = tiny(mixer="attn").double(), random_tokens((2, 24), 97)
+    logits, loss = model(idx, idx.roll(-1, 1))
+    expected = baseline(model.state_dict(), idx, n_layer=3, n_head=2)
+    assert relative(logits, expected) < 1e-12
+    assert abs(loss - F.cross_entropy(expected.flatten(0, 1), idx.roll(-1, 1).flatten())) < 1e-12
+    assert model.transformer.wte.weight is model.lm_head.weight
+
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        counts = {}
+        for name, (n_layer, n_head, n_embd) in MODELS.items():
+            model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, mixer="attn"))
+            counts[name] = sum(p.numel() for p in model.parameters())
+            assert counts[name] == 50257 * n_embd + n_layer * 12 * n_embd**2
+            assert n_embd // n_head == 64
+    assert counts["d12"] == 123_532_032
+
+
+def test_initial_loss_is_about_11():
+    torch.manual_seed(0)
+    model, idx = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=128, sequence_length=64)), random_tokens((2, 65), 50257)
+    assert 10.8 < model(idx[:, :-1], idx[:, 1:])[1] < 11.2
+
+
+def test_blocks_take_their_mixer_from_the_config():
+    kinds = lambda model: [type(block.mixer).__name__ for block in model.transformer.h]
+    attention, afno = "CausalSelfAttention", "AFNO1D"
+    assert kinds(tiny(mixer="attn")) == [attention] * 3
+    assert kinds(tiny(mixer="afno")) == [afno] * 3
+    assert kinds(tiny(mixer="afno", attn_layers=(0, 2))) == [attention, afno, attention]
+
+
+@pytest.mark.parametrize("position", ("none", "sinusoidal"))
+def test_any_length_runs_and_agrees_on_the_prefix(position):
+    model = tiny(attn_layers=(1,), position=position).double()
+    idx = random_tokens((1, 150), 97)  # far beyond sequence_length and filter_length
+    whole = model(idx)[0]
+    for T in (1, 24, 25, 130):
+        assert relative(model(idx[:, :T])[0], whole[:, :T]) < 1e-10
+
+
+def test_learned_positions_end_with_their_table():
+    model = tiny(position="learned")
+    assert model(random_tokens((1, 24), 97))[0].shape == (1, 24, 97)
+    with pytest.raises(InputError, match="--position learned .* 24 .* got 25"):
+        model(random_tokens((1, 25), 97))
+
+
+@pytest.mark.parametrize("options, message", (
+    (dict(mixer="fft"), "--mixer must be one of attn, afno"), (dict(position="rotary"), "--position must be one of"),
+    (dict(attn_layers=(3,)), "--attn_layers must be in 0 ... 2, got 3"), (dict(attn_layers=(-1,)), "--attn_layers"),
+    (dict(afno_num_blocks=5), "--afno_num_blocks must divide n_embd=16, got 5"),
+    (dict(afno_sparsity_threshold=-1.0), "--afno_sparsity_threshold must be >= 0"),
+    (dict(afno_hard_thresholding_fraction=2.0), r"--afno_hard_thresholding_fraction must be in \(0, 1\]"),
+    (dict(afno_filter_length=0), "--afno_filter_length must be >= 1"),
+))
+def test_a_bad_config_names_the_flag(options, message):
+    with pytest.raises(InputError, match=message):
+        GPTConfig(**{**TINY, **options})
+
+
+# -----------------------------------------------------------------------------
+# loss
+
+
+@pytest.mark.parametrize("dtype, bound", ((torch.float64, 1e-13), (torch.float32, 1e-5)))
+@pytest.mark.parametrize("ignored", (0, 5, 300))
+def test_chunked_loss_and_gradients(dtype, bound, ignored):
+    torch.manual_seed(ignored)
+    x = torch.randn(300, 8, dtype=dtype, requires_grad=True)  # several chunks, the last one incomplete
+    weight = torch.randn(97, 8, dtype=dtype, requires_grad=True)
+    targets = random_tokens((300,), 97)
+    targets[:ignored] = -1
+    loss = LinearCrossEntropy.apply(x, weight, targets, cross_entropy_chunk, True)
+    expected = F.cross_entropy(x.double() @ weight.double().T, targets, ignore_index=-1, reduction="sum")
+    expected = expected / max(300 - ignored, 1)
+    assert abs(loss - expected) <= bound * 10
+    for got, wanted in zip(torch.autograd.grad(3 * loss, (x, weight)), torch.autograd.grad(3 * expected, (x, weight))):
+        assert (got - wanted).norm() <= bound * wanted.norm()
+
+
+def test_no_logits_and_no_targets():
+    model, idx = tiny(), random_tokens((2, 10), 97)
+    logits, loss = model(idx)
+    assert logits.shape == (2, 10, 97) and loss is None
+    assert model(idx, idx, return_logits=False)[0] is None
+    with torch.no_grad():  # validation computes no gradients, and the same loss
+        without = model(idx, idx)[1]
+    assert torch.equal(without, model(idx, idx)[1])
+
+
+# -----------------------------------------------------------------------------
+# optimizers
+
+
+def step_all(optimizer, parameters, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon to compare with")
+@pytest.mark.parametrize("shape", ((8, 8), (6, 20), (20, 6)))
+def test_fallback_muon_makes_torchs_updates(shape):
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in range(2))
+    options = dict(lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    optimizers = FallbackMuon([ours], **options), torch.optim.Muon([theirs], **options)
+    for seed in range(5):
+        step_all(optimizers[0], [ours], seed)
+        step_all(optimizers[1], [theirs], seed)
+    assert torch.equal(ours, theirs)
+
+
+def test_stacked_matrices_are_orthogonalised_one_by_one():
+    torch.manual_seed(0)
+    stacked, blocks = torch.nn.Parameter(torch.randn(15, 6)), torch.nn.Parameter(torch.randn(4, 5, 6))
+    parts = [torch.nn.Parameter(part.detach().clone()) for part in (*stacked.chunk(3), *blocks)]
+    together = MatrixMuon([(stacked, 3), (blocks, 4)], lr=0.1, weight_decay=0.1)
+    apart = FallbackMuon(parts, lr=0.1, weight_decay=0.1)
+    for seed in range(3):
+        step_all(together, [stacked, blocks], seed)
+        gradients = (*stacked.grad.chunk(3), *blocks.grad)
+        for part, gradient in zip(parts, gradients):
+            part.grad = gradient.clone()
+        apart.step()
+        together.zero_grad()
+    assert torch.equal(torch.cat(parts[:3]).detach(), stacked) and torch.equal(torch.stack(parts[3:]).detach(), blocks)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_graphed_muon_makes_the_eager_updates():
+    pairs = [[torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(2)).cuda())
+              for shape in ((96, 32), (4, 33, 16))] for _ in range(2)]
+    graphed, eager = (MatrixMuon([(a, 3), (b, 4)], lr=1.0, weight_decay=0.1) for a, b in pairs)
+    for step in range(6):
+        eager.steps = 0  # always a first step
+        for optimizer, parameters in zip((graphed, eager), pairs):
+            torch.manual_seed(step)
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad.add_(torch.randn_like(p))
+            optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert graphed.graph is not None and eager.graph is None
+    for ours, theirs in zip(*pairs):
+        assert relative(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("name", ("adamw", "muon"))
+@pytest.mark.parametrize("attn_layers", ((), (1,)))
+def test_every_parameter_is_trained_once(name, attn_layers):
+    model, idx = tiny(attn_layers=attn_layers, position="learned"), random_tokens((2, 24), 97)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    optimizers = make_optimizers(model, name, 0.01, 0.1)
+    assert len(optimizers) == (2 if name == "muon" else 1)
+    assert sum(p.numel() for o in optimizers for group in o.param_groups for p in group["params"]) == sum(
+        p.numel() for p in model.parameters())
+    model(idx, idx, return_logits=False)[1].backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    for optimizer in optimizers:
+        optimizer.step()
+    assert [key for key, p in model.named_parameters() if torch.equal(p, before[key])] == []
+
+
+def test_adamw_decays_every_parameter_like_the_baseline():
+    (optimizer,) = make_optimizers(tiny(mixer="attn"), "adamw", 0.0018, 0.1)
+    (group,) = optimizer.param_groups
+    assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.9, 0.95), 0.1, 0.0018)
+
+
+def test_schedule_is_the_baselines():
+    factor = lambda step: learning_rate_factor(step, 4768, 256, 1024)
+    assert factor(0) == 1 / 256 and factor(255) == 1 and factor(256) == factor(3743) == 1
+    assert factor(3744) == 1 and factor(3745) == 1023 / 1024 and factor(4767) == 1 / 1024
+    assert learning_rate_factor(0, 1, 0, 0) == 1

@@ -1,0 +1,486 @@
+"""The trainer as its users run it: logs, validation, checkpoints, signals, ranks, bad input, generation."""
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt2_afno
+from afno import AFNO1D, causal_conv
+from data import text_to_bin
+from data.text_to_bin import InputError, ShardWriter
+from train_gpt2_afno import GPT, Checkpoints, Diverged, GPTConfig, TokenStream, TrainLoader, main
+
+SCRIPT = Path(train_gpt2_afno.__file__)
+SMALL = "--device cpu --dtype float32 --compile 0 --model d4 --batch_size 2 --sequence_length 16 --num_iterations 6 " \
+        "--val_loss_every 3 --save_every 2 --warmup_iters 2 --warmdown_iters 2 --attn_layers 1"
+
+
+def write_shards(folder: Path, sizes: dict[str, list[int]]):
+    """{prefix: tokens of each shard}: a short text, over and over, so that there is something to learn."""
+    text = np.random.default_rng(0).integers(0, 50257, 50)
+    for prefix, counts in sizes.items():
+        for i, count in enumerate(counts):
+            writer = ShardWriter(folder / f"{prefix}_{i}", count)
+            writer.write(np.resize(text, count))
+            writer.close()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Three training shards, whose borders no batch respects, and one of validation."""
+    folder = tmp_path_factory.mktemp("data")
+    write_shards(folder, {"train": [100, 37, 300], "val": [151]})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_d4(monkeypatch):
+    monkeypatch.setitem(train_gpt2_afno.MODELS, "d4", (2, 2, 16))
+
+
+def flags(data: Path, out: Path, more: str = "") -> list[str]:
+    return [*SMALL.split(), "--input_bin", f"{data}/train_*.bin", "--input_val_bin", f"{data}/val_*.bin",
+            "--output_dir", str(out), *more.split()]
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[tuple]:
+    return [(line["step"], line["train_loss"]) for line in metrics(out) if "train_loss" in line]
+
+
+def newest(out: Path) -> dict:
+    return Checkpoints.load(Checkpoints(out).paths()[0])
+
+
+def assert_same(a, b, path=""):
+    """Bit for bit, all the way down; times are the one thing that may differ."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a.keys() - {"train_time_s", "compile_time_s", "wall_time_s"}:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+# -----------------------------------------------------------------------------
+# a run and its logs
+
+
+def test_a_run_learns_and_logs(data, tmp_path):
+    assert main(flags(data, tmp_path / "run", "--num_iterations 40 --learning_rate 0.01")) == 0
+    lines = metrics(tmp_path / "run")
+    steps = [line for line in lines if "train_loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 41))
+    for line in steps:
+        assert set(line) == {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "train_time_s",
+                             "peak_memory_bytes"}
+        assert line["tokens"] == 32 * line["step"] and line["tokens_per_s"] > 0 and 0 < line["mfu"] < 1
+    assert steps[0]["lr"] == 0.005 and steps[1]["lr"] == steps[30]["lr"] == 0.01 and steps[-1]["lr"] == 0.005
+    validations = [line for line in lines if "val_loss" in line]
+    assert [line["step"] for line in validations] == [*range(0, 40, 3), 40]
+    assert 10 < validations[0]["val_loss"] < 12 and validations[-1]["val_loss"] < 6
+    assert lines[-1]["wall_clock_time_to_target_loss"] is None and lines[-1]["tokens_per_s"] > 0
+    log = (tmp_path / "run/train.log").read_text()
+    assert SCRIPT.read_text() in log and Path(SCRIPT.parent / "afno.py").read_text() in log
+    for said in ("command: ", f"torch {torch.__version__}", "mixers afno attn", "optimizer adamw", "peak_memory_usage"):
+        assert said in log
+
+
+def test_paths_in_the_log_are_relative_to_the_repository(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--output_dir", str(SCRIPT.parent / "runs/x")])
+    main(flags(data, tmp_path / "run", "--num_iterations 1 --val_tokens 1"))
+    assert "command: train_gpt2_afno.py --output_dir runs/x\n" in (tmp_path / "run/train.log").read_text()
+
+
+@pytest.mark.parametrize("val_tokens", (1, 32, 33, 150))
+def test_validation_counts_every_token(data, val_tokens):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50257, n_layer=1, n_head=1, n_embd=8, sequence_length=16)).double()
+    stream = TokenStream(f"{data}/val_*.bin", 50257, "input_val_bin")
+    runtime = train_gpt2_afno.Runtime(torch.device("cpu"), torch.float32, compile=False)
+    got = train_gpt2_afno.evaluate(model, stream, val_tokens, 2, 16, runtime)
+    tokens = stream.read(0, 151)
+    each = []
+    for begin in range(0, val_tokens, 16):  # windows of 16, the last one shorter
+        end = min(begin + 16, val_tokens)
+        logits = model(tokens[None, begin:end])[0][0]
+        each += F.cross_entropy(logits, tokens[begin + 1 : end + 1], reduction="none").tolist()
+    assert len(each) == val_tokens and abs(got - np.mean(each)) < 1e-12
+
+
+def test_accumulation_is_a_larger_batch(data, tmp_path):
+    main(flags(data, tmp_path / "large", "--batch_size 4"))
+    main(flags(data, tmp_path / "small", "--batch_size 1 --grad_accumulation_steps 4"))
+    for (_, a), (_, b) in zip(losses(tmp_path / "large"), losses(tmp_path / "small"), strict=True):
+        assert abs(a - b) < 1e-5 * b
+
+
+def test_target_loss_stops_and_is_reported(data, tmp_path, capsys):
+    main(flags(data, tmp_path / "run", "--num_iterations 60 --learning_rate 0.01 --target_val_loss 8"))
+    last = metrics(tmp_path / "run")[-1]
+    assert last["step"] < 60 and last["wall_clock_time_to_target_loss"] == last["train_time_s"] > 0
+    assert re.search(r"wall_clock_time_to_target_loss: \d", capsys.readouterr().out + (tmp_path / "run/train.log").read_text())
+
+
+def test_max_seconds_saves_and_stops(data, tmp_path):
+    main(flags(data, tmp_path / "run", "--max_seconds 0.001"))
+    assert newest(tmp_path / "run")["step"] == 0
+    main(flags(data, tmp_path / "run", "--resume auto"))
+    assert newest(tmp_path / "run")["step"] == 6
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
+def test_stream_crosses_shard_borders_and_begins_again(data):
+    stream = TokenStream(f"{data}/train_*.bin", 50257, "input_bin")
+    tokens = np.concatenate([text_to_bin.read_bin(path) for path in sorted(data.glob("train_*.bin"))]).astype(np.int64)
+    assert len(stream) == len(tokens) == 437
+    twice = torch.from_numpy(np.concatenate((tokens, tokens)))
+    for begin, count in ((0, 437), (99, 2), (90, 60), (430, 20), (436, 1)):
+        assert torch.equal(stream.read(begin, count), twice[begin : begin + count])
+    assert stream.where(137).endswith("train_2_000000.bin, token 0")
+
+
+def test_ranks_share_out_what_one_process_reads(data):
+    stream, device = TokenStream(f"{data}/train_*.bin", 50257, "input_bin"), torch.device("cpu")
+    alone = TrainLoader(stream, 2, 8, 0, 0, 1, device)
+    ranks = [TrainLoader(stream, 2, 8, 0, rank, 2, device) for rank in range(2)]
+    for _ in range(20):
+        for loader in ranks:
+            (x, y), (x_rank, y_rank) = alone.next(), loader.next()
+            assert torch.equal(x, x_rank) and torch.equal(y, y_rank)
+            assert torch.equal(x.flatten()[1:], y.flatten()[:-1])
+
+
+# -----------------------------------------------------------------------------
+# checkpoints, signals
+
+
+def run_script(arguments: list[str], **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def wait_for_step(out: Path, step: int):
+    deadline = time.time() + 120
+    while not (out / "metrics.jsonl").exists() or f'"step": {step},' not in (out / "metrics.jsonl").read_text():
+        assert time.time() < deadline, "the run does not get there"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+def test_killed_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatch, optimizer):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = f"--optimizer {optimizer} --num_iterations 12 --save_every 3"
+    whole = run_script(flags(data, tmp_path / "whole", options))
+    killed = run_script(flags(data, tmp_path / "killed", options))
+    wait_for_step(tmp_path / "killed", 7)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL and whole.wait() == 0
+    resumed = run_script(flags(data, tmp_path / "killed", options + " --resume auto"))
+    assert resumed.wait() == 0, resumed.stderr.read()
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert [line["step"] for line in metrics(tmp_path / "killed") if "val_loss" in line] == [0, 3, 6, 9, 12]
+    a, b = newest(tmp_path / "killed"), newest(tmp_path / "whole")
+    assert a["step"] == 12 and a["position"] == 12 * 32
+    assert_same(a, b)
+
+
+@pytest.mark.parametrize("signum", (signal.SIGINT, signal.SIGTERM))
+def test_signals_save_then_exit(data, tmp_path, signum):
+    run = run_script(flags(data, tmp_path / "run", "--num_iterations 5000 --save_every 0 --val_loss_every 0"))
+    wait_for_step(tmp_path / "run", 3)
+    run.send_signal(signum)
+    run.send_signal(signum)  # as torchrun does, and impatient people
+    assert run.wait(timeout=60) == 128 + signum
+    state = newest(tmp_path / "run")
+    assert state["step"] >= 3 and losses(tmp_path / "run")[-1][0] == state["step"]
+
+
+def test_a_signal_cuts_a_validation_short(data, tmp_path, monkeypatch):
+    def slow(self, *arguments):
+        if not torch.is_grad_enabled():
+            os.kill(os.getpid(), signal.SIGTERM)
+            calls.append(arguments)
+        return forward(self, *arguments)
+
+    calls, forward = [], GPT.forward
+    monkeypatch.setattr(GPT, "forward", slow)
+    assert main(flags(data, tmp_path / "run")) == 128 + signal.SIGTERM
+    assert len(calls) == 1 and newest(tmp_path / "run")["step"] == 0
+    monkeypatch.setattr(GPT, "forward", forward)
+    assert main(flags(data, tmp_path / "run", "--resume auto")) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [0, 3, 6]
+
+
+def test_last_two_are_kept_and_a_truncated_one_falls_back(data, tmp_path, capsys):
+    main(flags(data, tmp_path / "whole"))
+    main(flags(data, tmp_path / "run"))
+    paths = Checkpoints(tmp_path / "run").paths()
+    assert [path.name for path in paths] == ["state_step000006.pt", "state_step000004.pt"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "metrics.jsonl", "state_step000004.pt", "state_step000006.pt", "train.log"]
+    os.truncate(paths[0], paths[0].stat().st_size // 2)
+    main(flags(data, tmp_path / "run", "--resume auto"))
+    assert "warning: state_step000006.pt cannot be read" in capsys.readouterr().err
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")  # step 5 and 6 once
+    assert_same(newest(tmp_path / "run"), newest(tmp_path / "whole"))
+
+
+def test_going_back_to_an_earlier_checkpoint_leaves_the_later_behind(data, tmp_path):
+    main(flags(data, tmp_path / "run"))
+    main(flags(data, tmp_path / "run", f"--resume {tmp_path}/run/state_step000004.pt --num_iterations 5"))
+    assert [path.name for path in Checkpoints(tmp_path / "run").paths()] == ["state_step000005.pt", "state_step000004.pt"]
+    assert (tmp_path / "run/state_step000006.pt.abandoned").exists()
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("damage", ("flipped", "other", "text"))
+def test_what_is_no_sound_checkpoint_is_not_loaded(data, tmp_path, capsys, damage):
+    main(flags(data, tmp_path / "run"))
+    path = Checkpoints(tmp_path / "run").paths()[0]
+    if damage == "flipped":
+        with open(path, "r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            file.write(b"\xff" * 50)
+    elif damage == "other":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        path.write_text("no archive")
+    with pytest.raises(InputError, match="no readable checkpoint"):
+        main(flags(data, tmp_path / "run", f"--resume {path}"))
+    main(flags(data, tmp_path / "run", "--resume auto"))
+    assert "state_step000006.pt cannot be read" in capsys.readouterr().err and newest(tmp_path / "run")["step"] == 6
+
+
+def test_a_run_killed_before_its_first_step_can_be_resumed(data, tmp_path):
+    main(flags(data, tmp_path / "run", "--max_seconds 0.001 --save_every 0"))
+    main(flags(data, tmp_path / "run", "--resume auto"))
+    assert [line["step"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [0, 3, 6]
+
+
+def test_the_data_of_a_run_stay_its_own(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data)
+    main(flags(data, tmp_path / "run", "--input_bin train_*.bin --input_val_bin val_*.bin --num_iterations 2"))
+    monkeypatch.chdir(tmp_path)
+    main(["--output_dir", "run", "--resume", "auto", "--num_iterations", "4", "--device", "cpu"])
+    assert len(losses(tmp_path / "run")) == 4
+
+
+def test_checkpoints_hold_plain_names(data, tmp_path):
+    main(flags(data, tmp_path / "run", "--num_iterations 1"))
+    state = torch.load(tmp_path / "run/state_step000001.pt", weights_only=True)
+    assert state["model"].keys() == GPT(GPTConfig(**state["config"])).state_dict().keys()
+
+
+def test_training_longer_continues(data, tmp_path):
+    main(flags(data, tmp_path / "run"))
+    main(["--output_dir", str(tmp_path / "run"), "--resume", "auto", "--num_iterations", "8", "--device", "cpu"])
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_a_full_disk_costs_no_checkpoint(data, tmp_path):
+    main(flags(data, tmp_path / "run", "--num_iterations 2"))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))  # a write beyond 1 MiB fails as on a full disk
+    try:
+        with pytest.raises(InputError, match="cannot write state_step000004.pt: .*checkpoints kept: state_step000002.pt"):
+            main(flags(data, tmp_path / "run", "--resume auto"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert newest(tmp_path / "run")["step"] == 2 and not list((tmp_path / "run").glob("*.part"))
+
+
+# -----------------------------------------------------------------------------
+# several ranks
+
+
+def test_two_ranks_give_one_processs_losses(data, tmp_path):
+    options = "--num_iterations 10 --grad_accumulation_steps 4"
+    one = run_script(flags(data, tmp_path / "one", options))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
+    two = subprocess.run([*launch, *flags(data, tmp_path / "two", options)], capture_output=True, text=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert two.returncode == 0, two.stderr
+    assert one.wait() == 0
+    one, two = ([line for line in metrics(tmp_path / name)] for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        for key in {"train_loss", "val_loss"} & a.keys():
+            assert abs(a[key] - b[key]) <= 1e-5 * a[key], (a["step"], key)
+
+
+# -----------------------------------------------------------------------------
+# bad input
+
+
+@pytest.mark.parametrize("more, message", (
+    ("--input_bin nothing_*.bin", "--input_bin: no shard matches nothing_"),
+    ("--input_val_bin nothing", "--input_val_bin: no shard matches nothing"),
+    ("--batch_size 40", r"--input_bin holds 437 tokens, fewer than one micro-batch .* 641 "),
+    ("--val_tokens 151", "--val_tokens must be <= 150, .* got 151"),
+    ("--attn_layers 7", "--attn_layers must be in 0 ... 1, got 7"),
+    ("--afno_num_blocks 5", "--afno_num_blocks must divide n_embd=16, got 5"),
+    ("--model d13", "--model: invalid choice: 'd13'"),
+    ("--mixer mamba", "--mixer: invalid choice: 'mamba'"),
+    ("--batch_size 0", "--batch_size: must be an integer >= 1, got 0"),
+    ("--learning_rate -1", "--learning_rate: must be a finite number > 0, got -1"),
+    ("--attn_layers one", "--attn_layers: must be layer numbers such as 3,9, got one"),
+    ("--no_such_flag 1", "unrecognized arguments: --no_such_flag 1"),
+    ("--seed 99999999999999999999", "--seed: must be an integer >= 0 and < 9223372036854775808, got 9"),
+    ("--resume auto", "--resume: no readable checkpoint"),
+    ("--resume nothing.pt", "--resume nothing.pt: no readable checkpoint"),
+))
+def test_bad_flags_get_one_line(data, tmp_path, more, message):
+    with pytest.raises(InputError, match=message) as error:
+        main(flags(data, tmp_path / "run", more))
+    assert "\n" not in str(error.value) and not Checkpoints(tmp_path / "run").paths()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_asked_for_and_absent(data, tmp_path):
+    with pytest.raises(InputError, match="--device cuda: this torch sees no CUDA device"):
+        main(flags(data, tmp_path / "run", "--device cuda"))
+
+
+def test_the_shell_sees_one_line_and_status_2(data, tmp_path):
+    run = run_script(flags(data, tmp_path / "run", "--val_tokens 1000"))
+    assert run.wait() == 2
+    assert run.stderr.read() == "error: --val_tokens must be <= 150, the targets in --input_val_bin, got 1000\n"
+
+
+@pytest.mark.parametrize("folder", ("file", "file/below"))
+def test_an_output_dir_that_cannot_be(data, tmp_path, folder):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--output_dir .*file"):
+        main(flags(data, tmp_path / folder))
+
+
+def test_a_token_beyond_the_vocabulary_is_located(data, tmp_path):
+    folder = tmp_path / "data"
+    write_shards(folder.mkdir() or folder, {"train": [200], "val": [50]})
+    with open(folder / "train_0_000000.bin", "r+b") as file:
+        file.seek(1024 + 2 * 70)
+        file.write((50257).to_bytes(2, "little"))
+    with pytest.raises(InputError, match="train_0_000000.bin, token 70: token 50257, the vocabulary has 50257"):
+        main(flags(folder, tmp_path / "run"))
+    assert newest(tmp_path / "run")["step"] == 2  # the good steps before it are not lost
+
+
+def test_a_checkpoint_of_another_config_is_refused(data, tmp_path):
+    main(flags(data, tmp_path / "run"))
+    for more, difference in (("--attn_layers 0", r"attn_layers is \(1,\) there, the flags say \(0,\)"),
+                             ("--optimizer muon", "optimizer is adamw there, the flags say muon")):
+        with pytest.raises(InputError, match=f"a checkpoint of another config: .*{difference}"):
+            main(flags(data, tmp_path / "run", f"--resume auto {more}"))
+
+
+def test_a_run_is_not_overwritten(data, tmp_path):
+    main(flags(data, tmp_path / "run"))
+    with pytest.raises(InputError, match="holds a run: add --resume auto, or name another"):
+        main(flags(data, tmp_path / "run"))
+
+
+def test_divergence_names_step_and_place_and_keeps_the_last_good_checkpoint(data, tmp_path):
+    main(flags(data, tmp_path / "run"))
+    state = newest(tmp_path / "run")
+    # the weights of step 7 are finite, but they are what makes the loss of step 8 not a number
+    with pytest.raises(Diverged, match=r"step \d+: (loss|gradient norm) (nan|inf), micro-batch at .*train_\d_000000.bin, "
+                                       r"token \d+; checkpoints kept: state_step000006.pt"):
+        main(flags(data, tmp_path / "run", "--resume auto --num_iterations 12 --learning_rate 1e38 --save_every 1"))
+    assert_same(newest(tmp_path / "run")["model"], state["model"])
+    assert (tmp_path / "run/state_step000007.pt.abandoned").exists()
+    assert "error: step 8" in (tmp_path / "run/train.log").read_text()
+
+
+def test_out_of_memory_names_the_flag(monkeypatch, capsys):
+    def out_of_memory(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    with pytest.raises(SystemExit) as status:
+        train_gpt2_afno.run(out_of_memory)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status.value.code == 2 and "lower --batch_size" in line and "20.00 GiB" in line
+
+
+def test_a_leaking_model_is_not_trained(data, tmp_path, monkeypatch):
+    def looks_ahead(mixer, x):
+        return F.pad(causal_conv(x, mixer.taps()), (0, 0, 0, 1))[:, 1:]
+
+    monkeypatch.setattr(AFNO1D, "forward", looks_ahead)
+    with pytest.raises(InputError, match=r"the model leaks, refusing to train: hidden state 0 is the first that changes "
+                                         "with the tokens from position 1 on"):
+        main(flags(data, tmp_path / "run"))
+    assert not losses(tmp_path / "run")
+
+
+def test_the_causality_check_draws_nothing_from_the_global_generator(data, tmp_path, monkeypatch):
+    main(flags(data, tmp_path / "checked"))
+    monkeypatch.setattr(train_gpt2_afno, "refuse_leaks", lambda *arguments: None)
+    main(flags(data, tmp_path / "unchecked"))
+    assert_same(newest(tmp_path / "checked"), newest(tmp_path / "unchecked"))
+
+
+# -----------------------------------------------------------------------------
+# evaluation and generation
+
+
+def test_eval_only_at_any_length(data, tmp_path, capsys):
+    main(flags(data, tmp_path / "run"))
+    own = metrics(tmp_path / "run")[-2]["val_loss"]
+    capsys.readouterr()
+    for T in (16, 5, 100):
+        main(["--output_dir", str(tmp_path / "run"), "--eval_only", "--sequence_length", str(T), "--device", "cpu"])
+        found = re.search(rf"step:6 sequence_length:{T} val_tokens:150 val_loss:(\d+\.\d+)", capsys.readouterr().out)
+        assert T != 16 or abs(float(found[1]) - own) < 1e-4
+
+
+class Letters:
+    """A tokenizer that needs no vocabulary: a token a byte."""
+
+    eot_token = 50256
+    encode_ordinary = staticmethod(lambda text: list(text.encode()))
+    decode_single_token_bytes = staticmethod(lambda token: bytes([token % 256]))
+
+
+def generate(monkeypatch, capsys, folder: Path, *more: str) -> str:
+    monkeypatch.setattr(train_gpt2_afno, "gpt2_encoding", Letters)
+    capsys.readouterr()
+    main(["--output_dir", str(folder), "--device", "cpu", *more])
+    return capsys.readouterr().out
+
+
+def test_generation_is_the_models(data, tmp_path, monkeypatch, capsys):
+    main(flags(data, tmp_path / "run"))
+    state = newest(tmp_path / "run")
+    model = GPT(GPTConfig(**state["config"]))
+    model.load_state_dict(state["model"])
+    tokens = list(b"To be")
+    for _ in range(30):  # beyond sequence_length 16: the window slides
+        tokens.append(int(model(torch.tensor([tokens[-16:]]))[0][0, -1].argmax()))
+    expected = b"To be" + bytes(token % 256 for token in tokens[5:])
+    greedy = generate(monkeypatch, capsys, tmp_path / "run", "--generate", "To be", "--max_new_tokens", "30",
+                      "--temperature", "0")
+    assert greedy == expected.decode(errors="replace") + "\n"
+    a, b, c = (generate(monkeypatch, capsys, tmp_path / "run", "--generate", "", "--seed", seed) for seed in "112")
+    assert a == b != c
