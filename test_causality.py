@@ -1,7 +1,7 @@
 """Causality gate: no output may depend on a later token. Run it before every training.
 
-    python test_causality.py [the trainer's flags]   # --model d12 --attn_layers 3,9 --sequence_length 4096 ...
-    pytest test_causality.py                                 # the same on a small model
+    python test_causality.py [the trainer's flags]    # --model d12 --attn_layers 3,9 --sequence_length 4096 ...
+    pytest test_causality.py                          # the same on a small model
 
 For every mixer (attention, AFNO and the hybrid), an even and an odd T, at initialisation and with perturbed
 weights, all tokens after a prefix are exchanged. r = norm of what changes before the cut / norm of what changes
