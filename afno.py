@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 def rmsnorm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / rms(x) over the last dimension, without weights (Zhang & Sennrich, 2019). Half precision is normed in fp32."""
+    """x / rms(x) over the last dimension, without weights (Zhang & Sennrich, 2019). Half precision norms in fp32."""
     x_full = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     return (x_full * torch.rsqrt(x_full.square().mean(-1, keepdim=True) + eps)).type_as(x)
 

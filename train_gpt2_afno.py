@@ -323,7 +323,8 @@ class TokenStream:
     def __init__(self, pattern: str, vocab_size: int, flag: str):
         self.paths, self.vocab_size = sorted(glob.glob(pattern)), vocab_size
         if not self.paths:
-            raise InputError(f"--{flag}: no shard matches {relative(pattern)} (see data/ for how to make some)")
+            raise InputError(f"--{flag}: no shard matches {relative(pattern)} (data/shakespeare.py, "
+                             "data/cached_fineweb10B.py and data/text_to_bin.py make some)")
         self.shards = [read_bin(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
 
@@ -494,7 +495,7 @@ class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
 
 
 def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """adamw: one AdamW for everything, as in the baseline. muon: Muon for the matrices of the blocks, AdamW for the rest."""
+    """adamw: one AdamW for everything, the baseline. muon: Muon for the matrices of the blocks, AdamW for the rest."""
     stacks = {}
     if name == "muon":
         for key, p in model.transformer.h.named_parameters():
@@ -560,7 +561,8 @@ class Checkpoints:
             part.unlink(missing_ok=True)
             cause = error if isinstance(error, OSError) else error.__context__
             reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
-            raise InputError(f"--output_dir: cannot write {path.name}: {reason}; checkpoints kept: {self.kept()}") from None
+            raise InputError(f"--output_dir: cannot write {path.name}: {reason}; "
+                             f"checkpoints kept: {self.kept()}") from None
         for old in self.paths()[2:]:
             old.unlink()
 
@@ -627,7 +629,7 @@ class RunLog:
                              f"checkpoints kept: {Checkpoints(self.folder).kept()}") from None
 
     def cut_back(self, step: int):
-        """Drop what was logged after `step` (it will be done again), summaries, and a last line that a crash cut off."""
+        """Drop what was logged after `step` (it will be done again), summaries, and a line that a crash cut off."""
         path, kept = self.folder / "metrics.jsonl", []
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):
@@ -676,7 +678,7 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def flops_per_token(model: GPT, T: int) -> float:
-    """Forward and backward, the usual count: 6 a parameter, 6 C T a layer of causal attention; convolutions are free."""
+    """Forward and backward, as usual: 6 a parameter, 6 C T a layer of causal attention; convolutions are free."""
     attention = sum(model.config.mixer_of(layer) == "attn" for layer in range(model.config.n_layer))
     return 6 * sum(p.numel() for p in model.parameters()) + 6 * attention * model.config.n_embd * T
 
@@ -760,7 +762,8 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     if rank == 0:
         checkpoints.set_aside_after(step, say)
     gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if device.type == "cuda" else "CPU"
-    say(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {world} x {gpu}, {torch.get_num_threads()} threads")
+    say(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {world} x {gpu}, "
+        f"{torch.get_num_threads()} threads")
 
     # model and optimizers
     torch.manual_seed(args.seed)
@@ -792,7 +795,8 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         model.compile()
     with runtime.autocast():  # the compiled shape where there is one, so the check compiles nothing of its own
         refuse_leaks(model.hidden, T, B if runtime.compile else 1, config.vocab_size, device)
-    say(f"causality check: hidden states before an exchanged token are bit-identical ({time.perf_counter() - begin:.1f} s)")
+    say("causality check: hidden states before an exchanged token are bit-identical "
+        f"({time.perf_counter() - begin:.1f} s)")
     wrapped = DistributedDataParallel(model) if world > 1 else model
     if runtime.compile:
         tokens = random_tokens((B, T), config.vocab_size).to(device)
@@ -950,7 +954,8 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
                    train_time_s=train_time, train_time_with_compilation_s=train_time + compile_time,
                    wall_time_s=wall_time(), wall_clock_time_to_target_loss=reached)
     to_target = f"{reached:.1f} s" if reached is not None else "not reached" if args.target_val_loss else "no target"
-    say(f"tokens/s: {summary['tokens_per_s']:,.0f}  peak_memory_usage: {summary['peak_memory_usage'] / 2**20:,.0f} MiB  "
+    say(f"tokens/s: {summary['tokens_per_s']:,.0f}  "
+        f"peak_memory_usage: {summary['peak_memory_usage'] / 2**20:,.0f} MiB  "
         f"train_time: {train_time:.1f} s, {train_time + compile_time:.1f} s with compilation  "
         f"wall_clock_time_to_target_loss: {to_target}")
     if rank == 0:
@@ -1071,7 +1076,8 @@ def parse_flags(argv: list[str]) -> dict:
     add("--device", choices=("auto", "cuda", "cpu"), help="(auto: CUDA if there is any)")
     add("--dtype", choices=("bfloat16", "float32"), help="of autocast (bfloat16 on CUDA, float32 on a CPU)")
     add("--compile", type=int, choices=(0, 1), help="torch.compile, block by block (1 on CUDA, 0 on a CPU)")
-    add("--seed", type=number(int, 0, below=2**63), metavar="N", help="of initialisation and sampling; the data order is fixed (1337)")
+    add("--seed", type=number(int, 0, below=2**63), metavar="N",
+        help="of initialisation and sampling; the data order is fixed (1337)")
     add = parser.add_argument_group("data and output").add_argument
     add("--input_bin", metavar="GLOB", help="training shards (data/fineweb10B if present, else data/shakespeare)")
     add("--input_val_bin", metavar="GLOB", help="validation shards (likewise)")
@@ -1081,7 +1087,7 @@ def parse_flags(argv: list[str]) -> dict:
     add("--grad_accumulation_steps", type=number(int, 1), metavar="N",
         help="micro-batches a step, over all ranks together (32; CPU 1)")
     add("--num_iterations", type=number(int, 1), metavar="N", help="steps (4768; CPU 120)")
-    add("--optimizer", choices=("adamw", "muon"), help="muon: for the matrices of the blocks, AdamW for the rest (adamw)")
+    add("--optimizer", choices=("adamw", "muon"), help="muon: for the blocks' matrices, AdamW for the rest (adamw)")
     add("--learning_rate", type=number(float, above=0), metavar="X", help="of AdamW and Muon alike (0.0018)")
     add("--warmup_iters", type=number(int, 0), metavar="N", help="rising (256/4768 of num_iterations)")
     add("--warmdown_iters", type=number(int, 0), metavar="N", help="falling to zero (1024/4768 of num_iterations)")
@@ -1167,7 +1173,8 @@ def main(argv: list[str]) -> int:
         config = GPTConfig(**saved["config"])
         asked = GPTConfig(**{**saved["config"], **model_fields(flags)})
         T, asked.sequence_length = asked.sequence_length, config.sequence_length if only_read else asked.sequence_length
-        differing = {name: (old, asdict(asked)[name]) for name, old in asdict(config).items() if asdict(asked)[name] != old}
+        differing = {name: (old, new) for (name, old), new in zip(asdict(config).items(), asdict(asked).values())
+                     if old != new}
         if values["optimizer"] != saved["args"]["optimizer"]:
             differing["optimizer"] = (saved["args"]["optimizer"], values["optimizer"])
         if differing:
