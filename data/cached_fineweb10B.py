@@ -49,6 +49,7 @@ def main():
     missing = [name for name in names if not is_complete(OUT / name)]
     if missing:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not our one line
         try:
             from huggingface_hub import hf_hub_download
         except ImportError:

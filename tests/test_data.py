@@ -472,7 +472,8 @@ def hub(tmp_path, monkeypatch):
     hub = SimpleNamespace(content=GOOD, asked=[], hf_hub_download=Mock(side_effect=deliver),
                           out=move(monkeypatch, cached_fineweb10B, tmp_path))
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")  # the script sets it: restored after the test
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_VERBOSITY"):
+        monkeypatch.setenv(name, "1")  # the script sets them: restored after the test
     hub.out.mkdir(parents=True)
     return hub
 
