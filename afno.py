@@ -2,13 +2,20 @@
 
 AFNO (Guibas et al., "Adaptive Fourier Neural Operators", ICLR 2022) runs a block-diagonal complex MLP and a
 soft-shrink over the spectrum of the *data*. That spectrum already holds the future, and zero-padding does not
-take it out again: a non-linear function of a whole sequence's spectrum leaks. Here MLP and shrink act on the
-spectrum of the *operator*: they generate a frequency response, its inverse transform is cut to lags >= 0, and
-the result is an ordinary causal convolution. What adapts to the data is a gate computed from each token.
+take it out again: a non-linear function of a whole sequence's spectrum leaks. The causal forms here:
+
+    filter     MLP and shrink act on the spectrum of the *operator*: they generate a frequency response, its inverse
+               transform is cut to lags >= 0, and the result is an ordinary causal convolution (the default)
+    hilbert    the same, of a learned real part, whose imaginary part is derived in frequency
+    analytic   the MLP generates the coefficients of poles inside the unit disc: damped exponentials
+    dyadic     the MLP stays on the data's spectrum, but only on that of completed blocks
+
+What adapts to the data, besides the dyadic form's MLP, is a gate computed from each token. `reference` is the
+original, which leaks.
 
 Complex numbers are pairs (re, im) of real tensors: autocast and torch.compile handle those, and no others, well.
 
-Read from top to bottom: complex building blocks, causal convolution, the mixer AFNO1D.
+Read from top to bottom: complex building blocks, causal mask in frequency, causal convolution, operators, the mixer.
 """
 import math
 
@@ -53,6 +60,49 @@ def complex_soft_shrink(z: Complex, threshold: float) -> Complex:
     floor = max(threshold**2, 1e-30)  # clamp keeps the gradient of 1/|z| finite where |z| <= threshold
     scale = F.relu(1 - threshold * torch.rsqrt((z[0] ** 2 + z[1] ** 2).clamp(min=floor)))
     return z[0] * scale, z[1] * scale
+
+
+class SpectralMLP(nn.Module):
+    """AFNO's two-layer complex MLP with ComplexReLU, then soft-shrink; every block has weights of its own.
+
+    Two of (num_blocks, n, size_in) to two of (num_blocks, n, size_out). At initialisation inputs of mean square 1
+    give outputs of mean square about 1.
+    """
+
+    def __init__(self, num_blocks: int, size_in: int, hidden: int, size_out: int, sparsity_threshold: float):
+        super().__init__()
+        self.sparsity_threshold = sparsity_threshold
+        self.w1 = nn.Parameter(torch.randn(num_blocks, size_in, 2 * hidden) * size_in**-0.5)
+        self.b1 = nn.Parameter(torch.zeros(num_blocks, 2 * hidden))
+        self.w2 = nn.Parameter(torch.randn(num_blocks, hidden, 2 * size_out) * (2 * hidden) ** -0.5)
+        self.b2 = nn.Parameter(torch.zeros(num_blocks, 2 * size_out))
+
+    def forward(self, z: Complex) -> Complex:
+        z = complex_relu(complex_linear(z, self.w1, self.b1))
+        return complex_soft_shrink(complex_linear(z, self.w2, self.b2), self.sparsity_threshold)
+
+
+def apply_causal_mask_freq(X: Tensor, n: int) -> Tensor:
+    """rfft of the n-point real kernel whose rfft is X, with all lags but 0 ... ceil(n/2) - 1 set to zero.
+
+    A product with a step in time is a circular convolution in frequency: half the identity plus half a discrete
+    Hilbert transform, whose kernel is the transform of +1 at kept and -1 at dropped lags. So the real and the
+    imaginary part of a causal response determine each other (Kramers-Kronig). X: complex, (..., n // 2 + 1);
+    as for irfft, imaginary parts at frequency 0 and, for even n, n/2 do not count. O(n^2), never in time.
+    Raises ValueError where X does not have n // 2 + 1 frequencies.
+    """
+    if n < 1 or X.size(-1) != n // 2 + 1:
+        raise ValueError(f"n must be >= 1 and X hold n // 2 + 1 frequencies, got n={n} and {X.size(-1)}")
+    k = torch.arange(n, device=X.device)
+    kept = -(-n // 2)
+    turn = torch.exp(-2j * math.pi / n * k.to(X.real.dtype))
+    hilbert = 2 * (1 - turn[kept * k % n]) / torch.where(k == 0, 1, 1 - turn)  # the geometric sum over kept lags
+    hilbert[0] = 2 * kept - n
+    whole = torch.cat((X, X[..., 1 : kept].flip(-1).conj()), -1)  # all n frequencies
+    real_bins = (k == 0) | (2 * k == n)
+    whole = torch.where(real_bins, whole.real.to(X.dtype), whole)
+    rows = hilbert[(k[: n // 2 + 1, None] - k) % n]  # (n // 2 + 1, n)
+    return (whole[..., : n // 2 + 1] + whole @ rows.T / n) / 2
 
 
 # -----------------------------------------------------------------------------
@@ -142,29 +192,190 @@ class ShortConv(nn.Module):
 
 
 # -----------------------------------------------------------------------------
+# operators: (B, T, C) to the same, linear or not in u, all but the reference causal
+
+
+class FilterOperator(nn.Module):
+    """Forms `filter` and `hilbert`: u convolved with taps whose frequency response AFNO's MLP generates.
+
+    On a fixed grid of 2 x filter_length points: frequency features (the responses exp(-i w d) of the delays
+    d = 0 ... 32) -> in each of num_blocks blocks a two-layer complex MLP with ComplexReLU -> complex soft-shrink
+    -> inverse transform, lags >= 0 kept -> decay window exp(-t / tau). The grid and tau, in tokens, are fixed at
+    construction, so the same taps serve every T, also beyond filter_length (lags from filter_length on are zero).
+    `hilbert` learns the real part of the response alone and derives the imaginary part (apply_causal_mask_freq).
+    """
+
+    def __init__(self, num_blocks: int, filters_per_block: int, sparsity_threshold: float, fraction: float,
+                 filter_length: int, hilbert: bool):
+        super().__init__()
+        self.filter_length, self.hilbert = filter_length, hilbert
+        self.num_filters = num_blocks * filters_per_block
+        self.num_modes = math.ceil(fraction * (filter_length + 1))  # of filter_length + 1 bins, lowest first
+        self.num_delays = min(33, filter_length)
+        self.mlp = SpectralMLP(num_blocks, self.num_delays, AFNO1D.mlp_width, filters_per_block, sparsity_threshold)
+
+    def taps(self) -> Tensor:
+        """The filters, (num_filters, filter_length), in the parameters' dtype whatever autocast says."""
+        like, K = self.mlp.w1, self.filter_length
+        with torch.autocast(like.device.type, enabled=False):
+            time = torch.arange(K, device=like.device)
+            mode = torch.arange(self.num_modes, device=like.device)
+            turns = torch.outer(mode, time[: self.num_delays]) % (2 * K)  # exact before it is a float
+            angle = turns.to(like.dtype) * (math.pi / K)
+            # missing modes count as zero
+            re, im = (F.pad(part.mT.reshape(self.num_filters, -1), (0, K + 1 - self.num_modes))
+                      for part in self.mlp((angle.cos(), -angle.sin())))
+            response = torch.complex(re, torch.zeros_like(re) if self.hilbert else im)
+            if self.hilbert:
+                response = apply_causal_mask_freq(response, 2 * K)
+            kernel = torch.fft.irfft(response, n=2 * K)[:, :K]
+            return kernel * torch.exp(-time / time_constants(self.num_filters, K, like)[:, None])
+
+    def forward(self, u: Tensor) -> Tensor:
+        return causal_conv(u, self.taps())
+
+
+def time_constants(count: int, filter_length: int, like: Tensor) -> Tensor:
+    """(count,), in tokens, log-spaced from 2 to half of filter_length."""
+    span = torch.linspace(0, 1, count, device=like.device, dtype=like.dtype)
+    return 2 * (max(filter_length / 2, 2) / 2) ** span
+
+
+class AnalyticOperator(nn.Module):
+    """Form `analytic`: a response K(w) = sum_m c_m / (1 - p_m exp(-i w)) with poles |p_m| < 1, analytic outside the
+    unit disc: taps Re sum_m c_m p_m^t, sums of damped exponentials without end, as in S4D (Gu et al., 2022).
+
+    The poles are learned, their angles in (0, pi), their time constants from 2 tokens to half of filter_length at
+    initialisation; AFNO's MLP makes each filter's coefficients from the frequency features of the poles' angles.
+    """
+
+    num_poles = 64
+
+    def __init__(self, num_blocks: int, filters_per_block: int, sparsity_threshold: float, fraction: float,
+                 filter_length: int):
+        super().__init__()
+        self.num_filters = num_blocks * filters_per_block
+        kept = math.ceil(fraction * self.num_poles)  # lowest angles first
+        self.angle = nn.Parameter((torch.arange(kept) + 0.5) * math.pi / self.num_poles)
+        # time constants in an order that gives slow and fast ones to every band: steps of the golden ratio
+        order = ((torch.arange(kept) * 0.6180339887) % 1).argsort().argsort()
+        self.log_decay = nn.Parameter(-time_constants(kept, filter_length, self.angle.detach())[order].log())
+        self.mlp = SpectralMLP(num_blocks, 33, AFNO1D.mlp_width, filters_per_block, sparsity_threshold)
+
+    def poles(self) -> Complex:
+        """log p_m as (re, im), (num_poles,) each; re < 0 whatever the parameters are."""
+        return -self.log_decay.exp(), self.angle
+
+    def coefficients(self) -> Complex:
+        """c_m of every filter, (num_filters, num_poles) each."""
+        turn = torch.outer(self.angle, torch.arange(33, device=self.angle.device))
+        # The energy of c p^t is |c|^2 / (1 - |p|^2): so all poles begin with the same. Poles side by side have much the
+        # same coefficients and add up; with the 4 the taps have about the energy of the filter form's.
+        scale = ((1 - torch.exp(2 * self.poles()[0])) / (4 * len(self.angle))).sqrt()
+        return tuple(part.mT.reshape(self.num_filters, -1) * scale
+                     for part in self.mlp((turn.cos(), -turn.sin())))
+
+    def taps(self, T: int) -> Tensor:
+        """Lags 0 ... T - 1 of the filters, (num_filters, T), in the parameters' dtype whatever autocast says."""
+        with torch.autocast(self.angle.device.type, enabled=False):
+            time = torch.arange(T, device=self.angle.device)
+            log_radius, angle = (torch.outer(part, time) for part in self.poles())
+            re, im = self.coefficients()
+            return re @ (log_radius.exp() * angle.cos()) - im @ (log_radius.exp() * angle.sin())
+
+    def forward(self, u: Tensor) -> Tensor:
+        return causal_conv(u, self.taps(u.size(1)))
+
+
+def spectral_layer(u: Tensor, mlp: SpectralMLP, fraction: float, n: int) -> Tensor:
+    """AFNO's own layer, on the data's spectrum: u (N, L, C), zero-padded to n points -> rfft -> MLP -> irfft, (N, n, C).
+
+    Transforms are orthonormal over n points, so a threshold means the same at every n that is in use. The share
+    `fraction` of the modes is kept, lowest first.
+    """
+    N, C, blocks = len(u), u.size(-1), len(mlp.w1)
+    with torch.autocast(u.device.type, enabled=False):
+        modes = math.ceil(fraction * (n // 2 + 1))
+        X = torch.fft.rfft(u.to(mlp.w1.dtype), n=n, dim=1, norm="ortho")[:, :modes]
+        X = X.view(N, modes, blocks, C // blocks).permute(2, 0, 1, 3).flatten(1, 2)
+        Y = torch.complex(*mlp((X.real, X.imag))).view(blocks, N, modes, C // blocks)
+        return torch.fft.irfft(Y.permute(1, 2, 0, 3).flatten(2), n=n, dim=1, norm="ortho").to(u.dtype)
+
+
+class DyadicOperator(nn.Module):
+    """Form `dyadic`: the non-linear MLP stays on the data's spectrum, but only on that of completed blocks.
+
+    At level L = L0, 2 L0, 4 L0, ... and for every multiple a of 2L, the block [a, a + L), zero-padded to 2L, goes
+    through AFNO's layer, and the second half of the result, which lies on [a + L, a + 2L), is used: so every pair of
+    tokens s < t of different L0-blocks meets at exactly one level, and none other. Inside a block of L0 = 64 tokens
+    a convolution with learned taps does the rest. The weights are shared by all levels: any T runs.
+    """
+
+    near_length = 64
+
+    def __init__(self, hidden_size: int, num_blocks: int, num_filters: int, sparsity_threshold: float, fraction: float):
+        super().__init__()
+        self.fraction = fraction
+        size = hidden_size // num_blocks
+        self.mlp = SpectralMLP(num_blocks, size, size, size, sparsity_threshold)
+        tau = time_constants(num_filters, self.near_length, self.mlp.w1.detach())
+        window = torch.exp(-torch.arange(self.near_length) / tau[:, None])
+        window = window / (2 * window.norm(dim=1, keepdim=True))  # as much energy as the filter form's taps, about
+        self.near = nn.Parameter(torch.randn(num_filters, self.near_length) * window)
+
+    def forward(self, u: Tensor) -> Tensor:
+        B, T, C = u.shape
+        L = self.near_length
+        padded = L
+        while padded < T:
+            padded *= 2
+        u = F.pad(u, (0, 0, 0, padded - T)).contiguous()
+        y = causal_conv(u.view(-1, L, C), self.near).view(B, padded, C)
+        while L < T:
+            past = u.view(-1, 2 * L, C)[:, :L]
+            future = spectral_layer(past, self.mlp, self.fraction, 2 * L)[:, L:]
+            y = y + F.pad(future, (0, 0, L, 0)).view(B, padded, C)
+            L *= 2
+        return y[:, :T]
+
+
+class ReferenceOperator(nn.Module):
+    """Form `reference`: the original AFNO layer (Guibas et al., 2022) over the whole sequence. NOT CAUSAL."""
+
+    def __init__(self, hidden_size: int, num_blocks: int, sparsity_threshold: float, fraction: float):
+        super().__init__()
+        self.fraction = fraction
+        size = hidden_size // num_blocks
+        self.mlp = SpectralMLP(num_blocks, size, size, size, sparsity_threshold)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return spectral_layer(u, self.mlp, self.fraction, u.size(1))
+
+
+# -----------------------------------------------------------------------------
 # the mixer
 
 
+FORMS = ("filter", "analytic", "hilbert", "dyadic", "reference")
+
+
 class AFNO1D(nn.Module):
-    """Causal AFNO token mixer, filter form: (B, T, hidden_size) to the same, any T.
+    """AFNO token mixer, (B, T, hidden_size) to the same, any T; causal in every form but `reference`.
 
         value, gate = short_conv(W_in x)
-        y   = taps * value + direct value          (* is a causal convolution)
+        y   = operator(value) + direct value
         out = W_out( silu(gate) * rmsnorm(y) )
-
-    The taps come from AFNO's own pieces, applied to the operator's spectrum on a fixed grid of 2 x filter_length
-    points: frequency features (the responses exp(-i w d) of the delays d = 0 ... 32) -> in each of num_blocks
-    blocks a two-layer complex MLP with ComplexReLU -> complex soft-shrink -> inverse transform, lags >= 0 kept
-    -> decay window exp(-t / tau). The grid and tau, in tokens, are fixed at construction, so the same taps serve
-    every T, also beyond filter_length (lags from filter_length on are zero).
 
     Args:
         hidden_size: channels C.
-        num_blocks: separate MLPs; each yields the filters of its C / num_blocks channels. Divides hidden_size.
-        sparsity_threshold: lambda of the soft-shrink, in units of the response's gain; >= 0.
+        num_blocks: separate MLPs (block-diagonal weights), each for C / num_blocks channels. Divides hidden_size.
+        sparsity_threshold: lambda of the soft-shrink, in units of the response's gain (filter, hilbert, analytic)
+            or of an orthonormal spectrum (dyadic, reference); >= 0.
         hard_thresholding_fraction: share of the modes, lowest frequencies first, that may be non-zero; in (0, 1].
-            Modes are dropped before the response is made one-sided, so causality is untouched.
-        filter_length: number of taps, in tokens; >= 1.
+            Modes are dropped before a response is made one-sided, so causality is untouched.
+        filter_length: number of taps, in tokens (filter, hilbert), or twice the longest time constant at
+            initialisation (analytic); >= 1.
+        form: the operator, one of FORMS; each has its class above.
     Raises ValueError naming the argument and its allowed range.
     """
 
@@ -172,7 +383,7 @@ class AFNO1D(nn.Module):
     mlp_width = 64
 
     def __init__(self, hidden_size: int, num_blocks: int = 8, sparsity_threshold: float = 0.01,
-                 hard_thresholding_fraction: float = 1.0, filter_length: int = 1024):
+                 hard_thresholding_fraction: float = 1.0, filter_length: int = 1024, form: str = "filter"):
         super().__init__()
         if not 1 <= num_blocks <= hidden_size or hidden_size % num_blocks:
             raise ValueError(f"num_blocks must divide hidden_size={hidden_size}, got {num_blocks}")
@@ -182,46 +393,27 @@ class AFNO1D(nn.Module):
             raise ValueError(f"hard_thresholding_fraction must be in (0, 1], got {hard_thresholding_fraction}")
         if not filter_length >= 1:
             raise ValueError(f"filter_length must be >= 1, got {filter_length}")
-        self.sparsity_threshold = sparsity_threshold
-        self.filter_length = filter_length
-        self.num_modes = math.ceil(hard_thresholding_fraction * (filter_length + 1))  # of filter_length + 1 bins
-        self.num_delays = min(33, filter_length)
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form}")
 
         block_size = hidden_size // num_blocks
         width = max(d for d in range(1, self.channels_per_filter + 1) if block_size % d == 0)
-        filters_per_block, hidden = block_size // width, self.mlp_width
-        self.num_filters = num_blocks * filters_per_block
-
+        filters = num_blocks, block_size // width
+        shrink = sparsity_threshold, hard_thresholding_fraction
         self.c_in = nn.Linear(hidden_size, 2 * hidden_size, bias=False)  # value | gate
         self.short_conv = ShortConv(2 * hidden_size)
-        # At initialisation the response has a mean square gain of about 1, so its one-sided half adds about
-        # half as much energy to y as the direct term.
-        self.w1 = nn.Parameter(torch.randn(num_blocks, self.num_delays, 2 * hidden) * self.num_delays**-0.5)
-        self.b1 = nn.Parameter(torch.zeros(num_blocks, 2 * hidden))
-        self.w2 = nn.Parameter(torch.randn(num_blocks, hidden, 2 * filters_per_block) * (2 * hidden) ** -0.5)
-        self.b2 = nn.Parameter(torch.zeros(num_blocks, 2 * filters_per_block))
+        if form in ("filter", "hilbert"):
+            self.operator = FilterOperator(*filters, *shrink, filter_length, hilbert=form == "hilbert")
+        elif form == "analytic":
+            self.operator = AnalyticOperator(*filters, *shrink, filter_length)
+        elif form == "dyadic":
+            self.operator = DyadicOperator(hidden_size, num_blocks, hidden_size // width, *shrink)
+        else:
+            self.operator = ReferenceOperator(hidden_size, num_blocks, *shrink)
         self.direct = nn.Parameter(torch.ones(hidden_size))
         self.c_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def taps(self) -> Tensor:
-        """The filters, (num_filters, filter_length), in the parameters' dtype whatever autocast says."""
-        like = self.w1
-        with torch.autocast(like.device.type, enabled=False):
-            time = torch.arange(self.filter_length, device=like.device)
-            mode = torch.arange(self.num_modes, device=like.device)
-            turns = torch.outer(mode, time[: self.num_delays]) % (2 * self.filter_length)  # exact before it is a float
-            angle = turns.to(like.dtype) * (math.pi / self.filter_length)
-            z = complex_linear((angle.cos(), -angle.sin()), self.w1, self.b1)
-            z = complex_linear(complex_relu(z), self.w2, self.b2)
-            z = complex_soft_shrink(z, self.sparsity_threshold)
-            re, im = (part.mT.reshape(self.num_filters, self.num_modes) for part in z)
-            kernel = torch.fft.irfft(torch.complex(re, im), n=2 * self.filter_length)  # missing modes count as zero
-            # time constants log-spaced from 2 tokens to half the filter
-            span = torch.linspace(0, 1, self.num_filters, device=like.device, dtype=like.dtype)
-            tau = 2 * (max(self.filter_length / 2, 2) / 2) ** span
-            return kernel[:, : self.filter_length] * torch.exp(-time / tau[:, None])
-
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.short_conv(self.c_in(x)).chunk(2, -1)
-        y = causal_conv(value, self.taps()) + self.direct.to(value.dtype) * value
+        y = self.operator(value) + self.direct.to(value.dtype) * value
         return self.c_proj(F.silu(gate) * rmsnorm(y))

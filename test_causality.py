@@ -19,6 +19,7 @@ import sys
 
 import torch
 
+from afno import FORMS
 from train_gpt2_afno import (CUTS, DEFAULTS, DEVICE_DEFAULTS, GPT, GPTConfig, Runtime, change_by_position,
                              choose_device, model_fields, parse_flags, random_tokens, run)
 
@@ -147,8 +148,9 @@ def test_attention_is_causal():  # no pytest in here: the command runs where onl
     assert_causal(mixer="attn")
 
 
-def test_afno_is_causal():
-    assert_causal(mixer="afno")
+def test_every_form_of_afno_is_causal():
+    for form in FORMS[:-1]:
+        assert_causal(mixer="afno", afno_form=form, afno_filter_length=100)
 
 
 def test_hybrid_is_causal():

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from afno import AFNO1D, rmsnorm
+from afno import AFNO1D, FORMS, rmsnorm
 from data.text_to_bin import InputError, gpt2_encoding, read_bin
 
 START = time.perf_counter()
@@ -49,7 +49,7 @@ MODELS = {  # n_layer, n_head, n_embd; d12 to d48 are GPT-2's sizes, d4 is for C
     "d36": (36, 20, 1280),
     "d48": (48, 25, 1600),
 }
-MIXERS, FORMS, POSITIONS = ("attn", "afno"), ("filter",), ("none", "learned", "sinusoidal")
+MIXERS, POSITIONS = ("attn", "afno"), ("none", "learned", "sinusoidal")
 
 
 @dataclass
@@ -147,7 +147,7 @@ class Block(nn.Module):
             self.mixer = CausalSelfAttention(config)
         else:
             self.mixer = AFNO1D(config.n_embd, config.afno_num_blocks, config.afno_sparsity_threshold,
-                                config.afno_hard_thresholding_fraction, config.afno_filter_length)
+                                config.afno_hard_thresholding_fraction, config.afno_filter_length, config.afno_form)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -780,7 +780,8 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         train_time, compile_time, past_wall = (saved[key] for key in ("train_time_s", "compile_time_s", "wall_time_s"))
     mixers = [config.mixer_of(layer) for layer in range(config.n_layer)]
     say(f"model: {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, mixers {' '.join(mixers)}, "
-        f"position {config.position}")
+        f"position {config.position}, "
+        f"afno_form {config.afno_form}")
     say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens; validation: {relative(args.input_val_bin)}, "
         f"{val_tokens:,} targets of {len(val_stream) - 1:,}")
     say(f"steps: {total_steps} of {tokens_per_step:,} tokens ({args.grad_accumulation_steps} x {B} x {T}); "
@@ -1065,7 +1066,8 @@ def parse_flags(argv: list[str]) -> dict:
     add("--mixer", choices=MIXERS, help="what mixes tokens; attn is the baseline (default afno)")
     add("--attn_layers", type=layers, metavar="L,L", help="layers that keep attention when the mixer is afno (none)")
     add("--sequence_length", type=number(int, 1), metavar="T", help="tokens a row (1024 on CUDA, 256 on a CPU)")
-    add("--afno_form", choices=FORMS, help="construction of the operator (filter)")
+    add("--afno_form", choices=FORMS,
+        help="construction of the operator; reference, the paper's, leaks and is for the gate alone (filter)")
     add("--afno_num_blocks", type=number(int, 1), metavar="N", help="diagonal blocks of AFNO's MLP (8)")
     add("--afno_sparsity_threshold", type=number(float, 0), metavar="X", help="soft-shrink of the response (0.01)")
     add("--afno_hard_thresholding_fraction", type=number(float, above=0), metavar="X",
@@ -1188,6 +1190,8 @@ def main(argv: list[str]) -> int:
         metrics = folder / "metrics.jsonl"
         if rank == 0 and (Checkpoints(folder).paths() or metrics.is_file() and metrics.stat().st_size):
             raise InputError(f"--output_dir {relative(str(folder))} holds a run: add --resume auto, or name another")
+    if config.mixer == "afno" and config.afno_form == "reference":
+        raise InputError(f"--afno_form reference is not causal, choose one of {', '.join(FORMS[:-1])}")
     values["sequence_length"] = config.sequence_length
 
     args = argparse.Namespace(**values, to_save={name: relative(value) if name in DATA_FLAGS else value

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afno import AFNO1D, ShortConv, causal_conv, complex_relu, complex_soft_shrink, rmsnorm, toeplitz
+from afno import (AFNO1D, FORMS, AnalyticOperator, ShortConv, apply_causal_mask_freq, causal_conv, complex_relu,
+                  complex_soft_shrink, rmsnorm, toeplitz)
 
 LENGTHS = (1, 2, 3, 7, 31, 63, 64, 65, 127, 128, 129, 257)  # primes, powers of two, one more and one less
 seeded = settings(derandomize=True, deadline=None, max_examples=40)
@@ -113,51 +114,155 @@ def test_gradient_of_the_shrink_is_finite_at_zero():
     assert torch.isfinite(z.grad).all()
 
 
-def naive_taps(mixer: AFNO1D) -> np.ndarray:
-    """Frequency features -> block-diagonal complex MLP -> shrink -> inverse DFT by definition -> window, in loops."""
-    K, N = mixer.filter_length, 2 * mixer.filter_length
-    w1, b1, w2, b2 = (p.detach().numpy() for p in (mixer.w1, mixer.b1, mixer.w2, mixer.b2))
+def naive_mlp(mlp, z: np.ndarray) -> np.ndarray:
+    """(num_blocks, n, in) complex -> (num_blocks, n, out), block by block."""
+    w1, b1, w2, b2 = (p.detach().numpy() for p in (mlp.w1, mlp.b1, mlp.w2, mlp.b2))
     as_complex = lambda w: w[..., : w.shape[-1] // 2] + 1j * w[..., w.shape[-1] // 2 :]
-    filters = []
+    outputs = []
     for block in range(len(w1)):
-        response = np.zeros((N, w2.shape[-1] // 2), complex)  # at all N frequencies
-        for mode in range(mixer.num_modes):
-            features = np.exp(-2j * np.pi * mode * np.arange(w1.shape[1]) / N)
-            hidden = features @ as_complex(w1[block]) + as_complex(b1[block])
-            hidden = np.maximum(hidden.real, 0) + 1j * np.maximum(hidden.imag, 0)
-            out = hidden @ as_complex(w2[block]) + as_complex(b2[block])
-            out = np.where(abs(out) > mixer.sparsity_threshold, out * (1 - mixer.sparsity_threshold / abs(out)), 0)
-            response[mode] = out.real if mode in (0, K) else out  # a real kernel: real at both ends, symmetric
-            if 0 < mode < K:
-                response[N - mode] = out.conj()
-        inverse = np.exp(2j * np.pi * np.outer(np.arange(K), np.arange(N)) / N) / N
-        filters.extend((inverse @ response).real.T)
-    tau = np.geomspace(2, max(K / 2, 2), len(filters))
-    return np.array(filters) * np.exp(-np.arange(K) / tau[:, None])
+        hidden = z[block] @ as_complex(w1[block]) + as_complex(b1[block])
+        hidden = np.maximum(hidden.real, 0) + 1j * np.maximum(hidden.imag, 0)
+        out = hidden @ as_complex(w2[block]) + as_complex(b2[block])
+        outputs.append(np.where(abs(out) > mlp.sparsity_threshold, out * (1 - mlp.sparsity_threshold / abs(out)), 0))
+    return np.array(outputs)
 
 
+def naive_taps(operator, T: int) -> np.ndarray:
+    """Taps 0 ... T - 1 of the filter, hilbert and analytic forms: complex numbers, DFT by definition."""
+    if isinstance(operator, AnalyticOperator):
+        decay, angle = (p.detach().numpy() for p in (operator.log_decay.exp(), operator.angle))
+        features = np.exp(-1j * np.outer(angle, np.arange(33)))
+        c = naive_mlp(operator.mlp, np.broadcast_to(features, (len(operator.mlp.w1), *features.shape)))
+        c = c * np.sqrt((1 - np.exp(-2 * decay)) / (4 * len(decay)))[:, None]
+        c = np.concatenate([block.T for block in c])  # (filters, poles)
+        return np.array([[sum(c_m * np.exp(-d_m + 1j * a_m) ** t for c_m, d_m, a_m in zip(row, decay, angle)).real
+                          for t in range(T)] for row in c])
+    K, N = operator.filter_length, 2 * operator.filter_length
+    modes = np.arange(operator.num_modes)
+    features = np.exp(-2j * np.pi * np.outer(modes, np.arange(min(33, K))) / N)
+    kept = naive_mlp(operator.mlp, np.broadcast_to(features, (len(operator.mlp.w1), *features.shape)))
+    kept = np.concatenate([block.T for block in kept])
+    response = np.zeros((len(kept), N), complex)  # at all N frequencies; a real kernel's, so symmetric
+    for mode in modes:
+        out = kept[:, mode].real + 0j if operator.hilbert or mode in (0, K) else kept[:, mode]
+        response[:, mode], response[:, -mode % N] = out, out.conj()
+    inverse = np.exp(2j * np.pi * np.outer(np.arange(N), np.arange(K)) / N) / N
+    taps = (response @ inverse).real * np.exp(-np.arange(K) / np.geomspace(2, max(K / 2, 2), len(kept))[:, None])
+    return np.pad(taps, ((0, 0), (0, max(0, T - K))))[:, :T]
+
+
+@pytest.mark.parametrize("form", ("filter", "hilbert", "analytic"))
 @pytest.mark.parametrize("K", (1, 5, 40, 64))
 @pytest.mark.parametrize("fraction", (1.0, 0.5, 0.1))
-def test_taps_are_afno_on_the_operators_spectrum(K, fraction):
+def test_taps_are_afno_on_the_operators_spectrum(form, K, fraction):
     torch.manual_seed(K)
-    mixer = AFNO1D(12, num_blocks=3, sparsity_threshold=0.3, hard_thresholding_fraction=fraction, filter_length=K)
-    mixer.double()
+    operator = AFNO1D(12, 3, sparsity_threshold=0.3, hard_thresholding_fraction=fraction, filter_length=K,
+                      form=form).double().operator
     with torch.no_grad():
-        for b in (mixer.b1, mixer.b2):
+        for b in (operator.mlp.b1, operator.mlp.b2):
             b.normal_()
-    expected = naive_taps(mixer)
-    assert expected.shape == (mixer.num_filters, K) and np.abs(expected).max() > 1e-3
-    assert np.abs(mixer.taps().detach().numpy() - expected).max() < 1e-10
+    expected = naive_taps(operator, K)
+    assert expected.shape == (operator.num_filters, K) and np.abs(expected).max() > 1e-3
+    taps = operator.taps(K) if form == "analytic" else operator.taps()
+    assert np.abs(taps.detach().numpy() - expected).max() < 1e-10
+
+
+def test_poles_stay_inside_the_unit_disc():
+    operator = AFNO1D(16, form="analytic").operator
+    with torch.no_grad():
+        operator.log_decay.normal_(std=3)
+    assert (operator.poles()[0] < 0).all()
+    assert operator.taps(3000)[:, -1].abs().max() < operator.taps(3000).abs().max()
+
+
+# -----------------------------------------------------------------------------
+# the causal mask in frequency
+
+
+@pytest.mark.parametrize("n", (1, 2, 3, 4, 5, 16, 17, 128, 129))
+def test_mask_in_frequency_is_the_mask_in_time(n):
+    kernel = torch.randn(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    masked = kernel * (torch.arange(n) < math.ceil(n / 2))
+    got = apply_causal_mask_freq(torch.fft.rfft(kernel), n)
+    assert (got - torch.fft.rfft(masked)).abs().max() < 1e-12
+
+
+def test_mask_ignores_what_irfft_ignores():
+    X = torch.randn(2, 9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    X = torch.view_as_complex(X)  # imaginary parts at frequency 0 and 8, too
+    masked = torch.fft.irfft(X, 16) * (torch.arange(16) < 8)
+    assert (apply_causal_mask_freq(X, 16) - torch.fft.rfft(masked)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("n", (0, 15, 18))
+def test_mask_wants_all_frequencies(n):
+    with pytest.raises(ValueError, match=r"^n must be >= 1 and X hold n // 2 \+ 1 frequencies"):
+        apply_causal_mask_freq(torch.zeros(9, dtype=torch.complex64), n)
+
+
+# -----------------------------------------------------------------------------
+# AFNO's layer on data: the reference, and the dyadic form
+
+
+def naive_layer(x: np.ndarray, operator, n: int) -> np.ndarray:
+    """The paper's layer on one sequence (L, C) zero-padded to n points: DFT by definition, loops over blocks."""
+    dft = np.exp(-2j * np.pi * np.outer(np.arange(n), np.arange(n)) / n) / np.sqrt(n)
+    X = dft[:, : len(x)] @ x
+    modes = math.ceil(operator.fraction * (n // 2 + 1))
+    blocks = len(operator.mlp.w1)
+    Y = naive_mlp(operator.mlp, X[:modes].reshape(modes, blocks, -1).transpose(1, 0, 2))
+    whole = np.zeros((n, x.shape[1]), complex)
+    for mode in range(modes):
+        out = Y[:, mode].reshape(-1)
+        out = out.real if mode == 0 or 2 * mode == n else out
+        whole[mode], whole[-mode % n] = out, np.conj(out)
+    return (dft.conj().T @ whole).real
+
+
+def data_operator(form: str, fraction: float):
+    torch.manual_seed(0)
+    operator = AFNO1D(12, 3, sparsity_threshold=0.1, hard_thresholding_fraction=fraction, form=form).double().operator
+    with torch.no_grad():
+        for b in (operator.mlp.b1, operator.mlp.b2):
+            b.normal_()
+    return operator
+
+
+@pytest.mark.parametrize("T", (1, 2, 31, 64))
+@pytest.mark.parametrize("fraction", (1.0, 0.4))
+def test_reference_is_the_papers_formula(T, fraction):
+    operator, x = data_operator("reference", fraction), torch.randn(2, T, 12, dtype=torch.float64)
+    for got, row in zip(operator(x), x):
+        assert np.abs(got.detach().numpy() - naive_layer(row.numpy(), operator, T)).max() < 1e-10
+
+
+@pytest.mark.parametrize("T", (1, 63, 64, 65, 130, 300))
+@pytest.mark.parametrize("fraction", (1.0, 0.4))
+def test_dyadic_is_its_definition(T, fraction):
+    operator, x = data_operator("dyadic", fraction), torch.randn(1, T, 12, dtype=torch.float64)
+    u, covered = np.zeros((512, 12)), np.zeros((512, 512), int)
+    u[:T] = x[0]
+    expected, per_filter, near = np.zeros((512, 12)), 12 // len(operator.near), operator.near.detach().numpy()
+    for t in range(512):
+        for s in range(t // 64 * 64, t + 1):
+            expected[t] += near[:, t - s].repeat(per_filter) * u[s]
+            covered[t, s] += 1
+    for L in (64, 128, 256):
+        for a in range(0, 512, 2 * L):
+            expected[a + L : a + 2 * L] += naive_layer(u[a : a + L], operator, 2 * L)[L:] * (a + L < T)
+            covered[a + L : a + 2 * L, a : a + L] += 1
+    assert (covered == np.tri(512)).all()  # every pair s <= t exactly once
+    assert np.abs(operator(x)[0].detach().numpy() - expected[:T]).max() < 1e-10
 
 
 def test_48_filters_of_16_channels_at_768():
     mixer = AFNO1D(768, filter_length=8)
-    assert mixer.taps().shape == (48, 8)
+    assert mixer.operator.taps().shape == (48, 8)
 
 
 def test_a_large_threshold_silences_the_convolution():
     mixer = AFNO1D(16, sparsity_threshold=1e6, filter_length=32)
-    assert not mixer.taps().any()
+    assert not mixer.operator.taps().any()
 
 
 # -----------------------------------------------------------------------------
@@ -169,48 +274,58 @@ def naive_forward(mixer: AFNO1D, x):
     value, gate = (x @ mixer.c_in.weight.T).chunk(2, -1)
     value_taps, gate_taps = mixer.short_conv.taps.T.chunk(2)
     value, gate = toeplitz_sum(value, value_taps), toeplitz_sum(gate, gate_taps)
-    y = toeplitz_sum(value, torch.from_numpy(naive_taps(mixer))) + mixer.direct * value
+    y = toeplitz_sum(value, torch.from_numpy(naive_taps(mixer.operator, x.size(1)))) + mixer.direct * value
     y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     return (gate / (1 + (-gate).exp()) * y) @ mixer.c_proj.weight.T
 
 
-def random_mixer(filter_length: int) -> AFNO1D:
+def random_mixer(filter_length: int, form: str) -> AFNO1D:
     torch.manual_seed(1)
-    mixer = AFNO1D(24, num_blocks=4, filter_length=filter_length).double()
+    mixer = AFNO1D(24, num_blocks=4, filter_length=filter_length, form=form).double()
     with torch.no_grad():
         for p in mixer.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return mixer
 
 
+@pytest.mark.parametrize("form", ("filter", "hilbert", "analytic"))
 @pytest.mark.parametrize("T", (1, 2, 50, 129))
-def test_the_mixer_is_its_formula(T):
-    mixer = random_mixer(filter_length=50)  # shorter than, as long as and longer than T
+def test_the_mixer_is_its_formula(form, T):
+    mixer = random_mixer(50, form)  # filters shorter than, as long as and longer than T
     x = torch.randn(2, T, 24, dtype=torch.float64)
     assert relative(mixer(x), naive_forward(mixer, x)) < 1e-10
     assert relative(mixer.float()(x.float()).double(), mixer.double()(x)) < 1e-5
 
 
-def test_a_longer_input_changes_no_prefix():
-    mixer = random_mixer(filter_length=40)
+CAUSAL = tuple(form for form in FORMS if form != "reference")
+
+
+@pytest.mark.parametrize("form", CAUSAL)
+def test_a_longer_input_changes_no_prefix(form):
+    mixer = random_mixer(40, form)
     x = torch.randn(1, 700, 24, dtype=torch.float64)
     whole = mixer(x)
     for T in (1, 39, 64, 65, 300):
-        assert relative(mixer(x[:, :T]), whole[:, :T]) < 1e-12
+        assert relative(mixer(x[:, :T]), whole[:, :T]) < 1e-10
+    single = mixer.float()(x.float())
+    for T in (1, 39, 64, 65, 300):
+        assert relative(mixer(x[:, :T].float()), single[:, :T]) < 1e-5
 
 
-def test_every_parameter_has_a_gradient():
+@pytest.mark.parametrize("form", FORMS)
+def test_every_parameter_has_a_gradient(form):
     torch.manual_seed(0)
-    mixer = AFNO1D(32, filter_length=64)
-    mixer(torch.randn(2, 64, 32)).square().sum().backward()
+    mixer = AFNO1D(32, filter_length=64, form=form)
+    mixer(torch.randn(2, 150, 32)).square().sum().backward()
     assert [name for name, p in mixer.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-@pytest.mark.parametrize("T", (64, 1024, 4096))
-def test_the_mixed_signal_has_the_size_of_its_input(T):
+@pytest.mark.parametrize("form", CAUSAL)
+@pytest.mark.parametrize("T", (64, 1024, 16384))
+def test_the_mixed_signal_has_the_size_of_its_input(form, T):
     torch.manual_seed(0)
-    mixer, u = AFNO1D(128, filter_length=1024), torch.randn(1, T, 128)
-    y = causal_conv(u, mixer.taps()) + mixer.direct * u
+    mixer, u = AFNO1D(128, filter_length=1024, form=form), torch.randn(1, T, 128)
+    y = mixer.operator(u) + u
     assert 0.5 < (y.square().mean() / u.square().mean()).sqrt() < 2
 
 
@@ -226,6 +341,7 @@ def test_norm():
     (dict(sparsity_threshold=-0.1), "sparsity_threshold"), (dict(sparsity_threshold=math.nan), "sparsity_threshold"),
     (dict(hard_thresholding_fraction=0.0), "hard_thresholding_fraction"),
     (dict(hard_thresholding_fraction=1.1), "hard_thresholding_fraction"), (dict(filter_length=0), "filter_length"),
+    (dict(form="padded"), "form"),
 ))
 def test_bad_arguments_are_named(arguments, name):
     with pytest.raises(ValueError, match=f"^{name} must "):

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 def padded_afno(mixer, x):
     """The original AFNO (Guibas et al., 2022) on a sequence padded to 2T and cut back to T: MLP and shrink on data."""
     B, T, C = x.shape
-    blocks, size = mixer.w1.size(0), C // mixer.w1.size(0)
+    blocks, size = mixer.operator.mlp.w1.size(0), C // mixer.operator.mlp.w1.size(0)
     weight = lambda seed: torch.randn(blocks, size, 2 * size, generator=torch.Generator().manual_seed(seed)).to(x)
     X = torch.fft.rfft(x, n=2 * T, dim=1, norm="ortho").view(B, T + 1, blocks, size).permute(2, 0, 1, 3).flatten(1, 2)
     z = complex_linear((X.real, X.imag), weight(1) * size**-0.5, torch.zeros(blocks, 2 * size).to(x))
@@ -34,7 +34,7 @@ def learned_response(mixer, x):
 def low_frequencies_only(mixer, x):
     """A causal kernel whose high frequencies are cut."""
     T = x.size(1)
-    response = torch.fft.rfft(F.pad(mixer.taps()[:, :T], (0, 2 * T - min(T, mixer.filter_length))), dim=1)
+    response = torch.fft.rfft(F.pad(mixer.operator.taps()[:, :T], (0, 2 * T - min(T, mixer.operator.filter_length))), dim=1)
     response = response.repeat_interleave(x.size(2) // len(response), 0).T.clone()
     response[T // 2 :] = 0
     return torch.fft.irfft(torch.fft.rfft(x, n=2 * T, dim=1) * response, n=2 * T, dim=1)[:, :T]
@@ -48,7 +48,7 @@ def block_summary(mixer, x):
 
 
 def off_by_one(mixer, x):
-    return F.pad(causal_conv(x, mixer.taps()), (0, 0, 0, 1))[:, 1:]
+    return F.pad(causal_conv(x, mixer.operator.taps()), (0, 0, 0, 1))[:, 1:]
 
 
 def rolled(mixer, x):
@@ -84,7 +84,7 @@ def test_a_whole_sequence_fft_is_causal_but_not_bitwise(monkeypatch):
 
     def whole_sequence_fft(mixer, x):
         T = x.size(1)
-        response = torch.fft.rfft(mixer.taps()[:, :T], n=2 * T, dim=1).repeat_interleave(2, 0).T
+        response = torch.fft.rfft(mixer.operator.taps()[:, :T], n=2 * T, dim=1).repeat_interleave(2, 0).T
         return torch.fft.irfft(torch.fft.rfft(x, n=2 * T, dim=1) * response, n=2 * T, dim=1)[:, :T]
 
     monkeypatch.setattr(AFNO1D, "channels_per_filter", 2)
@@ -105,10 +105,11 @@ def test_nan_is_a_leak(monkeypatch):
     assert failures(monkeypatch, lambda mixer, x: x * torch.nan)
 
 
-@pytest.mark.parametrize("mixer, status", ((AFNO1D.forward, 0), (padded_afno, 1)))
-def test_exit_status_of_the_command(monkeypatch, capsys, mixer, status):
+@pytest.mark.parametrize("mixer, form, status", ((AFNO1D.forward, "filter", 0), (AFNO1D.forward, "dyadic", 0),
+                                                 (AFNO1D.forward, "reference", 1), (padded_afno, "filter", 1)))
+def test_exit_status_of_the_command(monkeypatch, capsys, mixer, form, status):
     monkeypatch.setattr(AFNO1D, "forward", mixer)
-    flags = "--model d4 --attn_layers 1,2,3 --sequence_length 16 --device cpu --dtype float32 --compile 0"
+    flags = f"--model d4 --attn_layers 1,2,3 --sequence_length 16 --device cpu --dtype float32 --afno_form {form}"
     assert test_causality.main(flags.split()) == status
     printed = capsys.readouterr().out
     assert ("LEAK" in printed) == ("NOT CAUSAL" in printed) == bool(status)

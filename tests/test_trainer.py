@@ -342,6 +342,7 @@ def test_two_ranks_give_one_processs_losses(data, tmp_path):
     ("--attn_layers 7", "--attn_layers must be in 0 ... 1, got 7"),
     ("--afno_num_blocks 5", "--afno_num_blocks must divide n_embd=16, got 5"),
     ("--model d13", "--model: invalid choice: 'd13'"),
+    ("--afno_form reference", "--afno_form reference is not causal, choose one of filter, analytic, hilbert, dyadic"),
     ("--mixer mamba", "--mixer: invalid choice: 'mamba'"),
     ("--batch_size 0", "--batch_size: must be an integer >= 1, got 0"),
     ("--learning_rate -1", "--learning_rate: must be a finite number > 0, got -1"),
@@ -425,7 +426,7 @@ def test_out_of_memory_names_the_flag(monkeypatch, capsys):
 
 def test_a_leaking_model_is_not_trained(data, tmp_path, monkeypatch):
     def looks_ahead(mixer, x):
-        return F.pad(causal_conv(x, mixer.taps()), (0, 0, 0, 1))[:, 1:]
+        return F.pad(causal_conv(x, mixer.operator.taps()), (0, 0, 0, 1))[:, 1:]
 
     monkeypatch.setattr(AFNO1D, "forward", looks_ahead)
     with pytest.raises(InputError, match=r"the model leaks, refusing to train: hidden state 0 is the first that changes "
