@@ -139,9 +139,10 @@ def causal_conv(u: Tensor, taps: Tensor) -> Tensor:
     """y_t = sum over s <= t of taps[t - s] * u_s, and bitwise causal: y_t is computed from u_0 ... u_t alone.
 
     u: (B, T, C); taps: (G, K), lags 0 ... K - 1 in tokens, filter g serving channels g C/G ... (g + 1) C/G - 1.
-    Any T and any K. Returns (B, T, C) in u's dtype (in autocast's, under autocast; taps keep theirs until the
-    last product). All work is in matrix products: about 5 b + 4 T/b multiply-adds a token and channel, with
-    b = 64 up to T = 2048 and T / 32 beyond, so this plain path is far below attention's but not yet near-linear.
+    Any T and any K. Returns (B, T, C) in u's dtype (in autocast's, under autocast); the matrices below are made in
+    the taps' dtype and then cast. All work is in matrix products: about 5 b + 4 T/b multiply-adds a token and
+    channel, with b = 64 up to T = 2048 and T / 32 beyond, so this plain path is far below attention's but not yet
+    near-linear. With n = T / b blocks the matrices take G b (b + 4 n^2) numbers: 26 million at 48 filters, T = 4096.
 
     The sequence is cut into n blocks of b tokens. Inside a block (near field) the product is a lower-triangular
     Toeplitz matrix, whose upper entries are exact zeros. Between blocks (far field) the convolution theorem
@@ -376,7 +377,8 @@ class AFNO1D(nn.Module):
         filter_length: number of taps, in tokens (filter, hilbert), or twice the longest time constant at
             initialisation (analytic); >= 1.
         form: the operator, one of FORMS; each has its class above.
-    Raises ValueError naming the argument and its allowed range.
+    Parameters are float32 or float64; autocast makes the rest bf16. Raises ValueError naming the argument and its
+    allowed range.
     """
 
     channels_per_filter = 16  # at most; 48 filters at 768 channels

@@ -15,6 +15,7 @@ fail() { echo "error: run_afno.sh: $*" >&2; exit 2; }
 preset=""
 case "${1:-}" in
   fineweb | shakespeare | test) preset=$1; shift ;;
+  -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
   "" | -*) ;;
   *) fail "unknown preset $1, choose fineweb, shakespeare or test" ;;
 esac
@@ -51,7 +52,8 @@ else
     say "python: .venv"
   fi
 fi
-mapfile -t packages < <(missing)
+packages=()
+while IFS= read -r package; do packages+=("$package"); done < <(missing)
 if [ ${#packages[@]} -gt 0 ]; then
   say "installing ${packages[*]}"
   # a rented machine's system python may be marked as managed by its distribution; a virtual environment ignores this

@@ -40,6 +40,7 @@ def leak_of(change: torch.Tensor, cut: int) -> float:
     return before / after if after > 0 else float("inf")
 
 
+@torch.no_grad()
 def prefix_leaks(hidden, T: int, vocab_size: int, device) -> list[tuple[float, int]]:
     """(r, cut) for every cut."""
     idx = random_tokens((1, T), vocab_size).to(device)

@@ -197,7 +197,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             part = slice(i, i + rows)
             h = x[part].to(dtype)
             losses, dlogits = chunk_function(h @ w.T, targets[part].clamp(min=0), vocab_size, with_gradient)
-            loss += losses @ counts[part, 0].to(losses.dtype)
+            loss += (losses * counts[part, 0]).sum()  # no product of matrices: autocast would round that to bf16
             if with_gradient:
                 dx[part] = (dlogits @ w) * counts[part]
                 dw += (dlogits.T @ (h * counts[part].to(dtype)))[:vocab_size]
@@ -287,14 +287,13 @@ def exchange_after(idx: Tensor, cut: int, vocab_size: int) -> Tensor:
     return torch.where(torch.arange(idx.size(1), device=idx.device) < cut, idx, (idx + shift) % vocab_size)
 
 
-@torch.no_grad()
 def change_by_position(hidden, idx: Tensor, cut: int, vocab_size: int) -> Tensor:
     """How far row 0 of hidden(idx), (B, T, C), moves at each position when the tokens from `cut` on are exchanged.
 
-    Returns norms, (T,), float64: all zero before `cut` if no future value even enters the arithmetic.
+    With gradients enabled, a compiled model runs the graph that trains, otherwise the one that validates. Returns norms, (T,), float64: all zero before `cut` if no future value even enters the arithmetic.
     """
-    before, after = hidden(idx)[0].clone(), hidden(exchange_after(idx, cut, vocab_size))[0]
-    return (after.double() - before.double()).norm(dim=-1)
+    before, after = (hidden(tokens)[0].detach().double() for tokens in (idx, exchange_after(idx, cut, vocab_size)))
+    return (after - before).norm(dim=-1)
 
 
 def refuse_leaks(hidden, T: int, B: int, vocab_size: int, device: torch.device):
@@ -480,7 +479,7 @@ class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
             return
         if self.graph is None:
             self.graph, lr, group["lr"] = torch.cuda.CUDAGraph(), group["lr"], 1.0
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # the loader's thread goes on
                 begin = [p.clone() for p, _ in self.stacks]
                 super().step()
                 for p_begin, (p, _) in zip(begin, self.stacks):
@@ -608,7 +607,7 @@ class RunLog:
     """train.log (full source, command, versions, then all that is printed) and metrics.jsonl of one run."""
 
     def __init__(self, folder: Path, resumed_step: int | None):
-        self.folder, self.validated = folder, None  # the resumed step, if its validation is among the metrics
+        self.folder, self.val_loss = folder, None  # of the resumed step, if it is among the metrics
         with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
             if resumed_step is not None:
@@ -636,8 +635,8 @@ class RunLog:
                 values = json.loads(line)
                 if line.endswith("\n") and values["step"] <= step and "wall_clock_time_to_target_loss" not in values:
                     kept.append(line)
-                    if values["step"] == step and "val_loss" in values:
-                        self.validated = step
+                    if values["step"] == step:
+                        self.val_loss = values.get("val_loss", self.val_loss)
         part = path.with_suffix(".jsonl.part")
         part.write_text("".join(kept), encoding="utf-8")
         part.replace(path)
@@ -654,12 +653,14 @@ class RunLog:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on the GPU, resident on a CPU, at most, so far."""
+    """Bytes, at most so far: of torch's tensors on a GPU, resident on a CPU (0 where the system does not say)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows, where there is no such figure
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -774,6 +775,8 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         model.load_state_dict(saved.pop("model"))
         for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
             optimizer.load_state_dict(state)
+            for group in optimizer.param_groups:
+                group["weight_decay"] = args.weight_decay  # the flag's, not the checkpoint's
         torch.set_rng_state(saved["rng"]["cpu"])
         if device.type == "cuda" and saved["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng"]["cuda"])
@@ -782,7 +785,8 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     say(f"model: {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, mixers {' '.join(mixers)}, "
         f"position {config.position}, "
         f"afno_form {config.afno_form}")
-    say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens; validation: {relative(args.input_val_bin)}, "
+    passes = (total_steps - step) * tokens_per_step / len(stream)
+    say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens, {passes:.3g} passes to come; validation: {relative(args.input_val_bin)}, "
         f"{val_tokens:,} targets of {len(val_stream) - 1:,}")
     say(f"steps: {total_steps} of {tokens_per_step:,} tokens ({args.grad_accumulation_steps} x {B} x {T}); "
         f"optimizer {args.optimizer}, learning rate {args.learning_rate}, warmup {args.warmup_iters}, "
@@ -794,7 +798,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     begin = time.perf_counter()
     if runtime.compile:
         model.compile()
-    with runtime.autocast():  # the compiled shape where there is one, so the check compiles nothing of its own
+    with runtime.autocast():  # with gradients and, where it is compiled, in the shape that trains: on that very graph
         refuse_leaks(model.hidden, T, B if runtime.compile else 1, config.vocab_size, device)
     say("causality check: hidden states before an exchanged token are bit-identical "
         f"({time.perf_counter() - begin:.1f} s)")
@@ -804,7 +808,8 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         with runtime.autocast():
             wrapped(tokens, tokens, return_logits=False)[1].backward()
         model.zero_grad()
-        torch.cuda.synchronize() if device.type == "cuda" else None
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         compile_time += time.perf_counter() - begin
         say(f"compiled in {time.perf_counter() - begin:.1f} s")
     matmul_rate = measure_matmul_rate(device, runtime.dtype) * world
@@ -813,8 +818,16 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
 
     bar = tqdm(total=total_steps, initial=step, desc=config.mixer, disable=rank > 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 30)
+    def clock():
+        """A moment: on a GPU an event among its work, which the host may be far ahead of."""
+        if device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     pending = None  # the figures of the last step, on their way to the host
-    mark = time.perf_counter()
+    mark = clock()  # when the step began
 
     def wall_time() -> float:
         return past_wall + time.perf_counter() - START
@@ -850,13 +863,15 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         nonlocal pending, mark, train_time
         if pending is None:
             return
-        done, began_at, factor, figures, arrived = pending
+        done, began_at, factor, figures, ended = pending
         pending = None
-        if arrived:
-            arrived.synchronize()
+        if device.type == "cpu":
+            seconds = ended - mark
+        else:
+            ended.synchronize()
+            seconds = mark.elapsed_time(ended) / 1000
+        mark = ended
         *losses, grad_norm = figures.tolist()
-        now = time.perf_counter()
-        seconds, mark = now - mark, now
         train_time += seconds
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None or not math.isfinite(grad_norm):
@@ -882,11 +897,14 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
                 model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers], step=step,
                 position=position, rng=rng, config=asdict(config), args=args.to_save, train_time_s=train_time,
                 compile_time_s=compile_time, wall_time_s=wall_time()))
-        saved_step, mark = step, time.perf_counter()  # the clock excludes saving
+        saved_step, mark = step, clock()  # training time excludes saving
 
     saved_step = step if saved and any(checkpoints.step_of(path) == step for path in checkpoints.paths()) else None
-    validated = step if runtime.any_rank(rank == 0 and log.validated is not None) else None
-    reached = error = None
+    resumed_loss = log.val_loss if rank == 0 else None
+    validated = step if runtime.any_rank(resumed_loss is not None) else None
+    target = -math.inf if args.target_val_loss is None else args.target_val_loss
+    reached = train_time if runtime.any_rank(resumed_loss is not None and resumed_loss <= target) else None
+    error = None
     while True:
         last = step == total_steps
         if step == 0 or last or (args.save_every and step % args.save_every == 0):
@@ -903,9 +921,9 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
                 if rank == 0:
                     log.metric(step=step, tokens=position, val_loss=val_loss, train_time_s=train_time,
                                wall_time_s=wall_time())
-                if args.target_val_loss is not None and val_loss <= args.target_val_loss:
+                if val_loss <= target:
                     reached = train_time
-            mark = time.perf_counter()  # the clock excludes validation
+            mark = clock()  # training time excludes validation
         batches = []
         if not last and reached is None:
             try:  # all of the step's data before any of its work
@@ -932,15 +950,14 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             optimizer.zero_grad()
         if world > 1:
             dist.all_reduce(losses)
-        figures, arrived = torch.cat((losses.T.flatten(), grad_norm.view(1))), None  # in the order of the stream
+        figures = torch.cat((losses.T.flatten(), grad_norm.view(1)))  # in the order of the stream
         if device.type == "cuda":
-            host = torch.empty(figures.shape, pin_memory=True)
-            figures, arrived = host.copy_(figures, non_blocking=True), torch.cuda.Event()
-            arrived.record()
+            figures = torch.empty(figures.shape, pin_memory=True).copy_(figures, non_blocking=True)
+        ended = clock()
         flush()
-        pending = (step + 1, position, factor, figures, arrived)
-        if arrived is None:
-            flush()  # nothing is asynchronous on a CPU
+        pending = (step + 1, position, factor, figures, ended)
+        if device.type == "cpu":
+            flush()  # nothing is asynchronous there
         step, position = step + 1, position + tokens_per_step
 
     bar.close()
@@ -1171,6 +1188,8 @@ def main(argv: list[str]) -> int:
         saved, folder = find_checkpoint(flags, say)
     values = {**DEFAULTS, **DEVICE_DEFAULTS[device.type], **(saved["args"] if saved else {}), **flags}
     values.update(choose_data(flags, values))
+    if not saved and "grad_accumulation_steps" not in flags:
+        values["grad_accumulation_steps"] = max(values["grad_accumulation_steps"], world)  # one for every rank
     if saved:
         config = GPTConfig(**saved["config"])
         asked = GPTConfig(**{**saved["config"], **model_fields(flags)})
@@ -1221,7 +1240,8 @@ def main(argv: list[str]) -> int:
     runtime.world = 1
     model = GPT(config).to(device)
     model.load_state_dict(saved["model"])
-    model.positions(T) if config.position == "learned" else None  # refuses a T beyond its table
+    if config.position == "learned":
+        model.positions(T)  # refuses a T beyond its table
     say(f"step {saved['step']}, {device.type}, {args.dtype}, sequence length {T} (trained at {config.sequence_length})")
     if "generate" in flags:
         generate(model, flags["generate"], args, T, runtime)

@@ -62,6 +62,20 @@ def test_attention_model_is_the_baseline():
     assert model.transformer.wte.weight is model.lm_head.weight
 
 
+def test_a_block_scales_its_mixer_like_the_baseline():
+    block = tiny(mixer="afno").double().transformer.h[0]
+    x = torch.randn(1, 9, 16, dtype=torch.float64)
+    norm = lambda z: z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    after_mixer = x + block.mixer(norm(x)) / math.sqrt(6)
+    assert relative(block(x, None), after_mixer + block.mlp(norm(after_mixer))) < 1e-12
+
+
+def test_sinusoidal_positions_have_the_size_of_embeddings():
+    model = tiny(position="sinusoidal", n_embd=64)
+    rms = lambda z: z.square().mean().sqrt()
+    assert 0.8 < rms(model.positions(500)) / rms(model.transformer.wte.weight) < 1.25
+
+
 def test_parameter_counts():
     with torch.device("meta"):
         counts = {}
@@ -134,6 +148,15 @@ def test_chunked_loss_and_gradients(dtype, bound, ignored):
     assert abs(loss - expected) <= bound * 10
     for got, wanted in zip(torch.autograd.grad(3 * loss, (x, weight)), torch.autograd.grad(3 * expected, (x, weight))):
         assert (got - wanted).norm() <= bound * wanted.norm()
+
+
+def test_loss_is_summed_in_fp32_under_autocast():
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(300, 8), torch.randn(97, 8), random_tokens((300,), 97)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = LinearCrossEntropy.apply(x, weight, targets, cross_entropy_chunk, False)
+    logits = (x.bfloat16() @ weight.bfloat16().T).double()  # rounded, as autocast does; the rest in float64
+    assert loss.dtype == torch.float32 and abs(loss - F.cross_entropy(logits, targets)) < 1e-5
 
 
 def test_no_logits_and_no_targets():
@@ -213,6 +236,9 @@ def test_every_parameter_is_trained_once(name, attn_layers):
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     optimizers = make_optimizers(model, name, 0.01, 0.1)
     assert len(optimizers) == (2 if name == "muon" else 1)
+    if name == "muon":  # attention: query, key, value, output; AFNO: value, gate, output, two a block; MLP: two
+        matrices = sum(len(group["params"]) for group in optimizers[1].param_groups)
+        assert matrices == sum((4 if layer in attn_layers else 3 + 2 * 4) + 2 for layer in range(3))
     assert sum(p.numel() for o in optimizers for group in o.param_groups for p in group["params"]) == sum(
         p.numel() for p in model.parameters())
     model(idx, idx, return_logits=False)[1].backward()

@@ -127,6 +127,64 @@ def test_validation_counts_every_token(data, val_tokens):
     assert len(each) == val_tokens and abs(got - np.mean(each)) < 1e-12
 
 
+def test_defaults_are_the_baselines():
+    assert train_gpt2_afno.DEVICE_DEFAULTS["cuda"] == dict(
+        model="d12", batch_size=16, grad_accumulation_steps=32, sequence_length=1024, num_iterations=4768,
+        val_loss_every=128, save_every=128, dtype="bfloat16", compile=1)
+    assert train_gpt2_afno.DEFAULTS["learning_rate"] == 0.0018 and train_gpt2_afno.DEFAULTS["weight_decay"] == 0.1
+
+
+def test_warmup_and_warmdown_default_to_the_baselines_shares(data, tmp_path):
+    argv = flags(data, tmp_path / "run", "--num_iterations 40")
+    for name in ("--warmup_iters", "--warmdown_iters"):
+        del argv[argv.index(name) : argv.index(name) + 2]
+    main(argv)
+    rates = [line["lr"] / 0.0018 for line in metrics(tmp_path / "run") if "train_loss" in line]
+    assert np.allclose(rates, [0.5] + [1] * 31 + [(9 - i) / 9 for i in range(1, 9)])  # 256/4768 and 1024/4768 of 40
+
+
+@pytest.mark.parametrize("available, expected", ((151, 150), (2_000_000, 1_048_576)))
+def test_validation_takes_the_first_1048576_targets_or_all(available, expected):
+    class Stream:
+        read = staticmethod(lambda begin, count: None)
+        __len__ = lambda self: available
+
+    class Flags:
+        val_tokens = None
+
+    assert train_gpt2_afno.count_val_tokens(Flags, Stream()) == expected
+
+
+def test_schedule_clip_and_decay_reach_every_optimizer(data, tmp_path, monkeypatch):
+    made, make = [], train_gpt2_afno.make_optimizers
+    monkeypatch.setattr(train_gpt2_afno, "make_optimizers", lambda *arguments: made.append(make(*arguments)) or made[-1])
+    main(flags(data, tmp_path / "run", "--optimizer muon --num_iterations 4 --save_every 1"))
+    for optimizer in made[-1]:  # the last update of a warmdown of two
+        assert [group["lr"] for group in optimizer.param_groups] == [0.0018 / 2]
+    main(flags(data, tmp_path / "run", "--optimizer muon --resume auto --num_iterations 8 --weight_decay 0.3"))
+    for optimizer in made[-1]:
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3]
+
+
+def test_gradients_are_clipped(data, tmp_path, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def measured(self, *arguments):
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in self.param_groups[0]["params"]]).item())
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", measured)
+    main(flags(data, tmp_path / "run", "--grad_clip 0.5 --num_iterations 2"))
+    assert np.allclose(norms, 0.5, rtol=1e-3)
+    assert all(line["grad_norm"] > 0.6 for line in metrics(tmp_path / "run") if "train_loss" in line)  # before clipping
+
+
+def test_mfu_counts_6_flops_a_parameter(data, tmp_path):
+    count = lambda mixer: train_gpt2_afno.flops_per_token(GPT(GPTConfig(
+        vocab_size=97, n_layer=2, n_head=2, n_embd=16, mixer=mixer, afno_filter_length=8)), 100)
+    assert count("attn") == 6 * (97 * 16 + 2 * 12 * 16**2) + 6 * 2 * 16 * 100
+
+
 def test_accumulation_is_a_larger_batch(data, tmp_path):
     main(flags(data, tmp_path / "large", "--batch_size 4"))
     main(flags(data, tmp_path / "small", "--batch_size 1 --grad_accumulation_steps 4"))
@@ -137,6 +195,8 @@ def test_accumulation_is_a_larger_batch(data, tmp_path):
 def test_target_loss_stops_and_is_reported(data, tmp_path, capsys):
     main(flags(data, tmp_path / "run", "--num_iterations 60 --learning_rate 0.01 --target_val_loss 8"))
     last = metrics(tmp_path / "run")[-1]
+    main(flags(data, tmp_path / "run", "--num_iterations 60 --learning_rate 0.01 --target_val_loss 8 --resume auto"))
+    assert metrics(tmp_path / "run")[-1]["step"] == last["step"]  # it stays reached
     assert last["step"] < 60 and last["wall_clock_time_to_target_loss"] == last["train_time_s"] > 0
     assert re.search(r"wall_clock_time_to_target_loss: \d", capsys.readouterr().out + (tmp_path / "run/train.log").read_text())
 
@@ -483,5 +543,8 @@ def test_generation_is_the_models(data, tmp_path, monkeypatch, capsys):
     greedy = generate(monkeypatch, capsys, tmp_path / "run", "--generate", "To be", "--max_new_tokens", "30",
                       "--temperature", "0")
     assert greedy == expected.decode(errors="replace") + "\n"
+    one, cold = (generate(monkeypatch, capsys, tmp_path / "run", "--generate", "To be", "--max_new_tokens", "30", *more)
+                 for more in (("--top_k", "1"), ("--temperature", "1e-40")))
+    assert one == cold == greedy
     a, b, c = (generate(monkeypatch, capsys, tmp_path / "run", "--generate", "", "--seed", seed) for seed in "112")
     assert a == b != c
