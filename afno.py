@@ -62,6 +62,9 @@ def complex_soft_shrink(z: Complex, threshold: float) -> Complex:
     return z[0] * scale, z[1] * scale
 
 
+NUM_DELAYS, MLP_WIDTH = 33, 64  # frequency features of an operator's MLP, and its hidden units
+
+
 class SpectralMLP(nn.Module):
     """AFNO's two-layer complex MLP with ComplexReLU, then soft-shrink; every block has weights of its own.
 
@@ -212,8 +215,8 @@ class FilterOperator(nn.Module):
         self.filter_length, self.hilbert = filter_length, hilbert
         self.num_filters = num_blocks * filters_per_block
         self.num_modes = math.ceil(fraction * (filter_length + 1))  # of filter_length + 1 bins, lowest first
-        self.num_delays = min(33, filter_length)
-        self.mlp = SpectralMLP(num_blocks, self.num_delays, AFNO1D.mlp_width, filters_per_block, sparsity_threshold)
+        self.num_delays = min(NUM_DELAYS, filter_length)
+        self.mlp = SpectralMLP(num_blocks, self.num_delays, MLP_WIDTH, filters_per_block, sparsity_threshold)
 
     def taps(self) -> Tensor:
         """The filters, (num_filters, filter_length), in the parameters' dtype whatever autocast says."""
@@ -261,7 +264,7 @@ class AnalyticOperator(nn.Module):
         # time constants in an order that gives slow and fast ones to every band: steps of the golden ratio
         order = ((torch.arange(kept) * 0.6180339887) % 1).argsort().argsort()
         self.log_decay = nn.Parameter(-time_constants(kept, filter_length, self.angle.detach())[order].log())
-        self.mlp = SpectralMLP(num_blocks, 33, AFNO1D.mlp_width, filters_per_block, sparsity_threshold)
+        self.mlp = SpectralMLP(num_blocks, NUM_DELAYS, MLP_WIDTH, filters_per_block, sparsity_threshold)
 
     def poles(self) -> Complex:
         """log p_m as (re, im), (num_poles,) each; re < 0 whatever the parameters are."""
@@ -269,7 +272,7 @@ class AnalyticOperator(nn.Module):
 
     def coefficients(self) -> Complex:
         """c_m of every filter, (num_filters, num_poles) each."""
-        turn = torch.outer(self.angle, torch.arange(33, device=self.angle.device))
+        turn = torch.outer(self.angle, torch.arange(NUM_DELAYS, device=self.angle.device))
         # The energy of c p^t is |c|^2 / (1 - |p|^2): so all poles begin with the same. Poles side by side have much the
         # same coefficients and add up; with the 4 the taps have about the energy of the filter form's.
         scale = ((1 - torch.exp(2 * self.poles()[0])) / (4 * len(self.angle))).sqrt()
@@ -382,7 +385,6 @@ class AFNO1D(nn.Module):
     """
 
     channels_per_filter = 16  # at most; 48 filters at 768 channels
-    mlp_width = 64
 
     def __init__(self, hidden_size: int, num_blocks: int = 8, sparsity_threshold: float = 0.01,
                  hard_thresholding_fraction: float = 1.0, filter_length: int = 1024, form: str = "filter"):

@@ -15,13 +15,12 @@ float64 runs on at most 1024 tokens (attention there needs memory for T x T), th
 compiled where training is. Exit status: 0, 1 on a leak, 2 on bad flags.
 """
 import dataclasses
-import sys
 
 import torch
 
 from afno import FORMS
-from train_gpt2_afno import (CUTS, DEFAULTS, DEVICE_DEFAULTS, GPT, GPTConfig, Runtime, change_by_position,
-                             choose_device, model_fields, parse_flags, random_tokens, run)
+from train_gpt2_afno import (DEFAULTS, DEVICE_DEFAULTS, GPT, GPTConfig, Runtime, choose_device, cuts, model_fields,
+                             parse_flags, prefix_changes, random_tokens, run)
 
 FLOAT64_BOUND, FLOAT64_TOKENS = 1e-10, 1024
 
@@ -44,8 +43,7 @@ def leak_of(change: torch.Tensor, cut: int) -> float:
 def prefix_leaks(hidden, T: int, vocab_size: int, device) -> list[tuple[float, int]]:
     """(r, cut) for every cut."""
     idx = random_tokens((1, T), vocab_size).to(device)
-    return [(leak_of(change_by_position(hidden, idx, cut, vocab_size), cut), cut)
-            for cut in sorted({*(cut for cut in CUTS if cut < T), T - 1} - {0})]
+    return [(leak_of(change, cut), cut) for cut, change in prefix_changes(hidden, idx, vocab_size)]
 
 
 def gradient_leaks(model: GPT, T: int, device) -> list[tuple[float, int]]:
@@ -56,7 +54,7 @@ def gradient_leaks(model: GPT, T: int, device) -> list[tuple[float, int]]:
     hook.remove()
     direction = torch.randn(hidden.size(-1), generator=torch.Generator().manual_seed(0)).to(hidden)
     leaks = []
-    for cut in sorted({*(cut for cut in CUTS if cut < T), T - 1} - {0}):
+    for cut in cuts(T):
         (gradient,) = torch.autograd.grad(hidden[0, cut - 1] @ direction, embeddings[0], retain_graph=True)
         change = gradient[0].norm(dim=-1)
         leaks.append((leak_of(change.flip(0), T - cut), cut))  # here the past is what must move

@@ -287,13 +287,21 @@ def exchange_after(idx: Tensor, cut: int, vocab_size: int) -> Tensor:
     return torch.where(torch.arange(idx.size(1), device=idx.device) < cut, idx, (idx + shift) % vocab_size)
 
 
-def change_by_position(hidden, idx: Tensor, cut: int, vocab_size: int) -> Tensor:
-    """How far row 0 of hidden(idx), (B, T, C), moves at each position when the tokens from `cut` on are exchanged.
+def cuts(T: int) -> list[int]:
+    """The lengths of the prefixes after which tokens are exchanged."""
+    return sorted({*(cut for cut in CUTS if cut < T), T - 1} - {0})
 
-    With gradients enabled, a compiled model runs the graph that trains, otherwise the one that validates. Returns norms, (T,), float64: all zero before `cut` if no future value even enters the arithmetic.
+
+def prefix_changes(hidden, idx: Tensor, vocab_size: int):
+    """Yield (cut, how far row 0 of hidden(idx), (B, T, C), moves at each position when the tokens from cut on change).
+
+    The latter are norms, (T,), float64: all zero before the cut if no future value even enters the arithmetic. With
+    gradients enabled, a compiled model runs the graph that trains, otherwise the one that validates.
     """
-    before, after = (hidden(tokens)[0].detach().double() for tokens in (idx, exchange_after(idx, cut, vocab_size)))
-    return (after - before).norm(dim=-1)
+    before = hidden(idx)[0].detach().double()
+    for cut in cuts(idx.size(1)):
+        after = hidden(exchange_after(idx, cut, vocab_size))[0].detach().double()
+        yield cut, (after - before).norm(dim=-1)
 
 
 def refuse_leaks(hidden, T: int, B: int, vocab_size: int, device: torch.device):
@@ -303,8 +311,7 @@ def refuse_leaks(hidden, T: int, B: int, vocab_size: int, device: torch.device):
     arithmetic of a past output (test_causality.py measures the same in float64, and gradients).
     """
     idx = random_tokens((1, T), vocab_size).expand(B, T).to(device)
-    for cut in sorted({*(cut for cut in CUTS if cut < T), T - 1} - {0}):
-        change = change_by_position(hidden, idx, cut, vocab_size)
+    for cut, change in prefix_changes(hidden, idx, vocab_size):
         if not change[cut:].norm() > 0:
             raise InputError(f"causality check: exchanging the tokens from position {cut} on changes nothing after it")
         if leaks := (~(change[:cut] == 0)).nonzero().flatten().tolist():

@@ -10,7 +10,6 @@ document is preceded by token 50256.
 """
 import argparse
 import functools
-import glob
 import hashlib
 import json
 import os
@@ -203,7 +202,8 @@ def encode(texts: list[str], new_document: bool) -> np.ndarray:
 
 
 def tokenize(paths: list[Path], field: str, val_bytes: float):
-    """Yield (characters, starts a document, tokens) piece by piece, in order, on all cores, in constant memory."""
+    """Yield (bytes, starts a document, validation may begin here, tokens) piece by piece, in order, on all cores, in
+    constant memory."""
     gpt2_encoding()  # fetches the vocabulary once, before there are workers
     piece = max(1, min(PIECE, int(val_bytes / 8)))  # fine enough to find the border
     pieces = ((path, *found) for path in paths for found in
