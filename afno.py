@@ -36,53 +36,102 @@ def rmsnorm(x: Tensor, eps: float = 1e-6) -> Tensor:
 Complex = tuple[Tensor, Tensor]
 
 
-def complex_linear(z: Complex, weight: Tensor, bias: Tensor) -> Complex:
+def complex_linear(z: Complex, weight: Tensor, bias: Tensor | None) -> Complex:
     """z @ W + b for every block by itself (block-diagonal weights).
 
-    z: two of (num_blocks, n, in); weight: (num_blocks, in, 2 * out), the columns of Re W, then those of Im W;
-    bias: (num_blocks, 2 * out) likewise. Returns two of (num_blocks, n, out).
+    z: two of (..., n, in); weight: (..., in, 2 * out), the columns of Re W, then those of Im W; bias: (..., 2 * out)
+    likewise, or None. Leading dimensions, such as (num_experts, num_blocks), broadcast. Returns two of (..., n, out).
     """
     (re_re, re_im), (im_re, im_im) = ((part @ weight).chunk(2, -1) for part in z)
-    bias_re, bias_im = bias.unsqueeze(1).chunk(2, -1)
-    return re_re - im_im + bias_re, re_im + im_re + bias_im
+    re, im = re_re - im_im, re_im + im_re
+    if bias is None:
+        return re, im
+    bias_re, bias_im = bias.unsqueeze(-2).chunk(2, -1)
+    return re + bias_re, im + bias_im
 
 
-def complex_relu(z: Complex) -> Complex:
-    """ReLU on the real and on the imaginary part, as in AFNO."""
-    return F.relu(z[0]), F.relu(z[1])
-
-
-def complex_soft_shrink(z: Complex, threshold: float) -> Complex:
-    """Shorten every number by `threshold`, to zero where it was shorter: z * max(0, 1 - threshold / |z|).
+def complex_soft_shrink(z: Complex, threshold: float | Tensor) -> Complex:
+    """Shorten every number by `threshold` >= 0, to zero where it was shorter: z * max(0, 1 - threshold / |z|).
 
     On the modulus, not on each part: so a delay, which only turns phases, never changes what is dropped.
     """
-    floor = max(threshold**2, 1e-30)  # clamp keeps the gradient of 1/|z| finite where |z| <= threshold
-    scale = F.relu(1 - threshold * torch.rsqrt((z[0] ** 2 + z[1] ** 2).clamp(min=floor)))
+    # clamp keeps the gradient of 1/|z| finite where |z| <= threshold
+    squared = (z[0] ** 2 + z[1] ** 2).clamp(min=threshold**2 + 1e-30)
+    scale = F.relu(1 - threshold * torch.rsqrt(squared))
     return z[0] * scale, z[1] * scale
+
+
+RELUS = ("cartesian", "modulus")
+
+
+def complex_relu(z: Complex, threshold: Tensor | None = None) -> Complex:
+    """Cartesian, as in AFNO: ReLU on the real and on the imaginary part. With a threshold (hidden,), modulus: ReLU on
+    |z| - threshold with the phase kept, which is the soft-shrink (modReLU: Arjovsky et al., 2016)."""
+    if threshold is None:
+        return F.relu(z[0]), F.relu(z[1])
+    return complex_soft_shrink(z, threshold)
 
 
 NUM_DELAYS, MLP_WIDTH = 33, 64  # frequency features of an operator's MLP, and its hidden units
 
 
 class SpectralMLP(nn.Module):
-    """AFNO's two-layer complex MLP with ComplexReLU, then soft-shrink; every block has weights of its own.
+    """AFNO's two-layer complex MLP with ComplexReLU, then soft-shrink; every block of every expert has its own weights.
 
-    Two of (num_blocks, n, size_in) to two of (num_blocks, n, size_out). At initialisation inputs of mean square 1
-    give outputs of mean square about 1.
+    Two of (num_blocks or 1, n, size_in) to two of (num_experts, num_blocks, n, size_out). At initialisation inputs of
+    mean square 1 give outputs of mean square about 1.
     """
 
-    def __init__(self, num_blocks: int, size_in: int, hidden: int, size_out: int, sparsity_threshold: float):
+    def __init__(self, num_blocks: int, size_in: int, hidden: int, size_out: int, sparsity_threshold: float = 0.01,
+                 num_experts: int = 1, relu: str = "cartesian", bias: bool = True):
         super().__init__()
-        self.sparsity_threshold = sparsity_threshold
-        self.w1 = nn.Parameter(torch.randn(num_blocks, size_in, 2 * hidden) * size_in**-0.5)
-        self.b1 = nn.Parameter(torch.zeros(num_blocks, 2 * hidden))
-        self.w2 = nn.Parameter(torch.randn(num_blocks, hidden, 2 * size_out) * (2 * hidden) ** -0.5)
-        self.b2 = nn.Parameter(torch.zeros(num_blocks, 2 * size_out))
+        self.sparsity_threshold, self.leading = sparsity_threshold, (num_experts, num_blocks)
+        count = num_experts * num_blocks  # one dimension: for Muon every 2-D slice is a matrix of its own
+        self.w1 = nn.Parameter(torch.randn(count, size_in, 2 * hidden) * size_in**-0.5)
+        self.w2 = nn.Parameter(torch.randn(count, hidden, 2 * size_out) * (2 * hidden) ** -0.5)
+        self.b1 = nn.Parameter(torch.zeros(count, 2 * hidden)) if bias else None
+        self.b2 = nn.Parameter(torch.zeros(count, 2 * size_out)) if bias else None
+        self.log_threshold = nn.Parameter(torch.full((hidden,), math.log(0.5))) if relu == "modulus" else None
 
     def forward(self, z: Complex) -> Complex:
-        z = complex_relu(complex_linear(z, self.w1, self.b1))
-        return complex_soft_shrink(complex_linear(z, self.w2, self.b2), self.sparsity_threshold)
+        w1, b1, w2, b2 = (p if p is None else p.unflatten(0, self.leading) for p in (self.w1, self.b1, self.w2, self.b2))
+        z = complex_relu(complex_linear(z, w1, b1), None if self.log_threshold is None else self.log_threshold.exp())
+        return complex_soft_shrink(complex_linear(z, w2, b2), self.sparsity_threshold)
+
+
+ROUTINGS = ("frequency", "position")
+
+
+class Router(nn.Module):
+    """A soft mixture of experts: each has a learned Gaussian band on a line from 0 to 1, a softmax shares out every
+    point of it. The line is the frequency (0 to pi), or the logarithm of the lag (0 to filter_length tokens), as
+    `routing` says: never the data, so nothing can leak through it. One expert has no band and no parameters.
+    """
+
+    def __init__(self, num_experts: int, routing: str, filter_length: int):
+        super().__init__()
+        self.routing, self.filter_length = routing, filter_length
+        if num_experts > 1:
+            self.centre = nn.Parameter((torch.arange(num_experts) + 0.5) / num_experts)
+            self.log_width = nn.Parameter(torch.full((num_experts,), -math.log(2 * num_experts)))
+
+    def by_frequency(self, parts: Tensor, angle: Tensor) -> Tensor:
+        """parts: (num_experts, ..., n) at the angles (n,), in radians a token -> (1, ..., n); as it is, if this is not
+        what they are routed by."""
+        return self.mix(parts, angle / math.pi) if self.routing == "frequency" else parts
+
+    def by_lag(self, parts: Tensor, lag: Tensor) -> Tensor:
+        """The same for lags, (n,) or (1,), in tokens."""
+        if self.routing != "position":
+            return parts
+        return self.mix(parts, torch.log1p(lag) / math.log1p(self.filter_length))
+
+    def mix(self, parts: Tensor, place: Tensor) -> Tensor:
+        if len(parts) == 1:
+            return parts
+        distance = (place - self.centre[:, None]) * torch.exp(-self.log_width)[:, None]
+        share = F.softmax(-0.5 * distance**2, 0)  # (num_experts, n)
+        return (share.view(len(parts), *[1] * (parts.ndim - 2), -1) * parts).sum(0, keepdim=True)
 
 
 def apply_causal_mask_freq(X: Tensor, n: int) -> Tensor:
@@ -181,6 +230,19 @@ def causal_conv(u: Tensor, taps: Tensor) -> Tensor:
     return y.view(G, b, n, B, C // G).permute(3, 2, 1, 0, 4).reshape(B, n * b, C)[:, :T]
 
 
+def newest_output(window: Tensor, taps: Tensor) -> Tensor:
+    """The last output of causal_conv, (B, C), from the last n <= K inputs, (B, n, C), and taps (G, K)."""
+    B, n, C = window.shape
+    G = len(taps)
+    return torch.einsum("bngc,gn->bgc", window.view(B, n, G, C // G), taps[:, :n].flip(1).to(window.dtype)).reshape(B, C)
+
+
+def extend(window: Tensor | None, u_t: Tensor, length: int) -> Tensor:
+    """The last `length` inputs, (B, up to length, C), the newest one, (B, C), included."""
+    u_t = u_t[:, None]
+    return u_t if window is None else torch.cat((window, u_t), 1)[:, -length:]
+
+
 class ShortConv(nn.Module):
     """Causal convolution of a few taps for every channel by itself, (B, T, C) to the same; begins as the identity."""
 
@@ -194,29 +256,32 @@ class ShortConv(nn.Module):
         padded, taps = F.pad(x, (0, 0, length - 1, 0)), self.taps.to(x.dtype)
         return sum(taps[lag] * padded[:, length - 1 - lag : length - 1 - lag + T] for lag in range(length))
 
+    def step(self, x_t: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
+        window = extend(window, x_t, len(self.taps))
+        return newest_output(window, self.taps.T), window
+
 
 # -----------------------------------------------------------------------------
-# operators: (B, T, C) to the same, linear or not in u, all but the reference causal
+# operators: (B, T, C) to the same, linear or not in u, all but the reference causal. `step` makes one token's output,
+# (B, C) to the same, from the state that the step before returned; the first one gets None.
 
 
 class FilterOperator(nn.Module):
     """Forms `filter` and `hilbert`: u convolved with taps whose frequency response AFNO's MLP generates.
 
     On a fixed grid of 2 x filter_length points: frequency features (the responses exp(-i w d) of the delays
-    d = 0 ... 32) -> in each of num_blocks blocks a two-layer complex MLP with ComplexReLU -> complex soft-shrink
-    -> inverse transform, lags >= 0 kept -> decay window exp(-t / tau). The grid and tau, in tokens, are fixed at
-    construction, so the same taps serve every T, also beyond filter_length (lags from filter_length on are zero).
+    d = 0 ... 32) -> in each block a two-layer complex MLP with ComplexReLU -> complex soft-shrink -> inverse
+    transform, lags >= 0 kept -> decay window exp(-t / tau). The grid and tau, in tokens, are fixed at construction, so
+    the same taps serve every T, also beyond filter_length (lags from filter_length on are zero).
     `hilbert` learns the real part of the response alone and derives the imaginary part (apply_causal_mask_freq).
     """
 
-    def __init__(self, num_blocks: int, filters_per_block: int, sparsity_threshold: float, fraction: float,
-                 filter_length: int, hilbert: bool):
+    def __init__(self, mlp: SpectralMLP, router: Router, num_filters: int, fraction: float, filter_length: int,
+                 hilbert: bool):
         super().__init__()
-        self.filter_length, self.hilbert = filter_length, hilbert
-        self.num_filters = num_blocks * filters_per_block
+        self.mlp, self.router = mlp, router
+        self.num_filters, self.filter_length, self.hilbert = num_filters, filter_length, hilbert
         self.num_modes = math.ceil(fraction * (filter_length + 1))  # of filter_length + 1 bins, lowest first
-        self.num_delays = min(NUM_DELAYS, filter_length)
-        self.mlp = SpectralMLP(num_blocks, self.num_delays, MLP_WIDTH, filters_per_block, sparsity_threshold)
 
     def taps(self) -> Tensor:
         """The filters, (num_filters, filter_length), in the parameters' dtype whatever autocast says."""
@@ -224,19 +289,25 @@ class FilterOperator(nn.Module):
         with torch.autocast(like.device.type, enabled=False):
             time = torch.arange(K, device=like.device)
             mode = torch.arange(self.num_modes, device=like.device)
-            turns = torch.outer(mode, time[: self.num_delays]) % (2 * K)  # exact before it is a float
+            turns = torch.outer(mode, torch.arange(NUM_DELAYS, device=like.device)) % (2 * K)  # exact, not yet a float
             angle = turns.to(like.dtype) * (math.pi / K)
-            # missing modes count as zero
-            re, im = (F.pad(part.mT.reshape(self.num_filters, -1), (0, K + 1 - self.num_modes))
-                      for part in self.mlp((angle.cos(), -angle.sin())))
+            # (num_experts, num_filters, modes); missing modes count as zero
+            re, im = (F.pad(self.router.by_frequency(part.mT.flatten(1, 2), mode.to(like.dtype) * (math.pi / K)),
+                            (0, K + 1 - self.num_modes)) for part in self.mlp((angle.cos(), -angle.sin())))
             response = torch.complex(re, torch.zeros_like(re) if self.hilbert else im)
             if self.hilbert:
                 response = apply_causal_mask_freq(response, 2 * K)
-            kernel = torch.fft.irfft(response, n=2 * K)[:, :K]
+            kernel = self.router.by_lag(torch.fft.irfft(response, n=2 * K)[..., :K], time.to(like.dtype))[0]
             return kernel * torch.exp(-time / time_constants(self.num_filters, K, like)[:, None])
 
     def forward(self, u: Tensor) -> Tensor:
         return causal_conv(u, self.taps())
+
+    def step(self, u_t: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
+        """O(filter_length C); the state is the window of inputs and the taps, made once."""
+        window, taps = state or (None, self.taps())
+        window = extend(window, u_t, self.filter_length)
+        return newest_output(window, taps), (window, taps)
 
 
 def time_constants(count: int, filter_length: int, like: Tensor) -> Tensor:
@@ -255,16 +326,14 @@ class AnalyticOperator(nn.Module):
 
     num_poles = 64
 
-    def __init__(self, num_blocks: int, filters_per_block: int, sparsity_threshold: float, fraction: float,
-                 filter_length: int):
+    def __init__(self, mlp: SpectralMLP, router: Router, num_filters: int, fraction: float, filter_length: int):
         super().__init__()
-        self.num_filters = num_blocks * filters_per_block
+        self.mlp, self.router, self.num_filters = mlp, router, num_filters
         kept = math.ceil(fraction * self.num_poles)  # lowest angles first
         self.angle = nn.Parameter((torch.arange(kept) + 0.5) * math.pi / self.num_poles)
         # time constants in an order that gives slow and fast ones to every band: steps of the golden ratio
         order = ((torch.arange(kept) * 0.6180339887) % 1).argsort().argsort()
         self.log_decay = nn.Parameter(-time_constants(kept, filter_length, self.angle.detach())[order].log())
-        self.mlp = SpectralMLP(num_blocks, NUM_DELAYS, MLP_WIDTH, filters_per_block, sparsity_threshold)
 
     def poles(self) -> Complex:
         """log p_m as (re, im), (num_poles,) each; re < 0 whatever the parameters are."""
@@ -276,8 +345,9 @@ class AnalyticOperator(nn.Module):
         # The energy of c p^t is |c|^2 / (1 - |p|^2): so all poles begin with the same. Poles side by side have much the
         # same coefficients and add up; with the 4 the taps have about the energy of the filter form's.
         scale = ((1 - torch.exp(2 * self.poles()[0])) / (4 * len(self.angle))).sqrt()
-        return tuple(part.mT.reshape(self.num_filters, -1) * scale
-                     for part in self.mlp((turn.cos(), -turn.sin())))
+        parts = (self.router.by_frequency(part.mT.flatten(1, 2), self.angle)
+                 for part in self.mlp((turn.cos(), -turn.sin())))
+        return tuple(self.router.by_lag(part, torch.exp(-self.log_decay))[0] * scale for part in parts)
 
     def taps(self, T: int) -> Tensor:
         """Lags 0 ... T - 1 of the filters, (num_filters, T), in the parameters' dtype whatever autocast says."""
@@ -290,20 +360,40 @@ class AnalyticOperator(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         return causal_conv(u, self.taps(u.size(1)))
 
+    def step(self, u_t: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
+        """O(num_poles C), however long the text: s_m <- p_m s_m + u, y = Re sum_m c_m s_m."""
+        with torch.autocast(u_t.device.type, enabled=False):
+            u = u_t.to(self.angle.dtype).view(len(u_t), self.num_filters, -1, 1)
+            if state is None:
+                log_radius, angle = self.poles()
+                poles = log_radius.exp() * angle.cos(), log_radius.exp() * angle.sin()
+                coefficients = tuple(part[..., None] for part in self.coefficients())
+                state = poles, coefficients, (torch.zeros_like(u), torch.zeros_like(u))
+            (p_re, p_im), (c_re, c_im), (s_re, s_im) = state
+            s_re, s_im = p_re * s_re - p_im * s_im + u, p_im * s_re + p_re * s_im  # (B, num_filters, C/filter, poles)
+            y = s_re @ c_re - s_im @ c_im
+            return y.reshape(u_t.shape).to(u_t.dtype), (*state[:2], (s_re, s_im))
 
-def spectral_layer(u: Tensor, mlp: SpectralMLP, fraction: float, n: int) -> Tensor:
+
+def spectral_layer(u: Tensor, mlp: SpectralMLP, router: Router, fraction: float, n: int) -> Tensor:
     """AFNO's own layer, on the data's spectrum: u (N, L, C), zero-padded to n points -> rfft -> MLP -> irfft, (N, n, C).
 
     Transforms are orthonormal over n points, so a threshold means the same at every n that is in use. The share
-    `fraction` of the modes is kept, lowest first.
+    `fraction` of the modes is kept, lowest first. Where experts are routed by position, L is the lag.
     """
-    N, C, blocks = len(u), u.size(-1), len(mlp.w1)
+    N, L, C = u.shape
+    E, blocks = mlp.leading
+    like = mlp.w1
     with torch.autocast(u.device.type, enabled=False):
         modes = math.ceil(fraction * (n // 2 + 1))
-        X = torch.fft.rfft(u.to(mlp.w1.dtype), n=n, dim=1, norm="ortho")[:, :modes]
+        X = torch.fft.rfft(u.to(like.dtype), n=n, dim=1, norm="ortho")[:, :modes]
         X = X.view(N, modes, blocks, C // blocks).permute(2, 0, 1, 3).flatten(1, 2)
-        Y = torch.complex(*mlp((X.real, X.imag))).view(blocks, N, modes, C // blocks)
-        return torch.fft.irfft(Y.permute(1, 2, 0, 3).flatten(2), n=n, dim=1, norm="ortho").to(u.dtype)
+        angle = torch.arange(modes, device=u.device, dtype=like.dtype) * (2 * math.pi / n)
+        lag = torch.full((1,), L, device=u.device, dtype=like.dtype)
+        parts = (part.view(E, blocks, N, modes, C // blocks).transpose(3, 4) for part in mlp((X.real, X.imag)))
+        re, im = (router.by_lag(router.by_frequency(part, angle), lag)[0] for part in parts)
+        Y = torch.complex(re, im).permute(1, 3, 0, 2).flatten(2)  # (N, modes, C)
+        return torch.fft.irfft(Y, n=n, dim=1, norm="ortho").to(u.dtype)
 
 
 class DyadicOperator(nn.Module):
@@ -312,20 +402,24 @@ class DyadicOperator(nn.Module):
     At level L = L0, 2 L0, 4 L0, ... and for every multiple a of 2L, the block [a, a + L), zero-padded to 2L, goes
     through AFNO's layer, and the second half of the result, which lies on [a + L, a + 2L), is used: so every pair of
     tokens s < t of different L0-blocks meets at exactly one level, and none other. Inside a block of L0 = 64 tokens
-    a convolution with learned taps does the rest. The weights are shared by all levels: any T runs.
+    a convolution with learned taps does the rest. The weights are shared by all levels: any T runs. The MLP has no
+    biases: one in frequency would be an impulse in time, at the same place of every block, whatever the data are.
     """
 
     near_length = 64
 
-    def __init__(self, hidden_size: int, num_blocks: int, num_filters: int, sparsity_threshold: float, fraction: float):
+    def __init__(self, mlp: SpectralMLP, router: Router, num_filters: int, fraction: float):
         super().__init__()
-        self.fraction = fraction
-        size = hidden_size // num_blocks
-        self.mlp = SpectralMLP(num_blocks, size, size, size, sparsity_threshold)
-        tau = time_constants(num_filters, self.near_length, self.mlp.w1.detach())
+        self.mlp, self.router, self.fraction = mlp, router, fraction
+        tau = time_constants(num_filters, self.near_length, mlp.w1.detach())
         window = torch.exp(-torch.arange(self.near_length) / tau[:, None])
         window = window / (2 * window.norm(dim=1, keepdim=True))  # as much energy as the filter form's taps, about
         self.near = nn.Parameter(torch.randn(num_filters, self.near_length) * window)
+
+    def far(self, past: Tensor) -> Tensor:
+        """What completed blocks (N, L, C) send to the L tokens after each."""
+        L = past.size(1)
+        return spectral_layer(past, self.mlp, self.router, self.fraction, 2 * L)[:, L:]
 
     def forward(self, u: Tensor) -> Tensor:
         B, T, C = u.shape
@@ -336,24 +430,37 @@ class DyadicOperator(nn.Module):
         u = F.pad(u, (0, 0, 0, padded - T)).contiguous()
         y = causal_conv(u.view(-1, L, C), self.near).view(B, padded, C)
         while L < T:
-            past = u.view(-1, 2 * L, C)[:, :L]
-            future = spectral_layer(past, self.mlp, self.fraction, 2 * L)[:, L:]
+            future = self.far(u.view(-1, 2 * L, C)[:, :L])
             y = y + F.pad(future, (0, 0, L, 0)).view(B, padded, C)
             L *= 2
         return y[:, :T]
+
+    def step(self, u_t: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
+        """Amortised O(C log^2 T): the state is all inputs, and what is known of the outputs to come. Changed in place."""
+        L0 = self.near_length
+        if state is None:
+            state = 0, *u_t.new_zeros(2, len(u_t), L0, u_t.size(1))
+        t, u, y = state
+        u[:, t] = u_t
+        y_t = y[:, t] + newest_output(u[:, t - t % L0 : t + 1], self.near)
+        t += 1
+        if t == u.size(1):
+            u, y = (F.pad(part, (0, 0, 0, t)) for part in (u, y))  # twice the room
+        if t % L0 == 0:
+            L = t & -t  # the one level at which a block ends here: its lowest set bit
+            y[:, t : t + L] += self.far(u[:, t - L : t])
+        return y_t, (t, u, y)
 
 
 class ReferenceOperator(nn.Module):
     """Form `reference`: the original AFNO layer (Guibas et al., 2022) over the whole sequence. NOT CAUSAL."""
 
-    def __init__(self, hidden_size: int, num_blocks: int, sparsity_threshold: float, fraction: float):
+    def __init__(self, mlp: SpectralMLP, router: Router, fraction: float):
         super().__init__()
-        self.fraction = fraction
-        size = hidden_size // num_blocks
-        self.mlp = SpectralMLP(num_blocks, size, size, size, sparsity_threshold)
+        self.mlp, self.router, self.fraction = mlp, router, fraction
 
     def forward(self, u: Tensor) -> Tensor:
-        return spectral_layer(u, self.mlp, self.fraction, u.size(1))
+        return spectral_layer(u, self.mlp, self.router, self.fraction, u.size(1))
 
 
 # -----------------------------------------------------------------------------
@@ -380,6 +487,12 @@ class AFNO1D(nn.Module):
         filter_length: number of taps, in tokens (filter, hilbert), or twice the longest time constant at
             initialisation (analytic); >= 1.
         form: the operator, one of FORMS; each has its class above.
+        num_experts: separate sets of the MLP's weights, mixed by a Router; >= 1 (reference: 1).
+        routing: by what, one of ROUTINGS: frequency, or position, which is the lag: a tap's (filter, hilbert), a
+            pole's time constant (analytic), a block's length (dyadic).
+        relu: the MLP's ComplexReLU, one of RELUS.
+        short_conv: taps of the short convolution; >= 1, where 1 mixes no tokens.
+        gate: whether there is one; without, out = W_out rmsnorm(y).
     Parameters are float32 or float64; autocast makes the rest bf16. Raises ValueError naming the argument and its
     allowed range.
     """
@@ -387,37 +500,74 @@ class AFNO1D(nn.Module):
     channels_per_filter = 16  # at most; 48 filters at 768 channels
 
     def __init__(self, hidden_size: int, num_blocks: int = 8, sparsity_threshold: float = 0.01,
-                 hard_thresholding_fraction: float = 1.0, filter_length: int = 1024, form: str = "filter"):
+                 hard_thresholding_fraction: float = 1.0, filter_length: int = 1024, form: str = "filter",
+                 num_experts: int = 1, routing: str = "frequency", relu: str = "cartesian", short_conv: int = 4,
+                 gate: bool = True):
         super().__init__()
+        self.check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholding_fraction, filter_length,
+                             form, num_experts, routing, relu, short_conv, gate)
+        block_size = hidden_size // num_blocks
+        width = max(d for d in range(1, self.channels_per_filter + 1) if block_size % d == 0)
+        num_filters = hidden_size // width
+        self.c_in = nn.Linear(hidden_size, (1 + gate) * hidden_size, bias=False)  # value | gate
+        self.short_conv = ShortConv(self.c_in.out_features, short_conv)
+        on_data = form in ("dyadic", "reference")  # what the MLP works on: the data's spectrum or the operator's
+        sizes = (block_size,) * 3 if on_data else (NUM_DELAYS, MLP_WIDTH, block_size // width)
+        mlp = SpectralMLP(num_blocks, *sizes, sparsity_threshold, num_experts, relu, bias=form != "dyadic")
+        shared = mlp, Router(num_experts, routing, filter_length)
+        if form in ("filter", "hilbert"):
+            self.operator = FilterOperator(*shared, num_filters, hard_thresholding_fraction, filter_length,
+                                           hilbert=form == "hilbert")
+        elif form == "analytic":
+            self.operator = AnalyticOperator(*shared, num_filters, hard_thresholding_fraction, filter_length)
+        elif form == "dyadic":
+            self.operator = DyadicOperator(*shared, num_filters, hard_thresholding_fraction)
+        else:
+            self.operator = ReferenceOperator(*shared, hard_thresholding_fraction)
+        self.direct = nn.Parameter(torch.ones(hidden_size))
+        self.c_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    @staticmethod
+    def check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholding_fraction, filter_length, form,
+                        num_experts, routing, relu, short_conv, gate):
+        """Raise ValueError, which begins with the argument's name, where one is out of its range."""
         if not 1 <= num_blocks <= hidden_size or hidden_size % num_blocks:
-            raise ValueError(f"num_blocks must divide hidden_size={hidden_size}, got {num_blocks}")
+            raise ValueError(f"num_blocks must divide the {hidden_size} channels, got {num_blocks}")
         if not sparsity_threshold >= 0:
             raise ValueError(f"sparsity_threshold must be >= 0, got {sparsity_threshold}")
         if not 0 < hard_thresholding_fraction <= 1:
             raise ValueError(f"hard_thresholding_fraction must be in (0, 1], got {hard_thresholding_fraction}")
-        if not filter_length >= 1:
-            raise ValueError(f"filter_length must be >= 1, got {filter_length}")
-        if form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form}")
-
-        block_size = hidden_size // num_blocks
-        width = max(d for d in range(1, self.channels_per_filter + 1) if block_size % d == 0)
-        filters = num_blocks, block_size // width
-        shrink = sparsity_threshold, hard_thresholding_fraction
-        self.c_in = nn.Linear(hidden_size, 2 * hidden_size, bias=False)  # value | gate
-        self.short_conv = ShortConv(2 * hidden_size)
-        if form in ("filter", "hilbert"):
-            self.operator = FilterOperator(*filters, *shrink, filter_length, hilbert=form == "hilbert")
-        elif form == "analytic":
-            self.operator = AnalyticOperator(*filters, *shrink, filter_length)
-        elif form == "dyadic":
-            self.operator = DyadicOperator(hidden_size, num_blocks, hidden_size // width, *shrink)
-        else:
-            self.operator = ReferenceOperator(hidden_size, num_blocks, *shrink)
-        self.direct = nn.Parameter(torch.ones(hidden_size))
-        self.c_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        for name, value in (("filter_length", filter_length), ("num_experts", num_experts), ("short_conv", short_conv)):
+            if not value >= 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        for name, value, allowed in (("form", form, FORMS), ("routing", routing, ROUTINGS), ("relu", relu, RELUS),
+                                     ("gate", gate, (False, True))):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")
+        if form == "reference" and num_experts > 1:
+            raise ValueError(f"num_experts must be 1 where form is reference, the paper's layer, got {num_experts}")
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.short_conv(self.c_in(x)).chunk(2, -1)
-        y = self.operator(value) + self.direct.to(value.dtype) * value
-        return self.c_proj(F.silu(gate) * rmsnorm(y))
+        z = self.short_conv(self.c_in(x))
+        return self.output(z, self.operator(self.value(z)))
+
+    @torch.no_grad()
+    def step(self, x_t: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
+        """forward token by token, for generation: x_t (B, hidden_size) to the same, and the state for the next one.
+
+        The first token's state is None. A state is used once: some of its tensors are changed in place. The weights
+        must stay as they are. Costs: see the operators' step. The reference form, not causal, has none.
+        """
+        window, operator_state = state or (None, None)
+        z, window = self.short_conv.step(self.c_in(x_t), window)
+        y, operator_state = self.operator.step(self.value(z), operator_state)
+        return self.output(z, y), (window, operator_state)
+
+    def value(self, z: Tensor) -> Tensor:
+        return z[..., : len(self.direct)]
+
+    def output(self, z: Tensor, y: Tensor) -> Tensor:
+        """The rest of the layer, from value and gate z, (..., C or 2C), and the operator's output y, (..., C)."""
+        value, *gate = z.split(len(self.direct), -1)
+        y = rmsnorm(y + self.direct.to(value.dtype) * value)
+        return self.c_proj(F.silu(gate[0]) * y if gate else y)

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from afno import AFNO1D, FORMS, rmsnorm
+from afno import AFNO1D, FORMS, RELUS, ROUTINGS, rmsnorm
 from data.text_to_bin import InputError, gpt2_encoding, read_bin
 
 START = time.perf_counter()
@@ -49,7 +49,7 @@ MODELS = {  # n_layer, n_head, n_embd; d12 to d48 are GPT-2's sizes, d4 is for C
     "d36": (36, 20, 1280),
     "d48": (48, 25, 1600),
 }
-MIXERS, POSITIONS = ("attn", "afno"), ("none", "learned", "sinusoidal")
+MIXERS, POSITIONS = ("attn", "afno"), ("none", "learned", "sinusoidal", "fourier")
 
 
 @dataclass
@@ -68,29 +68,36 @@ class GPTConfig:
     afno_sparsity_threshold: float = 0.01
     afno_hard_thresholding_fraction: float = 1.0
     afno_filter_length: int | None = None  # taps; None: sequence_length
+    afno_num_experts: int = 1
+    afno_routing: str = "frequency"
+    afno_relu: str = "cartesian"
+    afno_short_conv: int = 4
+    afno_gate: int = 1
     position: str = "none"  # rotary stays inside attention, whatever this says
 
     def __post_init__(self):
         self.attn_layers = tuple(self.attn_layers)
         if self.afno_filter_length is None:
             self.afno_filter_length = self.sequence_length
-        for name, allowed in (("mixer", MIXERS), ("afno_form", FORMS), ("position", POSITIONS)):
+        for name, allowed in (("mixer", MIXERS), ("position", POSITIONS)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
-        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "sequence_length", "afno_filter_length"):
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "sequence_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be >= 1, got {getattr(self, name)}")
         if self.n_embd % (2 * self.n_head):
             raise InputError(f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head}")
         if outside := [layer for layer in self.attn_layers if not 0 <= layer < self.n_layer]:
             raise InputError(f"--attn_layers must be in 0 ... {self.n_layer - 1}, got {outside[0]}")
-        if not 1 <= self.afno_num_blocks <= self.n_embd or self.n_embd % self.afno_num_blocks:
-            raise InputError(f"--afno_num_blocks must divide n_embd={self.n_embd}, got {self.afno_num_blocks}")
-        if not self.afno_sparsity_threshold >= 0:
-            raise InputError(f"--afno_sparsity_threshold must be >= 0, got {self.afno_sparsity_threshold}")
-        if not 0 < self.afno_hard_thresholding_fraction <= 1:
-            raise InputError("--afno_hard_thresholding_fraction must be in (0, 1], "
-                             f"got {self.afno_hard_thresholding_fraction}")
+        try:
+            AFNO1D.check_arguments(**self.afno_arguments())
+        except ValueError as error:
+            raise InputError(f"--afno_{error}") from None
+
+    def afno_arguments(self) -> dict:
+        """AFNO1D's: its names are the flags' without afno_."""
+        return dict(hidden_size=self.n_embd, **{name.removeprefix("afno_"): value for name, value in vars(self).items()
+                                                if name.startswith("afno_")})
 
     def mixer_of(self, layer: int) -> str:
         return "attn" if self.mixer == "attn" or layer in self.attn_layers else "afno"
@@ -100,10 +107,10 @@ class GPTConfig:
 # model
 
 
-def rotary_tables(T: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, (T, head_dim / 2) each, of rotary position embeddings with base 10000 (Su et al., 2021)."""
-    frequency = 10000.0 ** -(torch.arange(0, head_dim, 2, device=like.device, dtype=like.dtype) / head_dim)
-    angle = torch.outer(torch.arange(T, device=like.device, dtype=like.dtype), frequency)
+def rotary_tables(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, (T, size / 2) each, of positions (T,) at log-spaced frequencies, base 10000 (Su et al., 2021)."""
+    frequency = 10000.0 ** -(torch.arange(0, size, 2, device=position.device, dtype=position.dtype) / size)
+    angle = torch.outer(position, frequency)
     return angle.cos(), angle.sin()
 
 
@@ -121,10 +128,23 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1))
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        q, k, v = self.heads(x, cos, sin)
+        return self.output(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def step(self, x_t: Tensor, cos: Tensor, sin: Tensor, cache: tuple | None, window: int) -> tuple[Tensor, tuple]:
+        """forward token by token, x_t (B, C) to the same; the cache, None at first, is of the last `window` keys and
+        values."""
+        q, k, v = self.heads(x_t[:, None], cos, sin)
+        if cache is not None:
+            k, v = (torch.cat((old, new), 2)[:, :, -window:] for old, new in zip(cache, (k, v)))
+        return self.output(F.scaled_dot_product_attention(q, k, v))[:, 0], (k, v)
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def output(self, y: Tensor) -> Tensor:
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -146,13 +166,23 @@ class Block(nn.Module):
         if config.mixer_of(layer) == "attn":
             self.mixer = CausalSelfAttention(config)
         else:
-            self.mixer = AFNO1D(config.n_embd, config.afno_num_blocks, config.afno_sparsity_threshold,
-                                config.afno_hard_thresholding_fraction, config.afno_filter_length, config.afno_form)
+            self.mixer = AFNO1D(**config.afno_arguments())
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         h = rmsnorm(x)
-        h = self.mixer(h, *rotary) if isinstance(self.mixer, CausalSelfAttention) else self.mixer(h)
+        return self.output(x, self.mixer(h, *rotary) if isinstance(self.mixer, CausalSelfAttention) else self.mixer(h))
+
+    def step(self, x_t: Tensor, rotary: tuple[Tensor, Tensor], state: tuple | None, window: int):
+        """forward token by token: (x_t (B, C), state of the mixer, None at first) to the same."""
+        h = rmsnorm(x_t)
+        if isinstance(self.mixer, CausalSelfAttention):
+            h, state = self.mixer.step(h, *rotary, state, window)
+        else:
+            h, state = self.mixer.step(h, state)
+        return self.output(x_t, h), state
+
+    def output(self, x: Tensor, h: Tensor) -> Tensor:
         x = x + self.mixer_scale * h
         return x + self.mlp(rmsnorm(x))
 
@@ -174,10 +204,11 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int, with_g
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """mean cross-entropy(x @ weight.T, targets) in chunks of rows: the (N, vocab_size) logits never exist at once.
+    """cross-entropy(x @ weight.T, targets) in chunks of rows: the (N, vocab_size) logits never exist at once.
 
-    x: (N, C); weight: (vocab_size, C); targets: (N,), -1 does not count. The gradient of a cross-entropy needs
-    nothing from above but one factor, so forward computes it along with the loss and backward only scales it.
+    x: (N, C); weight: (vocab_size, C); targets: (N,), -1 does not count. Returns the mean, and the loss of every row,
+    (N,), without gradient. The gradient of a mean cross-entropy needs nothing from above but one factor, so forward
+    computes it along with the loss and backward only scales it.
     Products are in autocast's dtype where it is on, the softmax in fp32 (float64 for float64).
     """
 
@@ -191,25 +222,41 @@ class LinearCrossEntropy(torch.autograd.Function):
         padding, rows = (-vocab_size % 64, 4096) if on_gpu else (0, 96)
         w = F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
         counts = (targets >= 0).to(x.dtype)[:, None]  # (N, 1), a factor of 0 for targets that do not count
-        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        losses = torch.empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradient else (None, None)
         for i in range(0, x.size(0), rows):
             part = slice(i, i + rows)
             h = x[part].to(dtype)
-            losses, dlogits = chunk_function(h @ w.T, targets[part].clamp(min=0), vocab_size, with_gradient)
-            loss += (losses * counts[part, 0]).sum()  # no product of matrices: autocast would round that to bf16
+            losses[part], dlogits = chunk_function(h @ w.T, targets[part].clamp(min=0), vocab_size, with_gradient)
             if with_gradient:
                 dx[part] = (dlogits @ w) * counts[part]
                 dw += (dlogits.T @ (h * counts[part].to(dtype)))[:vocab_size]
         count = counts.sum().clamp(min=1)
         if with_gradient:
             ctx.save_for_backward(dx.div_(count), dw.div_(count))
-        return loss / count
+        losses *= counts[:, 0]  # no product of matrices for the sum: autocast would round that to bf16
+        ctx.mark_non_differentiable(losses)
+        return losses.sum() / count, losses
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient, _):
         dx, dw = ctx.saved_tensors
         return dx * gradient, dw * gradient, None, None, None
+
+
+class FourierGate(nn.Module):
+    """Embeddings x, (B, T, C), become x * sigmoid(W2 g(t)) + W1 g(t), with g(t) sines and cosines, (T, C), of position
+    t at log-spaced frequencies. W1 g begins with the size of embeddings, the gate near 1/2."""
+
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.shift = nn.Linear(n_embd, n_embd, bias=False)  # W1
+        self.scale = nn.Linear(n_embd, n_embd, bias=False)  # W2
+        for linear in (self.shift, self.scale):
+            nn.init.normal_(linear.weight, std=math.sqrt(2 / 3) / n_embd)
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.scale(g)) + self.shift(g)
 
 
 class GPT(nn.Module):
@@ -225,6 +272,8 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.transformer.wpe = nn.Embedding(config.sequence_length, config.n_embd)
             nn.init.uniform_(self.transformer.wpe.weight, -config.n_embd**-0.5, config.n_embd**-0.5)  # as wte
+        elif config.position == "fourier":
+            self.transformer.wpe = FourierGate(config.n_embd)
         self.cross_entropy_chunk = cross_entropy_chunk
 
     def compile(self):
@@ -237,37 +286,60 @@ class GPT(nn.Module):
             block.compile(dynamic=False)
         self.cross_entropy_chunk = torch.compile(cross_entropy_chunk, dynamic=False)
 
-    def positions(self, T: int) -> Tensor:
-        """What is added to the embeddings of positions 0 ... T - 1, (T, C)."""
-        weight, C = self.lm_head.weight, self.config.n_embd
+    def check_length(self, T: int):
+        """Raise InputError where T tokens are more than the model has positions for."""
+        if self.config.position == "learned" and T > self.config.sequence_length:
+            raise InputError(f"--position learned has a table of {self.config.sequence_length} positions, "
+                             f"--sequence_length, or prompt and --max_new_tokens, must not exceed it, got {T}")
+
+    def embed(self, idx: Tensor, start: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Embeddings (B, T, C) of tokens (B, T) at positions start ... start + T - 1, and attention's rotary tables."""
+        x, (C, n_head) = self.transformer.wte(idx), (self.config.n_embd, self.config.n_head)
+        stop = start + idx.size(1)
+        self.check_length(stop)
+        position = torch.arange(start, stop, device=x.device, dtype=x.dtype)
         if self.config.position == "learned":
-            if T > self.config.sequence_length:
-                raise InputError(f"--position learned has a table of {self.config.sequence_length} positions, "
-                                 f"--sequence_length must not exceed it, got {T}")
-            return self.transformer.wpe.weight[:T]
-        angle = torch.outer(torch.arange(T, device=weight.device, dtype=weight.dtype),
-                            10000.0 ** -(torch.arange(0, C, 2, device=weight.device, dtype=weight.dtype) / C))
-        # sines have mean square 1/2, embeddings at initialisation 1/(3C)
-        return torch.cat((angle.sin(), angle.cos()), -1)[:, :C] * math.sqrt(2 / (3 * C))
+            x = x + self.transformer.wpe.weight[start:stop]
+        elif self.config.position != "none":
+            g = torch.cat(rotary_tables(position, C), -1)
+            if self.config.position == "fourier":
+                x = self.transformer.wpe(x, g).type_as(x)
+            else:
+                x = x + g * math.sqrt(2 / (3 * C))  # sines have mean square 1/2, embeddings at initialisation 1/(3C)
+        return x, rotary_tables(position, C // n_head)
 
     def hidden(self, idx: Tensor) -> Tensor:
         """Normed hidden states before the head: idx (B, T) of tokens to (B, T, C)."""
-        x = self.transformer.wte(idx)
-        if self.config.position != "none":
-            x = x + self.positions(idx.size(1))
-        rotary = rotary_tables(idx.size(1), self.config.n_embd // self.config.n_head, x)
+        x, rotary = self.embed(idx, 0)
         for block in self.transformer.h:
             x = block(x, rotary)
         return rmsnorm(x)
 
+    @torch.no_grad()
+    def step(self, idx_t: Tensor, state: tuple | None, window: int) -> tuple[Tensor, tuple]:
+        """hidden token by token: idx_t (B,) to (B, C), and the state for the next token; the first one's is None.
+
+        The same numbers as hidden's, but that attention looks back at most `window` tokens. A state is used once.
+        """
+        t, states = state or (0, [None] * self.config.n_layer)
+        x, rotary = self.embed(idx_t[:, None], t)
+        x, states = x[:, 0], list(states)
+        for layer, block in enumerate(self.transformer.h):
+            x, states[layer] = block.step(x, rotary, states[layer], window)
+        return rmsnorm(x), (t + 1, states)
+
     def forward(self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True):
         """idx, targets: (B, T) int64, a target of -1 does not count -> (logits (B, T, vocab_size) or None,
         mean loss or None)."""
-        x, loss = self.hidden(idx), None
-        if targets is not None:
-            loss = LinearCrossEntropy.apply(x.view(-1, x.size(-1)), self.lm_head.weight, targets.reshape(-1),
-                                            self.cross_entropy_chunk, torch.is_grad_enabled())
+        x = self.hidden(idx)
+        loss = None if targets is None else self.loss(x, targets)[0]
         return (self.lm_head(x) if return_logits else None), loss
+
+    def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss, and every target's, (B, T), without gradient: of hidden states (B, T, C), targets (B, T)."""
+        mean, losses = LinearCrossEntropy.apply(x.view(-1, x.size(-1)), self.lm_head.weight, targets.reshape(-1),
+                                                self.cross_entropy_chunk, torch.is_grad_enabled())
+        return mean, losses.view(targets.shape)
 
 
 # -----------------------------------------------------------------------------
@@ -395,14 +467,15 @@ class TrainLoader:
 
 @torch.no_grad()
 def evaluate(model: GPT, stream: TokenStream, val_tokens: int, B: int, T: int, runtime: "Runtime",
-             interrupted=lambda: False) -> float | None:
-    """Mean loss over the first `val_tokens` targets of the stream, every one of them, in windows of T tokens.
+             interrupted=lambda: False) -> Tensor | None:
+    """Sum of the losses of the first `val_tokens` targets of the stream, every one of them, in windows of T tokens: by
+    position in the window, (T,), float64.
 
     The last row and the last batch are filled up with targets that do not count, so all batches have one shape.
     None as soon as interrupted() says so, which it does to all ranks at once.
     """
     device = runtime.device
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros(T, dtype=torch.float64, device=device)
     for first in range(0, val_tokens, runtime.world * B * T):
         if interrupted():
             return None
@@ -414,11 +487,22 @@ def evaluate(model: GPT, stream: TokenStream, val_tokens: int, B: int, T: int, r
         targets = tokens[1:].clone()
         targets[count:] = -1
         with runtime.autocast():
-            _, loss = model(to_device(tokens[:-1].view(B, T), device), to_device(targets.view(B, T), device), False)
-        total += loss.double() * count
+            hidden = model.hidden(to_device(tokens[:-1].view(B, T), device))
+            _, losses = model.loss(hidden, to_device(targets.view(B, T), device))
+        total += losses.double().sum(0)
     if runtime.world > 1:
         dist.all_reduce(total)
-    return total.item() / val_tokens
+    return total
+
+
+def loss_by_position(total: Tensor, val_tokens: int) -> list[tuple[int, int, float]]:
+    """(first, last, mean loss) of positions 0-63, 64-127, 128-255, ... of evaluate's windows."""
+    T = len(total)
+    counts = torch.full((T,), val_tokens // T)
+    counts[: val_tokens % T] += 1  # the last window may be cut off
+    bounds = [0] + [64 << i for i in range(T.bit_length()) if 64 << i < T] + [T]
+    spans = [(a, b - 1, int(counts[a:b].sum()), total[a:b].sum().item()) for a, b in zip(bounds, bounds[1:])]
+    return [(first, last, loss / count) for first, last, count, loss in spans if count]
 
 
 # -----------------------------------------------------------------------------
@@ -507,8 +591,10 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
         for key, p in model.transformer.h.named_parameters():
             if p.ndim == 3:
                 stacks[p] = len(p)  # AFNO's MLPs: one matrix, [Re | Im], a block
+            elif key.endswith((".c_attn.weight", ".c_in.weight")):
+                stacks[p] = len(p) // p.size(1)  # query, key and value; value and gate
             elif key.endswith(".weight"):
-                stacks[p] = {"c_attn": 3, "c_in": 2}.get(key.split(".")[-2], 1)
+                stacks[p] = 1
     rest = [p for p in model.parameters() if p not in stacks]
     optimizers = [torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)]
     if stacks:
@@ -790,8 +876,9 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         train_time, compile_time, past_wall = (saved[key] for key in ("train_time_s", "compile_time_s", "wall_time_s"))
     mixers = [config.mixer_of(layer) for layer in range(config.n_layer)]
     say(f"model: {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, mixers {' '.join(mixers)}, "
-        f"position {config.position}, "
-        f"afno_form {config.afno_form}")
+        f"position {config.position}")
+    if config.mixer == "afno":
+        say("afno: " + ", ".join(f"{name} {value}" for name, value in config.afno_arguments().items()))
     passes = (total_steps - step) * tokens_per_step / len(stream)
     say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens, {passes:.3g} passes to come; validation: {relative(args.input_val_bin)}, "
         f"{val_tokens:,} targets of {len(val_stream) - 1:,}")
@@ -918,8 +1005,9 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             save()  # before the validation, whose failure then costs nothing
         if step != validated and (last or (args.val_loss_every and step % args.val_loss_every == 0)):
             flush()
-            val_loss = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, runtime, interrupted)
-            if val_loss is not None:
+            total = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, runtime, interrupted)
+            if total is not None:
+                val_loss = total.sum().item() / val_tokens
                 validated = step
                 say(f"step:{step}/{total_steps} val_loss:{val_loss:.4f} train_time:{train_time:.1f}s "
                     f"step_avg:{1000 * train_time / max(step, 1):.1f}ms wall_time:{wall_time():.1f}s")
@@ -1007,26 +1095,32 @@ def count_val_tokens(args, val_stream: TokenStream) -> int:
 
 @torch.no_grad()
 def generate(model: GPT, text: str, args, T: int, runtime: Runtime):
-    """Stream a continuation of `text` to the terminal; the window of T tokens slides once the text outgrows it."""
+    """Stream a continuation of `text` to the terminal, token by token; attention looks back at most T tokens."""
     encoding = gpt2_encoding()
     tokens = encoding.encode_ordinary(text) or [encoding.eot_token]
+    model.check_length(len(tokens) + args.max_new_tokens - 1)
     generator = torch.Generator().manual_seed(args.seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may take several tokens
     print(text, end="", flush=True)
-    for _ in range(args.max_new_tokens):
-        with runtime.autocast():
-            hidden = model.hidden(torch.tensor([tokens[-T:]], device=runtime.device))
-            logits = model.lm_head(hidden[0, -1]).float().cpu()
-        if args.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            top = logits.topk(min(args.top_k, len(logits)))
-            scores = (top.values - top.values.max()) / args.temperature  # <= 0: no temperature is too low
-            chosen = torch.multinomial(F.softmax(scores, -1), 1, generator=generator)
-            token = int(top.indices[chosen])
-        tokens.append(token)
-        print(decoder.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
+    with runtime.autocast():  # once: so weights are cast once
+        state = None
+        for token in tokens[:-1]:
+            _, state = model.step(torch.tensor([token], device=runtime.device), state, T)
+        token = tokens[-1]
+        for _ in range(args.max_new_tokens):
+            hidden, state = model.step(torch.tensor([token], device=runtime.device), state, T)
+            token = sample(model.lm_head(hidden[0]).float().cpu(), args, generator)
+            print(decoder.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
     print(decoder.decode(b"", final=True))
+
+
+def sample(logits: Tensor, args, generator: torch.Generator) -> int:
+    """One token of (vocab_size,): the likeliest at temperature 0, else one of the top_k by their probabilities."""
+    if args.temperature == 0:
+        return int(logits.argmax())
+    top = logits.topk(min(args.top_k, len(logits)))
+    scores = (top.values - top.values.max()) / args.temperature  # <= 0: no temperature is too low
+    return int(top.indices[torch.multinomial(F.softmax(scores, -1), 1, generator=generator)])
 
 
 # -----------------------------------------------------------------------------
@@ -1035,6 +1129,7 @@ def generate(model: GPT, text: str, args, T: int, runtime: Runtime):
 DEFAULTS = dict(
     input_bin=None, input_val_bin=None, output_dir=None, model=None, mixer="afno", attn_layers=(), afno_form="filter",
     afno_num_blocks=8, afno_sparsity_threshold=0.01, afno_hard_thresholding_fraction=1.0, afno_filter_length=None,
+    afno_num_experts=1, afno_routing="frequency", afno_relu="cartesian", afno_short_conv=4, afno_gate=1,
     position="none", optimizer="adamw", learning_rate=0.0018, warmup_iters=None, warmdown_iters=None, weight_decay=0.1,
     grad_clip=0.0, val_tokens=None, val_batch_size=None, target_val_loss=None, max_seconds=None,
     seed=1337, device="auto", dtype=None, compile=None, resume=None, eval_only=False, generate=None,
@@ -1097,6 +1192,11 @@ def parse_flags(argv: list[str]) -> dict:
     add("--afno_hard_thresholding_fraction", type=number(float, above=0), metavar="X",
         help="share of the modes kept (1)")
     add("--afno_filter_length", type=number(int, 1), metavar="K", help="taps (the sequence length)")
+    add("--afno_num_experts", type=number(int, 1), metavar="E", help="sets of weights of the operator's MLP (1)")
+    add("--afno_routing", choices=ROUTINGS, help="by what experts are mixed: frequency bands, or lags (frequency)")
+    add("--afno_relu", choices=RELUS, help="the MLP's ComplexReLU (cartesian)")
+    add("--afno_short_conv", type=number(int, 1), metavar="K", help="taps of the short convolution; 1: none (4)")
+    add("--afno_gate", type=int, choices=(0, 1), help="whether the token gates the mixed signal (1)")
     add("--position", choices=POSITIONS, help="what is added to embeddings; attention has rotary anyway (none)")
     add = parser.add_argument_group("device").add_argument
     add("--device", choices=("auto", "cuda", "cpu"), help="(auto: CUDA if there is any)")
@@ -1247,8 +1347,8 @@ def main(argv: list[str]) -> int:
     runtime.world = 1
     model = GPT(config).to(device)
     model.load_state_dict(saved["model"])
-    if config.position == "learned":
-        model.positions(T)  # refuses a T beyond its table
+    if "generate" not in flags:
+        model.check_length(T)
     say(f"step {saved['step']}, {device.type}, {args.dtype}, sequence length {T} (trained at {config.sequence_length})")
     if "generate" in flags:
         generate(model, flags["generate"], args, T, runtime)
@@ -1257,8 +1357,11 @@ def main(argv: list[str]) -> int:
         model.compile()
     val_stream = TokenStream(args.input_val_bin, config.vocab_size, "input_val_bin")
     val_tokens = count_val_tokens(args, val_stream)
-    loss = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, runtime)
-    print(f"step:{saved['step']} sequence_length:{T} val_tokens:{val_tokens} val_loss:{loss:.4f}")
+    total = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, runtime)
+    print(f"step:{saved['step']} sequence_length:{T} val_tokens:{val_tokens} "
+          f"val_loss:{total.sum().item() / val_tokens:.4f}")
+    for first, last, loss in loss_by_position(total, val_tokens):
+        print(f"positions {first}-{last}: {loss:.4f}")
     return 0
 
 

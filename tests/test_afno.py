@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afno import (AFNO1D, FORMS, AnalyticOperator, ShortConv, apply_causal_mask_freq, causal_conv, complex_relu,
-                  complex_soft_shrink, rmsnorm, toeplitz)
+from afno import (AFNO1D, FORMS, RELUS, ROUTINGS, AnalyticOperator, ShortConv, apply_causal_mask_freq, causal_conv,
+                  complex_relu, complex_soft_shrink, rmsnorm, toeplitz)
 
 LENGTHS = (1, 2, 3, 7, 31, 63, 64, 65, 127, 128, 129, 257)  # primes, powers of two, one more and one less
 seeded = settings(derandomize=True, deadline=None, max_examples=40)
@@ -103,6 +103,9 @@ def test_complex_pieces():
     z = torch.complex(torch.randn(50, dtype=torch.float64), torch.randn(50, dtype=torch.float64))
     re, im = complex_relu((z.real, z.imag))
     assert torch.equal(torch.complex(re, im), torch.complex(z.real.clamp(min=0), z.imag.clamp(min=0)))
+    threshold = torch.linspace(0, 2, 50, dtype=torch.float64)
+    modulus = torch.complex(*complex_relu((z.real, z.imag), threshold))
+    assert relative(modulus, torch.polar((z.abs() - threshold).clamp(min=0), z.angle())) < 1e-14
     shrunk = torch.complex(*complex_soft_shrink((z.real, z.imag), 0.7))
     expected = torch.where(z.abs() > 0.7, z * (z.abs() - 0.7) / z.abs(), 0)
     assert relative(shrunk, expected) < 1e-14 and (shrunk == 0).any() and (shrunk != 0).any()
@@ -115,39 +118,60 @@ def test_gradient_of_the_shrink_is_finite_at_zero():
 
 
 def naive_mlp(mlp, z: np.ndarray) -> np.ndarray:
-    """(num_blocks, n, in) complex -> (num_blocks, n, out), block by block."""
-    w1, b1, w2, b2 = (p.detach().numpy() for p in (mlp.w1, mlp.b1, mlp.w2, mlp.b2))
+    """(num_blocks, n, in) complex -> (num_experts, num_blocks, n, out), block by block."""
+    w1, b1, w2, b2 = (0 * w.detach().numpy().sum(1) if p is None else p.detach().numpy()
+                      for p, w in ((mlp.w1, 0), (mlp.b1, mlp.w1), (mlp.w2, 0), (mlp.b2, mlp.w2)))
     as_complex = lambda w: w[..., : w.shape[-1] // 2] + 1j * w[..., w.shape[-1] // 2 :]
+    shrink = lambda x, by: np.where(abs(x) > by, x * (1 - by / np.maximum(abs(x), 1e-300)), 0)
     outputs = []
-    for block in range(len(w1)):
-        hidden = z[block] @ as_complex(w1[block]) + as_complex(b1[block])
-        hidden = np.maximum(hidden.real, 0) + 1j * np.maximum(hidden.imag, 0)
-        out = hidden @ as_complex(w2[block]) + as_complex(b2[block])
-        outputs.append(np.where(abs(out) > mlp.sparsity_threshold, out * (1 - mlp.sparsity_threshold / abs(out)), 0))
-    return np.array(outputs)
+    for i in range(len(w1)):
+        hidden = z[i % len(z)] @ as_complex(w1[i]) + as_complex(b1[i])
+        if mlp.log_threshold is None:
+            hidden = np.maximum(hidden.real, 0) + 1j * np.maximum(hidden.imag, 0)
+        else:
+            hidden = shrink(hidden, np.exp(mlp.log_threshold.detach().numpy()))
+        outputs.append(shrink(hidden @ as_complex(w2[i]) + as_complex(b2[i]), mlp.sparsity_threshold))
+    return np.array(outputs).reshape(-1, len(z), *outputs[0].shape)
+
+
+def shares(router, routing: str, place) -> np.ndarray:
+    """(num_experts or 1, len(place)): how much of every expert there is at these frequencies / pi or lags in tokens."""
+    if routing != router.routing or not list(router.parameters()):
+        return np.ones((1, len(place)))
+    if routing == "position":
+        place = np.log(1 + np.array(place)) / np.log(1 + router.filter_length)
+    centre, width = router.centre.detach().numpy(), np.exp(router.log_width.detach().numpy())
+    bands = np.array([np.exp(-((place - c) / w) ** 2 / 2) for c, w in zip(centre, width)])
+    return bands / bands.sum(0)
 
 
 def naive_taps(operator, T: int) -> np.ndarray:
     """Taps 0 ... T - 1 of the filter, hilbert and analytic forms: complex numbers, DFT by definition."""
+    blocks = operator.mlp.leading[1]
     if isinstance(operator, AnalyticOperator):
         decay, angle = (p.detach().numpy() for p in (operator.log_decay.exp(), operator.angle))
         features = np.exp(-1j * np.outer(angle, np.arange(33)))
-        c = naive_mlp(operator.mlp, np.broadcast_to(features, (len(operator.mlp.w1), *features.shape)))
-        c = c * np.sqrt((1 - np.exp(-2 * decay)) / (4 * len(decay)))[:, None]
-        c = np.concatenate([block.T for block in c])  # (filters, poles)
+        c = naive_mlp(operator.mlp, np.broadcast_to(features, (blocks, *features.shape)))
+        c = np.array([np.concatenate([block.T for block in expert]) for expert in c])  # (experts, filters, poles)
+        c = c * shares(operator.router, "frequency", angle / np.pi)[:, None]
+        c = (c * shares(operator.router, "position", 1 / decay)[:, None]).sum(0)
+        c = c * np.sqrt((1 - np.exp(-2 * decay)) / (4 * len(decay)))
         return np.array([[sum(c_m * np.exp(-d_m + 1j * a_m) ** t for c_m, d_m, a_m in zip(row, decay, angle)).real
                           for t in range(T)] for row in c])
     K, N = operator.filter_length, 2 * operator.filter_length
     modes = np.arange(operator.num_modes)
-    features = np.exp(-2j * np.pi * np.outer(modes, np.arange(min(33, K))) / N)
-    kept = naive_mlp(operator.mlp, np.broadcast_to(features, (len(operator.mlp.w1), *features.shape)))
-    kept = np.concatenate([block.T for block in kept])
-    response = np.zeros((len(kept), N), complex)  # at all N frequencies; a real kernel's, so symmetric
-    for mode in modes:
-        out = kept[:, mode].real + 0j if operator.hilbert or mode in (0, K) else kept[:, mode]
-        response[:, mode], response[:, -mode % N] = out, out.conj()
-    inverse = np.exp(2j * np.pi * np.outer(np.arange(N), np.arange(K)) / N) / N
-    taps = (response @ inverse).real * np.exp(-np.arange(K) / np.geomspace(2, max(K / 2, 2), len(kept))[:, None])
+    features = np.exp(-2j * np.pi * np.outer(modes, np.arange(33)) / N)
+    by_frequency = shares(operator.router, "frequency", modes / K)
+    taps, by_lag = 0, shares(operator.router, "position", np.arange(K))
+    for expert, kept in enumerate(naive_mlp(operator.mlp, np.broadcast_to(features, (blocks, *features.shape)))):
+        kept = np.concatenate([block.T for block in kept]) * by_frequency[expert % len(by_frequency)]
+        response = np.zeros((len(kept), N), complex)  # at all N frequencies; a real kernel's, so symmetric
+        for mode in modes:
+            out = kept[:, mode].real + 0j if operator.hilbert or mode in (0, K) else kept[:, mode]
+            response[:, mode], response[:, -mode % N] = out, out.conj()
+        inverse = np.exp(2j * np.pi * np.outer(np.arange(N), np.arange(K)) / N) / N
+        taps = taps + (response @ inverse).real * by_lag[expert % len(by_lag)]
+    taps = taps * np.exp(-np.arange(K) / np.geomspace(2, max(K / 2, 2), len(taps))[:, None])
     return np.pad(taps, ((0, 0), (0, max(0, T - K))))[:, :T]
 
 
@@ -155,16 +179,45 @@ def naive_taps(operator, T: int) -> np.ndarray:
 @pytest.mark.parametrize("K", (1, 5, 40, 64))
 @pytest.mark.parametrize("fraction", (1.0, 0.5, 0.1))
 def test_taps_are_afno_on_the_operators_spectrum(form, K, fraction):
+    assert_naive_taps(form, K, hard_thresholding_fraction=fraction)
+
+
+@pytest.mark.parametrize("form", ("filter", "hilbert", "analytic"))
+@pytest.mark.parametrize("relu", RELUS)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_taps_of_experts(form, relu, routing):
+    for num_experts in (1, 2, 4):
+        assert_naive_taps(form, 40, relu=relu, routing=routing, num_experts=num_experts)
+
+
+def assert_naive_taps(form, K, **options):
     torch.manual_seed(K)
-    operator = AFNO1D(12, 3, sparsity_threshold=0.3, hard_thresholding_fraction=fraction, filter_length=K,
-                      form=form).double().operator
-    with torch.no_grad():
-        for b in (operator.mlp.b1, operator.mlp.b2):
-            b.normal_()
+    operator = AFNO1D(12, 3, sparsity_threshold=0.3, filter_length=K, form=form, **options).double().operator
+    randomize(operator)
     expected = naive_taps(operator, K)
     assert expected.shape == (operator.num_filters, K) and np.abs(expected).max() > 1e-3
     taps = operator.taps(K) if form == "analytic" else operator.taps()
     assert np.abs(taps.detach().numpy() - expected).max() < 1e-10
+
+
+@torch.no_grad()
+def randomize(module):
+    """Move every parameter, biases from zero above all."""
+    for name, p in module.named_parameters():
+        p.add_(torch.randn_like(p) * (1.0 if name.endswith(("b1", "b2")) else 0.1))
+
+
+def test_experts_are_mixed_in_bands():
+    router = AFNO1D(12, 3, num_experts=4).operator.router
+    share = router.by_frequency(torch.eye(4)[:, :, None].expand(4, 4, 33), torch.linspace(0, math.pi, 33))[0]
+    assert torch.allclose(share.sum(0), torch.ones(33))
+    assert share.argmax(0).unique_consecutive().tolist() == [0, 1, 2, 3]  # one after the other
+
+
+def test_one_expert_is_the_plain_operator():
+    plain, *routed = (AFNO1D(12, 3, num_experts=1, routing=routing) for routing in ("frequency", *ROUTINGS))
+    for mixer in routed:
+        assert mixer.load_state_dict(plain.state_dict()) and torch.equal(mixer.operator.taps(), plain.operator.taps())
 
 
 def test_poles_stay_inside_the_unit_disc():
@@ -209,8 +262,11 @@ def naive_layer(x: np.ndarray, operator, n: int) -> np.ndarray:
     dft = np.exp(-2j * np.pi * np.outer(np.arange(n), np.arange(n)) / n) / np.sqrt(n)
     X = dft[:, : len(x)] @ x
     modes = math.ceil(operator.fraction * (n // 2 + 1))
-    blocks = len(operator.mlp.w1)
-    Y = naive_mlp(operator.mlp, X[:modes].reshape(modes, blocks, -1).transpose(1, 0, 2))
+    blocks = operator.mlp.leading[1]
+    Y = naive_mlp(operator.mlp, X[:modes].reshape(modes, blocks, -1).transpose(1, 0, 2))  # (experts, blocks, modes, out)
+    for routing, place in (("frequency", 2 * np.arange(modes) / n), ("position", [len(x)])):
+        Y = Y * shares(operator.router, routing, place)[:, None, :, None]
+    Y = Y.sum(0)
     whole = np.zeros((n, x.shape[1]), complex)
     for mode in range(modes):
         out = Y[:, mode].reshape(-1)
@@ -219,27 +275,29 @@ def naive_layer(x: np.ndarray, operator, n: int) -> np.ndarray:
     return (dft.conj().T @ whole).real
 
 
-def data_operator(form: str, fraction: float):
+def data_operator(form: str, **options):
     torch.manual_seed(0)
-    operator = AFNO1D(12, 3, sparsity_threshold=0.1, hard_thresholding_fraction=fraction, form=form).double().operator
-    with torch.no_grad():
-        for b in (operator.mlp.b1, operator.mlp.b2):
-            b.normal_()
+    operator = AFNO1D(12, 3, sparsity_threshold=0.1, form=form, **options).double().operator
+    randomize(operator)
     return operator
 
 
 @pytest.mark.parametrize("T", (1, 2, 31, 64))
 @pytest.mark.parametrize("fraction", (1.0, 0.4))
 def test_reference_is_the_papers_formula(T, fraction):
-    operator, x = data_operator("reference", fraction), torch.randn(2, T, 12, dtype=torch.float64)
+    operator = data_operator("reference", hard_thresholding_fraction=fraction)
+    x = torch.randn(2, T, 12, dtype=torch.float64)
     for got, row in zip(operator(x), x):
         assert np.abs(got.detach().numpy() - naive_layer(row.numpy(), operator, T)).max() < 1e-10
 
 
 @pytest.mark.parametrize("T", (1, 63, 64, 65, 130, 300))
-@pytest.mark.parametrize("fraction", (1.0, 0.4))
-def test_dyadic_is_its_definition(T, fraction):
-    operator, x = data_operator("dyadic", fraction), torch.randn(1, T, 12, dtype=torch.float64)
+@pytest.mark.parametrize("options", (
+    {}, dict(hard_thresholding_fraction=0.4), dict(relu="modulus"), dict(num_experts=2),
+    dict(num_experts=3, routing="position"),
+))
+def test_dyadic_is_its_definition(T, options):
+    operator, x = data_operator("dyadic", **options), torch.randn(1, T, 12, dtype=torch.float64)
     u, covered = np.zeros((512, 12)), np.zeros((512, 512), int)
     u[:T] = x[0]
     expected, per_filter, near = np.zeros((512, 12)), 12 // len(operator.near), operator.near.detach().numpy()
@@ -271,30 +329,58 @@ def test_a_large_threshold_silences_the_convolution():
 
 def naive_forward(mixer: AFNO1D, x):
     """The docstring's three lines with the convolution as a sum."""
-    value, gate = (x @ mixer.c_in.weight.T).chunk(2, -1)
-    value_taps, gate_taps = mixer.short_conv.taps.T.chunk(2)
-    value, gate = toeplitz_sum(value, value_taps), toeplitz_sum(gate, gate_taps)
+    C = x.size(-1)
+    z = toeplitz_sum(x @ mixer.c_in.weight.T, mixer.short_conv.taps.T)
+    value, gate = z[..., :C], z[..., C:]
     y = toeplitz_sum(value, torch.from_numpy(naive_taps(mixer.operator, x.size(1)))) + mixer.direct * value
     y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    return (gate / (1 + (-gate).exp()) * y) @ mixer.c_proj.weight.T
+    return (gate / (1 + (-gate).exp()) * y if gate.size(-1) else y) @ mixer.c_proj.weight.T
 
 
-def random_mixer(filter_length: int, form: str) -> AFNO1D:
+def random_mixer(filter_length: int, form: str, dtype=torch.float64, C: int = 24, **options) -> AFNO1D:
     torch.manual_seed(1)
-    mixer = AFNO1D(24, num_blocks=4, filter_length=filter_length, form=form).double()
+    mixer = AFNO1D(C, **{"num_blocks": 4, **options}, filter_length=filter_length, form=form).double()
     with torch.no_grad():
         for p in mixer.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    return mixer
+    return mixer.to(dtype)
 
 
-@pytest.mark.parametrize("form", ("filter", "hilbert", "analytic"))
-@pytest.mark.parametrize("T", (1, 2, 50, 129))
-def test_the_mixer_is_its_formula(form, T):
-    mixer = random_mixer(50, form)  # filters shorter than, as long as and longer than T
-    x = torch.randn(2, T, 24, dtype=torch.float64)
-    assert relative(mixer(x), naive_forward(mixer, x)) < 1e-10
-    assert relative(mixer.float()(x.float()).double(), mixer.double()(x)) < 1e-5
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # relative, of outputs; bf16 is autocast's
+
+
+def assert_agrees(mixer: AFNO1D, x, expected, dtype):
+    """In float64, in fp32, or in bf16 as it trains: parameters in fp32, under autocast."""
+    mixer.to(torch.promote_types(dtype, torch.float32))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        got = mixer(x.to(torch.promote_types(dtype, torch.float32))).double()
+    assert relative(got, expected) < BOUNDS[dtype]
+
+
+@seeded
+@given(form=st.sampled_from(("filter", "hilbert", "analytic")), B=st.integers(1, 3), T=st.sampled_from(LENGTHS),
+       num_blocks=st.sampled_from((1, 2, 3)), size=st.sampled_from((1, 4, 17, 32)), K=st.sampled_from((1, 50, 130)),
+       dtype=st.sampled_from(list(BOUNDS)), contiguous=st.booleans())
+def test_the_mixer_is_its_formula(form, B, T, num_blocks, size, K, dtype, contiguous):
+    mixer = random_mixer(K, form, C=num_blocks * size, num_blocks=num_blocks)  # filters shorter and longer than T
+    x = torch.randn(B, T, num_blocks * size, dtype=torch.float64)
+    if not contiguous:
+        x = torch.stack((x, x), -1)[..., 0].transpose(0, 1).contiguous().transpose(0, 1)
+        assert min(B, T) == 1 or not x.is_contiguous()
+    assert_agrees(mixer, x, naive_forward(mixer, x), dtype)
+
+
+@pytest.mark.parametrize("short_conv, gate", ((1, 1), (1, 0), (4, 0), (7, 1)))
+def test_without_gate_or_short_convolution(short_conv, gate):
+    mixer, x = random_mixer(50, "filter", short_conv=short_conv, gate=gate), torch.randn(2, 60, 24, dtype=torch.float64)
+    assert mixer.c_in.out_features == 24 * (1 + gate)
+    assert_agrees(mixer, x, naive_forward(mixer, x), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_dyadic_in_the_dtypes_that_train(dtype):
+    mixer, x = random_mixer(50, "dyadic"), torch.randn(2, 300, 24, dtype=torch.float64)
+    assert_agrees(mixer, x, mixer(x), dtype)  # its float64 is proven above
 
 
 CAUSAL = tuple(form for form in FORMS if form != "reference")
@@ -312,11 +398,57 @@ def test_a_longer_input_changes_no_prefix(form):
         assert relative(mixer(x[:, :T].float()), single[:, :T]) < 1e-5
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_parameter_has_a_gradient(form):
+VARIANTS = ({}, dict(relu="modulus"), dict(num_experts=2), dict(num_experts=3, routing="position"), dict(gate=False))
+
+
+@pytest.mark.parametrize("form", CAUSAL)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_token_by_token_is_the_forward_pass(form, variant):
+    mixer, x = random_mixer(100, form, **variant), torch.randn(2, 300, 24, dtype=torch.float64)
+    state, outputs = None, []
+    for t in range(300):  # beyond filter_length, and over several of the dyadic form's levels
+        y_t, state = mixer.step(x[:, t], state)
+        outputs.append(y_t)
+    assert relative(torch.stack(outputs, 1), mixer(x)) < 1e-10
+
+
+@pytest.mark.parametrize("form", CAUSAL)
+def test_two_thousand_tokens_one_by_one_in_fp32(form):
     torch.manual_seed(0)
-    mixer = AFNO1D(32, filter_length=64, form=form)
-    mixer(torch.randn(2, 150, 32)).square().sum().backward()
+    mixer, x, state, outputs = AFNO1D(64, form=form), torch.randn(1, 2000, 64), None, []
+    for t in range(2000):
+        y_t, state = mixer.step(x[:, t], state)
+        outputs.append(y_t)
+    assert relative(torch.stack(outputs, 1), mixer(x)) < 1e-4
+
+
+def test_the_analytic_state_does_not_grow():
+    mixer, state, sizes = AFNO1D(16, form="analytic"), None, set()
+    for _ in range(20):
+        _, state = mixer.step(torch.randn(1, 16), state)
+        sizes.add(sum(part.numel() for part in state[1][2]))
+    assert sizes == {2 * 16 * 64}
+
+
+@pytest.mark.parametrize("form", CAUSAL)
+def test_nothing_in_gives_nothing_out(form):
+    """No bias in frequency may become an impulse in time, at token 0 or anywhere."""
+    mixer = random_mixer(100, form)
+    assert not mixer(torch.zeros(1, 300, 24, dtype=torch.float64)).any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_after_one_optimizer_step_every_parameter_has_a_gradient(form, variant):
+    if form == "reference" and "num_experts" in variant:
+        pytest.skip("the paper's layer has no experts")
+    torch.manual_seed(0)
+    mixer = AFNO1D(32, filter_length=64, form=form, **variant)
+    optimizer, x, wanted = torch.optim.AdamW(mixer.parameters()), torch.randn(2, 150, 32), torch.randn(2, 150, 32)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (mixer(x) - wanted).square().mean().backward()
+        optimizer.step()
     assert [name for name, p in mixer.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -341,7 +473,9 @@ def test_norm():
     (dict(sparsity_threshold=-0.1), "sparsity_threshold"), (dict(sparsity_threshold=math.nan), "sparsity_threshold"),
     (dict(hard_thresholding_fraction=0.0), "hard_thresholding_fraction"),
     (dict(hard_thresholding_fraction=1.1), "hard_thresholding_fraction"), (dict(filter_length=0), "filter_length"),
-    (dict(form="padded"), "form"),
+    (dict(form="padded"), "form"), (dict(num_experts=0), "num_experts"), (dict(routing="data"), "routing"),
+    (dict(relu="gelu"), "relu"), (dict(short_conv=0), "short_conv"), (dict(gate=2), "gate"),
+    (dict(form="reference", num_experts=2), "num_experts"),
 ))
 def test_bad_arguments_are_named(arguments, name):
     with pytest.raises(ValueError, match=f"^{name} must "):

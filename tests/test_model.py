@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from data.text_to_bin import InputError
-from train_gpt2_afno import (GPT, MODELS, FallbackMuon, GPTConfig, LinearCrossEntropy, MatrixMuon, cross_entropy_chunk,
-                             learning_rate_factor, make_optimizers, random_tokens)
+from train_gpt2_afno import (GPT, MODELS, POSITIONS, FallbackMuon, GPTConfig, LinearCrossEntropy, MatrixMuon,
+                             cross_entropy_chunk, learning_rate_factor, loss_by_position, make_optimizers,
+                             random_tokens, rotary_tables)
 
 TINY = dict(vocab_size=97, n_layer=3, n_head=2, n_embd=16, sequence_length=24, afno_num_blocks=4)
 
@@ -71,9 +72,24 @@ def test_a_block_scales_its_mixer_like_the_baseline():
 
 
 def test_sinusoidal_positions_have_the_size_of_embeddings():
-    model = tiny(position="sinusoidal", n_embd=64)
-    rms = lambda z: z.square().mean().sqrt()
-    assert 0.8 < rms(model.positions(500)) / rms(model.transformer.wte.weight) < 1.25
+    idx, rms = torch.zeros(1, 500, dtype=torch.int64), lambda z: z.square().mean().sqrt()
+    for position, share in (("sinusoidal", 1), ("fourier", 0.5)):
+        model = tiny(position=position, n_embd=64)
+        table = model.embed(idx, 0)[0] - share * model.transformer.wte(idx)
+        assert 0.8 < rms(table) / rms(model.transformer.wte.weight) < 1.25
+
+
+def test_fourier_gate_is_its_formula():
+    model, idx, C = tiny(position="fourier").double(), random_tokens((1, 9), 97), 16
+    with torch.no_grad():
+        for p in model.transformer.wpe.parameters():
+            p.normal_()
+    x, w = model.transformer.wte(idx), model.transformer.wpe
+    for t in range(9):
+        angle = [t / 10000 ** (2 * i / C) for i in range(C // 2)]
+        g = torch.tensor([math.cos(a) for a in angle] + [math.sin(a) for a in angle], dtype=torch.float64)
+        gated = x[0, t] / (1 + torch.exp(-(w.scale.weight @ g))) + w.shift.weight @ g
+        assert relative(model.embed(idx, 0)[0][0, t], gated) < 1e-12
 
 
 def test_parameter_counts():
@@ -101,13 +117,33 @@ def test_blocks_take_their_mixer_from_the_config():
     assert kinds(tiny(mixer="afno", attn_layers=(0, 2))) == [attention, afno, attention]
 
 
-@pytest.mark.parametrize("position", ("none", "sinusoidal"))
+@pytest.mark.parametrize("position", ("none", "sinusoidal", "fourier"))
 def test_any_length_runs_and_agrees_on_the_prefix(position):
     model = tiny(attn_layers=(1,), position=position).double()
     idx = random_tokens((1, 150), 97)  # far beyond sequence_length and filter_length
     whole = model(idx)[0]
     for T in (1, 24, 25, 130):
         assert relative(model(idx[:, :T])[0], whole[:, :T]) < 1e-10
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("options", (dict(mixer="attn"), dict(attn_layers=(1,)), dict(afno_form="dyadic", attn_layers=(1,))))
+def test_token_by_token_gives_the_same_hidden_states(position, options):
+    model, idx = tiny(position=position, **options).double(), random_tokens((2, 24 if position == "learned" else 150), 97)
+    state, hidden = None, []
+    for t in range(idx.size(1)):
+        h_t, state = model.step(idx[:, t], state, window=150)
+        hidden.append(h_t)
+    assert relative(torch.stack(hidden, 1), model.hidden(idx)) < 1e-10
+
+
+def test_attention_looks_back_at_most_a_window():
+    attention = tiny(mixer="attn").double().transformer.h[0].mixer
+    x, cache = torch.randn(1, 20, 16, dtype=torch.float64), None
+    cos, sin = rotary_tables(torch.arange(20.0).double(), 8)
+    for t in range(20):
+        y_t, cache = attention.step(x[:, t], cos[t : t + 1], sin[t : t + 1], cache, window=6)
+    assert relative(y_t, attention(x[:, -6:], cos[-6:], sin[-6:])[:, -1]) < 1e-12 and cache[0].size(2) == 6
 
 
 def test_learned_positions_end_with_their_table():
@@ -120,7 +156,9 @@ def test_learned_positions_end_with_their_table():
 @pytest.mark.parametrize("options, message", (
     (dict(mixer="fft"), "--mixer must be one of attn, afno"), (dict(position="rotary"), "--position must be one of"),
     (dict(attn_layers=(3,)), "--attn_layers must be in 0 ... 2, got 3"), (dict(attn_layers=(-1,)), "--attn_layers"),
-    (dict(afno_num_blocks=5), "--afno_num_blocks must divide n_embd=16, got 5"),
+    (dict(afno_num_blocks=5), "--afno_num_blocks must divide the 16 channels, got 5"),
+    (dict(afno_num_experts=0), "--afno_num_experts must be >= 1, got 0"),
+    (dict(afno_routing="data"), "--afno_routing must be one of frequency, position, got data"),
     (dict(afno_sparsity_threshold=-1.0), "--afno_sparsity_threshold must be >= 0"),
     (dict(afno_hard_thresholding_fraction=2.0), r"--afno_hard_thresholding_fraction must be in \(0, 1\]"),
     (dict(afno_filter_length=0), "--afno_filter_length must be >= 1"),
@@ -142,9 +180,10 @@ def test_chunked_loss_and_gradients(dtype, bound, ignored):
     weight = torch.randn(97, 8, dtype=dtype, requires_grad=True)
     targets = random_tokens((300,), 97)
     targets[:ignored] = -1
-    loss = LinearCrossEntropy.apply(x, weight, targets, cross_entropy_chunk, True)
-    expected = F.cross_entropy(x.double() @ weight.double().T, targets, ignore_index=-1, reduction="sum")
-    expected = expected / max(300 - ignored, 1)
+    loss, losses = LinearCrossEntropy.apply(x, weight, targets, cross_entropy_chunk, True)
+    expected = F.cross_entropy(x.double() @ weight.double().T, targets, ignore_index=-1, reduction="none")
+    assert (losses - expected).abs().max() <= bound * 10 and not losses.requires_grad
+    expected = expected.sum() / max(300 - ignored, 1)
     assert abs(loss - expected) <= bound * 10
     for got, wanted in zip(torch.autograd.grad(3 * loss, (x, weight)), torch.autograd.grad(3 * expected, (x, weight))):
         assert (got - wanted).norm() <= bound * wanted.norm()
@@ -154,7 +193,7 @@ def test_loss_is_summed_in_fp32_under_autocast():
     torch.manual_seed(0)
     x, weight, targets = torch.randn(300, 8), torch.randn(97, 8), random_tokens((300,), 97)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = LinearCrossEntropy.apply(x, weight, targets, cross_entropy_chunk, False)
+        loss, _ = LinearCrossEntropy.apply(x, weight, targets, cross_entropy_chunk, False)
     logits = (x.bfloat16() @ weight.bfloat16().T).double()  # rounded, as autocast does; the rest in float64
     assert loss.dtype == torch.float32 and abs(loss - F.cross_entropy(logits, targets)) < 1e-5
 
@@ -167,6 +206,17 @@ def test_no_logits_and_no_targets():
     with torch.no_grad():  # validation computes no gradients, and the same loss
         without = model(idx, idx)[1]
     assert torch.equal(without, model(idx, idx)[1])
+
+
+@pytest.mark.parametrize("T, val_tokens", ((64, 640), (200, 1000), (200, 1090), (200, 30)))
+def test_loss_by_position(T, val_tokens):
+    losses = torch.rand(-(-val_tokens // T), T, dtype=torch.float64)
+    losses.view(-1)[val_tokens:] = 0
+    table = loss_by_position(losses.sum(0), val_tokens)
+    assert [first for first, *_ in table] == [first for first in (0, 64, 128) if first < min(T, val_tokens)]
+    for first, last, loss in table:
+        assert abs(loss - losses[:, first : last + 1][losses[:, first : last + 1] > 0].mean()) < 1e-12
+    assert table[-1][1] == T - 1 or val_tokens < T
 
 
 # -----------------------------------------------------------------------------
