@@ -85,18 +85,18 @@ class SpectralMLP(nn.Module):
     def __init__(self, num_blocks: int, size_in: int, hidden: int, size_out: int, sparsity_threshold: float = 0.01,
                  num_experts: int = 1, relu: str = "cartesian", bias: bool = True):
         super().__init__()
-        self.sparsity_threshold, self.leading = sparsity_threshold, (num_experts, num_blocks)
-        count = num_experts * num_blocks  # one dimension: for Muon every 2-D slice is a matrix of its own
-        self.w1 = nn.Parameter(torch.randn(count, size_in, 2 * hidden) * size_in**-0.5)
-        self.w2 = nn.Parameter(torch.randn(count, hidden, 2 * size_out) * (2 * hidden) ** -0.5)
-        self.b1 = nn.Parameter(torch.zeros(count, 2 * hidden)) if bias else None
-        self.b2 = nn.Parameter(torch.zeros(count, 2 * size_out)) if bias else None
+        self.sparsity_threshold = sparsity_threshold
+        E, N = num_experts, num_blocks
+        self.w1 = nn.Parameter(torch.randn(E, N, size_in, 2 * hidden) * size_in**-0.5)
+        self.w2 = nn.Parameter(torch.randn(E, N, hidden, 2 * size_out) * (2 * hidden) ** -0.5)
+        self.b1 = nn.Parameter(torch.zeros(E, N, 2 * hidden)) if bias else None
+        self.b2 = nn.Parameter(torch.zeros(E, N, 2 * size_out)) if bias else None
         self.log_threshold = nn.Parameter(torch.full((hidden,), math.log(0.5))) if relu == "modulus" else None
 
     def forward(self, z: Complex) -> Complex:
-        w1, b1, w2, b2 = (p if p is None else p.unflatten(0, self.leading) for p in (self.w1, self.b1, self.w2, self.b2))
-        z = complex_relu(complex_linear(z, w1, b1), None if self.log_threshold is None else self.log_threshold.exp())
-        return complex_soft_shrink(complex_linear(z, w2, b2), self.sparsity_threshold)
+        threshold = None if self.log_threshold is None else self.log_threshold.exp()
+        z = complex_relu(complex_linear(z, self.w1, self.b1), threshold)
+        return complex_soft_shrink(complex_linear(z, self.w2, self.b2), self.sparsity_threshold)
 
 
 ROUTINGS = ("frequency", "position")
@@ -382,8 +382,7 @@ def spectral_layer(u: Tensor, mlp: SpectralMLP, router: Router, fraction: float,
     `fraction` of the modes is kept, lowest first. Where experts are routed by position, L is the lag.
     """
     N, L, C = u.shape
-    E, blocks = mlp.leading
-    like = mlp.w1
+    like, (E, blocks) = mlp.w1, mlp.w1.shape[:2]
     with torch.autocast(u.device.type, enabled=False):
         modes = math.ceil(fraction * (n // 2 + 1))
         X = torch.fft.rfft(u.to(like.dtype), n=n, dim=1, norm="ortho")[:, :modes]

@@ -137,7 +137,7 @@ def assert_causal(**options):
     modes = [Runtime(device, torch.float32, compile=False)]
     if device.type == "cuda":
         modes += [Runtime(device, torch.bfloat16, compile=False), Runtime(device, torch.bfloat16, compile=True)]
-    for T, position in ((64, "learned"), (64, "sinusoidal"), (64, "none"), (257, "none"), (2200, "none")):
+    for T, position in ((64, "learned"), (64, "sinusoidal"), (64, "fourier"), (64, "none"), (257, "none"), (2200, "none")):
         table = check(GPTConfig(**SMALL, **options, sequence_length=T, position=position), modes)
         print_table(f"{options} {position}", table)
         assert all(row[-1] for row in table)
@@ -150,6 +150,12 @@ def test_attention_is_causal():  # no pytest in here: the command runs where onl
 def test_every_form_of_afno_is_causal():
     for form in FORMS[:-1]:
         assert_causal(mixer="afno", afno_form=form, afno_filter_length=100)
+
+
+def test_experts_are_causal():
+    for form, routing in (("filter", "position"), ("hilbert", "frequency"), ("dyadic", "position")):
+        assert_causal(mixer="afno", afno_form=form, afno_filter_length=100, afno_num_experts=2, afno_routing=routing,
+                      afno_relu="modulus")
 
 
 def test_hybrid_is_causal():

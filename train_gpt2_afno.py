@@ -543,7 +543,7 @@ class FallbackMuon(torch.optim.Optimizer):
 
 
 class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
-    """Muon over 2-D views of parameters: stacked projections and 3-D block weights are orthogonalised one by one.
+    """Muon over views of parameters: stacked projections are orthogonalised one by one.
 
     On a GPU the second step is recorded as a CUDA graph, which the later ones replay: thousands of small kernels,
     launched one by one, would take the host longer than forward and backward pass take the GPU. A graph's numbers
@@ -553,7 +553,7 @@ class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
 
     def __init__(self, stacks: list[tuple[nn.Parameter, int]], **options):
         """stacks: (parameter, how many equal matrices are stacked along its rows)."""
-        self.stacks = [(p, p.detach().flatten(0, -2).chunk(n)) for p, n in stacks]
+        self.stacks = [(p, p.detach().chunk(n)) for p, n in stacks]
         super().__init__([matrix for _, matrices in self.stacks for matrix in matrices],
                          adjust_lr_fn="match_rms_adamw", **options)
         self.steps, self.graph, self.fraction = 0, None, torch.zeros((), device=stacks[0][0].device)
@@ -564,7 +564,7 @@ class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
         self.steps += 1
         if self.steps == 1 or not self.fraction.is_cuda:  # the first step also makes the state that a graph needs
             for p, matrices in self.stacks:
-                for matrix, gradient in zip(matrices, p.grad.flatten(0, -2).chunk(len(matrices))):
+                for matrix, gradient in zip(matrices, p.grad.chunk(len(matrices))):
                     matrix.grad = gradient
             super().step()
             return
@@ -585,13 +585,14 @@ class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
 
 
 def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """adamw: one AdamW for everything, the baseline. muon: Muon for the matrices of the blocks, AdamW for the rest."""
+    """adamw: one AdamW for everything, the baseline. muon: Muon for the blocks' projections, AdamW for the rest.
+
+    AFNO's MLPs, many small matrices, are among the rest: Muon brings them nothing and takes time (lessons.md).
+    """
     stacks = {}
     if name == "muon":
         for key, p in model.transformer.h.named_parameters():
-            if p.ndim == 3:
-                stacks[p] = len(p)  # AFNO's MLPs: one matrix, [Re | Im], a block
-            elif key.endswith((".c_attn.weight", ".c_in.weight")):
+            if key.endswith((".c_attn.weight", ".c_in.weight")):
                 stacks[p] = len(p) // p.size(1)  # query, key and value; value and gate
             elif key.endswith(".weight"):
                 stacks[p] = 1
@@ -681,6 +682,14 @@ class Checkpoints:
             except Exception as error:  # a truncated archive fails in many ways
                 log(f"warning: {path.name} cannot be read ({first_line(error)}): trying the one before")
         raise InputError(f"--resume: no readable checkpoint state_step*.pt in {self.folder}")
+
+
+def load_weights(model: GPT, weights: dict, folder: Path):
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # of another version of this code: its train.log has the source
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{relative(str(folder))}: the checkpoint does not fit this version's model ({reason})") from None
 
 
 def first_line(error: Exception) -> str:
@@ -865,7 +874,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
     train_time = compile_time = past_wall = 0.0
     if saved:
-        model.load_state_dict(saved.pop("model"))
+        load_weights(model, saved.pop("model"), output_dir)
         for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
             optimizer.load_state_dict(state)
             for group in optimizer.param_groups:
@@ -1213,7 +1222,7 @@ def parse_flags(argv: list[str]) -> dict:
     add("--grad_accumulation_steps", type=number(int, 1), metavar="N",
         help="micro-batches a step, over all ranks together (32; CPU 1)")
     add("--num_iterations", type=number(int, 1), metavar="N", help="steps (4768; CPU 120)")
-    add("--optimizer", choices=("adamw", "muon"), help="muon: for the blocks' matrices, AdamW for the rest (adamw)")
+    add("--optimizer", choices=("adamw", "muon"), help="muon: for the blocks' projections, AdamW for the rest (adamw)")
     add("--learning_rate", type=number(float, above=0), metavar="X", help="of AdamW and Muon alike (0.0018)")
     add("--warmup_iters", type=number(int, 0), metavar="N", help="rising (256/4768 of num_iterations)")
     add("--warmdown_iters", type=number(int, 0), metavar="N", help="falling to zero (1024/4768 of num_iterations)")
@@ -1346,7 +1355,7 @@ def main(argv: list[str]) -> int:
         return 0  # one process is enough to evaluate or to write
     runtime.world = 1
     model = GPT(config).to(device)
-    model.load_state_dict(saved["model"])
+    load_weights(model, saved["model"], folder)
     if "generate" not in flags:
         model.check_length(T)
     say(f"step {saved['step']}, {device.type}, {args.dtype}, sequence length {T} (trained at {config.sequence_length})")

@@ -119,8 +119,10 @@ def test_gradient_of_the_shrink_is_finite_at_zero():
 
 def naive_mlp(mlp, z: np.ndarray) -> np.ndarray:
     """(num_blocks, n, in) complex -> (num_experts, num_blocks, n, out), block by block."""
-    w1, b1, w2, b2 = (0 * w.detach().numpy().sum(1) if p is None else p.detach().numpy()
+    w1, b1, w2, b2 = (0 * w.detach().numpy().sum(2) if p is None else p.detach().numpy()
                       for p, w in ((mlp.w1, 0), (mlp.b1, mlp.w1), (mlp.w2, 0), (mlp.b2, mlp.w2)))
+    experts = len(w1)
+    w1, b1, w2, b2 = (part.reshape(-1, *part.shape[2:]) for part in (w1, b1, w2, b2))
     as_complex = lambda w: w[..., : w.shape[-1] // 2] + 1j * w[..., w.shape[-1] // 2 :]
     shrink = lambda x, by: np.where(abs(x) > by, x * (1 - by / np.maximum(abs(x), 1e-300)), 0)
     outputs = []
@@ -131,7 +133,7 @@ def naive_mlp(mlp, z: np.ndarray) -> np.ndarray:
         else:
             hidden = shrink(hidden, np.exp(mlp.log_threshold.detach().numpy()))
         outputs.append(shrink(hidden @ as_complex(w2[i]) + as_complex(b2[i]), mlp.sparsity_threshold))
-    return np.array(outputs).reshape(-1, len(z), *outputs[0].shape)
+    return np.array(outputs).reshape(experts, len(z), *outputs[0].shape)
 
 
 def shares(router, routing: str, place) -> np.ndarray:
@@ -147,7 +149,7 @@ def shares(router, routing: str, place) -> np.ndarray:
 
 def naive_taps(operator, T: int) -> np.ndarray:
     """Taps 0 ... T - 1 of the filter, hilbert and analytic forms: complex numbers, DFT by definition."""
-    blocks = operator.mlp.leading[1]
+    blocks = operator.mlp.w1.shape[1]
     if isinstance(operator, AnalyticOperator):
         decay, angle = (p.detach().numpy() for p in (operator.log_decay.exp(), operator.angle))
         features = np.exp(-1j * np.outer(angle, np.arange(33)))
@@ -262,7 +264,7 @@ def naive_layer(x: np.ndarray, operator, n: int) -> np.ndarray:
     dft = np.exp(-2j * np.pi * np.outer(np.arange(n), np.arange(n)) / n) / np.sqrt(n)
     X = dft[:, : len(x)] @ x
     modes = math.ceil(operator.fraction * (n // 2 + 1))
-    blocks = operator.mlp.leading[1]
+    blocks = operator.mlp.w1.shape[1]
     Y = naive_mlp(operator.mlp, X[:modes].reshape(modes, blocks, -1).transpose(1, 0, 2))  # (experts, blocks, modes, out)
     for routing, place in (("frequency", 2 * np.arange(modes) / n), ("position", [len(x)])):
         Y = Y * shares(operator.router, routing, place)[:, None, :, None]

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 def padded_afno(mixer, x):
     """The original AFNO (Guibas et al., 2022) on a sequence padded to 2T and cut back to T: MLP and shrink on data."""
     B, T, C = x.shape
-    blocks, size = mixer.operator.mlp.w1.size(0), C // mixer.operator.mlp.w1.size(0)
+    blocks, size = mixer.operator.mlp.w1.size(1), C // mixer.operator.mlp.w1.size(1)
     weight = lambda seed: torch.randn(blocks, size, 2 * size, generator=torch.Generator().manual_seed(seed)).to(x)
     X = torch.fft.rfft(x, n=2 * T, dim=1, norm="ortho").view(B, T + 1, blocks, size).permute(2, 0, 1, 3).flatten(1, 2)
     z = complex_linear((X.real, X.imag), weight(1) * size**-0.5, torch.zeros(blocks, 2 * size).to(x))

@@ -457,6 +457,17 @@ def test_a_checkpoint_of_another_config_is_refused(data, tmp_path):
             main(flags(data, tmp_path / "run", f"--resume auto {more}"))
 
 
+def test_a_checkpoint_of_another_version_is_one_clear_line(data, tmp_path):
+    main(flags(data, tmp_path / "run"))
+    path = Checkpoints(tmp_path / "run").paths()[0]
+    state = torch.load(path)
+    state["model"] = {key.replace("operator", "kernel"): value for key, value in state["model"].items()}
+    torch.save(state, path)
+    for more in (["--resume", "auto", *flags(data, tmp_path / "run")], ["--output_dir", str(tmp_path / "run"), "--eval_only"]):
+        with pytest.raises(InputError, match=r"run: the checkpoint does not fit this version's model \(.*operator"):
+            main(more)
+
+
 def test_a_run_is_not_overwritten(data, tmp_path):
     main(flags(data, tmp_path / "run"))
     with pytest.raises(InputError, match="holds a run: add --resume auto, or name another"):
@@ -538,12 +549,12 @@ def test_generation_is_the_models(data, tmp_path, monkeypatch, capsys):
     model = GPT(GPTConfig(**state["config"]))
     model.load_state_dict(state["model"])
     tokens = list(b"To be")
-    for _ in range(30):  # beyond sequence_length 16: the window slides
-        tokens.append(int(model(torch.tensor([tokens[-16:]]))[0][0, -1].argmax()))
+    for _ in range(11):  # up to sequence_length 16; what attention sees beyond it is tests/test_model.py's
+        tokens.append(int(model(torch.tensor([tokens]))[0][0, -1].argmax()))
     expected = b"To be" + bytes(token % 256 for token in tokens[5:])
     greedy = generate(monkeypatch, capsys, tmp_path / "run", "--generate", "To be", "--max_new_tokens", "30",
                       "--temperature", "0")
-    assert greedy == expected.decode(errors="replace") + "\n"
+    assert greedy.startswith(expected.decode(errors="ignore"))
     one, cold = (generate(monkeypatch, capsys, tmp_path / "run", "--generate", "To be", "--max_new_tokens", "30", *more)
                  for more in (("--top_k", "1"), ("--temperature", "1e-40")))
     assert one == cold == greedy
