@@ -10,7 +10,7 @@ take it out again: a non-linear function of a whole sequence's spectrum leaks. T
     analytic   the MLP generates the coefficients of poles inside the unit disc: damped exponentials
     dyadic     the MLP stays on the data's spectrum, but only on that of completed blocks
 
-What adapts to the data, besides the dyadic form's MLP, is a gate computed from each token. `reference` is the
+All but the dyadic form are linear in the data; an optional gate, computed from each token, is not. `reference` is the
 original, which leaks.
 
 Complex numbers are pairs (re, im) of real tensors: autocast and torch.compile handle those, and no others, well.
@@ -472,9 +472,9 @@ FORMS = ("filter", "analytic", "hilbert", "dyadic", "reference")
 class AFNO1D(nn.Module):
     """AFNO token mixer, (B, T, hidden_size) to the same, any T; causal in every form but `reference`.
 
-        value, gate = short_conv(W_in x)
-        y   = operator(value) + direct value
-        out = W_out( silu(gate) * rmsnorm(y) )
+        value = short_conv(W_in x)
+        y     = operator(value) + direct value
+        out   = W_out rmsnorm(y)              with a gate: W_out( silu(gate) * rmsnorm(y) ), gate made as value is
 
     Args:
         hidden_size: channels C.
@@ -491,7 +491,7 @@ class AFNO1D(nn.Module):
             pole's time constant (analytic), a block's length (dyadic).
         relu: the MLP's ComplexReLU, one of RELUS.
         short_conv: taps of the short convolution; >= 1, where 1 mixes no tokens.
-        gate: whether there is one; without, out = W_out rmsnorm(y).
+        gate: whether there is one.
     Parameters are float32 or float64; autocast makes the rest bf16. Raises ValueError naming the argument and its
     allowed range.
     """
@@ -501,7 +501,7 @@ class AFNO1D(nn.Module):
     def __init__(self, hidden_size: int, num_blocks: int = 8, sparsity_threshold: float = 0.01,
                  hard_thresholding_fraction: float = 1.0, filter_length: int = 1024, form: str = "filter",
                  num_experts: int = 1, routing: str = "frequency", relu: str = "cartesian", short_conv: int = 4,
-                 gate: bool = True):
+                 gate: bool = False):
         super().__init__()
         self.check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholding_fraction, filter_length,
                              form, num_experts, routing, relu, short_conv, gate)

@@ -159,7 +159,8 @@ def test_experts_are_causal():
 
 
 def test_hybrid_is_causal():
-    assert_causal(mixer="afno", attn_layers=(1,))
+    for gate in (0, 1):
+        assert_causal(mixer="afno", attn_layers=(1,), afno_gate=gate)
 
 
 if __name__ == "__main__":

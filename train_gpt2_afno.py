@@ -72,7 +72,7 @@ class GPTConfig:
     afno_routing: str = "frequency"
     afno_relu: str = "cartesian"
     afno_short_conv: int = 4
-    afno_gate: int = 1
+    afno_gate: int = 0
     position: str = "none"  # rotary stays inside attention, whatever this says
 
     def __post_init__(self):
@@ -1138,7 +1138,7 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
 DEFAULTS = dict(
     input_bin=None, input_val_bin=None, output_dir=None, model=None, mixer="afno", attn_layers=(), afno_form="filter",
     afno_num_blocks=8, afno_sparsity_threshold=0.01, afno_hard_thresholding_fraction=1.0, afno_filter_length=None,
-    afno_num_experts=1, afno_routing="frequency", afno_relu="cartesian", afno_short_conv=4, afno_gate=1,
+    afno_num_experts=1, afno_routing="frequency", afno_relu="cartesian", afno_short_conv=4, afno_gate=0,
     position="none", optimizer="adamw", learning_rate=0.0018, warmup_iters=None, warmdown_iters=None, weight_decay=0.1,
     grad_clip=0.0, val_tokens=None, val_batch_size=None, target_val_loss=None, max_seconds=None,
     seed=1337, device="auto", dtype=None, compile=None, resume=None, eval_only=False, generate=None,
@@ -1205,7 +1205,7 @@ def parse_flags(argv: list[str]) -> dict:
     add("--afno_routing", choices=ROUTINGS, help="by what experts are mixed: frequency bands, or lags (frequency)")
     add("--afno_relu", choices=RELUS, help="the MLP's ComplexReLU (cartesian)")
     add("--afno_short_conv", type=number(int, 1), metavar="K", help="taps of the short convolution; 1: none (4)")
-    add("--afno_gate", type=int, choices=(0, 1), help="whether the token gates the mixed signal (1)")
+    add("--afno_gate", type=int, choices=(0, 1), help="whether the token gates the mixed signal (0)")
     add("--position", choices=POSITIONS, help="what is added to embeddings; attention has rotary anyway (none)")
     add = parser.add_argument_group("device").add_argument
     add("--device", choices=("auto", "cuda", "cpu"), help="(auto: CUDA if there is any)")

@@ -330,7 +330,7 @@ def test_a_large_threshold_silences_the_convolution():
 
 
 def naive_forward(mixer: AFNO1D, x):
-    """The docstring's three lines with the convolution as a sum."""
+    """The docstring's lines with the convolution as a sum."""
     C = x.size(-1)
     z = toeplitz_sum(x @ mixer.c_in.weight.T, mixer.short_conv.taps.T)
     value, gate = z[..., :C], z[..., C:]
@@ -362,9 +362,9 @@ def assert_agrees(mixer: AFNO1D, x, expected, dtype):
 @seeded
 @given(form=st.sampled_from(("filter", "hilbert", "analytic")), B=st.integers(1, 3), T=st.sampled_from(LENGTHS),
        num_blocks=st.sampled_from((1, 2, 3)), size=st.sampled_from((1, 4, 17, 32)), K=st.sampled_from((1, 50, 130)),
-       dtype=st.sampled_from(list(BOUNDS)), contiguous=st.booleans())
-def test_the_mixer_is_its_formula(form, B, T, num_blocks, size, K, dtype, contiguous):
-    mixer = random_mixer(K, form, C=num_blocks * size, num_blocks=num_blocks)  # filters shorter and longer than T
+       dtype=st.sampled_from(list(BOUNDS)), contiguous=st.booleans(), gate=st.booleans())
+def test_the_mixer_is_its_formula(form, B, T, num_blocks, size, K, dtype, contiguous, gate):
+    mixer = random_mixer(K, form, C=num_blocks * size, num_blocks=num_blocks, gate=gate)  # filters shorter and longer than T
     x = torch.randn(B, T, num_blocks * size, dtype=torch.float64)
     if not contiguous:
         x = torch.stack((x, x), -1)[..., 0].transpose(0, 1).contiguous().transpose(0, 1)
@@ -400,7 +400,7 @@ def test_a_longer_input_changes_no_prefix(form):
         assert relative(mixer(x[:, :T].float()), single[:, :T]) < 1e-5
 
 
-VARIANTS = ({}, dict(relu="modulus"), dict(num_experts=2), dict(num_experts=3, routing="position"), dict(gate=False))
+VARIANTS = ({}, dict(relu="modulus"), dict(num_experts=2), dict(num_experts=3, routing="position"), dict(gate=True))
 
 
 @pytest.mark.parametrize("form", CAUSAL)

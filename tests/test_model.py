@@ -286,9 +286,9 @@ def test_every_parameter_is_trained_once(name, attn_layers):
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     optimizers = make_optimizers(model, name, 0.01, 0.1)
     assert len(optimizers) == (2 if name == "muon" else 1)
-    if name == "muon":  # attention: query, key, value, output; AFNO: value, gate, output; MLP: two
+    if name == "muon":  # attention: query, key, value, output; AFNO: value, output; MLP: two
         matrices = sum(len(group["params"]) for group in optimizers[1].param_groups)
-        assert matrices == sum((4 if layer in attn_layers else 3) + 2 for layer in range(3))
+        assert matrices == sum((4 if layer in attn_layers else 2) + 2 for layer in range(3))
     assert sum(p.numel() for o in optimizers for group in o.param_groups for p in group["params"]) == sum(
         p.numel() for p in model.parameters())
     model(idx, idx, return_logits=False)[1].backward()
