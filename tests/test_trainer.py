@@ -554,7 +554,7 @@ def test_generation_is_the_models(data, tmp_path, monkeypatch, capsys):
     expected = b"To be" + bytes(token % 256 for token in tokens[5:])
     greedy = generate(monkeypatch, capsys, tmp_path / "run", "--generate", "To be", "--max_new_tokens", "30",
                       "--temperature", "0")
-    assert greedy.startswith(expected.decode(errors="ignore"))
+    assert greedy.startswith(expected.decode(errors="replace"))
     one, cold = (generate(monkeypatch, capsys, tmp_path / "run", "--generate", "To be", "--max_new_tokens", "30", *more)
                  for more in (("--top_k", "1"), ("--temperature", "1e-40")))
     assert one == cold == greedy
