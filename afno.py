@@ -55,9 +55,9 @@ def complex_soft_shrink(z: Complex, threshold: float | Tensor) -> Complex:
 
     On the modulus, not on each part: so a delay, which only turns phases, never changes what is dropped.
     """
-    # clamp keeps the gradient of 1/|z| finite where |z| <= threshold
-    squared = (z[0] ** 2 + z[1] ** 2).clamp(min=threshold**2 + 1e-30)
-    scale = F.relu(1 - threshold * torch.rsqrt(squared))
+    # clamp keeps the gradient of 1/|z| finite where |z| <= threshold; there where makes an exact zero
+    squared, least = z[0] ** 2 + z[1] ** 2, threshold**2 + 1e-30
+    scale = torch.where(squared > least, 1 - threshold * torch.rsqrt(squared.clamp(min=least)), 0)
     return z[0] * scale, z[1] * scale
 
 
@@ -104,13 +104,13 @@ ROUTINGS = ("frequency", "position")
 
 class Router(nn.Module):
     """A soft mixture of experts: each has a learned Gaussian band on a line from 0 to 1, a softmax shares out every
-    point of it. The line is the frequency (0 to pi), or the logarithm of the lag (0 to filter_length tokens), as
-    `routing` says: never the data, so nothing can leak through it. One expert has no band and no parameters.
+    point of it. The line is the frequency (0 to pi), or the logarithm of the lag (of `lags`, first and last, in
+    tokens), as `routing` says: never the data, so nothing can leak through it. One expert has no band, no parameters.
     """
 
-    def __init__(self, num_experts: int, routing: str, filter_length: int):
+    def __init__(self, num_experts: int, routing: str, lags: tuple[float, float]):
         super().__init__()
-        self.routing, self.filter_length = routing, filter_length
+        self.routing, self.lags = routing, lags
         if num_experts > 1:
             self.centre = nn.Parameter((torch.arange(num_experts) + 0.5) / num_experts)
             self.log_width = nn.Parameter(torch.full((num_experts,), -math.log(2 * num_experts)))
@@ -124,7 +124,8 @@ class Router(nn.Module):
         """The same for lags, (n,) or (1,), in tokens."""
         if self.routing != "position":
             return parts
-        return self.mix(parts, torch.log1p(lag) / math.log1p(self.filter_length))
+        first, last = (math.log1p(lag) for lag in self.lags)
+        return self.mix(parts, ((torch.log1p(lag) - first) / max(last - first, 1e-9)).clamp(0, 1))
 
     def mix(self, parts: Tensor, place: Tensor) -> Tensor:
         if len(parts) == 1:
@@ -147,9 +148,10 @@ def apply_causal_mask_freq(X: Tensor, n: int) -> Tensor:
         raise ValueError(f"n must be >= 1 and X hold n // 2 + 1 frequencies, got n={n} and {X.size(-1)}")
     k = torch.arange(n, device=X.device)
     kept = -(-n // 2)
-    turn = torch.exp(-2j * math.pi / n * k.to(X.real.dtype))
+    turn = torch.exp(-2j * math.pi / n * k.double())  # float64: 1 - turn cancels at low frequencies
     hilbert = 2 * (1 - turn[kept * k % n]) / torch.where(k == 0, 1, 1 - turn)  # the geometric sum over kept lags
     hilbert[0] = 2 * kept - n
+    hilbert = hilbert.to(X.dtype)
     whole = torch.cat((X, X[..., 1 : kept].flip(-1).conj()), -1)  # all n frequencies
     real_bins = (k == 0) | (2 * k == n)
     whole = torch.where(real_bins, whole.real.to(X.dtype), whole)
@@ -273,7 +275,8 @@ class FilterOperator(nn.Module):
     d = 0 ... 32) -> in each block a two-layer complex MLP with ComplexReLU -> complex soft-shrink -> inverse
     transform, lags >= 0 kept -> decay window exp(-t / tau). The grid and tau, in tokens, are fixed at construction, so
     the same taps serve every T, also beyond filter_length (lags from filter_length on are zero).
-    `hilbert` learns the real part of the response alone and derives the imaginary part (apply_causal_mask_freq).
+    `hilbert` learns the real part of the response alone and derives the imaginary part (apply_causal_mask_freq; the
+    cut to lags >= 0 alone would do the same, in time).
     """
 
     def __init__(self, mlp: SpectralMLP, router: Router, num_filters: int, fraction: float, filter_length: int,
@@ -336,15 +339,15 @@ class AnalyticOperator(nn.Module):
         self.log_decay = nn.Parameter(-time_constants(kept, filter_length, self.angle.detach())[order].log())
 
     def poles(self) -> Complex:
-        """log p_m as (re, im), (num_poles,) each; re < 0 whatever the parameters are."""
-        return -self.log_decay.exp(), self.angle
+        """log p_m as (re, im), (num_poles,) each; re < 0 whatever the parameters are: time constants of e^-15 ... e^15."""
+        return -self.log_decay.clamp(-15, 15).exp(), self.angle
 
     def coefficients(self) -> Complex:
         """c_m of every filter, (num_filters, num_poles) each."""
         turn = torch.outer(self.angle, torch.arange(NUM_DELAYS, device=self.angle.device))
         # The energy of c p^t is |c|^2 / (1 - |p|^2): so all poles begin with the same. Poles side by side have much the
         # same coefficients and add up; with the 4 the taps have about the energy of the filter form's.
-        scale = ((1 - torch.exp(2 * self.poles()[0])) / (4 * len(self.angle))).sqrt()
+        scale = (-torch.expm1(2 * self.poles()[0]) / (4 * len(self.angle))).sqrt()
         parts = (self.router.by_frequency(part.mT.flatten(1, 2), self.angle)
                  for part in self.mlp((turn.cos(), -turn.sin())))
         return tuple(self.router.by_lag(part, torch.exp(-self.log_decay))[0] * scale for part in parts)
@@ -427,7 +430,7 @@ class DyadicOperator(nn.Module):
         while padded < T:
             padded *= 2
         u = F.pad(u, (0, 0, 0, padded - T)).contiguous()
-        y = causal_conv(u.view(-1, L, C), self.near).view(B, padded, C)
+        y = causal_conv(u.view(-1, L, C), self.near).reshape(B, padded, C)
         while L < T:
             future = self.far(u.view(-1, 2 * L, C)[:, :L])
             y = y + F.pad(future, (0, 0, L, 0)).view(B, padded, C)
@@ -480,11 +483,11 @@ class AFNO1D(nn.Module):
         hidden_size: channels C.
         num_blocks: separate MLPs (block-diagonal weights), each for C / num_blocks channels. Divides hidden_size.
         sparsity_threshold: lambda of the soft-shrink, in units of the response's gain (filter, hilbert, analytic)
-            or of an orthonormal spectrum (dyadic, reference); >= 0.
+            or of an orthonormal spectrum (dyadic, reference); in [0, 1e6].
         hard_thresholding_fraction: share of the modes, lowest frequencies first, that may be non-zero; in (0, 1].
             Modes are dropped before a response is made one-sided, so causality is untouched.
         filter_length: number of taps, in tokens (filter, hilbert), or twice the longest time constant at
-            initialisation (analytic); >= 1.
+            initialisation (analytic), or twice the longest block told apart by routing position (dyadic); >= 1.
         form: the operator, one of FORMS; each has its class above.
         num_experts: separate sets of the MLP's weights, mixed by a Router; >= 1 (reference: 1).
         routing: by what, one of ROUTINGS: frequency, or position, which is the lag: a tap's (filter, hilbert), a
@@ -503,8 +506,10 @@ class AFNO1D(nn.Module):
                  num_experts: int = 1, routing: str = "frequency", relu: str = "cartesian", short_conv: int = 4,
                  gate: bool = False):
         super().__init__()
-        self.check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholding_fraction, filter_length,
-                             form, num_experts, routing, relu, short_conv, gate)
+        self.check_arguments(hidden_size=hidden_size, num_blocks=num_blocks, sparsity_threshold=sparsity_threshold,
+                             hard_thresholding_fraction=hard_thresholding_fraction, filter_length=filter_length,
+                             form=form, num_experts=num_experts, routing=routing, relu=relu, short_conv=short_conv,
+                             gate=gate)
         block_size = hidden_size // num_blocks
         width = max(d for d in range(1, self.channels_per_filter + 1) if block_size % d == 0)
         num_filters = hidden_size // width
@@ -513,7 +518,8 @@ class AFNO1D(nn.Module):
         on_data = form in ("dyadic", "reference")  # what the MLP works on: the data's spectrum or the operator's
         sizes = (block_size,) * 3 if on_data else (NUM_DELAYS, MLP_WIDTH, block_size // width)
         mlp = SpectralMLP(num_blocks, *sizes, sparsity_threshold, num_experts, relu, bias=form != "dyadic")
-        shared = mlp, Router(num_experts, routing, filter_length)
+        first = DyadicOperator.near_length if form == "dyadic" else 0  # the dyadic levels are 64 ... half the length
+        shared = mlp, Router(num_experts, routing, (first, filter_length / 2 if form == "dyadic" else filter_length))
         if form in ("filter", "hilbert"):
             self.operator = FilterOperator(*shared, num_filters, hard_thresholding_fraction, filter_length,
                                            hilbert=form == "hilbert")
@@ -527,18 +533,19 @@ class AFNO1D(nn.Module):
         self.c_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     @staticmethod
-    def check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholding_fraction, filter_length, form,
+    def check_arguments(*, hidden_size, num_blocks, sparsity_threshold, hard_thresholding_fraction, filter_length, form,
                         num_experts, routing, relu, short_conv, gate):
         """Raise ValueError, which begins with the argument's name, where one is out of its range."""
-        if not 1 <= num_blocks <= hidden_size or hidden_size % num_blocks:
+        for name, value in (("hidden_size", hidden_size), ("num_blocks", num_blocks), ("filter_length", filter_length),
+                            ("num_experts", num_experts), ("short_conv", short_conv)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value}")
+        if hidden_size % num_blocks:
             raise ValueError(f"num_blocks must divide the {hidden_size} channels, got {num_blocks}")
-        if not sparsity_threshold >= 0:
-            raise ValueError(f"sparsity_threshold must be >= 0, got {sparsity_threshold}")
+        if not 0 <= sparsity_threshold <= 1e6:
+            raise ValueError(f"sparsity_threshold must be in [0, 1e6], got {sparsity_threshold}")
         if not 0 < hard_thresholding_fraction <= 1:
             raise ValueError(f"hard_thresholding_fraction must be in (0, 1], got {hard_thresholding_fraction}")
-        for name, value in (("filter_length", filter_length), ("num_experts", num_experts), ("short_conv", short_conv)):
-            if not value >= 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
         for name, value, allowed in (("form", form, FORMS), ("routing", routing, ROUTINGS), ("relu", relu, RELUS),
                                      ("gate", gate, (False, True))):
             if value not in allowed:

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from afno import AFNO1D, FORMS, RELUS, ROUTINGS, rmsnorm
+from afno import AFNO1D, DyadicOperator, FORMS, RELUS, ROUTINGS, rmsnorm
 from data.text_to_bin import InputError, gpt2_encoding, read_bin
 
 START = time.perf_counter()
@@ -1327,6 +1327,9 @@ def main(argv: list[str]) -> int:
             raise InputError(f"--output_dir {relative(str(folder))} holds a run: add --resume auto, or name another")
     if config.mixer == "afno" and config.afno_form == "reference":
         raise InputError(f"--afno_form reference is not causal, choose one of {', '.join(FORMS[:-1])}")
+    if config.mixer == "afno" and config.afno_form == "dyadic" and config.sequence_length <= DyadicOperator.near_length:
+        raise InputError(f"--sequence_length must be > {DyadicOperator.near_length} to train --afno_form dyadic, whose MLP "
+                         f"sees completed blocks only, got {config.sequence_length}")
     values["sequence_length"] = config.sequence_length
 
     args = argparse.Namespace(**values, to_save={name: relative(value) if name in DATA_FLAGS else value

@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.text_to_bin import InputError  # noqa: E402
 from train_gpt2_afno import (DEFAULTS, DEVICE_DEFAULTS, GPT, GPTConfig, Runtime, choose_device, model_fields,  # noqa: E402
                              parse_flags, random_tokens, run)
 
@@ -22,6 +23,8 @@ def main(argv: list[str]) -> int:
     device = choose_device(flags.get("device", "auto"))
     values = {**DEFAULTS, **DEVICE_DEFAULTS[device.type], "max_new_tokens": 32, **flags}
     config, count = GPTConfig(**model_fields(values)), values["max_new_tokens"]
+    if count >= config.sequence_length:
+        raise InputError(f"--max_new_tokens must be < --sequence_length {config.sequence_length}, got {count}")
     runtime = Runtime(device, getattr(torch, values["dtype"]), compile=False)
     torch.manual_seed(values["seed"])
     model, T = GPT(config).to(device), config.sequence_length

@@ -108,6 +108,9 @@ def test_complex_pieces():
     assert relative(modulus, torch.polar((z.abs() - threshold).clamp(min=0), z.angle())) < 1e-14
     shrunk = torch.complex(*complex_soft_shrink((z.real, z.imag), 0.7))
     expected = torch.where(z.abs() > 0.7, z * (z.abs() - 0.7) / z.abs(), 0)
+    for threshold in torch.linspace(0.001, 1, 1000):
+        half = torch.full((1,), float(threshold) / 2)
+        assert not complex_soft_shrink((half, half), float(threshold))[0].any()  # an exact zero, in fp32 too
     assert relative(shrunk, expected) < 1e-14 and (shrunk == 0).any() and (shrunk != 0).any()
 
 
@@ -141,7 +144,8 @@ def shares(router, routing: str, place) -> np.ndarray:
     if routing != router.routing or not list(router.parameters()):
         return np.ones((1, len(place)))
     if routing == "position":
-        place = np.log(1 + np.array(place)) / np.log(1 + router.filter_length)
+        first, last = np.log(1 + np.array(router.lags))
+        place = np.clip((np.log(1 + np.array(place)) - first) / (last - first), 0, 1)
     centre, width = router.centre.detach().numpy(), np.exp(router.log_width.detach().numpy())
     bands = np.array([np.exp(-((place - c) / w) ** 2 / 2) for c, w in zip(centre, width)])
     return bands / bands.sum(0)
@@ -452,6 +456,16 @@ def test_after_one_optimizer_step_every_parameter_has_a_gradient(form, variant):
         (mixer(x) - wanted).square().mean().backward()
         optimizer.step()
     assert [name for name, p in mixer.named_parameters() if p.grad is None or not p.grad.any()] == []
+    for gradient in (mixer.operator.mlp.w1.grad, mixer.operator.mlp.w2.grad):  # every expert's, not one's alone
+        sizes = gradient.flatten(1).norm(dim=1)
+        assert sizes.min() > 0.01 * sizes.max()
+
+
+@pytest.mark.parametrize("C, num_blocks", ((16, 16), (17, 1)))
+def test_one_channel_a_filter(C, num_blocks):
+    for form in CAUSAL:
+        mixer, x = random_mixer(50, form, C=C, num_blocks=num_blocks), torch.randn(2, 150, C, dtype=torch.float64)
+        assert relative(mixer(x)[:, :70], mixer(x[:, :70])) < 1e-10
 
 
 @pytest.mark.parametrize("form", CAUSAL)
@@ -459,7 +473,9 @@ def test_after_one_optimizer_step_every_parameter_has_a_gradient(form, variant):
 def test_the_mixed_signal_has_the_size_of_its_input(form, T):
     torch.manual_seed(0)
     mixer, u = AFNO1D(128, filter_length=1024, form=form), torch.randn(1, T, 128)
-    y = mixer.operator(u) + u
+    y = mixer.operator(u)
+    assert (y.square().mean() / u.square().mean()).sqrt() > 0.4  # the operator does something
+    y = y + u  # the direct term
     assert 0.5 < (y.square().mean() / u.square().mean()).sqrt() < 2
 
 
@@ -472,6 +488,8 @@ def test_norm():
 
 @pytest.mark.parametrize("arguments, name", (
     (dict(num_blocks=5), "num_blocks"), (dict(num_blocks=0), "num_blocks"), (dict(num_blocks=32), "num_blocks"),
+    (dict(hidden_size=0), "hidden_size"), (dict(filter_length=3.5), "filter_length"), (dict(num_experts=2.0), "num_experts"),
+    (dict(sparsity_threshold=math.inf), "sparsity_threshold"),
     (dict(sparsity_threshold=-0.1), "sparsity_threshold"), (dict(sparsity_threshold=math.nan), "sparsity_threshold"),
     (dict(hard_thresholding_fraction=0.0), "hard_thresholding_fraction"),
     (dict(hard_thresholding_fraction=1.1), "hard_thresholding_fraction"), (dict(filter_length=0), "filter_length"),
@@ -481,4 +499,4 @@ def test_norm():
 ))
 def test_bad_arguments_are_named(arguments, name):
     with pytest.raises(ValueError, match=f"^{name} must "):
-        AFNO1D(16, **arguments)
+        AFNO1D(**{"hidden_size": 16, **arguments})

@@ -157,11 +157,11 @@ def test_learned_positions_end_with_their_table():
     (dict(mixer="fft"), "--mixer must be one of attn, afno"), (dict(position="rotary"), "--position must be one of"),
     (dict(attn_layers=(3,)), "--attn_layers must be in 0 ... 2, got 3"), (dict(attn_layers=(-1,)), "--attn_layers"),
     (dict(afno_num_blocks=5), "--afno_num_blocks must divide the 16 channels, got 5"),
-    (dict(afno_num_experts=0), "--afno_num_experts must be >= 1, got 0"),
+    (dict(afno_num_experts=0), "--afno_num_experts must be an integer >= 1, got 0"),
     (dict(afno_routing="data"), "--afno_routing must be one of frequency, position, got data"),
-    (dict(afno_sparsity_threshold=-1.0), "--afno_sparsity_threshold must be >= 0"),
+    (dict(afno_sparsity_threshold=-1.0), r"--afno_sparsity_threshold must be in \[0, 1e6\]"),
     (dict(afno_hard_thresholding_fraction=2.0), r"--afno_hard_thresholding_fraction must be in \(0, 1\]"),
-    (dict(afno_filter_length=0), "--afno_filter_length must be >= 1"),
+    (dict(afno_filter_length=0), "--afno_filter_length must be an integer >= 1"),
 ))
 def test_a_bad_config_names_the_flag(options, message):
     with pytest.raises(InputError, match=message):
