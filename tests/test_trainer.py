@@ -402,6 +402,7 @@ def test_two_ranks_give_one_processs_losses(data, tmp_path):
     ("--val_tokens 151", "--val_tokens must be <= 150, .* got 151"),
     ("--attn_layers 7", "--attn_layers must be in 0 ... 1, got 7"),
     ("--afno_num_blocks 5", "--afno_num_blocks must divide the 16 channels, got 5"),
+    ("--afno_form dyadic", "--sequence_length must be > 64 to train --afno_form dyadic, .* got 16"),
     ("--model d13", "--model: invalid choice: 'd13'"),
     ("--afno_form reference", "--afno_form reference is not causal, choose one of filter, analytic, hilbert, dyadic"),
     ("--mixer mamba", "--mixer: invalid choice: 'mamba'"),
