@@ -596,8 +596,13 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
                 stacks[p] = len(p) // p.size(1)  # query, key and value; value and gate
             elif key.endswith(".weight"):
                 stacks[p] = 1
-    rest = [p for p in model.parameters() if p not in stacks]
-    optimizers = [torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)]
+    rest = {name: p for name, p in model.named_parameters() if p not in stacks}
+    # poles, bands and thresholds are places and logarithms, for which zero is no neutral value: they do not decay
+    places = [p for name, p in rest.items() if name.endswith(("angle", "centre", "log_decay", "log_width", "log_threshold"))]
+    groups = [dict(params=[p for p in rest.values() if not any(p is place for place in places)])]
+    if places:
+        groups.append(dict(params=places, weight_decay=0.0))
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)]
     if stacks:
         optimizers.append(MatrixMuon(list(stacks.items()), lr=learning_rate, weight_decay=weight_decay))
     return optimizers
@@ -876,9 +881,10 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     if saved:
         load_weights(model, saved.pop("model"), output_dir)
         for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
+            decays = [group["weight_decay"] for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
-            for group in optimizer.param_groups:
-                group["weight_decay"] = args.weight_decay  # the flag's, not the checkpoint's
+            for group, decay in zip(optimizer.param_groups, decays):
+                group["weight_decay"] = decay  # the flag's, not the checkpoint's
         torch.set_rng_state(saved["rng"]["cpu"])
         if device.type == "cuda" and saved["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng"]["cuda"])
@@ -1226,7 +1232,7 @@ def parse_flags(argv: list[str]) -> dict:
     add("--learning_rate", type=number(float, above=0), metavar="X", help="of AdamW and Muon alike (0.0018)")
     add("--warmup_iters", type=number(int, 0), metavar="N", help="rising (256/4768 of num_iterations)")
     add("--warmdown_iters", type=number(int, 0), metavar="N", help="falling to zero (1024/4768 of num_iterations)")
-    add("--weight_decay", type=number(float, 0), metavar="X", help="on all parameters (0.1)")
+    add("--weight_decay", type=number(float, 0), metavar="X", help="on all weights (0.1)")
     add("--grad_clip", type=number(float, 0), metavar="X", help="largest gradient norm; 0 does not clip (0)")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add("--val_loss_every", type=number(int, 0), metavar="N", help="steps; 0: at the end only (128; CPU 60)")

@@ -304,6 +304,17 @@ def test_adamw_decays_every_parameter_like_the_baseline():
     assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.9, 0.95), 0.1, 0.0018)
 
 
+def test_places_and_logarithms_do_not_decay():
+    model = tiny(afno_form="analytic", afno_num_experts=2, afno_relu="modulus")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    (optimizer,) = make_optimizers(model, "adamw", 0.01, 0.1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    still = {name.split(".")[-1] for name, p in model.named_parameters() if p.any() and torch.equal(p, before[name])}
+    assert still == {"angle", "log_decay", "centre", "log_width", "log_threshold"}
+
+
 def test_schedule_is_the_baselines():
     factor = lambda step: learning_rate_factor(step, 4768, 256, 1024)
     assert factor(0) == 1 / 256 and factor(255) == 1 and factor(256) == factor(3743) == 1
