@@ -82,8 +82,8 @@ class SpectralMLP(nn.Module):
     mean square 1 give outputs of mean square about 1.
     """
 
-    def __init__(self, num_blocks: int, size_in: int, hidden: int, size_out: int, sparsity_threshold: float = 0.01,
-                 num_experts: int = 1, relu: str = "cartesian", bias: bool = True):
+    def __init__(self, num_blocks: int, size_in: int, hidden: int, size_out: int, sparsity_threshold: float,
+                 num_experts: int, relu: str, bias: bool):
         super().__init__()
         self.sparsity_threshold = sparsity_threshold
         E, N = num_experts, num_blocks
@@ -347,10 +347,11 @@ class AnalyticOperator(nn.Module):
         turn = torch.outer(self.angle, torch.arange(NUM_DELAYS, device=self.angle.device))
         # The energy of c p^t is |c|^2 / (1 - |p|^2): so all poles begin with the same. Poles side by side have much the
         # same coefficients and add up; with the 4 the taps have about the energy of the filter form's.
-        scale = (-torch.expm1(2 * self.poles()[0]) / (4 * len(self.angle))).sqrt()
+        log_radius, _ = self.poles()
+        scale = (-torch.expm1(2 * log_radius) / (4 * len(self.angle))).sqrt()
         parts = (self.router.by_frequency(part.mT.flatten(1, 2), self.angle)
                  for part in self.mlp((turn.cos(), -turn.sin())))
-        return tuple(self.router.by_lag(part, torch.exp(-self.log_decay))[0] * scale for part in parts)
+        return tuple(self.router.by_lag(part, -1 / log_radius)[0] * scale for part in parts)
 
     def taps(self, T: int) -> Tensor:
         """Lags 0 ... T - 1 of the filters, (num_filters, T), in the parameters' dtype whatever autocast says."""
@@ -518,8 +519,9 @@ class AFNO1D(nn.Module):
         on_data = form in ("dyadic", "reference")  # what the MLP works on: the data's spectrum or the operator's
         sizes = (block_size,) * 3 if on_data else (NUM_DELAYS, MLP_WIDTH, block_size // width)
         mlp = SpectralMLP(num_blocks, *sizes, sparsity_threshold, num_experts, relu, bias=form != "dyadic")
-        first = DyadicOperator.near_length if form == "dyadic" else 0  # the dyadic levels are 64 ... half the length
-        shared = mlp, Router(num_experts, routing, (first, filter_length / 2 if form == "dyadic" else filter_length))
+        # lags that experts share out; the dyadic form's are its levels
+        lags = (DyadicOperator.near_length, filter_length / 2) if form == "dyadic" else (0, filter_length)
+        shared = mlp, Router(num_experts, routing, lags)
         if form in ("filter", "hilbert"):
             self.operator = FilterOperator(*shared, num_filters, hard_thresholding_fraction, filter_length,
                                            hilbert=form == "hilbert")

@@ -598,10 +598,10 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
                 stacks[p] = 1
     rest = {name: p for name, p in model.named_parameters() if p not in stacks}
     # poles, bands and thresholds are places and logarithms, for which zero is no neutral value: they do not decay
-    places = [p for name, p in rest.items() if name.endswith(("angle", "centre", "log_decay", "log_width", "log_threshold"))]
-    groups = [dict(params=[p for p in rest.values() if not any(p is place for place in places)])]
+    places = [name for name in rest if name.endswith(("angle", "centre", "log_decay", "log_width", "log_threshold"))]
+    groups = [dict(params=[p for name, p in rest.items() if name not in places])]
     if places:
-        groups.append(dict(params=places, weight_decay=0.0))
+        groups.append(dict(params=[rest[name] for name in places], weight_decay=0.0))
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)]
     if stacks:
         optimizers.append(MatrixMuon(list(stacks.items()), lr=learning_rate, weight_decay=weight_decay))

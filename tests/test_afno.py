@@ -407,25 +407,27 @@ def test_a_longer_input_changes_no_prefix(form):
 VARIANTS = ({}, dict(relu="modulus"), dict(num_experts=2), dict(num_experts=3, routing="position"), dict(gate=True))
 
 
+def token_by_token(mixer, x):
+    state, outputs = None, []
+    for t in range(x.size(1)):
+        y_t, state = mixer.step(x[:, t], state)
+        outputs.append(y_t)
+    return torch.stack(outputs, 1)
+
+
 @pytest.mark.parametrize("form", CAUSAL)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_token_by_token_is_the_forward_pass(form, variant):
-    mixer, x = random_mixer(100, form, **variant), torch.randn(2, 300, 24, dtype=torch.float64)
-    state, outputs = None, []
-    for t in range(300):  # beyond filter_length, and over several of the dyadic form's levels
-        y_t, state = mixer.step(x[:, t], state)
-        outputs.append(y_t)
-    assert relative(torch.stack(outputs, 1), mixer(x)) < 1e-10
+    mixer = random_mixer(100, form, **variant)
+    x = torch.randn(2, 300, 24, dtype=torch.float64)  # beyond filter_length, and over several of the dyadic form's levels
+    assert relative(token_by_token(mixer, x), mixer(x)) < 1e-10
 
 
 @pytest.mark.parametrize("form", CAUSAL)
 def test_two_thousand_tokens_one_by_one_in_fp32(form):
     torch.manual_seed(0)
-    mixer, x, state, outputs = AFNO1D(64, form=form), torch.randn(1, 2000, 64), None, []
-    for t in range(2000):
-        y_t, state = mixer.step(x[:, t], state)
-        outputs.append(y_t)
-    assert relative(torch.stack(outputs, 1), mixer(x)) < 1e-4
+    mixer, x = AFNO1D(64, form=form), torch.randn(1, 2000, 64)
+    assert relative(token_by_token(mixer, x), mixer(x)) < 1e-4
 
 
 def test_the_analytic_state_does_not_grow():
