@@ -23,6 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:
+    import afno_triton
+except ImportError:  # no Triton here
+    afno_triton = None
+
 
 def rmsnorm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / rms(x) over the last dimension, without weights (Zhang & Sennrich, 2019). Half precision norms in fp32."""
@@ -189,14 +194,63 @@ def odd_dft(block: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return forward, forward.T[block:] / block
 
 
+@torch.compiler.assume_constant_result
+def conv_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether causal_conv takes the Triton kernels for inputs of this dtype on this device, and why in a few words."""
+    if device.type != "cuda":
+        return False, f"plain, Triton's kernels are for CUDA devices, this is {device.type}"
+    if afno_triton is None:
+        return False, "plain, Triton is not installed"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False, f"plain, Triton's kernels want compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False, f"plain, Triton's kernels are for half precision, this is {str(dtype).removeprefix('torch.')}"
+    return True, f"Triton's kernels, on {torch.cuda.get_device_name(device)}"
+
+
 def causal_conv(u: Tensor, taps: Tensor) -> Tensor:
     """y_t = sum over s <= t of taps[t - s] * u_s, and bitwise causal: y_t is computed from u_0 ... u_t alone.
 
     u: (B, T, C); taps: (G, K), lags 0 ... K - 1 in tokens, filter g serving channels g C/G ... (g + 1) C/G - 1.
-    Any T and any K. Returns (B, T, C) in u's dtype (in autocast's, under autocast); the matrices below are made in
-    the taps' dtype and then cast. All work is in matrix products: about 5 b + 4 T/b multiply-adds a token and
-    channel, with b = 64 up to T = 2048 and T / 32 beyond, so this plain path is far below attention's but not yet
-    near-linear. With n = T / b blocks the matrices take G b (b + 4 n^2) numbers: 26 million at 48 filters, T = 4096.
+    Any T and any K. Returns (B, T, C) in u's dtype (in autocast's, under autocast); matrices of taps are made in the
+    taps' dtype and then cast.
+    """
+    kind = u.device.type
+    if torch.is_autocast_enabled(kind) and u.dtype == torch.float32:
+        u = u.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):  # filters stay in fp32 until they are used
+        return (kernel_conv if conv_path(u.device, u.dtype)[0] else plain_conv)(u, taps)
+
+
+def segment_responses(taps: Tensor, forward: Tensor, n: int, b: int) -> Tensor:
+    """What blocks of b tokens, 0 ... n - 1 apart, send each other, by frequency: taps (G, K) to (G, 2b, n). Blocks l
+    apart meet at lags (l - 1) b + 1 ... (l + 1) b - 1; l = 0 is left to the near field, and zero."""
+    taps = F.pad(taps, (0, max(0, n * b - taps.size(1))))[:, : n * b]
+    return F.pad(forward @ taps.unfold(-1, 2 * b, b).mT, (1, 0))
+
+
+def kernel_conv(u: Tensor, taps: Tensor) -> Tensor:
+    """causal_conv by afno_triton's kernels: short filters all near, long ones with a far field of blocks of FAR tokens.
+
+    u in half precision (fp32 is slow), taps in fp32. A token and channel takes about min(K, T / 2) multiply-adds up to
+    K = 2048 taps, beyond that 1250 + 2 T / FAR.
+    """
+    T, b = u.size(1), afno_triton.FAR
+    taps = taps[:, :T].float()
+    forward, inverse = odd_dft(b, taps)
+    response = None
+    if taps.size(1) > afno_triton.DIRECT:
+        response = segment_responses(taps, forward, -(-T // b), b)
+        taps = taps[:, :b]
+    return afno_triton.block_conv(u, taps, response, forward[:, :b], inverse)
+
+
+def plain_conv(u: Tensor, taps: Tensor) -> Tensor:
+    """causal_conv by torch's batched matrix products, in any dtype.
+
+    About 5 b + 4 T/b multiply-adds a token and channel, with b = 64 up to T = 2048 and T / 32 beyond: far below
+    attention's, but not near-linear.
+    With n = T / b blocks the matrices take G b (b + 4 n^2) numbers: 26 million at 48 filters, T = 4096.
 
     The sequence is cut into n blocks of b tokens. Inside a block (near field) the product is a lower-triangular
     Toeplitz matrix, whose upper entries are exact zeros. Between blocks (far field) the convolution theorem
@@ -213,14 +267,11 @@ def causal_conv(u: Tensor, taps: Tensor) -> Tensor:
         b *= 2
     b = min(b, T)
     n = -(-T // b)
-    with torch.autocast(u.device.type, enabled=False):  # filters stay in fp32 until they are used
-        taps = F.pad(taps, (0, max(0, n * b - taps.size(1))))[:, : n * b]
-        near = toeplitz(taps[:, :b])  # (G, b, b)
-        if n > 1:
-            forward, inverse = odd_dft(b, taps)
-            response = F.pad(taps.unfold(-1, 2 * b, b) @ forward.T, (0, 0, 1, 0))  # (G, n, 2b); block lag 0 is near
-            re, im = toeplitz(response.mT).view(G, b, 2, n, n).unbind(2)
-            mix = torch.cat((torch.cat((re, -im), -1), torch.cat((im, re), -1)), -2).view(G * b, 2 * n, 2 * n)
+    near = toeplitz(F.pad(taps, (0, max(0, b - taps.size(1))))[:, :b])  # (G, b, b)
+    if n > 1:
+        forward, inverse = odd_dft(b, taps)
+        re, im = toeplitz(segment_responses(taps, forward, n, b)).view(G, b, 2, n, n).unbind(2)
+        mix = torch.cat((torch.cat((re, -im), -1), torch.cat((im, re), -1)), -2).view(G * b, 2 * n, 2 * n)
     # channels of one filter and the batch are columns; (G, b, n * B * C/G)
     x = F.pad(u, (0, 0, 0, n * b - T)).view(B, n, b, G, C // G).permute(3, 2, 1, 0, 4).reshape(G, b, -1)
     y = near.to(x.dtype) @ x

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from afno import AFNO1D, DyadicOperator, FORMS, RELUS, ROUTINGS, rmsnorm
+from afno import AFNO1D, DyadicOperator, FORMS, RELUS, ROUTINGS, conv_path, rmsnorm
 from data.text_to_bin import InputError, gpt2_encoding, read_bin
 
 START = time.perf_counter()
@@ -722,7 +722,7 @@ class RunLog:
             self.text = open(folder / "train.log", "a", encoding="utf-8")
             self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
             if resumed_step is None:
-                for name in ("train_gpt2_afno.py", "afno.py"):
+                for name in ("train_gpt2_afno.py", "afno.py", "afno_triton.py"):
                     self.text.write(f"{'=' * 100}\n{name}\n{'=' * 100}\n{(ROOT / name).read_text(encoding='utf-8')}")
                 self.text.write("=" * 100 + "\n")
 
@@ -894,6 +894,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         f"position {config.position}")
     if config.mixer == "afno":
         say("afno: " + ", ".join(f"{name} {value}" for name, value in config.afno_arguments().items()))
+        say(f"convolution: {conv_path(device, runtime.dtype)[1]}")
     passes = (total_steps - step) * tokens_per_step / len(stream)
     say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens, {passes:.3g} passes to come; validation: {relative(args.input_val_bin)}, "
         f"{val_tokens:,} targets of {len(val_stream) - 1:,}")

@@ -1,0 +1,134 @@
+"""Triton's kernels against the Toeplitz sum in float64, value and all gradients: on a GPU in bf16, without one in Triton's
+interpreter in fp32 (its bf16 products are wrong). Memory that was never written holds NaN here, so none may be read."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import afno  # noqa: E402
+import afno_triton  # noqa: E402
+from test_afno import inputs, relative, toeplitz_sum  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE, BOUND = ("cuda", torch.bfloat16, 1e-2) if CUDA else ("cpu", torch.float32, 2e-6)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that short inputs have many."""
+    for name, value in (("NEAR", 16), ("FAR", 32), ("DIRECT", 40)):
+        monkeypatch.setattr(afno_triton, name, value)
+
+
+def check(B, T, G, width, K, transform=lambda u: u):
+    u, taps = (x.detach() for x in inputs(B, T, G, width, K))
+    u, upstream = u.to(DTYPE), torch.randn(B, T, G * width, generator=torch.Generator().manual_seed(1)).to(DTYPE)
+    exact = u.double().requires_grad_(), taps.float().double().requires_grad_()
+    expected = toeplitz_sum(*exact)
+    wanted = torch.autograd.grad(expected, exact, upstream.double())
+    ours = transform(u.to(DEVICE)).requires_grad_(), taps.float().to(DEVICE).requires_grad_()
+    y = afno.kernel_conv(*ours)
+    assert y.dtype == DTYPE and y.shape == u.shape
+    got = torch.autograd.grad(y, ours, transform(upstream.to(DEVICE)))
+    assert [g.dtype for g in got] == [DTYPE, torch.float32]
+    for ours, oracle in zip((y, *got), (expected, *wanted)):
+        assert relative(ours.detach().cpu().double(), oracle.detach()) < BOUND
+
+
+@pytest.mark.parametrize("B, T, G, width, K", (
+    (1, 1, 1, 1, 1), (2, 300, 2, 4, 300), (1, 5, 1, 16, 3), (3, 129, 1, 3, 128), (1, 257, 1, 16, 500), (2, 260, 1, 8, 130)))
+def test_near_field(B, T, G, width, K):
+    check(B, T, G, width, K)
+
+
+@pytest.mark.parametrize("B, T, G, width, K", (
+    (2, 101, 2, 4, 200), (3, 96, 2, 16, 60), (1, 33, 1, 10, 41), (1, 700, 1, 2, 700), (1, 1100, 1, 2, 1100),
+    (5, 64, 1, 5, 64), (2, 100, 2, 4, 17), (2, 100, 2, 4, 18)))  # the last two: near field of 2 and of 3 lags
+def test_near_and_far_field_of_small_blocks(small_blocks, B, T, G, width, K):
+    check(B, T, G, width, K)
+
+
+def test_far_field_of_blocks_as_they_are(monkeypatch):
+    monkeypatch.setattr(afno_triton, "DIRECT", 300)
+    check(1, 650, 1, 16, 650)
+
+
+@pytest.mark.parametrize("transform", (
+    lambda u: torch.cat((u, u), -1)[..., : u.size(-1)],  # as a value beside its gate
+    lambda u: u.transpose(0, 1).contiguous().transpose(0, 1),
+    lambda u: torch.stack((u, u), -1)[..., 0]))
+def test_strides(small_blocks, transform):
+    check(2, 101, 2, 4, 101, transform)
+
+
+@pytest.mark.parametrize("K", (30, 300))  # near field alone, and both
+def test_prefixes_are_bit_identical_at_full_length(small_blocks, K):
+    u, taps = (x.detach() for x in inputs(2, 300, 2, 4, K))
+    u, taps = u.to(DEVICE, DTYPE), taps.float().to(DEVICE)
+    y = afno.kernel_conv(u, taps)
+    for cut in (1, 15, 16, 17, 31, 32, 33, 150, 299):
+        other = u.clone()
+        other[:, cut:] = torch.randn_like(other[:, cut:])
+        z = afno.kernel_conv(other, taps)
+        assert torch.equal(y[:, :cut], z[:, :cut]) and not torch.equal(y[:, cut:], z[:, cut:])
+        assert torch.equal(y[:, :cut], afno.kernel_conv(u[:, :cut], taps[:, :K])) or K > 40  # there T chooses the fields
+
+
+def test_operator_is_registered_as_it_behaves(small_blocks):
+    """Shapes and strides without data, gradients, and tracing by torch.compile, in opcheck's own tests."""
+    forward, inverse = afno.odd_dft(32, torch.empty(0, device=DEVICE))
+    u = torch.randn(1, 70, 4, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    near = torch.randn(2, 32, device=DEVICE, requires_grad=True)
+    response = torch.randn(2, 64, 3, device=DEVICE, requires_grad=True)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(afno_triton.block_conv, (u, near, response, forward[:, :32], inverse), test_utils=tests)
+    torch.library.opcheck(afno_triton.block_conv, (u, near, None, forward[:, :32], inverse), test_utils=tests)
+
+
+def test_path_is_chosen_in_words():
+    assert afno.conv_path(torch.device("cpu"), torch.bfloat16) == (
+        False, "plain, Triton's kernels are for CUDA devices, this is cpu")
+    if CUDA:
+        assert afno.conv_path(torch.device("cuda"), torch.bfloat16)[0]
+        assert afno.conv_path(torch.device("cuda"), torch.float32)[0] is False
+
+
+@pytest.mark.parametrize("arch", (89, 90))
+def test_kernels_compile_and_fit(arch):
+    """For an RTX 4090 (99 KB of shared memory a block) and an H100 or H200, without either."""
+    script = Path(__file__).parent / "compile_kernels.py"
+    done = subprocess.run([sys.executable, script, str(arch)], capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("form", ("filter", "analytic", "dyadic"))
+def test_a_compiled_layer_is_one_graph_with_the_kernels_in_it(small_blocks, monkeypatch, form):
+    torch.manual_seed(0)
+    layer = afno.AFNO1D(16, 2, filter_length=100, form=form, gate=True).to(DEVICE)
+    x = torch.randn(2, 100, 16, device=DEVICE, requires_grad=True)
+    parameters = [x, *layer.parameters()]
+
+    def gradients(run):
+        y = run(x)
+        return [y, *torch.autograd.grad((y * torch.linspace(-1, 1, 16, device=DEVICE)).sum(), parameters)]
+
+    monkeypatch.setattr(afno, "conv_path", lambda device, dtype: (False, ""))
+    plain = gradients(layer)
+    calls = []
+    monkeypatch.setattr(afno, "conv_path", torch.compiler.assume_constant_result(lambda device, dtype: (True, "")))
+    monkeypatch.setattr(afno_triton, "conv", lambda *a, f=afno_triton.conv, **k: calls.append(1) or f(*a, **k))
+    compiled = gradients(torch.compile(layer, backend="aot_eager", fullgraph=form != "dyadic"))
+    assert len(calls) == 2  # forward and backward
+    assert max(relative(ours, theirs) for ours, theirs in zip(compiled, plain)) < 1e-4
