@@ -164,6 +164,37 @@ def apply_causal_mask_freq(X: Tensor, n: int) -> Tensor:
     return (whole[..., : n // 2 + 1] + whole @ rows.T / n) / 2
 
 
+def inverse_rdft(re: Tensor, im: Tensor) -> Tensor:
+    """First half of the inverse transform of a real signal of n = 2 K points: irfft(re + i im, n)[..., :K] from two of
+    (..., K + 1), as products with real matrices (Cooley & Tukey, 1965): w = N1 a + c and t = N2 d + e, n = N1 N2, give
+
+        y[d, e] = Re sum over c of exp(2 pi i c d / N1) exp(2 pi i c e / n) sum over a of exp(2 pi i a e / N2) X[a, c]
+
+    with about n (N1 + 2 N2) multiply-adds. An FFT would be a complex one, which torch.compile leaves uncompiled.
+    """
+    K = re.size(-1) - 1
+    n = 2 * K
+    N1 = min((N for N in range(2, n + 1, 2) if n % N == 0), key=lambda N: N + 2 * n // N)
+    N2 = n // N1
+
+    def wave(first: int, second: int, period: int) -> Complex:
+        """cos and sin of 2 pi x y / period, x < first, y < second; x y is reduced before it becomes a float."""
+        turns = torch.outer(torch.arange(first, device=re.device), torch.arange(second, device=re.device)) % period
+        angle = turns.to(re.dtype) * (2 * math.pi / period)
+        return angle.cos(), angle.sin()
+
+    rows = K // N1 + 1
+    weight = F.pad(re.new_full((K - 1,), 2 / n), (1, 1))  # frequencies 1 ... K - 1 stand for their conjugates, too
+    re, im = re * F.pad(weight[1:-1], (1, 1), value=1 / n), im * weight
+    re, im = (F.pad(part, (0, rows * N1 - K - 1)).unflatten(-1, (rows, N1)).mT for part in (re, im))  # (..., c, a)
+    cos, sin = wave(rows, N2, N2)
+    re, im = re @ cos - im @ sin, re @ sin + im @ cos  # (..., c, e)
+    cos, sin = wave(N1, N2, n)
+    re, im = re * cos - im * sin, re * sin + im * cos
+    cos, sin = wave(N1 // 2, N1, N1)
+    return (cos @ re - sin @ im).flatten(-2)
+
+
 # -----------------------------------------------------------------------------
 # causal convolution
 
@@ -233,16 +264,18 @@ def kernel_conv(u: Tensor, taps: Tensor) -> Tensor:
     """causal_conv by afno_triton's kernels: short filters all near, long ones with a far field of blocks of FAR tokens.
 
     u in half precision (fp32 is slow), taps in fp32. A token and channel takes about min(K, T / 2) multiply-adds up to
-    K = 2048 taps, beyond that 1250 + 2 T / FAR.
+    K = 2048 taps, beyond that 640 + 2 T / FAR.
     """
     T, b = u.size(1), afno_triton.FAR
     taps = taps[:, :T].float()
-    forward, inverse = odd_dft(b, taps)
-    response = None
-    if taps.size(1) > afno_triton.DIRECT:
-        response = segment_responses(taps, forward, -(-T // b), b)
-        taps = taps[:, :b]
-    return afno_triton.block_conv(u, taps, response, forward[:, :b], inverse)
+    if taps.size(1) <= afno_triton.DIRECT:
+        return afno_triton.block_conv(u, taps, None)
+    # What reaches a later block is the second half of an inverse transform. Half a period on, frequency w + 1/2 has
+    # turned by i (-1)^w: with that in the response, the first half, the transpose of the forward transform, will do.
+    response = segment_responses(taps, odd_dft(b, taps)[0], -(-T // b), b).unflatten(1, (b // 2, 2, 2))
+    turned = torch.stack((-response[..., 1, :], response[..., 0, :]), 3) / b
+    turned = torch.stack((turned[:, :, 0], -turned[:, :, 1]), 2).flatten(1, 3)
+    return afno_triton.block_conv(u, taps[:, :b], turned)
 
 
 def plain_conv(u: Tensor, taps: Tensor) -> Tensor:
@@ -348,10 +381,10 @@ class FilterOperator(nn.Module):
             # (num_experts, num_filters, modes); missing modes count as zero
             re, im = (F.pad(self.router.by_frequency(part.mT.flatten(1, 2), mode.to(like.dtype) * (math.pi / K)),
                             (0, K + 1 - self.num_modes)) for part in self.mlp((angle.cos(), -angle.sin())))
-            response = torch.complex(re, torch.zeros_like(re) if self.hilbert else im)
             if self.hilbert:
-                response = apply_causal_mask_freq(response, 2 * K)
-            kernel = self.router.by_lag(torch.fft.irfft(response, n=2 * K)[..., :K], time.to(like.dtype))[0]
+                response = apply_causal_mask_freq(torch.complex(re, torch.zeros_like(re)), 2 * K)
+                re, im = response.real, response.imag
+            kernel = self.router.by_lag(inverse_rdft(re, im), time.to(like.dtype))[0]
             return kernel * torch.exp(-time / time_constants(self.num_filters, K, like)[:, None])
 
     def forward(self, u: Tensor) -> Tensor:

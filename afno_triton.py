@@ -3,26 +3,34 @@
 A file of its own because it cannot be imported where Triton is not installed; afno.causal_conv then takes its plain path,
 which computes the same sums (afno.conv_path chooses).
 
-    near field   Toeplitz tiles of taps times blocks of NEAR tokens
-    far field    for long filters: the near field ends at the edge of a block of FAR tokens; completed blocks are transformed
-                 one by one (afno.odd_dft, as a matrix), mixed frequency by frequency, and transformed back
+    short filters   every block of NEAR tokens gets Toeplitz tiles of taps times the blocks before it and itself
+    long filters    blocks of FAR tokens: a Toeplitz matrix inside the block; completed blocks are transformed one by one,
+                    mixed frequency by frequency, and transformed back
+
+The transform F of a block, zero-padded to 2 FAR points, at the odd frequencies (afno.odd_dft) is made in two steps: two
+transforms H of half the size, of the even and of the odd tokens, as products with one matrix; then S[w] = E[w] + turn O[w] and
+S[FAR - 1 - w] = conj(E[w] - turn O[w]) with turn = exp(-i pi (w + 1/2) / FAR), in fp32, by the kernels that mix. The way back is F's
+transpose: the phase between the two halves of an inverse transform is part of the response (afno.kernel_conv).
 
 The products' right-hand sides are columns: one channel of a filter's W channels in one block of one row; a column's entries
-are the block's tokens. Column n is channel n % W of row n // W % B in block n // W // B. Spectra are dense,
-(G, 2 FAR, columns), rows (w, re/im). G filters, C = G W channels.
+are the block's tokens. Column n is channel n % W of row n // W % B in block n // W // B. G filters, C = G W channels. Spectra in
+memory are E and O: (G, 2, FAR, columns), rows (w, re/im).
 
-Bitwise causal: an output sums tiles of its own block and of earlier ones; those of its own block hold exact zeros above the
+Bitwise causal: an output sums products of its own block and of earlier ones; matrices for its own block hold exact zeros above the
 diagonal. Operands are in the input's dtype, sums in fp32, no atomics: equal inputs give equal bits. Only inputs are saved
 for backward, spectra are computed again.
 """
+import functools
+import math
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-NEAR, FAR = 128, 256  # tokens in a block of the near and of the far field
-DIRECT = 2048  # taps up to which the near field alone is cheaper: half as many multiply-adds a token, against 5 FAR
+NEAR, FAR = 128, 256  # tokens in a block for short and for long filters; FAR = 2 NEAR
+DIRECT = 2048  # the longest filter that counts as short: it takes about half as many multiply-adds, a long one 5 NEAR and more
 
 
 # -----------------------------------------------------------------------------
@@ -30,30 +38,33 @@ DIRECT = 2048  # taps up to which the near field alone is cheaper: half as many 
 
 
 @triton.jit
-def conv_kernel(x_ptr, tiles_ptr, mixed_ptr, dft_ptr, y_ptr, B, T, stride_b, stride_t, num_blocks, num_lags, columns,
-                W: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, SIDES: tl.constexpr, TRANSPOSED: tl.constexpr,
-                BN: tl.constexpr, BK: tl.constexpr):
-    """y[i] = sum over lags l of tiles[g, l] @ x[i - l]; with a far field, SIDES = FAR / NEAR > 1, over those in block i's
-    far block only, plus i's rows of dft @ mixed[g]. TRANSPOSED: tiles[g, l].T @ x[i + l].
+def toeplitz_kernel(taps_ptr, out_ptr, K, tile_step, row_step, sign, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                    BP: tl.constexpr):
+    """out[g, i, p, q] = taps[g, sign (i tile_step + p row_step - q)], zero where there is no such tap. taps: (G, K) in fp32;
+    out: (G, tiles, ROWS, COLUMNS)."""
+    first, g = tl.program_id(0) * BP, tl.program_id(1)
+    p, q = first + tl.arange(0, BP), tl.arange(0, COLUMNS)  # rows of all tiles, numbered on
+    lag = sign * ((p // ROWS * tile_step + p % ROWS * row_step)[:, None] - q[None, :])
+    taps = tl.load(taps_ptr + g * K + lag, mask=(lag >= 0) & (lag < K), other=0.0)
+    out = out_ptr + g.to(tl.int64) * tl.num_programs(0) * BP * COLUMNS + p[:, None] * COLUMNS + q[None, :]
+    tl.store(out, taps.to(out_ptr.dtype.element_ty))
 
-    x: (B, T, C), strided; tiles: (G, num_lags, NEAR, NEAR); mixed: (G, 2 FAR, columns); dft: (FAR, 2 FAR); y: (B, T, C).
-    A program makes BN columns of blocks i = j SIDES + side, where j is a column's (far) block and side the program's.
-    """
-    first, g, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if SIDES == 1 and not TRANSPOSED:
+
+@triton.jit
+def short_kernel(x_ptr, tiles_ptr, y_ptr, B, T, stride_b, stride_t, num_blocks, num_lags, columns, W: tl.constexpr,
+                 NEAR: tl.constexpr, TRANSPOSED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """y[i] = sum over lags l of tiles[g, l] @ x[i - l]; TRANSPOSED: of tiles[g, l].T @ x[i + l].
+    x: (B, T, C), strided; tiles: (G, num_lags, NEAR, NEAR); y: (B, T, C)."""
+    first, g = tl.program_id(0), tl.program_id(1)
+    if not TRANSPOSED:
         first = tl.num_programs(0) - 1 - first  # programs with the most lags first
     n = first * BN + tl.arange(0, BN)
     inside = n < columns
-    row, channel = n // W % B, g * W + n % W
-    i = n // W // B * SIDES + side
+    row, channel, i = n // W % B, g * W + n % W, n // W // B
     x_start = x_ptr + row.to(tl.int64) * stride_b + channel
     p, k = tl.arange(0, NEAR), tl.arange(0, BK)
-    # lags up to `reach` exist: blocks before (TRANSPOSED: after) block i, in the row or in its far block
-    if SIDES > 1:
-        reach = SIDES - 1 - side + i * 0 if TRANSPOSED else side + i * 0
-        lags = tl.minimum(num_lags, SIDES - side if TRANSPOSED else side + 1)
-    elif TRANSPOSED:
-        reach = num_blocks - 1 - i
+    if TRANSPOSED:
+        reach = num_blocks - 1 - i  # lags that the block has partners at
         lags = tl.minimum(num_lags, num_blocks - first * BN // W // B)
     else:
         reach = i
@@ -70,12 +81,6 @@ def conv_kernel(x_ptr, tiles_ptr, mixed_ptr, dft_ptr, y_ptr, B, T, stride_b, str
             t = ((i - lag) * NEAR)[None, :] + (k0 + k)[:, None]
         x = tl.load(x_start[None, :] + t * stride_t, mask=(inside & (lag <= reach))[None, :] & (t < T), other=0.0)
         acc = tl.dot(h, x, acc, input_precision="ieee")
-    if SIDES > 1:
-        for k0 in range(0, 2 * FAR, BK):
-            h = tl.load(dft_ptr + (side * NEAR + p)[:, None] * (2 * FAR) + (k0 + k)[None, :])
-            w = (g * 2 * FAR + k0 + k).to(tl.int64) * columns
-            x = tl.load(mixed_ptr + w[:, None] + n[None, :], mask=inside[None, :], other=0.0)
-            acc = tl.dot(h, x, acc, input_precision="ieee")
     C = tl.num_programs(1) * W
     t = (i * NEAR)[None, :] + p[:, None]
     y_start = y_ptr + row.to(tl.int64) * T * C + channel
@@ -83,60 +88,131 @@ def conv_kernel(x_ptr, tiles_ptr, mixed_ptr, dft_ptr, y_ptr, B, T, stride_b, str
 
 
 @triton.jit
-def transform_kernel(x_ptr, dft_ptr, out_ptr, B, T, stride_b, stride_t, columns, W: tl.constexpr, FAR: tl.constexpr,
-                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """out[g, :, n] = dft @ column n of x in blocks of FAR tokens. x: (B, T, C), strided; dft: (2 FAR, FAR)."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)  # fastest: programs side by side read the same x
+def transform_kernel(x_ptr, half_ptr, out_ptr, B, T, stride_b, stride_t, columns, W: tl.constexpr, FAR: tl.constexpr,
+                     BN: tl.constexpr, BK: tl.constexpr):
+    """E and O: out[g, parity, :, n] = half @ the tokens of that parity of column n. x: (B, T, C), strided; half: (FAR, FAR/2)
+    = H; out: (G, 2, FAR, columns). A program makes half of the rows."""
+    NEAR: tl.constexpr = FAR // 2
+    parity = tl.program_id(0) // 2
+    m = tl.program_id(0) % 2 * NEAR + tl.arange(0, NEAR)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     g = tl.program_id(2)
     inside, k = n < columns, tl.arange(0, BK)
     x_start = x_ptr + (n // W % B).to(tl.int64) * stride_b + g * W + n % W
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k0 in range(0, FAR, BK):
-        h = tl.load(dft_ptr + m[:, None] * FAR + (k0 + k)[None, :])
-        t = (n // W // B * FAR)[None, :] + (k0 + k)[:, None]
+    acc = tl.zeros((NEAR, BN), tl.float32)
+    for k0 in range(0, NEAR, BK):
+        h = tl.load(half_ptr + m[:, None] * NEAR + (k0 + k)[None, :])
+        t = (n // W // B * FAR + parity)[None, :] + 2 * (k0 + k)[:, None]
         x = tl.load(x_start[None, :] + t * stride_t, mask=inside[None, :] & (t < T), other=0.0)
         acc = tl.dot(h, x, acc, input_precision="ieee")
-    w = (g * 2 * FAR + m).to(tl.int64) * columns
-    tl.store(out_ptr + w[:, None] + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside[None, :])
+    line = ((g * 2 + parity) * FAR + m).to(tl.int64) * columns
+    tl.store(out_ptr + line[:, None] + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside[None, :])
 
 
 @triton.jit
-def mix_kernel(x_ptr, response_ptr, out_ptr, B, blocks, columns, W: tl.constexpr, FAR: tl.constexpr,
-               TRANSPOSED: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr):
-    """out[i] = sum over j < i of response[i - j] * x[j] at every frequency w; TRANSPOSED: over j > i of
-    conj(response[j - i]) * x[j]. x, out: (G, FAR, 2, blocks, B W); response: (G, FAR, 2, blocks).
+def load_pair(place, odd, size, cos, sin, mask):
+    """S[w] and S[FAR - 1 - w], (re, im) each, from E[w] at place (im: + size) and O[w] at place + odd."""
+    dtype = place.dtype.element_ty
+    e_re = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    e_im = tl.load(place + size, mask=mask, other=0.0).to(tl.float32)
+    o_re = tl.load(place + odd, mask=mask, other=0.0).to(tl.float32)
+    o_im = tl.load(place + odd + size, mask=mask, other=0.0).to(tl.float32)
+    re, im = cos * o_re + sin * o_im, cos * o_im - sin * o_re
+    return (e_re + re).to(dtype), (e_im + im).to(dtype), (e_re - re).to(dtype), (im - e_im).to(dtype)
 
-    Toeplitz tiles of BI blocks again; column n is column n % (B W) of blocks n // (B W) BI ...
+
+@triton.jit
+def load_response(response_ptr, line, blocks, lag, TRANSPOSED: tl.constexpr, dtype: tl.constexpr):
+    """Toeplitz tile (re, im) of a frequency's response, strictly one-sided; TRANSPOSED: conjugated."""
+    wanted = (lag > 0) & (lag < blocks)
+    re = tl.load(response_ptr + line * blocks + lag, mask=wanted, other=0.0).to(dtype)
+    im = tl.load(response_ptr + line * blocks + blocks + lag, mask=wanted, other=0.0).to(dtype)
+    return re, -im if TRANSPOSED else im
+
+
+@triton.jit
+def add_product(re, im, h_re, h_im, x_re, x_im):
+    """(re, im) + h @ x, complex."""
+    re = tl.dot(h_re, x_re, tl.dot(-h_im, x_im, re, input_precision="ieee"), input_precision="ieee")
+    im = tl.dot(h_re, x_im, tl.dot(h_im, x_re, im, input_precision="ieee"), input_precision="ieee")
+    return re, im
+
+
+@triton.jit
+def mix_kernel(x_ptr, response_ptr, out_ptr, B, blocks, columns, padded_columns, W: tl.constexpr, FAR: tl.constexpr,
+               TRANSPOSED: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr):
+    """M[i] = sum over blocks j < i of response[i - j] * S[j] at every frequency; TRANSPOSED: over j > i of
+    conj(response[j - i]) * S[j]. x: S as E and O; out: what F's transpose multiplies with H's, likewise; response:
+    (G, FAR, 2, blocks).
+
+    A program does the frequencies w and FAR - 1 - w. Toeplitz tiles of BI blocks; its column n is column n % (B W) of the
+    blocks from n // (B W) BI on, so a tile serves all blocks at once.
     """
     w, g, first = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    width, line = B * W, ((g * FAR + w) * 2).to(tl.int64) * blocks
+    angle = (w + 0.5) * (3.141592653589793 / FAR)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    width = B * W
+    line = ((g * FAR + w) * 2).to(tl.int64)  # of the response at w, and at FAR - 1 - w
+    opposite = ((g * FAR + FAR - 1 - w) * 2).to(tl.int64)
+    start = (g * 2 * FAR + 2 * w).to(tl.int64) * columns
+    odd = columns * FAR
     n, p = first * BN + tl.arange(0, BN), tl.arange(0, BI)
     i = (n // width * BI)[None, :] + p[:, None]
     re, im = tl.zeros((BI, BN), tl.float32), tl.zeros((BI, BN), tl.float32)
+    re2, im2 = tl.zeros((BI, BN), tl.float32), tl.zeros((BI, BN), tl.float32)
     if TRANSPOSED:
         lags = tl.cdiv(blocks, BI) - first * BN // width
     else:
         lags = tl.minimum((first * BN + BN - 1) // width + 1, tl.cdiv(blocks, BI))
+    dtype = x_ptr.dtype.element_ty
     for step in range(lags):
-        j = i + step * BI if TRANSPOSED else i - step * BI
-        lag = step * BI + (p[None, :] - p[:, None] if TRANSPOSED else p[:, None] - p[None, :])
-        wanted = (lag > 0) & (lag < blocks)
-        dtype = x_ptr.dtype.element_ty
-        h_re = tl.load(response_ptr + line + lag, mask=wanted, other=0.0).to(dtype)
-        h_im = tl.load(response_ptr + line + blocks + lag, mask=wanted, other=0.0).to(dtype)
         if TRANSPOSED:
-            h_im = -h_im
-        inside = (j >= 0) & (j < blocks) & (n < columns)[None, :]
-        place = x_ptr + line * width + j * width + (n % width)[None, :]
-        x_re = tl.load(place, mask=inside, other=0.0)
-        x_im = tl.load(place + blocks * width, mask=inside, other=0.0)
-        re = tl.dot(h_re, x_re, tl.dot(-h_im, x_im, re, input_precision="ieee"), input_precision="ieee")
-        im = tl.dot(h_re, x_im, tl.dot(h_im, x_re, im, input_precision="ieee"), input_precision="ieee")
-    inside = (i < blocks) & (n < columns)[None, :]
-    place = out_ptr + line * width + i * width + (n % width)[None, :]
-    tl.store(place, re.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(place + blocks * width, im.to(out_ptr.dtype.element_ty), mask=inside)
+            j = i + step * BI
+            lag = step * BI + p[None, :] - p[:, None]
+        else:
+            j = i - step * BI
+            lag = step * BI + p[:, None] - p[None, :]
+        inside = (j >= 0) & (j < blocks) & (n < padded_columns)[None, :]
+        s_re, s_im, s2_re, s2_im = load_pair(x_ptr + start + j * width + (n % width)[None, :], odd, columns, cos, sin, inside)
+        h_re, h_im = load_response(response_ptr, line, blocks, lag, TRANSPOSED, dtype)
+        re, im = add_product(re, im, h_re, h_im, s_re, s_im)
+        h_re, h_im = load_response(response_ptr, opposite, blocks, lag, TRANSPOSED, dtype)
+        re2, im2 = add_product(re2, im2, h_re, h_im, s2_re, s2_im)
+    inside = (i < blocks) & (n < padded_columns)[None, :]
+    place = out_ptr + start + i * width + (n % width)[None, :]
+    tl.store(place, (re + re2).to(dtype), mask=inside)
+    tl.store(place + columns, (im - im2).to(dtype), mask=inside)
+    tl.store(place + odd, ((re - re2) * cos - (im + im2) * sin).to(dtype), mask=inside)
+    tl.store(place + odd + columns, ((re - re2) * sin + (im + im2) * cos).to(dtype), mask=inside)
+
+
+@triton.jit
+def long_kernel(x_ptr, near_ptr, mixed_ptr, half_ptr, y_ptr, B, T, stride_b, stride_t, columns, W: tl.constexpr,
+                FAR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Tokens of one parity of y: near[g, parity] @ x in the same block + half.T @ mixed[g, parity]. x: (B, T, C), strided;
+    near: (G, 2, FAR/2, FAR); mixed: (G, 2, FAR, columns); half: (FAR, FAR/2) = H; y: (B, T, C)."""
+    NEAR: tl.constexpr = FAR // 2
+    g, parity = tl.program_id(1), tl.program_id(2)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = n < columns
+    row, channel, begin = n // W % B, g * W + n % W, n // W // B * FAR
+    x_start = x_ptr + row.to(tl.int64) * stride_b + channel
+    p, k = tl.arange(0, NEAR), tl.arange(0, BK)
+    acc = tl.zeros((NEAR, BN), tl.float32)
+    for k0 in range(0, FAR, BK):
+        h = tl.load(near_ptr + (g * 2 + parity) * NEAR * FAR + p[:, None] * FAR + (k0 + k)[None, :])
+        t = begin[None, :] + (k0 + k)[:, None]
+        x = tl.load(x_start[None, :] + t * stride_t, mask=inside[None, :] & (t < T), other=0.0)
+        acc = tl.dot(h, x, acc, input_precision="ieee")
+    for k0 in range(0, FAR, BK):
+        h = tl.load(half_ptr + (k0 + k)[None, :] * NEAR + p[:, None])
+        line = ((g * 2 + parity) * FAR + k0 + k).to(tl.int64) * columns
+        x = tl.load(mixed_ptr + line[:, None] + n[None, :], mask=inside[None, :], other=0.0)
+        acc = tl.dot(h, x, acc, input_precision="ieee")
+    C = tl.num_programs(1) * W
+    t = begin[None, :] + 2 * p[:, None] + parity
+    y_start = y_ptr + row.to(tl.int64) * T * C + channel
+    tl.store(y_start[None, :] + t * C, acc.to(y_ptr.dtype.element_ty), mask=inside[None, :] & (t < T))
 
 
 @triton.jit
@@ -168,32 +244,37 @@ def tiles_gradient_kernel(u_ptr, dy_ptr, out_ptr, B, T, u_stride_b, u_stride_t, 
 
 
 @triton.jit
-def response_gradient_kernel(x_ptr, dy_ptr, out_ptr, B, blocks, W: tl.constexpr, FAR: tl.constexpr, BI: tl.constexpr,
-                             BK: tl.constexpr):
+def response_gradient_kernel(x_ptr, dm_ptr, out_ptr, B, blocks, columns, W: tl.constexpr, FAR: tl.constexpr,
+                             BI: tl.constexpr, BK: tl.constexpr):
     """Tiles of the gradient of mix_kernel's response: out[g, w, :, l, p, q] = sum over a and columns of
-    dy[a BI + p] * conj(x[(a - l) BI + q]). x, dy: (G, FAR, 2, blocks, B W); out: (G, FAR, 2, lags, BI, BI) in fp32."""
+    dM[a BI + p] * conj(S[(a - l) BI + q]). x, dm: S and dM as E and O; out: (G, FAR, 2, lags, BI, BI) in fp32."""
     w, g, lag = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    angle = (w + 0.5) * (3.141592653589793 / FAR)
+    cos, sin = tl.cos(angle), tl.sin(angle)
     lags, width = tl.num_programs(2), B * W
-    line = ((g * FAR + w) * 2).to(tl.int64)
+    start = (g * 2 * FAR + 2 * w).to(tl.int64) * columns
+    odd = columns * FAR
     p, k = tl.arange(0, BI), tl.arange(0, BK)
     re, im = tl.zeros((BI, BI), tl.float32), tl.zeros((BI, BI), tl.float32)
+    re2, im2 = tl.zeros((BI, BI), tl.float32), tl.zeros((BI, BI), tl.float32)
     for n0 in range(0, (lags - lag) * width, BK):
         n = n0 + k
         j = n // width * BI
         i, inside = j + lag * BI, n < (lags - lag) * width
         wanted = inside[None, :] & (i[None, :] + p[:, None] < blocks)
-        place = dy_ptr + line * blocks * width + (i * width + n % width)[None, :] + p[:, None] * width
-        dy_re = tl.load(place, mask=wanted, other=0.0)
-        dy_im = tl.load(place + blocks * width, mask=wanted, other=0.0)
+        place = dm_ptr + start + (i * width + n % width)[None, :] + p[:, None] * width
+        d_re, d_im, d2_re, d2_im = load_pair(place, odd, columns, cos, sin, wanted)
         wanted = inside[:, None] & (j[:, None] + p[None, :] < blocks)
-        place = x_ptr + line * blocks * width + (j * width + n % width)[:, None] + p[None, :] * width
-        x_re = tl.load(place, mask=wanted, other=0.0)
-        x_im = tl.load(place + blocks * width, mask=wanted, other=0.0)
-        re = tl.dot(dy_re, x_re, tl.dot(dy_im, x_im, re, input_precision="ieee"), input_precision="ieee")
-        im = tl.dot(dy_im, x_re, tl.dot(-dy_re, x_im, im, input_precision="ieee"), input_precision="ieee")
-    tile = out_ptr + (line * lags + lag) * BI * BI + p[:, None] * BI + p[None, :]
+        place = x_ptr + start + (j * width + n % width)[:, None] + p[None, :] * width
+        s_re, s_im, s2_re, s2_im = load_pair(place, odd, columns, cos, sin, wanted)
+        re, im = add_product(re, im, d_re, d_im, s_re, -s_im)
+        re2, im2 = add_product(re2, im2, d2_re, d2_im, s2_re, -s2_im)
+    tile = out_ptr + ((g * FAR + w) * 2 * lags + lag).to(tl.int64) * BI * BI + p[:, None] * BI + p[None, :]
     tl.store(tile, re)
     tl.store(tile + lags * BI * BI, im)
+    tile = out_ptr + ((g * FAR + FAR - 1 - w) * 2 * lags + lag).to(tl.int64) * BI * BI + p[:, None] * BI + p[None, :]
+    tl.store(tile, re2)
+    tl.store(tile + lags * BI * BI, im2)
 
 
 @triton.jit
@@ -231,40 +312,46 @@ def tile_shapes(device: torch.device) -> dict:
     return LARGE if torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 160 * 1024 else SMALL
 
 
-def toeplitz_tiles(taps: Tensor, num_lags: int, dtype: torch.dtype) -> Tensor:
-    """(G, K) to (G, num_lags, NEAR, NEAR): entry (l, p, q) is taps[l NEAR + p - q], zero where there is no such tap."""
-    taps = taps[:, : num_lags * NEAR].to(dtype)
-    taps = F.pad(taps, (NEAR - 1, num_lags * NEAR - taps.size(1)))  # from lag 1 - NEAR on
-    return taps.unfold(1, 2 * NEAR - 1, NEAR).unfold(2, NEAR, 1).flip(-1).contiguous()
-
-
 class Sizes:
-    """What launches for u (B, T, C), near taps (G, K) and, with a far field, a response share."""
+    """What launches for u (B, T, C), G filters and blocks of `size` tokens share."""
 
-    def __init__(self, u: Tensor, near: Tensor, far: bool):
-        (self.B, self.T, self.C), (self.G, K) = u.shape, near.shape
-        self.W = self.C // self.G
-        self.sides = FAR // NEAR if far else 1
-        self.num_blocks = triton.cdiv(self.T, NEAR)
-        self.blocks = triton.cdiv(self.T, NEAR * self.sides)  # a program's columns: blocks x B x W
-        self.columns = self.blocks * self.B * self.W
-        # the last tap reaches into the tile after its own
-        self.num_lags = min(self.sides if far else self.num_blocks, triton.cdiv(K - 1, NEAR) + 1)
+    def __init__(self, u: Tensor, G: int, size: int):
+        self.B, self.T, C = u.shape
+        self.G, self.W = G, C // G
+        self.width = self.B * self.W  # columns a block
+        self.blocks = triton.cdiv(self.T, size)
+        self.columns = self.blocks * self.width
 
 
-def conv(x: Tensor, tiles: Tensor, mixed: Tensor | None, dft: Tensor | None, s: Sizes, transposed: bool) -> Tensor:
-    y, shapes = x.new_empty(x.shape), tile_shapes(x.device)
-    conv_kernel[triton.cdiv(s.columns, shapes["BN"]), s.G, s.sides](
-        x, tiles, mixed, dft, y, s.B, s.T, *x.stride()[:2], s.num_blocks, s.num_lags, s.columns, W=s.W, NEAR=NEAR,
-        FAR=FAR, SIDES=s.sides, TRANSPOSED=transposed, **shapes)
+def toeplitz(taps: Tensor, tiles: int, shape: tuple[int, int], tile_step: int, row_step: int, sign: int,
+             dtype: torch.dtype) -> Tensor:
+    """(G, K) to (G, tiles, *shape), entries (i, p, q) taps[sign (i tile_step + p row_step - q)] or zero."""
+    out, BP = taps.new_empty(len(taps), tiles, *shape, dtype=dtype), min(16, shape[0])
+    toeplitz_kernel[tiles * shape[0] // BP, len(taps)](
+        taps.contiguous(), out, taps.size(1), tile_step, row_step, sign, ROWS=shape[0], COLUMNS=shape[1], BP=BP)
+    return out
+
+
+def count_lags(s: Sizes, K: int) -> int:
+    """Tiles of NEAR taps; the last tap reaches into the tile after its own."""
+    return min(s.blocks, triton.cdiv(K - 1, NEAR) + 1)
+
+
+def short_conv(x: Tensor, taps: Tensor, transposed: bool) -> Tensor:
+    s, y, shapes = Sizes(x, len(taps), NEAR), x.new_empty(x.shape), tile_shapes(x.device)
+    num_lags = count_lags(s, taps.size(1))
+    tiles = toeplitz(taps, num_lags, (NEAR, NEAR), NEAR, 1, 1, x.dtype)  # lags l NEAR + p - q
+    short_kernel[triton.cdiv(s.columns, shapes["BN"]), s.G](
+        x, tiles, y, s.B, s.T, *x.stride()[:2], s.blocks, num_lags, s.columns,
+        W=s.W, NEAR=NEAR, TRANSPOSED=transposed, **shapes)
     return y
 
 
-def transform(x: Tensor, dft: Tensor, s: Sizes) -> Tensor:
-    """Spectra of blocks of FAR tokens, (G, 2 FAR, columns)."""
-    out, shapes = x.new_empty(s.G, 2 * FAR, s.columns), tile_shapes(x.device)
-    transform_kernel[2 * FAR // NEAR, triton.cdiv(s.columns, shapes["BN"]), s.G](
-        x, dft, out, s.B, s.T, *x.stride()[:2], s.columns, W=s.W, FAR=FAR, BM=NEAR, **shapes)
+def transform(x: Tensor, half: Tensor, s: Sizes) -> Tensor:
+    """E and O of all blocks of FAR tokens, (G, 2, FAR, columns)."""
+    out, shapes = x.new_empty(s.G, 2, FAR, s.columns), tile_shapes(x.device)
+    transform_kernel[4, triton.cdiv(s.columns, shapes["BN"]), s.G](
+        x, half, out, s.B, s.T, *x.stride()[:2], s.columns, W=s.W, FAR=FAR, **shapes)
     return out
 
 
@@ -275,11 +362,19 @@ def mix_tile(s: Sizes) -> int:
 
 def mix(x: Tensor, response: Tensor, s: Sizes, transposed: bool) -> Tensor:
     out, BI = torch.empty_like(x), mix_tile(s)
-    columns = triton.cdiv(s.blocks, BI) * s.B * s.W
-    BN = min(128, max(16, triton.next_power_of_2(columns)))
-    mix_kernel[FAR, s.G, triton.cdiv(columns, BN)](
-        x, response, out, s.B, s.blocks, columns, W=s.W, FAR=FAR, TRANSPOSED=transposed, BI=BI, BN=BN)
+    padded_columns = triton.cdiv(s.blocks, BI) * s.width
+    BN = min(1024 // BI, max(16, triton.next_power_of_2(padded_columns)))  # four fp32 sums of BI x BN
+    mix_kernel[FAR // 2, s.G, triton.cdiv(padded_columns, BN)](
+        x, response, out, s.B, s.blocks, s.columns, padded_columns, W=s.W, FAR=FAR, TRANSPOSED=transposed, BI=BI, BN=BN)
     return out
+
+
+def long_conv(x: Tensor, taps: Tensor, mixed: Tensor, half: Tensor, s: Sizes, transposed: bool) -> Tensor:
+    near = toeplitz(taps, 2, (FAR // 2, FAR), 1, 2, -1 if transposed else 1, x.dtype)  # lags +-(2 p + parity - q)
+    y, shapes = x.new_empty(x.shape), tile_shapes(x.device)
+    long_kernel[triton.cdiv(s.columns, shapes["BN"]), s.G, 2](
+        x, near, mixed, half, y, s.B, s.T, *x.stride()[:2], s.columns, W=s.W, FAR=FAR, **shapes)
+    return y
 
 
 def fold(tiles: Tensor, units: int = 1, together: int | None = None, units_each: int | None = None) -> Tensor:
@@ -290,14 +385,17 @@ def fold(tiles: Tensor, units: int = 1, together: int | None = None, units_each:
     return out
 
 
-def near_gradient(u: Tensor, dy: Tensor, s: Sizes, K: int) -> Tensor:
-    together = s.sides if s.sides > 1 else s.num_blocks
-    units = triton.cdiv(s.num_blocks, together) * s.B
+def taps_gradient(u: Tensor, dy: Tensor, G: int, K: int, together: int | None = None) -> Tensor:
+    """(G, K), of all pairs of tokens or of those in the same `together` blocks of NEAR."""
+    s = Sizes(u, G, NEAR)
+    num_lags = count_lags(s, K)
+    together = together or s.blocks
+    units = triton.cdiv(s.blocks, together) * s.B
     # about 1024 programs in all: several for every multiprocessor, and fp32 tiles of 64 MB
-    units_each = triton.cdiv(s.G * units * sum(together - lag for lag in range(s.num_lags)), 1024)
-    tiles = u.new_empty(s.G, s.num_lags, triton.cdiv(units * together, units_each), NEAR, NEAR, dtype=torch.float32)
+    units_each = triton.cdiv(G * units * sum(together - lag for lag in range(num_lags)), 1024)
+    tiles = u.new_empty(G, num_lags, triton.cdiv(units * together, units_each), NEAR, NEAR, dtype=torch.float32)
     shapes = {name: value for name, value in tile_shapes(u.device).items() if name != "BN"}
-    tiles_gradient_kernel[tiles.size(2), s.num_lags, s.G](
+    tiles_gradient_kernel[tiles.size(2), num_lags, G](
         u, dy, tiles, s.B, s.T, *u.stride()[:2], *dy.stride()[:2], units, together, units_each, W=s.W, NEAR=NEAR, **shapes)
     taps = fold(tiles, units, together, units_each)[:, :K]
     return F.pad(taps, (0, K - taps.size(1)))
@@ -306,10 +404,19 @@ def near_gradient(u: Tensor, dy: Tensor, s: Sizes, K: int) -> Tensor:
 def response_gradient(spectra: Tensor, dmixed: Tensor, s: Sizes) -> Tensor:
     BI = mix_tile(s)
     lags = triton.cdiv(s.blocks, BI)
-    BK = min(128, max(16, triton.next_power_of_2(lags * s.B * s.W)))
+    BK = min(1024 // BI, max(16, triton.next_power_of_2(lags * s.width)))
     tiles = spectra.new_empty(s.G, FAR, 2, lags, BI, BI, dtype=torch.float32)
-    response_gradient_kernel[FAR, s.G, lags](spectra, dmixed, tiles, s.B, s.blocks, W=s.W, FAR=FAR, BI=BI, BK=BK)
+    response_gradient_kernel[FAR // 2, s.G, lags](spectra, dmixed, tiles, s.B, s.blocks, s.columns, W=s.W, FAR=FAR, BI=BI,
+                                                  BK=BK)
     return fold(tiles.flatten(0, 2).unsqueeze(2))[:, : s.blocks].view(s.G, 2 * FAR, s.blocks)
+
+
+@functools.cache
+def half_transform(device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
+    """H: (size, size / 2), rows (w, re/im): exp(-2 pi i (w + 1/2) t / size), made in fp32, once for all layers."""
+    time = torch.arange(size // 2, device=device)
+    angle = (torch.outer(2 * time + 1, time) % (2 * size)).float() * (math.pi / size)
+    return torch.stack((angle.cos(), -angle.sin()), 1).view(size, size // 2).to(dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -317,48 +424,42 @@ def response_gradient(spectra: Tensor, dmixed: Tensor, s: Sizes) -> Tensor:
 
 
 @torch.library.custom_op("afno::block_conv", mutates_args=())
-def block_conv(u: Tensor, near: Tensor, response: Tensor | None, dft: Tensor, inverse: Tensor) -> Tensor:
-    """Causal convolution of u (B, T, C) with taps near (G, K), and in the far field with the taps whose segments'
-    spectra are response.
+def block_conv(u: Tensor, taps: Tensor, response: Tensor | None) -> Tensor:
+    """Causal convolution of u (B, T, C) with taps (G, K): all of them short filters, or, where there is a response, those
+    of lags inside a block of FAR tokens; response (G, 2 FAR, blocks), rows (w, re/im), is then for blocks 1, 2 ... apart: the
+    block sends F's transpose of response times its F.
 
-    Without a response all T tokens are near. With one, (G, 2 FAR, blocks), near is for lags inside a block of FAR tokens,
-    response[..., l] for blocks l apart (0 for l = 0); dft (2 FAR, FAR) and inverse (FAR, 2 FAR) transform (afno.odd_dft).
     u: bf16, fp16 or fp32, any strides; the others fp32. Returns (B, T, C), contiguous, in u's dtype.
     """
     u = last_dimension_dense(u)
-    s = Sizes(u, near, response is not None)
-    mixed = None
-    if response is not None:
-        spectra = transform(u, dft.to(u.dtype).contiguous(), s)
-        mixed = mix(spectra, response.contiguous(), s, transposed=False)
-    return conv(u, toeplitz_tiles(near, s.num_lags, u.dtype), mixed, inverse.to(u.dtype).contiguous(), s, transposed=False)
+    if response is None:
+        return short_conv(u, taps, transposed=False)
+    s, half = Sizes(u, len(taps), FAR), half_transform(u.device, u.dtype, FAR)
+    mixed = mix(transform(u, half, s), response.contiguous(), s, transposed=False)
+    return long_conv(u, taps, mixed, half, s, transposed=False)
 
 
 @block_conv.register_fake
-def _(u, near, response, dft, inverse):
+def _(u, taps, response):
     return u.new_empty(u.shape)
 
 
 @torch.library.custom_op("afno::block_conv_backward", mutates_args=())
-def block_conv_backward(dy: Tensor, u: Tensor, near: Tensor, response: Tensor | None, dft: Tensor,
-                        inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of u, near and response (empty where there is none): each field's transposed products."""
+def block_conv_backward(dy: Tensor, u: Tensor, taps: Tensor, response: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of u, taps and response (empty where there is none): the transposed products."""
     u, dy = last_dimension_dense(u), last_dimension_dense(dy)
-    s = Sizes(u, near, response is not None)
-    dmixed = dspectra = None
-    dresponse = near.new_empty(0)
-    if response is not None:
-        dmixed = transform(dy, inverse.T.to(u.dtype).contiguous(), s)
-        dspectra = mix(dmixed, response.contiguous(), s, transposed=True)
-        dresponse = response_gradient(transform(u, dft.to(u.dtype).contiguous(), s), dmixed, s)
-    tiles = toeplitz_tiles(near, s.num_lags, u.dtype)
-    du = conv(dy, tiles, dspectra, dft.T.to(u.dtype).contiguous(), s, transposed=True)
-    return du, near_gradient(u, dy, s, near.size(1)), dresponse
+    G, K = taps.shape
+    if response is None:
+        return short_conv(dy, taps, transposed=True), taps_gradient(u, dy, G, K), taps.new_empty(0)
+    s, half = Sizes(u, G, FAR), half_transform(u.device, u.dtype, FAR)
+    dmixed = transform(dy, half, s)
+    du = long_conv(dy, taps, mix(dmixed, response.contiguous(), s, transposed=True), half, s, transposed=True)
+    return du, taps_gradient(u, dy, G, K, FAR // NEAR), response_gradient(transform(u, half, s), dmixed, s)
 
 
 @block_conv_backward.register_fake
-def _(dy, u, near, response, dft, inverse):
-    return u.new_empty(u.shape), near.new_empty(near.shape), near.new_empty(0 if response is None else response.shape)
+def _(dy, u, taps, response):
+    return u.new_empty(u.shape), taps.new_empty(taps.shape), taps.new_empty(0 if response is None else response.shape)
 
 
 def save_inputs(ctx, inputs, output):
@@ -366,8 +467,8 @@ def save_inputs(ctx, inputs, output):
 
 
 def backward(ctx, dy):
-    du, dnear, dresponse = block_conv_backward(dy, *ctx.saved_tensors)
-    return du, dnear, None if ctx.saved_tensors[2] is None else dresponse, None, None
+    du, dtaps, dresponse = block_conv_backward(dy, *ctx.saved_tensors)
+    return du, dtaps, None if ctx.saved_tensors[2] is None else dresponse
 
 
 block_conv.register_autograd(backward, setup_context=save_inputs)

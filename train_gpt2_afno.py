@@ -278,7 +278,7 @@ class GPT(nn.Module):
 
     def compile(self):
         """Compile block by block (alike layers share one compilation, so it takes seconds) and the loss."""
-        # The one complex number in a block, the input of irfft, runs as it would without compilation.
+        # The complex numbers of the forms hilbert and dyadic run as they would without compilation.
         warnings.filterwarnings("ignore", message=".*does not support code generation for complex operators")
         warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores")  # fp32 is to mean fp32
         torch._dynamo.config.recompile_limit = 64  # attention and AFNO, training and evaluation, full and short batch

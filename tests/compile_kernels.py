@@ -15,9 +15,11 @@ import afno_triton as kernels  # noqa: E402
 
 ARCH = int(sys.argv[1])
 SHAPES, SHARED = (kernels.SMALL, 99 * 1024) if ARCH in (86, 89) else (kernels.LARGE, 163 * 1024)
-BF16 = dict.fromkeys(("x_ptr", "y_ptr", "u_ptr", "dy_ptr", "tiles_ptr", "mixed_ptr", "dft_ptr", "out_ptr"), "*bf16")
+BF16 = dict.fromkeys(("x_ptr", "y_ptr", "u_ptr", "dy_ptr", "dm_ptr", "tiles_ptr", "near_ptr", "mixed_ptr",
+                       "half_ptr", "out_ptr"), "*bf16")
 FP32 = dict(BF16, response_ptr="*fp32")
-UNALIGNED = ("num_blocks", "num_lags", "blocks", "splits", "units", "together", "units_each")
+UNALIGNED = ("num_blocks", "num_lags", "blocks", "splits", "units", "together", "units_each", "K",
+             "tile_step", "row_step", "sign")
 
 
 def compile(kernel, pointers: dict, constants: dict, options: dict) -> int:
@@ -28,30 +30,31 @@ def compile(kernel, pointers: dict, constants: dict, options: dict) -> int:
     built = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
                            target=GPUTarget("cuda", ARCH, 32), options=options)
     ptx = built.asm["ptx"]
-    print(f"{kernel.__name__} {constants}: {built.metadata.shared} bytes of shared memory, tensor core products "
+    print(f"{kernel.__name__} {constants}: {built.metadata.shared} bytes of shared memory, tensor core instructions "
           f"{ptx.count('wgmma.mma_async') + ptx.count('mma.sync')}", flush=True)
-    assert "mma" in ptx or kernel is kernels.fold_kernel
+    assert "mma" in ptx or kernel in (kernels.fold_kernel, kernels.toeplitz_kernel)
     return built.metadata.shared
 
 
 def main() -> int:
-    sizes = dict(W=16, NEAR=kernels.NEAR, FAR=kernels.FAR)
     shapes = {name: SHAPES[name] for name in ("BN", "BK")}
     options = {name: value for name, value in SHAPES.items() if name not in shapes}
     gradient = dict(FP32, out_ptr="*fp32")
     shared = []
+    far = dict(W=16, FAR=kernels.FAR)
     for transposed in (False, True):
-        for sides in (1, 2):
-            absent = dict(mixed_ptr=None) if sides == 1 else {}
-            shared.append(compile(kernels.conv_kernel, BF16,
-                                  dict(sizes, SIDES=sides, TRANSPOSED=transposed, **shapes, **absent), options))
-        for BI, BN in ((16, 128), (32, 128), (32, 16)):
-            shared.append(compile(kernels.mix_kernel, FP32, dict(W=16, FAR=kernels.FAR, TRANSPOSED=transposed, BI=BI,
-                                                                 BN=BN), {}))
-    shared.append(compile(kernels.transform_kernel, BF16, dict(W=16, FAR=kernels.FAR, BM=kernels.NEAR, **shapes), options))
+        shared.append(compile(kernels.short_kernel, BF16, dict(W=16, NEAR=kernels.NEAR, TRANSPOSED=transposed, **shapes),
+                              options))
+        for BI, BN in ((16, 64), (32, 32), (32, 16)):
+            shared.append(compile(kernels.mix_kernel, FP32, dict(far, TRANSPOSED=transposed, BI=BI, BN=BN), {}))
+    for kernel in (kernels.transform_kernel, kernels.long_kernel):
+        shared.append(compile(kernel, BF16, dict(far, **shapes), options))
     shared.append(compile(kernels.tiles_gradient_kernel, gradient, dict(W=16, NEAR=kernels.NEAR, BK=SHAPES["BK"]), options))
-    for BI, BK in ((16, 128), (32, 128)):
-        shared.append(compile(kernels.response_gradient_kernel, gradient, dict(W=16, FAR=kernels.FAR, BI=BI, BK=BK), {}))
+    for BI, BK in ((16, 64), (32, 32)):
+        shared.append(compile(kernels.response_gradient_kernel, gradient, dict(far, BI=BI, BK=BK), {}))
+    for shape in ((kernels.NEAR, kernels.NEAR), (kernels.NEAR, kernels.FAR)):
+        shared.append(compile(kernels.toeplitz_kernel, dict(FP32, taps_ptr="*fp32"),
+                              dict(ROWS=shape[0], COLUMNS=shape[1], BP=16), {}))
     for size in (16, 32, kernels.NEAR):
         shared.append(compile(kernels.fold_kernel, dict(gradient, tiles_ptr="*fp32"), dict(SIZE=size, BP=min(size, 32)), {}))
     print(f"at most {max(shared)} of {SHARED} bytes")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afno import (AFNO1D, FORMS, RELUS, ROUTINGS, AnalyticOperator, ShortConv, apply_causal_mask_freq, causal_conv,
-                  complex_relu, complex_soft_shrink, rmsnorm, toeplitz)
+                  complex_relu, complex_soft_shrink, inverse_rdft, rmsnorm, toeplitz)
 
 LENGTHS = (1, 2, 3, 7, 31, 63, 64, 65, 127, 128, 129, 257)  # primes, powers of two, one more and one less
 seeded = settings(derandomize=True, deadline=None, max_examples=40)
@@ -78,6 +78,20 @@ def test_strided_input():
     u, taps = inputs(2, 90, 2, 3, 40)
     strided = torch.stack((u, u), -1)[..., 0].transpose(0, 1).contiguous().transpose(0, 1)
     assert not strided.is_contiguous() and torch.equal(causal_conv(strided, taps), causal_conv(u, taps))
+
+
+@pytest.mark.parametrize("K", (1, 2, 3, 7, 12, 31, 32, 100, 512, 1024))
+def test_inverse_rdft(K):
+    re, im = torch.randn(2, 2, 3, K + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(K))
+    re.requires_grad_(), im.requires_grad_()
+    y, expected = inverse_rdft(re, im), torch.fft.irfft(torch.complex(re, im), n=2 * K)[..., :K]
+    upstream = torch.randn_like(y)
+    assert y.shape == (2, 3, K) and relative(y, expected) < 1e-13
+    for got, wanted in zip(torch.autograd.grad(y, (re, im), upstream),
+                           torch.autograd.grad(expected, (re, im), upstream)):
+        assert (got - wanted).norm() < 1e-13 * upstream.norm()
+    exact, y = y, inverse_rdft(re.float(), im.float())
+    assert relative(y.double(), exact) < 1e-6
 
 
 def test_toeplitz():

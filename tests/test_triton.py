@@ -87,13 +87,12 @@ def test_prefixes_are_bit_identical_at_full_length(small_blocks, K):
 
 def test_operator_is_registered_as_it_behaves(small_blocks):
     """Shapes and strides without data, gradients, and tracing by torch.compile, in opcheck's own tests."""
-    forward, inverse = afno.odd_dft(32, torch.empty(0, device=DEVICE))
     u = torch.randn(1, 70, 4, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    near = torch.randn(2, 32, device=DEVICE, requires_grad=True)
+    taps = torch.randn(2, 32, device=DEVICE, requires_grad=True)
     response = torch.randn(2, 64, 3, device=DEVICE, requires_grad=True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(afno_triton.block_conv, (u, near, response, forward[:, :32], inverse), test_utils=tests)
-    torch.library.opcheck(afno_triton.block_conv, (u, near, None, forward[:, :32], inverse), test_utils=tests)
+    torch.library.opcheck(afno_triton.block_conv, (u, taps, response), test_utils=tests)
+    torch.library.opcheck(afno_triton.block_conv, (u, taps, None), test_utils=tests)
 
 
 def test_path_is_chosen_in_words():
@@ -128,7 +127,8 @@ def test_a_compiled_layer_is_one_graph_with_the_kernels_in_it(small_blocks, monk
     plain = gradients(layer)
     calls = []
     monkeypatch.setattr(afno, "conv_path", torch.compiler.assume_constant_result(lambda device, dtype: (True, "")))
-    monkeypatch.setattr(afno_triton, "conv", lambda *a, f=afno_triton.conv, **k: calls.append(1) or f(*a, **k))
+    for name in ("short_conv", "long_conv"):
+        monkeypatch.setattr(afno_triton, name, lambda *a, f=getattr(afno_triton, name), **k: calls.append(1) or f(*a, **k))
     compiled = gradients(torch.compile(layer, backend="aot_eager", fullgraph=form != "dyadic"))
     assert len(calls) == 2  # forward and backward
     assert max(relative(ours, theirs) for ours, theirs in zip(compiled, plain)) < 1e-4
