@@ -164,6 +164,12 @@ def apply_causal_mask_freq(X: Tensor, n: int) -> Tensor:
     return (whole[..., : n // 2 + 1] + whole @ rows.T / n) / 2
 
 
+@torch.compiler.assume_constant_result
+def rdft_factors(n: int) -> tuple[int, int]:
+    """N1, even, and N2 with N1 N2 = n, for the fewest products in inverse_rdft."""
+    return min(((N, n // N) for N in range(2, n + 1, 2) if n % N == 0), key=lambda factors: factors[0] + 2 * factors[1])
+
+
 def inverse_rdft(re: Tensor, im: Tensor) -> Tensor:
     """First half of the inverse transform of a real signal of n = 2 K points: irfft(re + i im, n)[..., :K] from two of
     (..., K + 1), as products with real matrices (Cooley & Tukey, 1965): w = N1 a + c and t = N2 d + e, n = N1 N2, give
@@ -174,8 +180,7 @@ def inverse_rdft(re: Tensor, im: Tensor) -> Tensor:
     """
     K = re.size(-1) - 1
     n = 2 * K
-    N1 = min((N for N in range(2, n + 1, 2) if n % N == 0), key=lambda N: N + 2 * n // N)
-    N2 = n // N1
+    N1, N2 = rdft_factors(n)
 
     def wave(first: int, second: int, period: int) -> Complex:
         """cos and sin of 2 pi x y / period, x < first, y < second; x y is reduced before it becomes a float."""
@@ -186,13 +191,13 @@ def inverse_rdft(re: Tensor, im: Tensor) -> Tensor:
     rows = K // N1 + 1
     weight = F.pad(re.new_full((K - 1,), 2 / n), (1, 1))  # frequencies 1 ... K - 1 stand for their conjugates, too
     re, im = re * F.pad(weight[1:-1], (1, 1), value=1 / n), im * weight
-    re, im = (F.pad(part, (0, rows * N1 - K - 1)).unflatten(-1, (rows, N1)).mT for part in (re, im))  # (..., c, a)
-    cos, sin = wave(rows, N2, N2)
-    re, im = re @ cos - im @ sin, re @ sin + im @ cos  # (..., c, e)
-    cos, sin = wave(N1, N2, n)
+    re, im = (F.pad(part, (0, rows * N1 - K - 1)).unflatten(-1, (rows, N1)) for part in (re, im))  # (..., a, c)
+    cos, sin = wave(N2, rows, N2)
+    re, im = cos @ re - sin @ im, sin @ re + cos @ im  # (..., e, c)
+    cos, sin = wave(N2, N1, n)
     re, im = re * cos - im * sin, re * sin + im * cos
-    cos, sin = wave(N1 // 2, N1, N1)
-    return (cos @ re - sin @ im).flatten(-2)
+    cos, sin = wave(N1, N1 // 2, N1)
+    return (re @ cos - im @ sin).mT.flatten(-2)  # (..., d, e)
 
 
 # -----------------------------------------------------------------------------
