@@ -17,6 +17,7 @@ Complex numbers are pairs (re, im) of real tensors: autocast and torch.compile h
 
 Read from top to bottom: complex building blocks, causal mask in frequency, causal convolution, operators, the mixer.
 """
+import functools
 import math
 
 import torch
@@ -241,7 +242,32 @@ def conv_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
         return False, f"plain, Triton's kernels want compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
     if dtype not in (torch.bfloat16, torch.float16):
         return False, f"plain, Triton's kernels are for half precision, this is {str(dtype).removeprefix('torch.')}"
-    return True, f"Triton's kernels, on {torch.cuda.get_device_name(device)}"
+    if fault := kernel_fault(device, dtype, 2e-2):
+        return False, f"plain, Triton's kernels do not work here: {fault}"
+    return True, f"Triton's kernels on {torch.cuda.get_device_name(device)}, found to agree with the plain path"
+
+
+@functools.cache
+def kernel_fault(device: torch.device, dtype: torch.dtype, bound: float) -> str | None:
+    """What is wrong with the kernels on this device, found by trying: a short and a long filter, value and gradients, against
+    plain_conv in float64. Compilers differ between machines and versions, and a wrong sum would train, only worse."""
+    generator = torch.Generator().manual_seed(0)
+    for T, K in ((300, min(200, afno_triton.DIRECT)), (afno_triton.DIRECT + 300, afno_triton.DIRECT + 100)):
+        u, dy = (torch.randn(1, T, 32, generator=generator).to(device, dtype).requires_grad_() for _ in range(2))
+        taps = (torch.randn(2, K, generator=generator) / math.sqrt(K)).to(device).requires_grad_()
+        results = []
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            for conv, kind in ((kernel_conv, None), (plain_conv, torch.float64)):
+                try:
+                    y = conv(u.to(kind), taps.to(kind))
+                    results.append([x.detach().double() for x in (y, *torch.autograd.grad(y, (u, taps), dy.to(kind)))])
+                except Exception as error:  # whatever a compiler, a driver or a launch may raise
+                    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        for what, ours, exact in zip(("output", "input gradient", "tap gradient"), *results):
+            relative = ((ours - exact).norm() / exact.norm()).item()
+            if not relative < bound:
+                return f"{what} of {K} taps is {relative:.1e} off, more than {bound:g}"
+    return None
 
 
 def causal_conv(u: Tensor, taps: Tensor) -> Tensor:

@@ -103,6 +103,21 @@ def test_path_is_chosen_in_words():
         assert afno.conv_path(torch.device("cuda"), torch.float32)[0] is False
 
 
+def test_kernels_are_tried_before_they_are_trusted(small_blocks, monkeypatch):
+    """kernel_fault finds nothing in these kernels, wrong numbers in others, and exceptions."""
+    fault = afno.kernel_fault.__wrapped__
+    assert fault(torch.device(DEVICE), DTYPE, BOUND) is None
+    right = afno_triton.mix
+    monkeypatch.setattr(afno_triton, "mix", lambda *a, **k: 1.1 * right(*a, **k))
+    assert fault(torch.device(DEVICE), DTYPE, BOUND).startswith("output of 140 taps is ")
+
+    def broken(*a, **k):
+        raise RuntimeError("no C compiler\nin two lines")
+
+    monkeypatch.setattr(afno_triton, "mix", broken)
+    assert fault(torch.device(DEVICE), DTYPE, BOUND) == "RuntimeError: no C compiler"
+
+
 @pytest.mark.parametrize("arch", (89, 90))
 def test_kernels_compile_and_fit(arch):
     """For an RTX 4090 (99 KB of shared memory a block) and an H100 or H200, without either."""
