@@ -216,31 +216,34 @@ def long_kernel(x_ptr, near_ptr, mixed_ptr, half_ptr, y_ptr, B, T, stride_b, str
 
 
 @triton.jit
-def tiles_gradient_kernel(u_ptr, dy_ptr, out_ptr, B, T, u_stride_b, u_stride_t, dy_stride_b, dy_stride_t, units, together,
-                          units_each, W: tl.constexpr, NEAR: tl.constexpr, BK: tl.constexpr):
+def tiles_gradient_kernel(u_ptr, dy_ptr, out_ptr, B, T, u_stride_b, u_stride_t, dy_stride_b, dy_stride_t, num_lags, units,
+                          together, units_each, W: tl.constexpr, NEAR: tl.constexpr, LAGS: tl.constexpr, BK: tl.constexpr):
     """out[g, l, split] = sum of dy[i] @ u[i - l].T over the split's units_each of all units (block i, row) whose blocks
-    i - l and i are among the same `together` blocks. u, dy: (B, T, C), strided; out: (G, lags, splits, NEAR, NEAR), fp32.
-    A split without units leaves its tile as it was; fold_kernel does not read it."""
-    split, lag, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    p, k = tl.arange(0, NEAR), tl.arange(0, BK)
+    i - l and i are among the same `together` blocks. u, dy: (B, T, C), strided; out: (G, num_lags, splits, NEAR, NEAR), fp32.
+    A program makes LAGS lags at once, of the units that the first of them has. A split without units leaves its tiles as
+    they were; fold_kernel does not read them."""
+    split, lag, g = tl.program_id(0), tl.program_id(1) * LAGS, tl.program_id(2)
+    p, q, k = tl.arange(0, NEAR), tl.arange(0, LAGS * NEAR), tl.arange(0, BK)
+    lag_of = lag + LAGS - 1 - q // NEAR  # the farthest block comes first
     each = together - lag  # blocks i of those together that have a block i - lag
     last = tl.minimum((split + 1) * units_each, units * each) * W
     if split * units_each * W < last:
-        acc = tl.zeros((NEAR, NEAR), tl.float32)
+        acc = tl.zeros((NEAR, LAGS * NEAR), tl.float32)
         for n0 in range(split * units_each * W, last, BK):
             n = n0 + k
             block = n // W // B
-            i = block // each * together + lag + block % each
+            place = lag + block % each  # of block i among those together
+            i = block // each * together + place
             row, channel = (n // W % B).to(tl.int64), g * W + n % W
             t = (i * NEAR)[None, :] + p[:, None]
             dy = tl.load(dy_ptr + (row * dy_stride_b + channel)[None, :] + t * dy_stride_t,
                          mask=(n < last)[None, :] & (t < T), other=0.0)
-            s = ((i - lag) * NEAR)[:, None] + p[None, :]
+            s = ((i - lag - LAGS + 1) * NEAR)[:, None] + q[None, :]
             u = tl.load(u_ptr + (row * u_stride_b + channel)[:, None] + s * u_stride_t,
-                        mask=(n < last)[:, None] & (s < T), other=0.0)
+                        mask=(n < last)[:, None] & (s < T) & (lag_of[None, :] <= place[:, None]), other=0.0)
             acc = tl.dot(dy, u, acc, input_precision="ieee")
-        tile = ((g * tl.num_programs(1) + lag) * tl.num_programs(0) + split).to(tl.int64) * NEAR * NEAR
-        tl.store(out_ptr + tile + p[:, None] * NEAR + p[None, :], acc)
+        tile = ((g * num_lags + lag_of) * tl.num_programs(0) + split).to(tl.int64) * NEAR * NEAR
+        tl.store(out_ptr + tile[None, :] + p[:, None] * NEAR + (q % NEAR)[None, :], acc, mask=(lag_of < num_lags)[None, :])
 
 
 @triton.jit
@@ -278,19 +281,21 @@ def response_gradient_kernel(x_ptr, dm_ptr, out_ptr, B, blocks, columns, W: tl.c
 
 
 @triton.jit
-def fold_kernel(tiles_ptr, out_ptr, splits, units, together, units_each, SIZE: tl.constexpr, BP: tl.constexpr):
+def fold_kernel(tiles_ptr, out_ptr, splits, units, together, units_each, LAGS: tl.constexpr, SIZE: tl.constexpr,
+                BP: tl.constexpr):
     """Gradient of taps from that of their Toeplitz tiles: out[g, l SIZE + d] = the sum of all entries (p, q) of tiles l
     with p - q = d and of tiles l + 1 with p - q = d - SIZE. tiles: (G, lags, splits, SIZE, SIZE), of whose splits as many
-    are there as units (together - l) units need, at units_each a split; out: (G, lags SIZE)."""
+    are there as tiles_gradient_kernel makes; out: (G, lags SIZE)."""
     lag, g = tl.program_id(0), tl.program_id(1)
     lags = tl.num_programs(0)
     d, q = tl.arange(0, SIZE), tl.arange(0, BP)
     acc = tl.zeros((BP, SIZE), tl.float32)
-    for step in range(tl.cdiv(units * (together - lag), units_each) * (SIZE // BP)):
+    for step in range(tl.cdiv(units * (together - lag // LAGS * LAGS), units_each) * (SIZE // BP)):
         split, p = step // (SIZE // BP), step % (SIZE // BP) * BP + q
         q_of = p[:, None] - d[None, :]
         after = (q_of < 0).to(tl.int32)
-        there = (lag + after < lags) & (split < tl.cdiv(units * (together - lag - after), units_each))
+        made = tl.cdiv(units * (together - (lag + after) // LAGS * LAGS), units_each)
+        there = (lag + after < lags) & (split < made)
         tile = ((g * lags + lag + after) * splits + split).to(tl.int64) * SIZE * SIZE
         acc += tl.load(tiles_ptr + tile + p[:, None] * SIZE + q_of + after * SIZE, mask=there, other=0.0)
     tl.store(out_ptr + (g * lags + lag) * SIZE + d, tl.sum(acc, 0))
@@ -304,12 +309,14 @@ def fold_kernel(tiles_ptr, out_ptr, splits, units, together, units_each, SIZE: t
 # (A100, H100, H200) and where it may have 99 KB (RTX 3090, 4090)
 LARGE = dict(BN=256, BK=64, num_warps=8, num_stages=3)
 SMALL = dict(BN=128, BK=64, num_warps=4, num_stages=2)
+# BN / NEAR is also how many lags tiles_gradient_kernel makes at once
 
 
 def tile_shapes(device: torch.device) -> dict:
     if device.type == "cpu":  # Triton's interpreter
         return dict(BN=64, BK=min(NEAR, 32))
-    return LARGE if torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 160 * 1024 else SMALL
+    large = torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 160 * 1024
+    return dict(LARGE if large else SMALL)
 
 
 class Sizes:
@@ -377,11 +384,11 @@ def long_conv(x: Tensor, taps: Tensor, mixed: Tensor, half: Tensor, s: Sizes, tr
     return y
 
 
-def fold(tiles: Tensor, units: int = 1, together: int | None = None, units_each: int | None = None) -> Tensor:
+def fold(tiles: Tensor, units: int, together: int, units_each: int, lags_at_once: int) -> Tensor:
     """(N, lags, splits, SIZE, SIZE) to (N, lags SIZE)."""
     N, lags, splits, SIZE, _ = tiles.shape
     out = tiles.new_empty(N, lags * SIZE)
-    fold_kernel[lags, N](tiles, out, splits, units, together or lags, units_each or lags, SIZE=SIZE, BP=min(SIZE, 32))
+    fold_kernel[lags, N](tiles, out, splits, units, together, units_each, LAGS=lags_at_once, SIZE=SIZE, BP=min(SIZE, 32))
     return out
 
 
@@ -391,13 +398,16 @@ def taps_gradient(u: Tensor, dy: Tensor, G: int, K: int, together: int | None = 
     num_lags = count_lags(s, K)
     together = together or s.blocks
     units = triton.cdiv(s.blocks, together) * s.B
-    # about 1024 programs in all: several for every multiprocessor, and fp32 tiles of 64 MB
-    units_each = triton.cdiv(G * units * sum(together - lag for lag in range(num_lags)), 1024)
+    shapes = tile_shapes(u.device)
+    wide = shapes.pop("BN") // NEAR
+    lags_at_once = wide if wide > 1 and together > 2 else 1
+    # about 1024 programs in all: several for every multiprocessor, and fp32 tiles of 64 to 128 MB
+    units_each = triton.cdiv(G * units * sum(together - lag for lag in range(0, num_lags, lags_at_once)), 1024)
     tiles = u.new_empty(G, num_lags, triton.cdiv(units * together, units_each), NEAR, NEAR, dtype=torch.float32)
-    shapes = {name: value for name, value in tile_shapes(u.device).items() if name != "BN"}
-    tiles_gradient_kernel[tiles.size(2), num_lags, G](
-        u, dy, tiles, s.B, s.T, *u.stride()[:2], *dy.stride()[:2], units, together, units_each, W=s.W, NEAR=NEAR, **shapes)
-    taps = fold(tiles, units, together, units_each)[:, :K]
+    tiles_gradient_kernel[tiles.size(2), triton.cdiv(num_lags, lags_at_once), G](
+        u, dy, tiles, s.B, s.T, *u.stride()[:2], *dy.stride()[:2], num_lags, units, together, units_each, W=s.W, NEAR=NEAR,
+        LAGS=lags_at_once, **shapes)
+    taps = fold(tiles, units, together, units_each, lags_at_once)[:, :K]
     return F.pad(taps, (0, K - taps.size(1)))
 
 
@@ -408,7 +418,7 @@ def response_gradient(spectra: Tensor, dmixed: Tensor, s: Sizes) -> Tensor:
     tiles = spectra.new_empty(s.G, FAR, 2, lags, BI, BI, dtype=torch.float32)
     response_gradient_kernel[FAR // 2, s.G, lags](spectra, dmixed, tiles, s.B, s.blocks, s.columns, W=s.W, FAR=FAR, BI=BI,
                                                   BK=BK)
-    return fold(tiles.flatten(0, 2).unsqueeze(2))[:, : s.blocks].view(s.G, 2 * FAR, s.blocks)
+    return fold(tiles.flatten(0, 2).unsqueeze(2), 1, lags, lags, 1)[:, : s.blocks].view(s.G, 2 * FAR, s.blocks)
 
 
 @functools.cache

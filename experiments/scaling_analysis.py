@@ -179,22 +179,24 @@ def training_step(options: dict, model_name: str, B: int, T: int, device, runtim
     def optimize():
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
 
     def step():
         backpropagate()
         optimize()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
 
     return model, step, backpropagate, optimize
 
 
 def measure_step(row: dict, options: dict, device, runtime, matmul_rate) -> dict:
-    model, step, _, optimize = training_step(options, row["model"], row["B"], row["T"], device, runtime)
+    model, step, backpropagate, optimize = training_step(options, row["model"], row["B"], row["T"], device, runtime)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     row["ms"], row["range_ms"], _ = measure(step, device, seconds=1.5)
     if device.type == "cuda":
         row["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    backpropagate()  # the optimizers want gradients
     row["optimizer_ms"], _, _ = measure(optimize, device)
     row["tokens_per_s"] = row["B"] * row["T"] / row["ms"] * 1000
     row["mfu"] = flops_per_token(model, row["T"]) * row["tokens_per_s"] / matmul_rate

@@ -49,14 +49,16 @@ def main() -> int:
             shared.append(compile(kernels.mix_kernel, FP32, dict(far, TRANSPOSED=transposed, BI=BI, BN=BN), {}))
     for kernel in (kernels.transform_kernel, kernels.long_kernel):
         shared.append(compile(kernel, BF16, dict(far, **shapes), options))
-    shared.append(compile(kernels.tiles_gradient_kernel, gradient, dict(W=16, NEAR=kernels.NEAR, BK=SHAPES["BK"]), options))
+    for lags in {1, SHAPES["BN"] // kernels.NEAR}:
+        shared.append(compile(kernels.tiles_gradient_kernel, gradient,
+                              dict(W=16, NEAR=kernels.NEAR, LAGS=lags, BK=SHAPES["BK"]), options))
     for BI, BK in ((16, 64), (32, 32)):
         shared.append(compile(kernels.response_gradient_kernel, gradient, dict(far, BI=BI, BK=BK), {}))
     for shape in ((kernels.NEAR, kernels.NEAR), (kernels.NEAR, kernels.FAR)):
         shared.append(compile(kernels.toeplitz_kernel, dict(FP32, taps_ptr="*fp32"),
                               dict(ROWS=shape[0], COLUMNS=shape[1], BP=16), {}))
     for size in (16, 32, kernels.NEAR):
-        shared.append(compile(kernels.fold_kernel, dict(gradient, tiles_ptr="*fp32"), dict(SIZE=size, BP=min(size, 32)), {}))
+        shared.append(compile(kernels.fold_kernel, dict(gradient, tiles_ptr="*fp32"), dict(LAGS=1, SIZE=size, BP=min(size, 32)), {}))
     print(f"at most {max(shared)} of {SHARED} bytes")
     return int(max(shared) > SHARED)
 
