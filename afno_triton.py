@@ -16,9 +16,10 @@ The products' right-hand sides are columns: one channel of a filter's W channels
 are the block's tokens. Column n is channel n % W of row n // W % B in block n // W // B. G filters, C = G W channels. Spectra in
 memory are E and O: (G, 2, FAR, columns), rows (w, re/im).
 
-Bitwise causal: an output sums products of its own block and of earlier ones; matrices for its own block hold exact zeros above the
-diagonal. Operands are in the input's dtype, sums in fp32, no atomics: equal inputs give equal bits. Only inputs are saved
-for backward, spectra are computed again.
+Bitwise causal, for finite inputs: an output sums products of its own block and of earlier ones; matrices for its own block (where
+blocks are mixed, for its own tile of blocks) hold exact zeros above the diagonal. Of inputs of one length, that is: for
+another T, sums may be made in another order. Operands are in the input's dtype, sums in fp32, no atomics: equal inputs give
+equal bits. Only inputs are saved for backward, spectra are computed again.
 """
 import functools
 import math
@@ -30,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 NEAR, FAR = 128, 256  # tokens in a block for short and for long filters; FAR = 2 NEAR
-DIRECT = 2048  # the longest filter that counts as short: it takes about half as many multiply-adds, a long one 5 NEAR and more
+DIRECT = 2048  # >= FAR, the longest filter that counts as short: it takes about half as many multiply-adds, a long one 5 NEAR
 
 
 # -----------------------------------------------------------------------------
@@ -286,8 +287,8 @@ def fold_kernel(tiles_ptr, out_ptr, splits, units, together, units_each, LAGS: t
     """Gradient of taps from that of their Toeplitz tiles: out[g, l SIZE + d] = the sum of all entries (p, q) of tiles l
     with p - q = d and of tiles l + 1 with p - q = d - SIZE. tiles: (G, lags, splits, SIZE, SIZE), of whose splits as many
     are there as tiles_gradient_kernel makes; out: (G, lags SIZE)."""
-    lag, g = tl.program_id(0), tl.program_id(1)
-    lags = tl.num_programs(0)
+    g, lag = tl.program_id(0), tl.program_id(1)  # g first: the other dimensions of a grid end at 65,535
+    lags = tl.num_programs(1)
     d, q = tl.arange(0, SIZE), tl.arange(0, BP)
     acc = tl.zeros((BP, SIZE), tl.float32)
     for step in range(tl.cdiv(units * (together - lag // LAGS * LAGS), units_each) * (SIZE // BP)):
@@ -388,7 +389,7 @@ def fold(tiles: Tensor, units: int, together: int, units_each: int, lags_at_once
     """(N, lags, splits, SIZE, SIZE) to (N, lags SIZE)."""
     N, lags, splits, SIZE, _ = tiles.shape
     out = tiles.new_empty(N, lags * SIZE)
-    fold_kernel[lags, N](tiles, out, splits, units, together, units_each, LAGS=lags_at_once, SIZE=SIZE, BP=min(SIZE, 32))
+    fold_kernel[N, lags](tiles, out, splits, units, together, units_each, LAGS=lags_at_once, SIZE=SIZE, BP=min(SIZE, 32))
     return out
 
 
@@ -401,7 +402,7 @@ def taps_gradient(u: Tensor, dy: Tensor, G: int, K: int, together: int | None = 
     shapes = tile_shapes(u.device)
     wide = shapes.pop("BN") // NEAR
     lags_at_once = wide if wide > 1 and together > 2 else 1
-    # about 1024 programs in all: several for every multiprocessor, and fp32 tiles of 64 to 128 MB
+    # about 1024 programs in all: several for every multiprocessor
     units_each = triton.cdiv(G * units * sum(together - lag for lag in range(0, num_lags, lags_at_once)), 1024)
     tiles = u.new_empty(G, num_lags, triton.cdiv(units * together, units_each), NEAR, NEAR, dtype=torch.float32)
     tiles_gradient_kernel[tiles.size(2), triton.cdiv(num_lags, lags_at_once), G](
@@ -415,10 +416,13 @@ def response_gradient(spectra: Tensor, dmixed: Tensor, s: Sizes) -> Tensor:
     BI = mix_tile(s)
     lags = triton.cdiv(s.blocks, BI)
     BK = min(1024 // BI, max(16, triton.next_power_of_2(lags * s.width)))
-    tiles = spectra.new_empty(s.G, FAR, 2, lags, BI, BI, dtype=torch.float32)
-    response_gradient_kernel[FAR // 2, s.G, lags](spectra, dmixed, tiles, s.B, s.blocks, s.columns, W=s.W, FAR=FAR, BI=BI,
-                                                  BK=BK)
-    return fold(tiles.flatten(0, 2).unsqueeze(2), 1, lags, lags, 1)[:, : s.blocks].view(s.G, 2 * FAR, s.blocks)
+    filters = max(1, 2**25 // (2 * FAR * lags * BI * BI))  # at once: tiles of up to 128 MB
+    parts = []
+    for x, dm in zip(spectra.split(filters), dmixed.split(filters)):
+        tiles = x.new_empty(len(x), FAR, 2, lags, BI, BI, dtype=torch.float32)
+        response_gradient_kernel[FAR // 2, len(x), lags](x, dm, tiles, s.B, s.blocks, s.columns, W=s.W, FAR=FAR, BI=BI, BK=BK)
+        parts.append(fold(tiles.flatten(0, 2).unsqueeze(2), 1, lags, lags, 1)[:, : s.blocks])
+    return torch.cat(parts).view(s.G, 2 * FAR, s.blocks)
 
 
 @functools.cache
@@ -441,12 +445,13 @@ def block_conv(u: Tensor, taps: Tensor, response: Tensor | None) -> Tensor:
 
     u: bf16, fp16 or fp32, any strides; the others fp32. Returns (B, T, C), contiguous, in u's dtype.
     """
-    u = last_dimension_dense(u)
-    if response is None:
-        return short_conv(u, taps, transposed=False)
-    s, half = Sizes(u, len(taps), FAR), half_transform(u.device, u.dtype, FAR)
-    mixed = mix(transform(u, half, s), response.contiguous(), s, transposed=False)
-    return long_conv(u, taps, mixed, half, s, transposed=False)
+    with torch.cuda.device_of(u):  # Triton launches on the current device
+        u = last_dimension_dense(u)
+        if response is None:
+            return short_conv(u, taps, transposed=False)
+        s, half = Sizes(u, len(taps), FAR), half_transform(u.device, u.dtype, FAR)
+        mixed = mix(transform(u, half, s), response.contiguous(), s, transposed=False)
+        return long_conv(u, taps, mixed, half, s, transposed=False)
 
 
 @block_conv.register_fake
@@ -457,14 +462,15 @@ def _(u, taps, response):
 @torch.library.custom_op("afno::block_conv_backward", mutates_args=())
 def block_conv_backward(dy: Tensor, u: Tensor, taps: Tensor, response: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of u, taps and response (empty where there is none): the transposed products."""
-    u, dy = last_dimension_dense(u), last_dimension_dense(dy)
-    G, K = taps.shape
-    if response is None:
-        return short_conv(dy, taps, transposed=True), taps_gradient(u, dy, G, K), taps.new_empty(0)
-    s, half = Sizes(u, G, FAR), half_transform(u.device, u.dtype, FAR)
-    dmixed = transform(dy, half, s)
-    du = long_conv(dy, taps, mix(dmixed, response.contiguous(), s, transposed=True), half, s, transposed=True)
-    return du, taps_gradient(u, dy, G, K, FAR // NEAR), response_gradient(transform(u, half, s), dmixed, s)
+    with torch.cuda.device_of(u):
+        u, dy = last_dimension_dense(u), last_dimension_dense(dy)
+        G, K = taps.shape
+        if response is None:
+            return short_conv(dy, taps, transposed=True), taps_gradient(u, dy, G, K), taps.new_empty(0)
+        s, half = Sizes(u, G, FAR), half_transform(u.device, u.dtype, FAR)
+        dmixed = transform(dy, half, s)
+        du = long_conv(dy, taps, mix(dmixed, response.contiguous(), s, transposed=True), half, s, transposed=True)
+        return du, taps_gradient(u, dy, G, K, FAR // NEAR), response_gradient(transform(u, half, s), dmixed, s)
 
 
 @block_conv_backward.register_fake
@@ -477,8 +483,9 @@ def save_inputs(ctx, inputs, output):
 
 
 def backward(ctx, dy):
-    du, dtaps, dresponse = block_conv_backward(dy, *ctx.saved_tensors)
-    return du, dtaps, None if ctx.saved_tensors[2] is None else dresponse
+    u, taps, response = ctx.saved_tensors
+    du, dtaps, dresponse = block_conv_backward(dy, u, taps, response)
+    return du, dtaps, None if response is None else dresponse
 
 
 block_conv.register_autograd(backward, setup_context=save_inputs)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 pytest.importorskip("triton")
 
@@ -91,8 +92,18 @@ def test_operator_is_registered_as_it_behaves(small_blocks):
     taps = torch.randn(2, 32, device=DEVICE, requires_grad=True)
     response = torch.randn(2, 64, 3, device=DEVICE, requires_grad=True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(afno_triton.block_conv, (u, taps, response), test_utils=tests)
-    torch.library.opcheck(afno_triton.block_conv, (u, taps, None), test_utils=tests)
+    for taps_response in ((taps, response), (taps, None)):
+        torch.library.opcheck(afno_triton.block_conv, (u, *taps_response), test_utils=tests)
+        torch.library.opcheck(afno_triton.block_conv_backward, (u.detach(), u.detach(), *taps_response), test_utils=tests)
+
+
+def test_gradients_are_there_when_activations_are_recomputed(small_blocks):
+    u, taps = torch.randn(1, 70, 4, device=DEVICE, dtype=DTYPE, requires_grad=True), torch.randn(2, 70, device=DEVICE)
+    taps.requires_grad_()
+    plain = torch.autograd.grad(afno.kernel_conv(u, taps).sum(), (u, taps))
+    again = torch.utils.checkpoint.checkpoint(afno.kernel_conv, u, taps, use_reentrant=False)
+    for got, wanted in zip(torch.autograd.grad(again.sum(), (u, taps)), plain):
+        assert torch.equal(got, wanted)
 
 
 def test_path_is_chosen_in_words():
@@ -106,10 +117,11 @@ def test_path_is_chosen_in_words():
 def test_kernels_are_tried_before_they_are_trusted(small_blocks, monkeypatch):
     """kernel_fault finds nothing in these kernels, wrong numbers in others, and exceptions."""
     fault = afno.kernel_fault.__wrapped__
-    assert fault(torch.device(DEVICE), DTYPE, BOUND) is None
+    with torch.inference_mode():
+        assert fault(torch.device(DEVICE), DTYPE, BOUND) is None
     right = afno_triton.mix
     monkeypatch.setattr(afno_triton, "mix", lambda *a, **k: 1.1 * right(*a, **k))
-    assert fault(torch.device(DEVICE), DTYPE, BOUND).startswith("output of 140 taps is ")
+    assert fault(torch.device(DEVICE), DTYPE, BOUND).startswith("output of 1056 taps is ")
 
     def broken(*a, **k):
         raise RuntimeError("no C compiler\nin two lines")
