@@ -32,8 +32,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from afno import AFNO1D, DyadicOperator, FORMS, RELUS, ROUTINGS, conv_path, rmsnorm
+from afno import AFNO1D, DyadicOperator, FORMS, RELUS, ROUTINGS, afno_triton, conv_path, rmsnorm
 from data.text_to_bin import InputError, gpt2_encoding, read_bin
 
 START = time.perf_counter()
@@ -157,8 +158,26 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x)))
 
 
+# What is kept for backward with --recompute 1: results of matrix products, attention and convolution.
+KEPT = {getattr(torch.ops.aten, name).default for name in (
+    "mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")}
+if afno_triton is not None:
+    KEPT.add(torch.ops.afno.block_conv.default)
+
+
+def keep_products():
+    """For torch's checkpoint: keep what KEPT says, compute the rest again."""
+    def policy(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 class Block(nn.Module):
     """Mixer, then MLP, each on the normed residual stream. The mixer is the config's for this layer."""
+
+    recompute = False  # what is cheap to compute, in backward again instead of keeping it
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -170,6 +189,12 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.residual, x, rotary, use_reentrant=False, preserve_rng_state=False,
+                              context_fn=keep_products)
+        return self.residual(x, rotary)
+
+    def residual(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         h = rmsnorm(x)
         return self.output(x, self.mixer(h, *rotary) if isinstance(self.mixer, CausalSelfAttention) else self.mixer(h))
 
@@ -876,6 +901,8 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     # model and optimizers
     torch.manual_seed(args.seed)
     model = GPT(config).to(device)
+    for block in model.transformer.h:
+        block.recompute = bool(args.recompute)
     optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
     train_time = compile_time = past_wall = 0.0
     if saved:
@@ -900,7 +927,8 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         f"{val_tokens:,} targets of {len(val_stream) - 1:,}")
     say(f"steps: {total_steps} of {tokens_per_step:,} tokens ({args.grad_accumulation_steps} x {B} x {T}); "
         f"optimizer {args.optimizer}, learning rate {args.learning_rate}, warmup {args.warmup_iters}, "
-        f"warmdown {args.warmdown_iters}, weight decay {args.weight_decay}, grad clip {args.grad_clip}")
+        f"warmdown {args.warmdown_iters}, weight decay {args.weight_decay}, grad clip {args.grad_clip}, "
+        f"recompute {args.recompute}")
     say(f"device: {device.type}, {str(runtime.dtype).removeprefix('torch.')}, compile {int(runtime.compile)}; "
         f"output: {relative(str(output_dir))}")
 
@@ -1147,7 +1175,7 @@ DEFAULTS = dict(
     afno_num_blocks=8, afno_sparsity_threshold=0.01, afno_hard_thresholding_fraction=1.0, afno_filter_length=None,
     afno_num_experts=1, afno_routing="frequency", afno_relu="cartesian", afno_short_conv=4, afno_gate=0,
     position="none", optimizer="adamw", learning_rate=0.0018, warmup_iters=None, warmdown_iters=None, weight_decay=0.1,
-    grad_clip=0.0, val_tokens=None, val_batch_size=None, target_val_loss=None, max_seconds=None,
+    grad_clip=0.0, recompute=0, val_tokens=None, val_batch_size=None, target_val_loss=None, max_seconds=None,
     seed=1337, device="auto", dtype=None, compile=None, resume=None, eval_only=False, generate=None,
     max_new_tokens=200, temperature=0.8, top_k=50,
 )
@@ -1234,6 +1262,8 @@ def parse_flags(argv: list[str]) -> dict:
     add("--warmup_iters", type=number(int, 0), metavar="N", help="rising (256/4768 of num_iterations)")
     add("--warmdown_iters", type=number(int, 0), metavar="N", help="falling to zero (1024/4768 of num_iterations)")
     add("--weight_decay", type=number(float, 0), metavar="X", help="on all weights (0.1)")
+    add("--recompute", type=int, choices=(0, 1), help="1 keeps products, attention and convolutions alone for backward and "
+        "computes what is between them again: less memory, a little slower (0)")
     add("--grad_clip", type=number(float, 0), metavar="X", help="largest gradient norm; 0 does not clip (0)")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add("--val_loss_every", type=number(int, 0), metavar="N", help="steps; 0: at the end only (128; CPU 60)")

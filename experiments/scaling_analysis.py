@@ -32,11 +32,12 @@ PARTS = ("operator", "batch", "step", "profile")
 C = 768
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION}
-STEPS = {  # of d12: attention's heads, its layers
+STEPS = {  # of d12
     "attention, 12 heads of 64": dict(mixer="attn", n_head=12),
     "attention, 6 heads of 128": dict(mixer="attn", n_head=6),
     "AFNO with attention in 3, 9": dict(mixer="afno", n_head=12, attn_layers=(3, 9)),
     "AFNO": dict(mixer="afno", n_head=12),
+    "AFNO, --recompute 1": dict(mixer="afno", n_head=12, recompute=True),
 }
 
 
@@ -163,9 +164,13 @@ def training_step(options: dict, model_name: str, B: int, T: int, device, runtim
     n_layer, n_head, n_embd = MODELS[model_name]
     if model_name == "d4":  # for a test of this script on a CPU
         options = dict(options, n_head=n_head, attn_layers=options.get("attn_layers", ())[:1] and (1,))
+    recompute = options.get("recompute", False)
     torch.manual_seed(0)
-    config = GPTConfig(n_layer=n_layer, n_embd=n_embd, sequence_length=T, **options)
+    config = GPTConfig(n_layer=n_layer, n_embd=n_embd, sequence_length=T,
+                       **{name: value for name, value in options.items() if name != "recompute"})
     model = GPT(config).to(device)
+    for block in model.transformer.h:
+        block.recompute = recompute
     if runtime.compile:
         model.compile()
     optimizers = make_optimizers(model, "muon", 1e-4, 0.1)

@@ -22,6 +22,27 @@ def relative(a, b) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.mark.parametrize("compile", (False, True))
+def test_recomputing_changes_memory_and_no_gradient(compile):
+    model, idx = tiny(attn_layers=(1,), n_embd=32), random_tokens((2, 24), 97)
+    if compile:
+        for block in model.transformer.h:
+            block.compile(dynamic=False, backend="aot_eager_decomp_partition")
+
+    def step(recompute):
+        kept = []
+        for block in model.transformer.h:
+            block.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            hidden = model.hidden(idx)
+        inner = {x.data_ptr(): x.nbytes for x in kept if isinstance(x, torch.Tensor) and x.shape[0] in (2, 48)}
+        return torch.autograd.grad(hidden.square().sum(), list(model.parameters())), sum(inner.values())
+
+    (plain, much), (again, little) = step(False), step(True)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(plain, again))
+    assert little < 0.75 * much
+
+
 # -----------------------------------------------------------------------------
 # the baseline: NoCap-Test's d12
 

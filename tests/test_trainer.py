@@ -111,6 +111,13 @@ def test_paths_in_the_log_are_relative_to_the_repository(data, tmp_path, monkeyp
     assert "command: train_gpt2_afno.py --output_dir runs/x\n" in (tmp_path / "run/train.log").read_text()
 
 
+def test_recomputing_trains_the_same(data, tmp_path):
+    for name, more in (("kept", ""), ("again", "--recompute 1")):
+        assert main(flags(data, tmp_path / name, more)) == 0
+    kept, again = (dict(losses(tmp_path / name)) for name in ("kept", "again"))
+    assert again == pytest.approx(kept, rel=1e-5)
+
+
 @pytest.mark.parametrize("val_tokens", (1, 32, 33, 150))
 def test_validation_counts_every_token(data, val_tokens):
     torch.manual_seed(0)
