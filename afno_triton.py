@@ -4,22 +4,23 @@ A file of its own because it cannot be imported where Triton is not installed; a
 which computes the same sums (afno.conv_path chooses).
 
     short filters   every block of NEAR tokens gets Toeplitz tiles of taps times the blocks before it and itself
-    long filters    blocks of FAR tokens: a Toeplitz matrix inside the block; completed blocks are transformed one by one,
-                    mixed frequency by frequency, and transformed back
+    long filters    blocks of FAR tokens: a Toeplitz matrix inside the block; completed blocks are transformed one by
+                    one, mixed frequency by frequency, and transformed back
 
-The transform F of a block, zero-padded to 2 FAR points, at the odd frequencies (afno.odd_dft) is made in two steps: two
-transforms H of half the size, of the even and of the odd tokens, as products with one matrix; then S[w] = E[w] + turn O[w] and
-S[FAR - 1 - w] = conj(E[w] - turn O[w]) with turn = exp(-i pi (w + 1/2) / FAR), in fp32, by the kernels that mix. The way back is F's
-transpose: the phase between the two halves of an inverse transform is part of the response (afno.kernel_conv).
+The transform F of a block, zero-padded to 2 FAR points, at the odd frequencies (afno.odd_dft) is made in two steps:
+two transforms H of half the size, of the even and of the odd tokens, as products with one matrix; then S[w] = E[w] +
+turn O[w] and S[FAR - 1 - w] = conj(E[w] - turn O[w]) with turn = exp(-i pi (w + 1/2) / FAR), in fp32, by the kernels
+that mix. The way back is F's transpose: the phase between the two halves of an inverse transform is part of the
+response (afno.kernel_conv).
 
-The products' right-hand sides are columns: one channel of a filter's W channels in one block of one row; a column's entries
-are the block's tokens. Column n is channel n % W of row n // W % B in block n // W // B. G filters, C = G W channels. Spectra in
-memory are E and O: (G, 2, FAR, columns), rows (w, re/im).
+The products' right-hand sides are columns: one channel of a filter's W channels in one block of one row; a column's
+entries are the block's tokens. Column n is channel n % W of row n // W % B in block n // W // B. G filters, C = G W
+channels. Spectra in memory are E and O: (G, 2, FAR, columns), rows (w, re/im).
 
-Bitwise causal, for finite inputs: an output sums products of its own block and of earlier ones; matrices for its own block (where
-blocks are mixed, for its own tile of blocks) hold exact zeros above the diagonal. Of inputs of one length, that is: for
-another T, sums may be made in another order. Operands are in the input's dtype, sums in fp32, no atomics: equal inputs give
-equal bits. Only inputs are saved for backward, spectra are computed again.
+Bitwise causal, for finite inputs: an output sums products of its own block and of earlier ones; matrices for its own
+block (where blocks are mixed, for its own tile of blocks) hold exact zeros above the diagonal. Of inputs of one
+length, that is: for another T, sums may be made in another order. Operands are in the input's dtype, sums in fp32, no
+atomics: equal inputs give equal bits. Only inputs are saved for backward, spectra are computed again.
 """
 import functools
 import math
@@ -31,7 +32,8 @@ import triton.language as tl
 from torch import Tensor
 
 NEAR, FAR = 128, 256  # tokens in a block for short and for long filters; FAR = 2 NEAR
-DIRECT = 2048  # >= FAR, the longest filter that counts as short: it takes about half as many multiply-adds, a long one 5 NEAR
+# The longest filter that counts as short, >= FAR: it takes about half as many multiply-adds, a long one 5 NEAR and more.
+DIRECT = 2048
 
 
 # -----------------------------------------------------------------------------
