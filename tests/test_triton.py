@@ -141,6 +141,8 @@ def test_kernels_compile_and_fit(arch):
 
 @pytest.mark.parametrize("form", ("filter", "analytic", "dyadic"))
 def test_a_compiled_layer_is_one_graph_with_the_kernels_in_it(small_blocks, monkeypatch, form):
+    if form == "dyadic" and torch.__version__ < "2.9":
+        pytest.skip("torch 2.8 mistakes the strides of an irfft when it traces")
     torch.manual_seed(0)
     layer = afno.AFNO1D(16, 2, filter_length=100, form=form, gate=True).to(DEVICE)
     x = torch.randn(2, 100, 16, device=DEVICE, requires_grad=True)
