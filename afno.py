@@ -190,8 +190,8 @@ def inverse_rdft(re: Tensor, im: Tensor) -> Tensor:
         return angle.cos(), angle.sin()
 
     rows = K // N1 + 1
-    weight = F.pad(re.new_full((K - 1,), 2 / n), (1, 1))  # frequencies 1 ... K - 1 stand for their conjugates, too
-    re, im = re * F.pad(weight[1:-1], (1, 1), value=1 / n), im * weight
+    inner = re.new_full((K - 1,), 2 / n)  # frequencies 1 ... K - 1 stand for their conjugates, too; 0 and K are real
+    re, im = re * F.pad(inner, (1, 1), value=1 / n), im * F.pad(inner, (1, 1))
     re, im = (F.pad(part, (0, rows * N1 - K - 1)).unflatten(-1, (rows, N1)) for part in (re, im))  # (..., a, c)
     cos, sin = wave(N2, rows, N2)
     re, im = cos @ re - sin @ im, sin @ re + cos @ im  # (..., e, c)
@@ -302,7 +302,7 @@ def kernel_conv(u: Tensor, taps: Tensor) -> Tensor:
     """causal_conv by afno_triton's kernels: short filters all near, long ones with a far field of blocks of FAR tokens.
 
     u in half precision (fp32 is slow), taps in fp32. A token and channel takes about min(K, T / 2) multiply-adds up to
-    K = 2048 taps, beyond that 640 + 2 T / FAR.
+    K = 2048 taps, beyond that 3 FAR + 2 T / FAR.
     """
     T, b = u.size(1), afno_triton.FAR
     taps = taps[:, :T].float()

@@ -23,7 +23,6 @@ length, that is: for another T, sums may be made in another order. Operands are 
 atomics: equal inputs give equal bits. Only inputs are saved for backward, spectra are computed again.
 """
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 NEAR, FAR = 128, 256  # tokens in a block for short and for long filters; FAR = 2 NEAR
-# The longest filter that counts as short, >= FAR: it takes about half as many multiply-adds, a long one 5 NEAR and more.
+# The longest filter that counts as short, >= FAR: it takes about half as many multiply-adds, a long one 6 NEAR and more.
 DIRECT = 2048
 
 
@@ -56,7 +55,7 @@ def toeplitz_kernel(taps_ptr, out_ptr, K, tile_step, row_step, sign, ROWS: tl.co
 @triton.jit
 def short_kernel(x_ptr, tiles_ptr, y_ptr, B, T, stride_b, stride_t, num_blocks, num_lags, columns, W: tl.constexpr,
                  NEAR: tl.constexpr, TRANSPOSED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """y[i] = sum over lags l of tiles[g, l] @ x[i - l]; TRANSPOSED: of tiles[g, l].T @ x[i + l].
+    """y[i] = sum over lags l of tiles[g, l] @ x[i - l]; TRANSPOSED: of tiles[g, l] @ x[i + l].
     x: (B, T, C), strided; tiles: (G, num_lags, NEAR, NEAR); y: (B, T, C)."""
     first, g = tl.program_id(0), tl.program_id(1)
     if not TRANSPOSED:
@@ -75,13 +74,9 @@ def short_kernel(x_ptr, tiles_ptr, y_ptr, B, T, stride_b, stride_t, num_blocks, 
     acc = tl.zeros((NEAR, BN), tl.float32)
     for step in range(lags * (NEAR // BK)):
         lag, k0 = step // (NEAR // BK), step % (NEAR // BK) * BK
-        tile = tiles_ptr + (g * num_lags + lag) * NEAR * NEAR
-        if TRANSPOSED:
-            h = tl.load(tile + (k0 + k)[None, :] * NEAR + p[:, None])
-            t = ((i + lag) * NEAR)[None, :] + (k0 + k)[:, None]
-        else:
-            h = tl.load(tile + p[:, None] * NEAR + (k0 + k)[None, :])
-            t = ((i - lag) * NEAR)[None, :] + (k0 + k)[:, None]
+        h = tl.load(tiles_ptr + (g * num_lags + lag) * NEAR * NEAR + p[:, None] * NEAR + (k0 + k)[None, :])
+        j = i + lag if TRANSPOSED else i - lag
+        t = (j * NEAR)[None, :] + (k0 + k)[:, None]
         x = tl.load(x_start[None, :] + t * stride_t, mask=(inside & (lag <= reach))[None, :] & (t < T), other=0.0)
         acc = tl.dot(h, x, acc, input_precision="ieee")
     C = tl.num_programs(1) * W
@@ -350,7 +345,8 @@ def count_lags(s: Sizes, K: int) -> int:
 def short_conv(x: Tensor, taps: Tensor, transposed: bool) -> Tensor:
     s, y, shapes = Sizes(x, len(taps), NEAR), x.new_empty(x.shape), tile_shapes(x.device)
     num_lags = count_lags(s, taps.size(1))
-    tiles = toeplitz(taps, num_lags, (NEAR, NEAR), NEAR, 1, 1, x.dtype)  # lags l NEAR + p - q
+    sign = -1 if transposed else 1
+    tiles = toeplitz(taps, num_lags, (NEAR, NEAR), sign * NEAR, 1, sign, x.dtype)  # lags l NEAR +- (p - q)
     short_kernel[triton.cdiv(s.columns, shapes["BN"]), s.G](
         x, tiles, y, s.B, s.T, *x.stride()[:2], s.blocks, num_lags, s.columns,
         W=s.W, NEAR=NEAR, TRANSPOSED=transposed, **shapes)
@@ -430,9 +426,10 @@ def response_gradient(spectra: Tensor, dmixed: Tensor, s: Sizes) -> Tensor:
 @functools.cache
 def half_transform(device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
     """H: (size, size / 2), rows (w, re/im): exp(-2 pi i (w + 1/2) t / size), made in fp32, once for all layers."""
-    time = torch.arange(size // 2, device=device)
-    angle = (torch.outer(2 * time + 1, time) % (2 * size)).float() * (math.pi / size)
-    return torch.stack((angle.cos(), -angle.sin()), 1).view(size, size // 2).to(dtype)
+    from afno import odd_dft  # not at the top: afno imports this file
+
+    forward, _ = odd_dft(size // 2, torch.empty(0, device=device, dtype=torch.float32))
+    return forward[:, : size // 2].to(dtype).contiguous()
 
 
 # -----------------------------------------------------------------------------

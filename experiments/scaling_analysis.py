@@ -85,7 +85,7 @@ def conv_products(T: int, K: int) -> float:
     if min(K, T) <= direct:
         lags = min(blocks, math.ceil((K - 1) / near) + 1)
         return near * sum(min(i + 1, lags) for i in range(blocks)) / blocks
-    return near * 1.5 + 4 * far + 2 * (math.ceil(T / far) + 1)
+    return 3 * far + 2 * (math.ceil(T / far) + 1)  # near field, transform there and back; mixing
 
 
 def operators(B: int, T: int, device, dtype):
