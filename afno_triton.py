@@ -281,22 +281,23 @@ def response_gradient_kernel(x_ptr, dm_ptr, out_ptr, B, blocks, columns, W: tl.c
 @triton.jit
 def fold_kernel(tiles_ptr, out_ptr, splits, units, together, units_each, LAGS: tl.constexpr, SIZE: tl.constexpr,
                 BP: tl.constexpr):
-    """Gradient of taps from that of their Toeplitz tiles: out[g, l SIZE + d] = the sum of all entries (p, q) of tiles l
-    with p - q = d and of tiles l + 1 with p - q = d - SIZE. tiles: (G, lags, splits, SIZE, SIZE), of whose splits as many
-    are there as tiles_gradient_kernel makes; out: (G, lags SIZE)."""
-    g, lag = tl.program_id(0), tl.program_id(1)  # g first: the other dimensions of a grid end at 65,535
+    """Gradient of taps from that of their Toeplitz tiles, split by split: out[g, split, l SIZE + d] = the sum of all entries
+    (p, q) of tiles l with p - q = d and of tiles l + 1 with p - q = d - SIZE. tiles: (G, lags, splits, SIZE, SIZE), of whose
+    splits as many are there as tiles_gradient_kernel makes; out: (G, splits, lags SIZE)."""
+    g, lag, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # g first: the others end at 65,535
     lags = tl.num_programs(1)
     d, q = tl.arange(0, SIZE), tl.arange(0, BP)
+    made = tl.cdiv(units * (together - lag // LAGS * LAGS), units_each)
+    made_after = tl.cdiv(units * (together - (lag + 1) // LAGS * LAGS), units_each)
     acc = tl.zeros((BP, SIZE), tl.float32)
-    for step in range(tl.cdiv(units * (together - lag // LAGS * LAGS), units_each) * (SIZE // BP)):
-        split, p = step // (SIZE // BP), step % (SIZE // BP) * BP + q
+    for first in range(0, SIZE, BP):
+        p = first + q
         q_of = p[:, None] - d[None, :]
         after = (q_of < 0).to(tl.int32)
-        made = tl.cdiv(units * (together - (lag + after) // LAGS * LAGS), units_each)
-        there = (lag + after < lags) & (split < made)
+        there = (lag + after < lags) & (split < tl.where(after == 1, made_after, made))
         tile = ((g * lags + lag + after) * splits + split).to(tl.int64) * SIZE * SIZE
         acc += tl.load(tiles_ptr + tile + p[:, None] * SIZE + q_of + after * SIZE, mask=there, other=0.0)
-    tl.store(out_ptr + (g * lags + lag) * SIZE + d, tl.sum(acc, 0))
+    tl.store(out_ptr + ((g * splits + split) * lags + lag) * SIZE + d, tl.sum(acc, 0))
 
 
 # -----------------------------------------------------------------------------
@@ -307,6 +308,7 @@ def fold_kernel(tiles_ptr, out_ptr, splits, units, together, units_each, LAGS: t
 # (A100, H100, H200) and where it may have 99 KB (RTX 3090, 4090)
 LARGE = dict(BN=256, BK=64, num_warps=8, num_stages=3)
 SMALL = dict(BN=128, BK=64, num_warps=4, num_stages=2)
+PROGRAMS = 512  # that make gradients of taps, about: several for every multiprocessor, each of which leaves a tile to add
 # BN / NEAR is also how many lags tiles_gradient_kernel makes at once
 
 
@@ -386,9 +388,10 @@ def long_conv(x: Tensor, taps: Tensor, mixed: Tensor, half: Tensor, s: Sizes, tr
 def fold(tiles: Tensor, units: int, together: int, units_each: int, lags_at_once: int) -> Tensor:
     """(N, lags, splits, SIZE, SIZE) to (N, lags SIZE)."""
     N, lags, splits, SIZE, _ = tiles.shape
-    out = tiles.new_empty(N, lags * SIZE)
-    fold_kernel[N, lags](tiles, out, splits, units, together, units_each, LAGS=lags_at_once, SIZE=SIZE, BP=min(SIZE, 32))
-    return out
+    out = tiles.new_empty(N, splits, lags * SIZE)
+    fold_kernel[N, lags, splits](
+        tiles, out, splits, units, together, units_each, LAGS=lags_at_once, SIZE=SIZE, BP=min(SIZE, 32))
+    return out.sum(1)
 
 
 def taps_gradient(u: Tensor, dy: Tensor, G: int, K: int, together: int | None = None) -> Tensor:
@@ -400,8 +403,7 @@ def taps_gradient(u: Tensor, dy: Tensor, G: int, K: int, together: int | None = 
     shapes = tile_shapes(u.device)
     wide = shapes.pop("BN") // NEAR
     lags_at_once = wide if wide > 1 and together > 2 else 1
-    # about 1024 programs in all: several for every multiprocessor
-    units_each = triton.cdiv(G * units * sum(together - lag for lag in range(0, num_lags, lags_at_once)), 1024)
+    units_each = triton.cdiv(G * units * sum(together - lag for lag in range(0, num_lags, lags_at_once)), PROGRAMS)
     tiles = u.new_empty(G, num_lags, triton.cdiv(units * together, units_each), NEAR, NEAR, dtype=torch.float32)
     tiles_gradient_kernel[tiles.size(2), triton.cdiv(num_lags, lags_at_once), G](
         u, dy, tiles, s.B, s.T, *u.stride()[:2], *dy.stride()[:2], num_lags, units, together, units_each, W=s.W, NEAR=NEAR,
