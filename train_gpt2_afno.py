@@ -51,6 +51,7 @@ MODELS = {  # n_layer, n_head, n_embd; d12 to d48 are GPT-2's sizes, d4 is for C
     "d48": (48, 25, 1600),
 }
 MIXERS, POSITIONS = ("attn", "afno"), ("none", "learned", "sinusoidal", "fourier")
+ACTIVATIONS = {"gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}  # relu2: So et al., 2021, "Primer"
 
 
 @dataclass
@@ -75,17 +76,34 @@ class GPTConfig:
     afno_short_conv: int = 4
     afno_gate: int = 0
     position: str = "none"  # rotary stays inside attention, whatever this says
+    activation: str = "gelu"
+    qk_norm: int = 0
+    zero_init: int = 0
+    embedding_norm: int = 0
+    tied_head: int = 1
+    logit_softcap: float = 0.0  # 0: none
+    embedding_residual: int = 0
+    value_embeddings: int = 0
+    window: int = 0  # of attention, in tokens; 0: all before
+    mixer_scale: float | None = None  # None: (2 n_layer)^-0.5
 
     def __post_init__(self):
         self.attn_layers = tuple(self.attn_layers)
+        if self.mixer_scale is None:
+            self.mixer_scale = (2 * self.n_layer) ** -0.5
         if self.afno_filter_length is None:
             self.afno_filter_length = self.sequence_length
-        for name, allowed in (("mixer", MIXERS), ("position", POSITIONS)):
+        switches = ("qk_norm", "zero_init", "embedding_norm", "tied_head", "embedding_residual", "value_embeddings")
+        for name, allowed in (("mixer", MIXERS), ("position", POSITIONS), ("activation", ACTIVATIONS),
+                              *((name, (0, 1)) for name in switches)):
             if getattr(self, name) not in allowed:
-                raise InputError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
+                raise InputError(f"--{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)}")
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "sequence_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("logit_softcap", "window", "mixer_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name} must be finite and >= 0, got {getattr(self, name)}")
         if self.n_embd % (2 * self.n_head):
             raise InputError(f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head}")
         if outside := [layer for layer in self.attn_layers if not 0 <= layer < self.n_layer]:
@@ -121,27 +139,53 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, -x1 * sin + x2 * cos), -1).type_as(x)
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Every token attends to itself and to the window - 1 tokens before it, or with window 0 to all of them.
+
+    q, k, v: (B, n_head, T, head_dim) to the same. O(T window): queries of a block of `window` tokens need the keys of
+    their own block and of the one before.
+    """
+    T = q.size(2)
+    W = min(window, T) or T
+    first = F.scaled_dot_product_attention(q[:, :, :W], k[:, :, :W], v[:, :, :W], is_causal=True)
+    if W == T:
+        return first
+    q, k, v = (F.pad(x, (0, 0, 0, -T % W)).unflatten(2, (-1, W)).transpose(1, 2) for x in (q, k, v))
+    k, v = (torch.cat((x[:, :-1], x[:, 1:]), 3) for x in (k, v))  # (B, blocks - 1, n_head, 2 W, head_dim)
+    seen = torch.ones(W, 2 * W, dtype=torch.bool, device=q.device).triu(1).tril(W)  # query i: keys i + 1 ... i + W
+    y = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q[:, 1:], k, v)), attn_mask=seen)
+    y = y.unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2, 3)
+    return torch.cat((first, y), 2)[:, :, :T]
+
+
 class CausalSelfAttention(nn.Module):
+    """forward and step take v0, too: the tokens' value embeddings, (B, T, C) as x is, or None."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
+        self.n_head, self.qk_norm, self.window = config.n_head, config.qk_norm, config.window
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # query | key | value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = self.heads(x, cos, sin)
-        return self.output(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, v0: Tensor | None = None) -> Tensor:
+        return self.output(causal_attention(*self.heads(x, cos, sin, v0), self.window))
 
-    def step(self, x_t: Tensor, cos: Tensor, sin: Tensor, cache: tuple | None, window: int) -> tuple[Tensor, tuple]:
+    def step(self, x_t: Tensor, cos: Tensor, sin: Tensor, cache: tuple | None, window: int, v0: Tensor | None = None):
         """forward token by token, x_t (B, C) to the same; the cache, None at first, is of the last `window` keys and
-        values."""
-        q, k, v = self.heads(x_t[:, None], cos, sin)
+        values, or of as many as the model's own window has."""
+        window = min(window, self.window or window)
+        q, k, v = self.heads(x_t[:, None], cos, sin, v0)
         if cache is not None:
             k, v = (torch.cat((old, new), 2)[:, :, -window:] for old, new in zip(cache, (k, v)))
         return self.output(F.scaled_dot_product_attention(q, k, v))[:, 0], (k, v)
 
-    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1))
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.c_attn(x).chunk(3, -1)
+        if v0 is not None:
+            v = v + v0.type_as(v)
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, k, v))
+        if self.qk_norm:
+            q, k = rmsnorm(q), rmsnorm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def output(self, y: Tensor) -> Tensor:
@@ -153,9 +197,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 # What is kept for backward with --recompute 1: results of matrix products, attention and convolution.
@@ -175,61 +220,83 @@ def keep_products():
 
 
 class Block(nn.Module):
-    """Mixer, then MLP, each on the normed residual stream. The mixer is the config's for this layer."""
+    """Mixer, then MLP, each on the normed residual stream. The mixer is the config's for this layer.
+
+    With embedding_residual the stream x comes in as a x + b x0, where x0 is the embedding; v0 is of CausalSelfAttention.
+    """
 
     recompute = False  # what is cheap to compute, in backward again instead of keeping it
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.mixer_scale = (2 * config.n_layer) ** -0.5
+        self.mixer_scale = config.mixer_scale
+        self.embedding_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_residual else None  # a, b
         if config.mixer_of(layer) == "attn":
             self.mixer = CausalSelfAttention(config)
         else:
             self.mixer = AFNO1D(**config.afno_arguments())
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None = None, v0: Tensor | None = None):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.residual, x, rotary, use_reentrant=False, preserve_rng_state=False,
+            return checkpoint(self.residual, x, rotary, x0, v0, use_reentrant=False, preserve_rng_state=False,
                               context_fn=keep_products)
-        return self.residual(x, rotary)
+        return self.residual(x, rotary, x0, v0)
 
-    def residual(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def residual(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None, v0: Tensor | None) -> Tensor:
+        x = self.input(x, x0)
         h = rmsnorm(x)
-        return self.output(x, self.mixer(h, *rotary) if isinstance(self.mixer, CausalSelfAttention) else self.mixer(h))
+        attention = isinstance(self.mixer, CausalSelfAttention)
+        return self.output(x, self.mixer(h, *rotary, v0) if attention else self.mixer(h))
 
-    def step(self, x_t: Tensor, rotary: tuple[Tensor, Tensor], state: tuple | None, window: int):
-        """forward token by token: (x_t (B, C), state of the mixer, None at first) to the same."""
+    def step(self, x_t: Tensor, rotary: tuple[Tensor, Tensor], state: tuple | None, window: int,
+             x0_t: Tensor | None = None, v0: Tensor | None = None):
+        """forward token by token: (x_t (B, C), state of the mixer, None at first) to the same; v0 is (B, 1, C)."""
+        x_t = self.input(x_t, x0_t)
         h = rmsnorm(x_t)
         if isinstance(self.mixer, CausalSelfAttention):
-            h, state = self.mixer.step(h, *rotary, state, window)
+            h, state = self.mixer.step(h, *rotary, state, window, v0)
         else:
             h, state = self.mixer.step(h, state)
         return self.output(x_t, h), state
+
+    def input(self, x: Tensor, x0: Tensor | None) -> Tensor:
+        return x if self.embedding_mix is None else self.embedding_mix[0] * x + self.embedding_mix[1] * x0
 
     def output(self, x: Tensor, h: Tensor) -> Tensor:
         x = x + self.mixer_scale * h
         return x + self.mlp(rmsnorm(x))
 
 
-def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool):
-    """Losses of some rows, (rows,), and d loss / d logits, which is softmax(logits) minus one at the target.
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """The head's products as they enter the softmax: within +-cap, smoothly (0: as they are), and never in bf16."""
+    full = logits.float() if logits.dtype == torch.bfloat16 else logits
+    return cap * torch.tanh(full / cap) if cap else full
+
+
+def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool, cap: float = 0.0):
+    """Losses of some rows, (rows,), and d loss / d logits, which is softmax(logits) minus one at the target, times the
+    slope of soft_cap.
 
     logits: (rows, >= vocab_size), columns beyond are padding; targets: (rows,).
     """
-    full = logits[:, :vocab_size]
-    log_prob = F.log_softmax(full.float() if full.dtype == torch.bfloat16 else full, -1)
-    hit = log_prob.gather(1, targets[:, None])
+    capped = soft_cap(logits[:, :vocab_size], cap)
+    log_prob, targets = F.log_softmax(capped, -1), targets[:, None]
+    hit = log_prob.gather(1, targets)
     if not with_gradient:
         return -hit[:, 0], None
-    gradient = log_prob.exp_().to(logits.dtype)
+    gradient, at_target = log_prob.exp_(), hit.exp() - 1
+    if cap:
+        slope = 1 - (capped / cap).square()
+        gradient, at_target = gradient * slope, at_target * slope.gather(1, targets)
+    gradient = gradient.to(logits.dtype)
     if padding := logits.size(1) - vocab_size:
         gradient = F.pad(gradient, (0, padding))
-    return -hit[:, 0], gradient.scatter_(1, targets[:, None], (hit.exp() - 1).to(logits.dtype))
+    return -hit[:, 0], gradient.scatter_(1, targets, at_target.to(logits.dtype))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """cross-entropy(x @ weight.T, targets) in chunks of rows: the (N, vocab_size) logits never exist at once.
+    """cross-entropy(soft_cap(x @ weight.T), targets) in chunks of rows: the (N, vocab_size) logits never exist at once.
 
     x: (N, C); weight: (vocab_size, C); targets: (N,), -1 does not count. Returns the mean, and the loss of every row,
     (N,), without gradient. The gradient of a mean cross-entropy needs nothing from above but one factor, so forward
@@ -238,7 +305,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk_function, with_gradient):
+    def forward(ctx, x, weight, targets, chunk_function, with_gradient, cap=0.0):
         on_gpu, vocab_size = x.is_cuda, weight.size(0)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         # The stored vocabulary is not padded, the operand is: tensor cores want rows of aligned length.
@@ -252,7 +319,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, x.size(0), rows):
             part = slice(i, i + rows)
             h = x[part].to(dtype)
-            losses[part], dlogits = chunk_function(h @ w.T, targets[part].clamp(min=0), vocab_size, with_gradient)
+            losses[part], dlogits = chunk_function(h @ w.T, targets[part].clamp(min=0), vocab_size, with_gradient, cap)
             if with_gradient:
                 dx[part] = (dlogits @ w) * counts[part]
                 dw += (dlogits.T @ (h * counts[part].to(dtype)))[:vocab_size]
@@ -266,7 +333,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         dx, dw = ctx.saved_tensors
-        return dx * gradient, dw * gradient, None, None, None
+        return dx * gradient, dw * gradient, None, None, None, None
 
 
 class FourierGate(nn.Module):
@@ -293,12 +360,26 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # one tensor, with nn.Linear's initialisation
+        # one tensor, or two that begin alike, with nn.Linear's initialisation
+        weight = self.lm_head.weight
+        self.transformer.wte.weight = weight if config.tied_head else nn.Parameter(weight.detach().clone())
+        tables = []  # which begin as wte does
         if config.position == "learned":
             self.transformer.wpe = nn.Embedding(config.sequence_length, config.n_embd)
-            nn.init.uniform_(self.transformer.wpe.weight, -config.n_embd**-0.5, config.n_embd**-0.5)  # as wte
+            tables.append(self.transformer.wpe)
         elif config.position == "fourier":
             self.transformer.wpe = FourierGate(config.n_embd)
+        if config.value_embeddings:
+            self.transformer.vte = nn.ModuleDict({
+                str(layer): nn.Embedding(config.vocab_size, config.n_embd)
+                for layer in range(config.n_layer) if config.mixer_of(layer) == "attn"})
+            tables += self.transformer.vte.values()
+        for table in tables:
+            nn.init.uniform_(table.weight, -config.n_embd**-0.5, config.n_embd**-0.5)
+        if config.zero_init:  # a tied head is no "lm_head" among the parameters, but the embedding
+            for name, p in self.named_parameters():
+                if name.endswith(("c_proj.weight", "lm_head.weight")):
+                    nn.init.zeros_(p)
         self.cross_entropy_chunk = cross_entropy_chunk
 
     def compile(self):
@@ -331,13 +412,19 @@ class GPT(nn.Module):
                 x = self.transformer.wpe(x, g).type_as(x)
             else:
                 x = x + g * math.sqrt(2 / (3 * C))  # sines have mean square 1/2, embeddings at initialisation 1/(3C)
-        return x, rotary_tables(position, C // n_head)
+        return rmsnorm(x) if self.config.embedding_norm else x, rotary_tables(position, C // n_head)
+
+    def for_layer(self, layer: int, idx: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What block `layer` takes beside the stream: x0, the embeddings x, and v0, of the tokens idx (B, T)."""
+        has_table = self.config.value_embeddings and self.config.mixer_of(layer) == "attn"
+        return x if self.config.embedding_residual else None, self.transformer.vte[str(layer)](idx) if has_table else None
 
     def hidden(self, idx: Tensor) -> Tensor:
         """Normed hidden states before the head: idx (B, T) of tokens to (B, T, C)."""
-        x, rotary = self.embed(idx, 0)
-        for block in self.transformer.h:
-            x = block(x, rotary)
+        embedding, rotary = self.embed(idx, 0)
+        x = embedding
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, rotary, *self.for_layer(layer, idx, embedding))
         return rmsnorm(x)
 
     @torch.no_grad()
@@ -347,10 +434,12 @@ class GPT(nn.Module):
         The same numbers as hidden's, but that attention looks back at most `window` tokens. A state is used once.
         """
         t, states = state or (0, [None] * self.config.n_layer)
-        x, rotary = self.embed(idx_t[:, None], t)
-        x, states = x[:, 0], list(states)
+        embedding, rotary = self.embed(idx_t[:, None], t)
+        x = embedding = embedding[:, 0]
+        states = list(states)
         for layer, block in enumerate(self.transformer.h):
-            x, states[layer] = block.step(x, rotary, states[layer], window)
+            beside = self.for_layer(layer, idx_t[:, None], embedding)
+            x, states[layer] = block.step(x, rotary, states[layer], window, *beside)
         return rmsnorm(x), (t + 1, states)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True):
@@ -358,12 +447,17 @@ class GPT(nn.Module):
         mean loss or None)."""
         x = self.hidden(idx)
         loss = None if targets is None else self.loss(x, targets)[0]
-        return (self.lm_head(x) if return_logits else None), loss
+        return (self.logits(x) if return_logits else None), loss
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states (..., C) to (..., vocab_size)."""
+        return soft_cap(self.lm_head(x), self.config.logit_softcap)
 
     def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss, and every target's, (B, T), without gradient: of hidden states (B, T, C), targets (B, T)."""
         mean, losses = LinearCrossEntropy.apply(x.view(-1, x.size(-1)), self.lm_head.weight, targets.reshape(-1),
-                                                self.cross_entropy_chunk, torch.is_grad_enabled())
+                                                self.cross_entropy_chunk, torch.is_grad_enabled(),
+                                                self.config.logit_softcap)
         return mean, losses.view(targets.shape)
 
 
@@ -609,6 +703,11 @@ class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
             p.grad.zero_()  # in place: a graph reads its inputs where they were
 
 
+def embedding_tables(model: GPT) -> set[nn.Parameter]:
+    """Of tokens, positions, values; a tied head is among them."""
+    return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+
+
 def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
     """adamw: one AdamW for everything, the baseline. muon: Muon for the blocks' projections, AdamW for the rest.
 
@@ -811,9 +910,13 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def flops_per_token(model: GPT, T: int) -> float:
-    """Forward and backward, as usual: 6 a parameter, 6 C T a layer of causal attention; convolutions are free."""
-    attention = sum(model.config.mixer_of(layer) == "attn" for layer in range(model.config.n_layer))
-    return 6 * sum(p.numel() for p in model.parameters()) + 6 * attention * model.config.n_embd * T
+    """Forward and backward, as usual: 6 a parameter, those of tables that are only looked up left out, and 12 C for every
+    key a query sees, T/2 on average in causal attention; convolutions are free."""
+    config = model.config
+    attention = sum(config.mixer_of(layer) == "attn" for layer in range(config.n_layer))
+    multiplied = {*model.parameters()} - embedding_tables(model) | {model.lm_head.weight}
+    W = min(config.window, T) or T
+    return 6 * sum(p.numel() for p in multiplied) + 12 * attention * config.n_embd * (W - W**2 / (2 * T))
 
 
 # -----------------------------------------------------------------------------
@@ -1153,7 +1256,7 @@ def generate(model: GPT, text: str, args, T: int, runtime: Runtime):
         token = tokens[-1]
         for _ in range(args.max_new_tokens):
             hidden, state = model.step(torch.tensor([token], device=runtime.device), state, T)
-            token = sample(model.lm_head(hidden[0]).float().cpu(), args, generator)
+            token = sample(model.logits(hidden[0]).cpu(), args, generator)
             print(decoder.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
     print(decoder.decode(b"", final=True))
 
