@@ -222,7 +222,7 @@ def keep_products():
 class Block(nn.Module):
     """Mixer, then MLP, each on the normed residual stream. The mixer is the config's for this layer.
 
-    With embedding_residual the stream x comes in as a x + b x0, where x0 is the embedding; v0 is of CausalSelfAttention.
+    With embedding_residual the stream comes in as a x + b x0, where x0 is the embedding; v0 is CausalSelfAttention's.
     """
 
     recompute = False  # what is cheap to compute, in backward again instead of keeping it
@@ -416,8 +416,9 @@ class GPT(nn.Module):
 
     def for_layer(self, layer: int, idx: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What block `layer` takes beside the stream: x0, the embeddings x, and v0, of the tokens idx (B, T)."""
+        x0 = x if self.config.embedding_residual else None
         has_table = self.config.value_embeddings and self.config.mixer_of(layer) == "attn"
-        return x if self.config.embedding_residual else None, self.transformer.vte[str(layer)](idx) if has_table else None
+        return x0, self.transformer.vte[str(layer)](idx) if has_table else None
 
     def hidden(self, idx: Tensor) -> Tensor:
         """Normed hidden states before the head: idx (B, T) of tokens to (B, T, C)."""
@@ -508,6 +509,19 @@ def refuse_leaks(hidden, T: int, B: int, vocab_size: int, device: torch.device):
         if leaks := (~(change[:cut] == 0)).nonzero().flatten().tolist():
             raise InputError(f"causality check: the model leaks, refusing to train: hidden state {leaks[0]} is the "
                              f"first that changes with the tokens from position {cut} on")
+
+
+@contextlib.contextmanager
+def without_zeros(model: GPT):
+    """Weights that begin at zero would hide a leak: meanwhile they are random, from a generator of their own."""
+    zeros = [p for p in model.parameters() if not p.any()]
+    with torch.no_grad():
+        for p in zeros:
+            p.copy_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1234)))
+    yield
+    with torch.no_grad():
+        for p in zeros:
+            p.zero_()
 
 
 # -----------------------------------------------------------------------------
@@ -708,10 +722,12 @@ def embedding_tables(model: GPT) -> set[nn.Parameter]:
     return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
-def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float, embedding_lr: float | None = None,
+                    head_lr: float | None = None, rest_lr: float | None = None) -> list[torch.optim.Optimizer]:
     """adamw: one AdamW for everything, the baseline. muon: Muon for the blocks' projections, AdamW for the rest.
 
     AFNO's MLPs, many small matrices, are among the rest: Muon brings them nothing and takes time (lessons.md).
+    Where one of AdamW's three learning rates is given, embeddings, an untied head and the rest are groups of their own.
     """
     stacks = {}
     if name == "muon":
@@ -721,22 +737,46 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
             elif key.endswith(".weight"):
                 stacks[p] = 1
     rest = {name: p for name, p in model.named_parameters() if p not in stacks}
-    # poles, bands and thresholds are places and logarithms, for which zero is no neutral value: they do not decay
-    places = [name for name in rest if name.endswith(("angle", "centre", "log_decay", "log_width", "log_threshold"))]
-    groups = [dict(params=[p for name, p in rest.items() if name not in places])]
-    if places:
-        groups.append(dict(params=[rest[name] for name in places], weight_decay=0.0))
-    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)]
+    # poles, bands and thresholds are places and logarithms, for which zero is no neutral value, nor is it for the
+    # residual's factor, which begins at one: they do not decay
+    places = ("angle", "centre", "log_decay", "log_width", "log_threshold", "embedding_mix")
+    rates, tables, groups = dict(embedding=embedding_lr, head=head_lr, rest=rest_lr), embedding_tables(model), {}
+    for key, p in rest.items():
+        kind = "rest"
+        if any(rates.values()):
+            kind = "embedding" if p in tables else "head" if p is model.lm_head.weight else "rest"
+        groups.setdefault((kind, key.endswith(places)), []).append(p)
+    groups = [dict(params=parameters, lr=rates[kind] or learning_rate, weight_decay=0.0 if is_place else weight_decay)
+              for (kind, is_place), parameters in groups.items()]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
     if stacks:
         optimizers.append(MatrixMuon(list(stacks.items()), lr=learning_rate, weight_decay=weight_decay))
     return optimizers
 
 
-def learning_rate_factor(step: int, num_iterations: int, warmup_iters: int, warmdown_iters: int) -> float:
-    """The factor for the update that follows `step` updates: rising, constant, linear to zero."""
+COOLDOWNS = {  # by the share of the warmdown that is left, r
+    "linear": lambda r: r,
+    "sqrt": lambda r: 1 - math.sqrt(1 - r),  # Haegele et al., 2024: steep first, flat at the end
+    "cosine": lambda r: (1 - math.cos(math.pi * r)) / 2,
+}
+
+
+def learning_rate_factor(step: int, num_iterations: int, warmup_iters: int, warmdown_iters: int,
+                         cooldown: str = "linear", final: float = 0.0) -> float:
+    """The factor for the update that follows `step` updates: rising to 1, constant, falling to `final`."""
     if step < warmup_iters:
         return (step + 1) / warmup_iters
-    return min(1.0, (num_iterations - step) / max(warmdown_iters, 1))
+    return final + (1 - final) * COOLDOWNS[cooldown](min(1.0, (num_iterations - step) / max(warmdown_iters, 1)))
+
+
+def phase_at(phases: tuple[tuple, ...], step: int, num_iterations: int):
+    """What holds for the update that follows `step` updates: phases are (value, share of the steps), in their order."""
+    end = 0.0
+    for value, share in phases:
+        end += share
+        if step < round(end * num_iterations):
+            break
+    return value
 
 
 # -----------------------------------------------------------------------------
@@ -910,8 +950,8 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def flops_per_token(model: GPT, T: int) -> float:
-    """Forward and backward, as usual: 6 a parameter, those of tables that are only looked up left out, and 12 C for every
-    key a query sees, T/2 on average in causal attention; convolutions are free."""
+    """Forward and backward, as usual: 6 a parameter (tables that are only looked up have none) and 12 C a key that a
+    query of attention sees, T/2 on average without a window; convolutions are free."""
     config = model.config
     attention = sum(config.mixer_of(layer) == "attn" for layer in range(config.n_layer))
     multiplied = {*model.parameters()} - embedding_tables(model) | {model.lm_head.weight}
@@ -965,17 +1005,32 @@ def caught_signals():
             signal.signal(signum, handler)
 
 
+def schedules(args, T: int, world: int) -> tuple[tuple, tuple]:
+    """phase_at's phases: sequence lengths, and how many micro-batches a rank adds up in a step. Raises InputError."""
+    B, total = args.batch_size, args.grad_accumulation_steps
+    lengths, factors = args.curriculum or ((T, 1.0),), args.batch_schedule or ((1.0, 1.0),)
+    if total % world:
+        raise InputError(f"--grad_accumulation_steps must be a multiple of the {world} ranks, got {total}")
+    if lengths[-1][0] != T:
+        raise InputError(f"--curriculum must end with --sequence_length {T}, got {lengths[-1][0]}")
+    if uneven := [length for length, _ in lengths if B * T % length]:
+        raise InputError(f"--curriculum: lengths must divide the {B * T} tokens of a micro-batch (--batch_size {B} x "
+                         f"--sequence_length {T}), got {uneven[0]}")
+    counts = tuple((round(factor * total / world), share) for factor, share in factors)
+    for (factor, _), (count, _) in zip(factors, counts):
+        if count < 1 or not math.isclose(count * world, factor * total):
+            raise InputError(f"--batch_schedule: factor x --grad_accumulation_steps must be {world}, {2 * world}, "
+                             f"{3 * world}, ... (of {world} ranks each as many), got {factor:g} x {total}")
+    return lengths, counts
+
+
 def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_dir: Path, signals: list[int]) -> int:
     """Train until num_iterations, target_val_loss, max_seconds or a signal; returns the exit status."""
     from tqdm import tqdm
 
     device, rank, world = runtime.device, runtime.rank, runtime.world
     B, T, total_steps = args.batch_size, config.sequence_length, args.num_iterations
-    accumulation = args.grad_accumulation_steps // world
-    tokens_per_step = B * T * args.grad_accumulation_steps
-    if args.grad_accumulation_steps % world:
-        raise InputError(f"--grad_accumulation_steps must be a multiple of the {world} ranks, "
-                         f"got {args.grad_accumulation_steps}")
+    lengths, accumulation = schedules(args, T, world)
     step, position = (saved["step"], saved["position"]) if saved else (0, 0)  # updates done, tokens consumed
     if step > total_steps:
         raise InputError(f"--num_iterations must be >= {step}, the step of the checkpoint, got {total_steps}")
@@ -1006,12 +1061,17 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     model = GPT(config).to(device)
     for block in model.transformer.h:
         block.recompute = bool(args.recompute)
-    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay, args.embedding_lr,
+                                 args.head_lr, args.rest_lr)
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]  # at a factor of 1
     train_time = compile_time = past_wall = 0.0
     if saved:
         load_weights(model, saved.pop("model"), output_dir)
         for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
             decays = [group["weight_decay"] for group in optimizer.param_groups]
+            if len(decays) != len(state["param_groups"]):
+                raise InputError("--embedding_lr, --head_lr and --rest_lr make groups of parameters: give one from the "
+                                 f"first step on, or none; {relative(str(output_dir))} began otherwise")
             optimizer.load_state_dict(state)
             for group, decay in zip(optimizer.param_groups, decays):
                 group["weight_decay"] = decay  # the flag's, not the checkpoint's
@@ -1025,13 +1085,16 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     if config.mixer == "afno":
         say("afno: " + ", ".join(f"{name} {value}" for name, value in config.afno_arguments().items()))
         say(f"convolution: {conv_path(device, runtime.dtype)[1]}")
-    passes = (total_steps - step) * tokens_per_step / len(stream)
+    passes = sum(phase_at(accumulation, i, total_steps) for i in range(step, total_steps)) * world * B * T / len(stream)
     say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens, {passes:.3g} passes to come; validation: {relative(args.input_val_bin)}, "
         f"{val_tokens:,} targets of {len(val_stream) - 1:,}")
-    say(f"steps: {total_steps} of {tokens_per_step:,} tokens ({args.grad_accumulation_steps} x {B} x {T}); "
+    accumulated = args.grad_accumulation_steps
+    say(f"steps: {total_steps} of {accumulated * B * T:,} tokens ({accumulated} x {B} x {T}); "
         f"optimizer {args.optimizer}, learning rate {args.learning_rate}, warmup {args.warmup_iters}, "
         f"warmdown {args.warmdown_iters}, weight decay {args.weight_decay}, grad clip {args.grad_clip}, "
         f"recompute {args.recompute}")
+    recipe = {name: getattr(args, name) for name, usual in RECIPE.items() if getattr(args, name) != usual}
+    say("recipe: " + (", ".join(f"{name} {value}" for name, value in recipe.items()) or "as the baseline's"))
     say(f"device: {device.type}, {str(runtime.dtype).removeprefix('torch.')}, compile {int(runtime.compile)}; "
         f"output: {relative(str(output_dir))}")
 
@@ -1039,23 +1102,26 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     begin = time.perf_counter()
     if runtime.compile:
         model.compile()
-    with runtime.autocast():  # with gradients and, where it is compiled, in the shape that trains: on that very graph
-        refuse_leaks(model.hidden, T, B if runtime.compile else 1, config.vocab_size, device)
+    to_come = dict.fromkeys(phase_at(lengths, i, total_steps) for i in range(step, total_steps + 1))
+    for length in to_come:  # with gradients and, where it is compiled, in the shape that trains: on that very graph
+        with without_zeros(model), runtime.autocast():
+            refuse_leaks(model.hidden, length, B * T // length if runtime.compile else 1, config.vocab_size, device)
     say("causality check: hidden states before an exchanged token are bit-identical "
         f"({time.perf_counter() - begin:.1f} s)")
     wrapped = DistributedDataParallel(model) if world > 1 else model
     if runtime.compile:
-        tokens = random_tokens((B, T), config.vocab_size).to(device)
-        with runtime.autocast():
-            wrapped(tokens, tokens, return_logits=False)[1].backward()
-        model.zero_grad()
+        for length in to_come:
+            tokens = random_tokens((B * T // length, length), config.vocab_size).to(device)
+            with runtime.autocast():
+                wrapped(tokens, tokens, return_logits=False)[1].backward()
+            model.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
         compile_time += time.perf_counter() - begin
         say(f"compiled in {time.perf_counter() - begin:.1f} s")
     matmul_rate = measure_matmul_rate(device, runtime.dtype) * world
     say(f"matmul rate: {matmul_rate / 1e12:.4g} TFLOP/s measured on this device, the 100% of mfu")
-    flops = flops_per_token(model, T)
+    flops = {length: flops_per_token(model, length) for length in to_come}
 
     bar = tqdm(total=total_steps, initial=step, desc=config.mixer, disable=rank > 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 30)
@@ -1076,18 +1142,18 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     def interrupted() -> bool:
         return runtime.any_rank(bool(signals))
 
-    def forward_backward(batches) -> Tensor | None:
-        """Losses (world, accumulation) of a step, gradients in the parameters; None if a signal came in between."""
-        losses = torch.zeros(world, accumulation, device=device)
+    def forward_backward(batches, length: int) -> Tensor | None:
+        """Losses (world, len(batches)) of a step, gradients in the parameters; None if a signal came in between."""
+        losses = torch.zeros(world, len(batches), device=device)
         for i, (x, y) in enumerate(batches):
             if interrupted():
                 return None  # the step has changed nothing yet: giving it up is quicker than waiting for its end
             # gradients travel between ranks once a step
-            sync = contextlib.nullcontext() if world == 1 or i == accumulation - 1 else wrapped.no_sync()
+            sync = contextlib.nullcontext() if world == 1 or i == len(batches) - 1 else wrapped.no_sync()
             with sync:
                 with runtime.autocast():
-                    _, loss = wrapped(x, y, return_logits=False)
-                (loss / accumulation).backward()
+                    _, loss = wrapped(x.view(-1, length), y.view(-1, length), return_logits=False)
+                (loss / len(batches)).backward()
             losses[rank, i] = loss.detach()
         return losses
 
@@ -1104,7 +1170,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         nonlocal pending, mark, train_time
         if pending is None:
             return
-        done, began_at, factor, figures, ended = pending
+        done, began_at, ended_at, length, factor, figures, ended = pending
         pending = None
         if device.type == "cpu":
             seconds = ended - mark
@@ -1120,10 +1186,11 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             diverged(done, f"{what}, micro-batch at {stream.where(began_at + (bad or 0) * B * T)}",
                      done - 1 if bad is not None else done)
         if rank == 0:
-            loss, rate = sum(losses) / len(losses), tokens_per_step / seconds
-            log.metric(step=done, tokens=began_at + tokens_per_step, train_loss=loss, lr=factor * args.learning_rate,
-                       grad_norm=grad_norm, tokens_per_s=rate, mfu=rate * flops / matmul_rate,
-                       train_time_s=train_time, peak_memory_bytes=peak_memory(device))
+            loss, rate = sum(losses) / len(losses), (ended_at - began_at) / seconds
+            log.metric(step=done, tokens=ended_at, train_loss=loss, lr=factor * args.learning_rate,
+                       grad_norm=grad_norm, tokens_per_s=rate, mfu=rate * flops[length] / matmul_rate,
+                       train_time_s=train_time, peak_memory_bytes=peak_memory(device),
+                       **(dict(sequence_length=length) if args.curriculum else {}))
             bar.set_postfix(loss=f"{loss:.4f}", tok_s=f"{rate:,.0f}", refresh=False)
             bar.update(done - bar.n)
 
@@ -1169,7 +1236,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         batches = []
         if not last and reached is None:
             try:  # all of the step's data before any of its work
-                batches = [loader.next() for _ in range(accumulation)]
+                batches = [loader.next() for _ in range(phase_at(accumulation, step, total_steps))]
             except InputError as bad_data:
                 error = bad_data
         late = args.max_seconds is not None and time.perf_counter() - START > args.max_seconds
@@ -1177,17 +1244,19 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             save()
             break
 
-        losses = forward_backward(batches)
+        length = phase_at(lengths, step, total_steps)
+        losses = forward_backward(batches, length)
         if losses is None:
             continue
         grads = [p.grad for p in model.parameters()]
         grad_norm = torch.nn.utils.get_total_norm(grads)
         if args.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.grad_clip, grad_norm)
-        factor = learning_rate_factor(step, total_steps, args.warmup_iters, args.warmdown_iters)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = factor * args.learning_rate
+        factor = learning_rate_factor(step, total_steps, args.warmup_iters, args.warmdown_iters, args.cooldown,
+                                      args.final_lr_fraction)
+        for optimizer, full in zip(optimizers, rates):
+            for group, rate in zip(optimizer.param_groups, full):
+                group["lr"] = factor * rate
             optimizer.step()
             optimizer.zero_grad()
         if world > 1:
@@ -1197,10 +1266,10 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             figures = torch.empty(figures.shape, pin_memory=True).copy_(figures, non_blocking=True)
         ended = clock()
         flush()
-        pending = (step + 1, position, factor, figures, ended)
+        pending = (step + 1, position, loader.position, length, factor, figures, ended)
         if device.type == "cpu":
             flush()  # nothing is asynchronous there
-        step, position = step + 1, position + tokens_per_step
+        step, position = step + 1, loader.position
 
     bar.close()
     if error is not None:
@@ -1273,6 +1342,11 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
 # -----------------------------------------------------------------------------
 # command line
 
+RECIPE = dict(  # what may be changed about the baseline; as it stands here, nothing is
+    activation="gelu", qk_norm=0, zero_init=0, embedding_norm=0, tied_head=1, logit_softcap=0.0, embedding_residual=0,
+    value_embeddings=0, window=0, mixer_scale=None, curriculum=None, batch_schedule=None, cooldown="linear",
+    final_lr_fraction=0.0, embedding_lr=None, head_lr=None, rest_lr=None,
+)
 DEFAULTS = dict(
     input_bin=None, input_val_bin=None, output_dir=None, model=None, mixer="afno", attn_layers=(), afno_form="filter",
     afno_num_blocks=8, afno_sparsity_threshold=0.01, afno_hard_thresholding_fraction=1.0, afno_filter_length=None,
@@ -1280,7 +1354,7 @@ DEFAULTS = dict(
     position="none", optimizer="adamw", learning_rate=0.0018, warmup_iters=None, warmdown_iters=None, weight_decay=0.1,
     grad_clip=0.0, recompute=0, val_tokens=None, val_batch_size=None, target_val_loss=None, max_seconds=None,
     seed=1337, device="auto", dtype=None, compile=None, resume=None, eval_only=False, generate=None,
-    max_new_tokens=200, temperature=0.8, top_k=50,
+    max_new_tokens=200, temperature=0.8, top_k=50, **RECIPE,
 )
 DEVICE_DEFAULTS = {  # on a GPU the baseline's run, on a CPU what two cores do in minutes
     "cuda": dict(model="d12", batch_size=16, grad_accumulation_steps=32, sequence_length=1024, num_iterations=4768,
@@ -1318,6 +1392,22 @@ def layers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"must be layer numbers such as 3,9, got {text}") from None
 
 
+def shares(kind):
+    """An argparse type: value:share,value:share,... to ((value, share of the steps), ...)."""
+    def parse(text: str):
+        try:
+            parts = [part.split(":") for part in text.split(",")]
+            found = tuple((number(kind, above=0)(value), number(float, above=0)(share)) for value, share in parts)
+        except (ValueError, argparse.ArgumentTypeError):
+            found = ()
+        if not math.isclose(sum(share for _, share in found), 1, abs_tol=1e-6):
+            raise argparse.ArgumentTypeError(f"must be value:share,value:share,... with {kind.__name__} values > 0 and "
+                                             f"shares of the steps > 0 that sum to 1, got {text}")
+        return found
+
+    return parse
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(re.sub(r"^argument ", "", message))
@@ -1345,6 +1435,18 @@ def parse_flags(argv: list[str]) -> dict:
     add("--afno_short_conv", type=number(int, 1), metavar="K", help="taps of the short convolution; 1: none (4)")
     add("--afno_gate", type=int, choices=(0, 1), help="whether the token gates the mixed signal (0)")
     add("--position", choices=POSITIONS, help="what is added to embeddings; attention has rotary anyway (none)")
+    add("--activation", choices=ACTIVATIONS, help="the MLP's; relu2: squared ReLU (gelu)")
+    for name, text in (
+            ("qk_norm", "attention: rmsnorm of each head's query and key (0)"),
+            ("zero_init", "mixers' and MLPs' output projections and an untied head begin at zero (0)"),
+            ("embedding_norm", "rmsnorm after embedding and position (0)"),
+            ("tied_head", "0: the head has its own weights, which begin as a copy of the embedding's, or at zero (1)"),
+            ("embedding_residual", "each block takes a x + b embedding, learned, which begin at 1 and 0 (0)"),
+            ("value_embeddings", "a table a layer of attention, added to its values; AFNO layers have none (0)")):
+        add(f"--{name}", type=int, choices=(0, 1), help=text)
+    add("--logit_softcap", type=number(float, 0), metavar="X", help="logits are X tanh(logits / X); 0: as they come (0)")
+    add("--window", type=number(int, 0), metavar="W", help="tokens that attention sees, itself included; 0: all (0)")
+    add("--mixer_scale", type=number(float, 0), metavar="X", help="factor of the mixer's output ((2 n_layer)^-0.5)")
     add = parser.add_argument_group("device").add_argument
     add("--device", choices=("auto", "cuda", "cpu"), help="(auto: CUDA if there is any)")
     add("--dtype", choices=("bfloat16", "float32"), help="of autocast (bfloat16 on CUDA, float32 on a CPU)")
@@ -1363,7 +1465,16 @@ def parse_flags(argv: list[str]) -> dict:
     add("--optimizer", choices=("adamw", "muon"), help="muon: for the blocks' projections, AdamW for the rest (adamw)")
     add("--learning_rate", type=number(float, above=0), metavar="X", help="of AdamW and Muon alike (0.0018)")
     add("--warmup_iters", type=number(int, 0), metavar="N", help="rising (256/4768 of num_iterations)")
-    add("--warmdown_iters", type=number(int, 0), metavar="N", help="falling to zero (1024/4768 of num_iterations)")
+    add("--warmdown_iters", type=number(int, 0), metavar="N", help="falling (1024/4768 of num_iterations)")
+    add("--cooldown", choices=COOLDOWNS, help="how it falls; sqrt: 1 - sqrt of the warmdown's share done (linear)")
+    add("--final_lr_fraction", type=number(float, 0, below=1), metavar="X", help="of the learning rate, at the end (0)")
+    for name, of in (("embedding", "embeddings"), ("head", "an untied head"), ("rest", "all else but Muon's matrices")):
+        add(f"--{name}_lr", type=number(float, above=0), metavar="X", help=f"AdamW's for {of} (learning_rate)")
+    add("--curriculum", type=shares(int), metavar="T:SHARE,...",
+        help="sequence lengths, each for a share of the steps, such as 256:0.5,1024:0.5; rows grow to the same tokens, "
+        "the last one is --sequence_length (none)")
+    add("--batch_schedule", type=shares(float), metavar="X:SHARE,...",
+        help="factors of grad_accumulation_steps, each for a share of the steps, such as 0.25:0.3,1:0.7 (none)")
     add("--weight_decay", type=number(float, 0), metavar="X", help="on all weights (0.1)")
     add("--recompute", type=int, choices=(0, 1), help="1 keeps products, attention and convolutions alone for backward and "
         "computes what is between them again: less memory, a little slower (0)")
@@ -1467,9 +1578,13 @@ def main(argv: list[str]) -> int:
             raise InputError(f"--output_dir {relative(str(folder))} holds a run: add --resume auto, or name another")
     if config.mixer == "afno" and config.afno_form == "reference":
         raise InputError(f"--afno_form reference is not causal, choose one of {', '.join(FORMS[:-1])}")
-    if config.mixer == "afno" and config.afno_form == "dyadic" and config.sequence_length <= DyadicOperator.near_length:
-        raise InputError(f"--sequence_length must be > {DyadicOperator.near_length} to train --afno_form dyadic, whose MLP "
-                         f"sees completed blocks only, got {config.sequence_length}")
+    if values["head_lr"] and config.tied_head:
+        raise InputError("--head_lr needs --tied_head 0: a tied head is the embedding, whose flag is --embedding_lr")
+    shortest = min(length for length, _ in values["curriculum"] or ((config.sequence_length, 1.0),))
+    if config.mixer == "afno" and config.afno_form == "dyadic" and shortest <= DyadicOperator.near_length:
+        flag = "curriculum" if values["curriculum"] else "sequence_length"
+        raise InputError(f"--{flag} must be > {DyadicOperator.near_length} to train --afno_form dyadic, whose MLP sees "
+                         f"completed blocks only, got {shortest}")
     values["sequence_length"] = config.sequence_length
 
     args = argparse.Namespace(**values, to_save={name: relative(value) if name in DATA_FLAGS else value
