@@ -1444,7 +1444,7 @@ def parse_flags(argv: list[str]) -> dict:
             ("embedding_residual", "each block takes a x + b embedding, learned, which begin at 1 and 0 (0)"),
             ("value_embeddings", "a table a layer of attention, added to its values; AFNO layers have none (0)")):
         add(f"--{name}", type=int, choices=(0, 1), help=text)
-    add("--logit_softcap", type=number(float, 0), metavar="X", help="logits are X tanh(logits / X); 0: as they come (0)")
+    add("--logit_softcap", type=number(float, 0), metavar="X", help="logits are X tanh(logits / X); 0: as they are (0)")
     add("--window", type=number(int, 0), metavar="W", help="tokens that attention sees, itself included; 0: all (0)")
     add("--mixer_scale", type=number(float, 0), metavar="X", help="factor of the mixer's output ((2 n_layer)^-0.5)")
     add = parser.add_argument_group("device").add_argument
