@@ -241,7 +241,8 @@ def test_every_field_of_the_recipe_is_off_by_default():
 RECIPE = "--activation relu2 --qk_norm 1 --zero_init 1 --embedding_norm 1 --tied_head 0 --logit_softcap 15 " \
          "--embedding_residual 1 --value_embeddings 1 --window 5 --mixer_scale 1 --cooldown sqrt " \
          "--final_lr_fraction 0.1 --embedding_lr 0.01 --head_lr 0.002 --rest_lr 0.003"
-PHASES = "--num_iterations 10 --grad_accumulation_steps 2 --curriculum 4:0.3,8:0.3,16:0.4 --batch_schedule 0.5:0.4,1:0.6"
+PHASES = "--num_iterations 10 --grad_accumulation_steps 2 --curriculum 4:0.3,8:0.3,16:0.4 " \
+         "--batch_schedule 0.5:0.4,1:0.6"
 
 
 def recorded(monkeypatch, stop_at: int | None = None) -> list:
@@ -283,7 +284,7 @@ def test_a_run_stopped_between_phases_and_resumed_equals_uninterrupted(data, tmp
     stopped = newest(tmp_path / "run")
     assert stopped["step"] in (5, 6) and stopped["position"] == 32 * (6 if stopped["step"] == 5 else 8)
     batches = recorded(monkeypatch)
-    main(["--output_dir", str(tmp_path / "run"), "--resume", "auto", "--device", "cpu"])  # the flags are the checkpoint's
+    main(["--output_dir", str(tmp_path / "run"), "--resume", "auto", "--device", "cpu"])
     assert batches[0][0].size(1) == (8 if stopped["step"] == 5 else 16)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert_same(newest(tmp_path / "run"), newest(tmp_path / "whole"))
@@ -291,7 +292,7 @@ def test_a_run_stopped_between_phases_and_resumed_equals_uninterrupted(data, tmp
 
 def test_learning_rates_follow_one_schedule(data, tmp_path, monkeypatch):
     made, make = [], train_gpt2_afno.make_optimizers
-    monkeypatch.setattr(train_gpt2_afno, "make_optimizers", lambda *arguments: made.append(make(*arguments)) or made[-1])
+    monkeypatch.setattr(train_gpt2_afno, "make_optimizers", lambda *given: made.append(make(*given)) or made[-1])
     main(flags(data, tmp_path / "run", f"{RECIPE} --optimizer muon --num_iterations 4"))
     factor = 0.1 + 0.9 * (1 - 0.5**0.5)  # the last update of a warmdown of two
     adamw, muon = ([group["lr"] for group in optimizer.param_groups] for optimizer in made[-1])
@@ -528,13 +529,13 @@ def test_two_ranks_give_one_processs_losses(data, tmp_path):
     ("--head_lr 0.1", "--head_lr needs --tied_head 0: a tied head is the embedding, whose flag is --embedding_lr"),
     ("--embedding_lr 0", "--embedding_lr: must be a finite number > 0, got 0"),
     ("--curriculum 8:0.5,16", "--curriculum: must be value:share,.* sum to 1, got 8:0.5,16"),
-    ("--curriculum 8:0.5,16:0.6", "--curriculum: must be .* with int values > 0 and shares of the steps > 0 that sum to 1"),
+    ("--curriculum 8:0.5,16:0.6", "--curriculum: must be .* with int values > 0 and shares .* that sum to 1"),
     ("--curriculum 0:0.5,16:0.5", "--curriculum: must be .* with int values > 0"),
     ("--curriculum 8:0.5,12:0.5", "--curriculum must end with --sequence_length 16, got 12"),
     ("--curriculum 7:0.5,16:0.5", r"--curriculum: lengths must divide the 32 tokens of a micro-batch \(.*\), got 7"),
     ("--curriculum 8:0.5,128:0.5 --afno_form dyadic --sequence_length 128", "--curriculum must be > 64 .*, got 8"),
     ("--batch_schedule nan:1", "--batch_schedule: must be value:share,.* got nan:1"),
-    ("--batch_schedule 0.5:0.5,1:0.5", r"--batch_schedule: factor x --grad_accumulation_steps must be 1, 2, 3, .* 0.5 x 1"),
+    ("--batch_schedule 0.5:0.5,1:0.5", r"--batch_schedule: factor x --grad_accumulation_steps must be 1, 2, .* 0.5 x 1"),
     ("--resume auto", "--resume: no readable checkpoint"),
     ("--resume nothing.pt", "--resume nothing.pt: no readable checkpoint"),
 ))
