@@ -51,6 +51,7 @@ MODELS = {  # n_layer, n_head, n_embd; d12 to d48 are GPT-2's sizes, d4 is for C
     "d48": (48, 25, 1600),
 }
 MIXERS, POSITIONS = ("attn", "afno"), ("none", "learned", "sinusoidal", "fourier")
+ACTIVATIONS = {"gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}  # relu2: So et al., 2021, "Primer"
 
 
 @dataclass
@@ -75,17 +76,34 @@ class GPTConfig:
     afno_short_conv: int = 4
     afno_gate: int = 0
     position: str = "none"  # rotary stays inside attention, whatever this says
+    activation: str = "gelu"
+    qk_norm: int = 0
+    zero_init: int = 0
+    embedding_norm: int = 0
+    tied_head: int = 1
+    logit_softcap: float = 0.0  # 0: none
+    embedding_residual: int = 0
+    value_embeddings: int = 0
+    window: int = 0  # of attention, in tokens; 0: all before
+    mixer_scale: float | None = None  # None: (2 n_layer)^-0.5
 
     def __post_init__(self):
         self.attn_layers = tuple(self.attn_layers)
+        if self.mixer_scale is None:
+            self.mixer_scale = (2 * self.n_layer) ** -0.5
         if self.afno_filter_length is None:
             self.afno_filter_length = self.sequence_length
-        for name, allowed in (("mixer", MIXERS), ("position", POSITIONS)):
+        switches = ("qk_norm", "zero_init", "embedding_norm", "tied_head", "embedding_residual", "value_embeddings")
+        for name, allowed in (("mixer", MIXERS), ("position", POSITIONS), ("activation", ACTIVATIONS),
+                              *((name, (0, 1)) for name in switches)):
             if getattr(self, name) not in allowed:
-                raise InputError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
+                raise InputError(f"--{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)}")
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "sequence_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("logit_softcap", "window", "mixer_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name} must be finite and >= 0, got {getattr(self, name)}")
         if self.n_embd % (2 * self.n_head):
             raise InputError(f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head}")
         if outside := [layer for layer in self.attn_layers if not 0 <= layer < self.n_layer]:
@@ -121,27 +139,53 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, -x1 * sin + x2 * cos), -1).type_as(x)
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Every token attends to itself and to the window - 1 tokens before it, or with window 0 to all of them.
+
+    q, k, v: (B, n_head, T, head_dim) to the same. O(T window): queries of a block of `window` tokens need the keys of
+    their own block and of the one before.
+    """
+    T = q.size(2)
+    W = min(window, T) or T
+    first = F.scaled_dot_product_attention(q[:, :, :W], k[:, :, :W], v[:, :, :W], is_causal=True)
+    if W == T:
+        return first
+    q, k, v = (F.pad(x, (0, 0, 0, -T % W)).unflatten(2, (-1, W)).transpose(1, 2) for x in (q, k, v))
+    k, v = (torch.cat((x[:, :-1], x[:, 1:]), 3) for x in (k, v))  # (B, blocks - 1, n_head, 2 W, head_dim)
+    seen = torch.ones(W, 2 * W, dtype=torch.bool, device=q.device).triu(1).tril(W)  # query i: keys i + 1 ... i + W
+    y = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q[:, 1:], k, v)), attn_mask=seen)
+    y = y.unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2, 3)
+    return torch.cat((first, y), 2)[:, :, :T]
+
+
 class CausalSelfAttention(nn.Module):
+    """forward and step take v0, too: the tokens' value embeddings, (B, T, C) as x is, or None."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
+        self.n_head, self.qk_norm, self.window = config.n_head, config.qk_norm, config.window
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # query | key | value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = self.heads(x, cos, sin)
-        return self.output(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, v0: Tensor | None = None) -> Tensor:
+        return self.output(causal_attention(*self.heads(x, cos, sin, v0), self.window))
 
-    def step(self, x_t: Tensor, cos: Tensor, sin: Tensor, cache: tuple | None, window: int) -> tuple[Tensor, tuple]:
+    def step(self, x_t: Tensor, cos: Tensor, sin: Tensor, cache: tuple | None, window: int, v0: Tensor | None = None):
         """forward token by token, x_t (B, C) to the same; the cache, None at first, is of the last `window` keys and
-        values."""
-        q, k, v = self.heads(x_t[:, None], cos, sin)
+        values, or of as many as the model's own window has."""
+        window = min(window, self.window or window)
+        q, k, v = self.heads(x_t[:, None], cos, sin, v0)
         if cache is not None:
             k, v = (torch.cat((old, new), 2)[:, :, -window:] for old, new in zip(cache, (k, v)))
         return self.output(F.scaled_dot_product_attention(q, k, v))[:, 0], (k, v)
 
-    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1))
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.c_attn(x).chunk(3, -1)
+        if v0 is not None:
+            v = v + v0.type_as(v)
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, k, v))
+        if self.qk_norm:
+            q, k = rmsnorm(q), rmsnorm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def output(self, y: Tensor) -> Tensor:
@@ -153,9 +197,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 # What is kept for backward with --recompute 1: results of matrix products, attention and convolution.
@@ -175,61 +220,83 @@ def keep_products():
 
 
 class Block(nn.Module):
-    """Mixer, then MLP, each on the normed residual stream. The mixer is the config's for this layer."""
+    """Mixer, then MLP, each on the normed residual stream. The mixer is the config's for this layer.
+
+    With embedding_residual the stream comes in as a x + b x0, where x0 is the embedding; v0 is CausalSelfAttention's.
+    """
 
     recompute = False  # what is cheap to compute, in backward again instead of keeping it
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.mixer_scale = (2 * config.n_layer) ** -0.5
+        self.mixer_scale = config.mixer_scale
+        self.embedding_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_residual else None  # a, b
         if config.mixer_of(layer) == "attn":
             self.mixer = CausalSelfAttention(config)
         else:
             self.mixer = AFNO1D(**config.afno_arguments())
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None = None, v0: Tensor | None = None):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.residual, x, rotary, use_reentrant=False, preserve_rng_state=False,
+            return checkpoint(self.residual, x, rotary, x0, v0, use_reentrant=False, preserve_rng_state=False,
                               context_fn=keep_products)
-        return self.residual(x, rotary)
+        return self.residual(x, rotary, x0, v0)
 
-    def residual(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def residual(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None, v0: Tensor | None) -> Tensor:
+        x = self.input(x, x0)
         h = rmsnorm(x)
-        return self.output(x, self.mixer(h, *rotary) if isinstance(self.mixer, CausalSelfAttention) else self.mixer(h))
+        attention = isinstance(self.mixer, CausalSelfAttention)
+        return self.output(x, self.mixer(h, *rotary, v0) if attention else self.mixer(h))
 
-    def step(self, x_t: Tensor, rotary: tuple[Tensor, Tensor], state: tuple | None, window: int):
-        """forward token by token: (x_t (B, C), state of the mixer, None at first) to the same."""
+    def step(self, x_t: Tensor, rotary: tuple[Tensor, Tensor], state: tuple | None, window: int,
+             x0_t: Tensor | None = None, v0: Tensor | None = None):
+        """forward token by token: (x_t (B, C), state of the mixer, None at first) to the same; v0 is (B, 1, C)."""
+        x_t = self.input(x_t, x0_t)
         h = rmsnorm(x_t)
         if isinstance(self.mixer, CausalSelfAttention):
-            h, state = self.mixer.step(h, *rotary, state, window)
+            h, state = self.mixer.step(h, *rotary, state, window, v0)
         else:
             h, state = self.mixer.step(h, state)
         return self.output(x_t, h), state
+
+    def input(self, x: Tensor, x0: Tensor | None) -> Tensor:
+        return x if self.embedding_mix is None else self.embedding_mix[0] * x + self.embedding_mix[1] * x0
 
     def output(self, x: Tensor, h: Tensor) -> Tensor:
         x = x + self.mixer_scale * h
         return x + self.mlp(rmsnorm(x))
 
 
-def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool):
-    """Losses of some rows, (rows,), and d loss / d logits, which is softmax(logits) minus one at the target.
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """The head's products as they enter the softmax: within +-cap, smoothly (0: as they are), and never in bf16."""
+    full = logits.float() if logits.dtype == torch.bfloat16 else logits
+    return cap * torch.tanh(full / cap) if cap else full
+
+
+def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool, cap: float = 0.0):
+    """Losses of some rows, (rows,), and d loss / d logits, which is softmax(logits) minus one at the target, times the
+    slope of soft_cap.
 
     logits: (rows, >= vocab_size), columns beyond are padding; targets: (rows,).
     """
-    full = logits[:, :vocab_size]
-    log_prob = F.log_softmax(full.float() if full.dtype == torch.bfloat16 else full, -1)
-    hit = log_prob.gather(1, targets[:, None])
+    capped = soft_cap(logits[:, :vocab_size], cap)
+    log_prob, targets = F.log_softmax(capped, -1), targets[:, None]
+    hit = log_prob.gather(1, targets)
     if not with_gradient:
         return -hit[:, 0], None
-    gradient = log_prob.exp_().to(logits.dtype)
+    gradient, at_target = log_prob.exp_(), hit.exp() - 1
+    if cap:
+        slope = 1 - (capped / cap).square()
+        gradient, at_target = gradient * slope, at_target * slope.gather(1, targets)
+    gradient = gradient.to(logits.dtype)
     if padding := logits.size(1) - vocab_size:
         gradient = F.pad(gradient, (0, padding))
-    return -hit[:, 0], gradient.scatter_(1, targets[:, None], (hit.exp() - 1).to(logits.dtype))
+    return -hit[:, 0], gradient.scatter_(1, targets, at_target.to(logits.dtype))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """cross-entropy(x @ weight.T, targets) in chunks of rows: the (N, vocab_size) logits never exist at once.
+    """cross-entropy(soft_cap(x @ weight.T), targets) in chunks of rows: the (N, vocab_size) logits never exist at once.
 
     x: (N, C); weight: (vocab_size, C); targets: (N,), -1 does not count. Returns the mean, and the loss of every row,
     (N,), without gradient. The gradient of a mean cross-entropy needs nothing from above but one factor, so forward
@@ -238,7 +305,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk_function, with_gradient):
+    def forward(ctx, x, weight, targets, chunk_function, with_gradient, cap=0.0):
         on_gpu, vocab_size = x.is_cuda, weight.size(0)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         # The stored vocabulary is not padded, the operand is: tensor cores want rows of aligned length.
@@ -252,7 +319,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, x.size(0), rows):
             part = slice(i, i + rows)
             h = x[part].to(dtype)
-            losses[part], dlogits = chunk_function(h @ w.T, targets[part].clamp(min=0), vocab_size, with_gradient)
+            losses[part], dlogits = chunk_function(h @ w.T, targets[part].clamp(min=0), vocab_size, with_gradient, cap)
             if with_gradient:
                 dx[part] = (dlogits @ w) * counts[part]
                 dw += (dlogits.T @ (h * counts[part].to(dtype)))[:vocab_size]
@@ -266,7 +333,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         dx, dw = ctx.saved_tensors
-        return dx * gradient, dw * gradient, None, None, None
+        return dx * gradient, dw * gradient, None, None, None, None
 
 
 class FourierGate(nn.Module):
@@ -293,12 +360,26 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # one tensor, with nn.Linear's initialisation
+        # one tensor, or two that begin alike, with nn.Linear's initialisation
+        weight = self.lm_head.weight
+        self.transformer.wte.weight = weight if config.tied_head else nn.Parameter(weight.detach().clone())
+        tables = []  # which begin as wte does
         if config.position == "learned":
             self.transformer.wpe = nn.Embedding(config.sequence_length, config.n_embd)
-            nn.init.uniform_(self.transformer.wpe.weight, -config.n_embd**-0.5, config.n_embd**-0.5)  # as wte
+            tables.append(self.transformer.wpe)
         elif config.position == "fourier":
             self.transformer.wpe = FourierGate(config.n_embd)
+        if config.value_embeddings:
+            self.transformer.vte = nn.ModuleDict({
+                str(layer): nn.Embedding(config.vocab_size, config.n_embd)
+                for layer in range(config.n_layer) if config.mixer_of(layer) == "attn"})
+            tables += self.transformer.vte.values()
+        for table in tables:
+            nn.init.uniform_(table.weight, -config.n_embd**-0.5, config.n_embd**-0.5)
+        if config.zero_init:  # a tied head is no "lm_head" among the parameters, but the embedding
+            for name, p in self.named_parameters():
+                if name.endswith(("c_proj.weight", "lm_head.weight")):
+                    nn.init.zeros_(p)
         self.cross_entropy_chunk = cross_entropy_chunk
 
     def compile(self):
@@ -331,13 +412,20 @@ class GPT(nn.Module):
                 x = self.transformer.wpe(x, g).type_as(x)
             else:
                 x = x + g * math.sqrt(2 / (3 * C))  # sines have mean square 1/2, embeddings at initialisation 1/(3C)
-        return x, rotary_tables(position, C // n_head)
+        return rmsnorm(x) if self.config.embedding_norm else x, rotary_tables(position, C // n_head)
+
+    def for_layer(self, layer: int, idx: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What block `layer` takes beside the stream: x0, the embeddings x, and v0, of the tokens idx (B, T)."""
+        x0 = x if self.config.embedding_residual else None
+        has_table = self.config.value_embeddings and self.config.mixer_of(layer) == "attn"
+        return x0, self.transformer.vte[str(layer)](idx) if has_table else None
 
     def hidden(self, idx: Tensor) -> Tensor:
         """Normed hidden states before the head: idx (B, T) of tokens to (B, T, C)."""
-        x, rotary = self.embed(idx, 0)
-        for block in self.transformer.h:
-            x = block(x, rotary)
+        embedding, rotary = self.embed(idx, 0)
+        x = embedding
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, rotary, *self.for_layer(layer, idx, embedding))
         return rmsnorm(x)
 
     @torch.no_grad()
@@ -347,10 +435,12 @@ class GPT(nn.Module):
         The same numbers as hidden's, but that attention looks back at most `window` tokens. A state is used once.
         """
         t, states = state or (0, [None] * self.config.n_layer)
-        x, rotary = self.embed(idx_t[:, None], t)
-        x, states = x[:, 0], list(states)
+        embedding, rotary = self.embed(idx_t[:, None], t)
+        x = embedding = embedding[:, 0]
+        states = list(states)
         for layer, block in enumerate(self.transformer.h):
-            x, states[layer] = block.step(x, rotary, states[layer], window)
+            beside = self.for_layer(layer, idx_t[:, None], embedding)
+            x, states[layer] = block.step(x, rotary, states[layer], window, *beside)
         return rmsnorm(x), (t + 1, states)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True):
@@ -358,12 +448,17 @@ class GPT(nn.Module):
         mean loss or None)."""
         x = self.hidden(idx)
         loss = None if targets is None else self.loss(x, targets)[0]
-        return (self.lm_head(x) if return_logits else None), loss
+        return (self.logits(x) if return_logits else None), loss
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states (..., C) to (..., vocab_size)."""
+        return soft_cap(self.lm_head(x), self.config.logit_softcap)
 
     def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss, and every target's, (B, T), without gradient: of hidden states (B, T, C), targets (B, T)."""
         mean, losses = LinearCrossEntropy.apply(x.view(-1, x.size(-1)), self.lm_head.weight, targets.reshape(-1),
-                                                self.cross_entropy_chunk, torch.is_grad_enabled())
+                                                self.cross_entropy_chunk, torch.is_grad_enabled(),
+                                                self.config.logit_softcap)
         return mean, losses.view(targets.shape)
 
 
@@ -414,6 +509,19 @@ def refuse_leaks(hidden, T: int, B: int, vocab_size: int, device: torch.device):
         if leaks := (~(change[:cut] == 0)).nonzero().flatten().tolist():
             raise InputError(f"causality check: the model leaks, refusing to train: hidden state {leaks[0]} is the "
                              f"first that changes with the tokens from position {cut} on")
+
+
+@contextlib.contextmanager
+def without_zeros(model: GPT):
+    """Weights that begin at zero would hide a leak: meanwhile they are random, from a generator of their own."""
+    zeros = [p for p in model.parameters() if not p.any()]
+    with torch.no_grad():
+        for p in zeros:
+            p.copy_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1234)))
+    yield
+    with torch.no_grad():
+        for p in zeros:
+            p.zero_()
 
 
 # -----------------------------------------------------------------------------
@@ -609,10 +717,17 @@ class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
             p.grad.zero_()  # in place: a graph reads its inputs where they were
 
 
-def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+def embedding_tables(model: GPT) -> set[nn.Parameter]:
+    """Of tokens, positions, values; a tied head is among them."""
+    return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+
+
+def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float, embedding_lr: float | None = None,
+                    head_lr: float | None = None, rest_lr: float | None = None) -> list[torch.optim.Optimizer]:
     """adamw: one AdamW for everything, the baseline. muon: Muon for the blocks' projections, AdamW for the rest.
 
     AFNO's MLPs, many small matrices, are among the rest: Muon brings them nothing and takes time (lessons.md).
+    Where one of AdamW's three learning rates is given, embeddings, an untied head and the rest are groups of their own.
     """
     stacks = {}
     if name == "muon":
@@ -622,22 +737,46 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
             elif key.endswith(".weight"):
                 stacks[p] = 1
     rest = {name: p for name, p in model.named_parameters() if p not in stacks}
-    # poles, bands and thresholds are places and logarithms, for which zero is no neutral value: they do not decay
-    places = [name for name in rest if name.endswith(("angle", "centre", "log_decay", "log_width", "log_threshold"))]
-    groups = [dict(params=[p for name, p in rest.items() if name not in places])]
-    if places:
-        groups.append(dict(params=[rest[name] for name in places], weight_decay=0.0))
-    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)]
+    # poles, bands and thresholds are places and logarithms, for which zero is no neutral value, nor is it for the
+    # residual's factor, which begins at one: they do not decay
+    places = ("angle", "centre", "log_decay", "log_width", "log_threshold", "embedding_mix")
+    rates, tables, groups = dict(embedding=embedding_lr, head=head_lr, rest=rest_lr), embedding_tables(model), {}
+    for key, p in rest.items():
+        kind = "rest"
+        if any(rates.values()):
+            kind = "embedding" if p in tables else "head" if p is model.lm_head.weight else "rest"
+        groups.setdefault((kind, key.endswith(places)), []).append(p)
+    groups = [dict(params=parameters, lr=rates[kind] or learning_rate, weight_decay=0.0 if is_place else weight_decay)
+              for (kind, is_place), parameters in groups.items()]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
     if stacks:
         optimizers.append(MatrixMuon(list(stacks.items()), lr=learning_rate, weight_decay=weight_decay))
     return optimizers
 
 
-def learning_rate_factor(step: int, num_iterations: int, warmup_iters: int, warmdown_iters: int) -> float:
-    """The factor for the update that follows `step` updates: rising, constant, linear to zero."""
+COOLDOWNS = {  # by the share of the warmdown that is left, r
+    "linear": lambda r: r,
+    "sqrt": lambda r: 1 - math.sqrt(1 - r),  # Haegele et al., 2024: steep first, flat at the end
+    "cosine": lambda r: (1 - math.cos(math.pi * r)) / 2,
+}
+
+
+def learning_rate_factor(step: int, num_iterations: int, warmup_iters: int, warmdown_iters: int,
+                         cooldown: str = "linear", final: float = 0.0) -> float:
+    """The factor for the update that follows `step` updates: rising to 1, constant, falling to `final`."""
     if step < warmup_iters:
         return (step + 1) / warmup_iters
-    return min(1.0, (num_iterations - step) / max(warmdown_iters, 1))
+    return final + (1 - final) * COOLDOWNS[cooldown](min(1.0, (num_iterations - step) / max(warmdown_iters, 1)))
+
+
+def phase_at(phases: tuple[tuple, ...], step: int, num_iterations: int):
+    """What holds for the update that follows `step` updates: phases are (value, share of the steps), in their order."""
+    end = 0.0
+    for value, share in phases:
+        end += share
+        if step < round(end * num_iterations):
+            break
+    return value
 
 
 # -----------------------------------------------------------------------------
@@ -811,9 +950,13 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def flops_per_token(model: GPT, T: int) -> float:
-    """Forward and backward, as usual: 6 a parameter, 6 C T a layer of causal attention; convolutions are free."""
-    attention = sum(model.config.mixer_of(layer) == "attn" for layer in range(model.config.n_layer))
-    return 6 * sum(p.numel() for p in model.parameters()) + 6 * attention * model.config.n_embd * T
+    """Forward and backward, as usual: 6 a parameter (tables that are only looked up have none) and 12 C a key that a
+    query of attention sees, T/2 on average without a window; convolutions are free."""
+    config = model.config
+    attention = sum(config.mixer_of(layer) == "attn" for layer in range(config.n_layer))
+    multiplied = {*model.parameters()} - embedding_tables(model) | {model.lm_head.weight}
+    W = min(config.window, T) or T
+    return 6 * sum(p.numel() for p in multiplied) + 12 * attention * config.n_embd * (W - W**2 / (2 * T))
 
 
 # -----------------------------------------------------------------------------
@@ -862,17 +1005,32 @@ def caught_signals():
             signal.signal(signum, handler)
 
 
+def schedules(args, T: int, world: int) -> tuple[tuple, tuple]:
+    """phase_at's phases: sequence lengths, and how many micro-batches a rank adds up in a step. Raises InputError."""
+    B, total = args.batch_size, args.grad_accumulation_steps
+    lengths, factors = args.curriculum or ((T, 1.0),), args.batch_schedule or ((1.0, 1.0),)
+    if total % world:
+        raise InputError(f"--grad_accumulation_steps must be a multiple of the {world} ranks, got {total}")
+    if lengths[-1][0] != T:
+        raise InputError(f"--curriculum must end with --sequence_length {T}, got {lengths[-1][0]}")
+    if uneven := [length for length, _ in lengths if B * T % length]:
+        raise InputError(f"--curriculum: lengths must divide the {B * T} tokens of a micro-batch (--batch_size {B} x "
+                         f"--sequence_length {T}), got {uneven[0]}")
+    counts = tuple((round(factor * total / world), share) for factor, share in factors)
+    for (factor, _), (count, _) in zip(factors, counts):
+        if count < 1 or not math.isclose(count * world, factor * total):
+            raise InputError(f"--batch_schedule: factor x --grad_accumulation_steps must be {world}, {2 * world}, "
+                             f"{3 * world}, ... (of {world} ranks each as many), got {factor:g} x {total}")
+    return lengths, counts
+
+
 def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_dir: Path, signals: list[int]) -> int:
     """Train until num_iterations, target_val_loss, max_seconds or a signal; returns the exit status."""
     from tqdm import tqdm
 
     device, rank, world = runtime.device, runtime.rank, runtime.world
     B, T, total_steps = args.batch_size, config.sequence_length, args.num_iterations
-    accumulation = args.grad_accumulation_steps // world
-    tokens_per_step = B * T * args.grad_accumulation_steps
-    if args.grad_accumulation_steps % world:
-        raise InputError(f"--grad_accumulation_steps must be a multiple of the {world} ranks, "
-                         f"got {args.grad_accumulation_steps}")
+    lengths, accumulation = schedules(args, T, world)
     step, position = (saved["step"], saved["position"]) if saved else (0, 0)  # updates done, tokens consumed
     if step > total_steps:
         raise InputError(f"--num_iterations must be >= {step}, the step of the checkpoint, got {total_steps}")
@@ -903,12 +1061,17 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     model = GPT(config).to(device)
     for block in model.transformer.h:
         block.recompute = bool(args.recompute)
-    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay, args.embedding_lr,
+                                 args.head_lr, args.rest_lr)
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]  # at a factor of 1
     train_time = compile_time = past_wall = 0.0
     if saved:
         load_weights(model, saved.pop("model"), output_dir)
         for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
             decays = [group["weight_decay"] for group in optimizer.param_groups]
+            if len(decays) != len(state["param_groups"]):
+                raise InputError("--embedding_lr, --head_lr and --rest_lr make groups of parameters: give one from the "
+                                 f"first step on, or none; {relative(str(output_dir))} began otherwise")
             optimizer.load_state_dict(state)
             for group, decay in zip(optimizer.param_groups, decays):
                 group["weight_decay"] = decay  # the flag's, not the checkpoint's
@@ -922,13 +1085,16 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     if config.mixer == "afno":
         say("afno: " + ", ".join(f"{name} {value}" for name, value in config.afno_arguments().items()))
         say(f"convolution: {conv_path(device, runtime.dtype)[1]}")
-    passes = (total_steps - step) * tokens_per_step / len(stream)
+    passes = sum(phase_at(accumulation, i, total_steps) for i in range(step, total_steps)) * world * B * T / len(stream)
     say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens, {passes:.3g} passes to come; validation: {relative(args.input_val_bin)}, "
         f"{val_tokens:,} targets of {len(val_stream) - 1:,}")
-    say(f"steps: {total_steps} of {tokens_per_step:,} tokens ({args.grad_accumulation_steps} x {B} x {T}); "
+    accumulated = args.grad_accumulation_steps
+    say(f"steps: {total_steps} of {accumulated * B * T:,} tokens ({accumulated} x {B} x {T}); "
         f"optimizer {args.optimizer}, learning rate {args.learning_rate}, warmup {args.warmup_iters}, "
         f"warmdown {args.warmdown_iters}, weight decay {args.weight_decay}, grad clip {args.grad_clip}, "
         f"recompute {args.recompute}")
+    recipe = {name: getattr(args, name) for name, usual in RECIPE.items() if getattr(args, name) != usual}
+    say("recipe: " + (", ".join(f"{name} {value}" for name, value in recipe.items()) or "as the baseline's"))
     say(f"device: {device.type}, {str(runtime.dtype).removeprefix('torch.')}, compile {int(runtime.compile)}; "
         f"output: {relative(str(output_dir))}")
 
@@ -936,23 +1102,26 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     begin = time.perf_counter()
     if runtime.compile:
         model.compile()
-    with runtime.autocast():  # with gradients and, where it is compiled, in the shape that trains: on that very graph
-        refuse_leaks(model.hidden, T, B if runtime.compile else 1, config.vocab_size, device)
+    to_come = dict.fromkeys(phase_at(lengths, i, total_steps) for i in range(step, total_steps + 1))
+    for length in to_come:  # with gradients and, where it is compiled, in the shape that trains: on that very graph
+        with without_zeros(model), runtime.autocast():
+            refuse_leaks(model.hidden, length, B * T // length if runtime.compile else 1, config.vocab_size, device)
     say("causality check: hidden states before an exchanged token are bit-identical "
         f"({time.perf_counter() - begin:.1f} s)")
     wrapped = DistributedDataParallel(model) if world > 1 else model
     if runtime.compile:
-        tokens = random_tokens((B, T), config.vocab_size).to(device)
-        with runtime.autocast():
-            wrapped(tokens, tokens, return_logits=False)[1].backward()
-        model.zero_grad()
+        for length in to_come:
+            tokens = random_tokens((B * T // length, length), config.vocab_size).to(device)
+            with runtime.autocast():
+                wrapped(tokens, tokens, return_logits=False)[1].backward()
+            model.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
         compile_time += time.perf_counter() - begin
         say(f"compiled in {time.perf_counter() - begin:.1f} s")
     matmul_rate = measure_matmul_rate(device, runtime.dtype) * world
     say(f"matmul rate: {matmul_rate / 1e12:.4g} TFLOP/s measured on this device, the 100% of mfu")
-    flops = flops_per_token(model, T)
+    flops = {length: flops_per_token(model, length) for length in to_come}
 
     bar = tqdm(total=total_steps, initial=step, desc=config.mixer, disable=rank > 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 30)
@@ -973,18 +1142,18 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     def interrupted() -> bool:
         return runtime.any_rank(bool(signals))
 
-    def forward_backward(batches) -> Tensor | None:
-        """Losses (world, accumulation) of a step, gradients in the parameters; None if a signal came in between."""
-        losses = torch.zeros(world, accumulation, device=device)
+    def forward_backward(batches, length: int) -> Tensor | None:
+        """Losses (world, len(batches)) of a step, gradients in the parameters; None if a signal came in between."""
+        losses = torch.zeros(world, len(batches), device=device)
         for i, (x, y) in enumerate(batches):
             if interrupted():
                 return None  # the step has changed nothing yet: giving it up is quicker than waiting for its end
             # gradients travel between ranks once a step
-            sync = contextlib.nullcontext() if world == 1 or i == accumulation - 1 else wrapped.no_sync()
+            sync = contextlib.nullcontext() if world == 1 or i == len(batches) - 1 else wrapped.no_sync()
             with sync:
                 with runtime.autocast():
-                    _, loss = wrapped(x, y, return_logits=False)
-                (loss / accumulation).backward()
+                    _, loss = wrapped(x.view(-1, length), y.view(-1, length), return_logits=False)
+                (loss / len(batches)).backward()
             losses[rank, i] = loss.detach()
         return losses
 
@@ -1001,7 +1170,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         nonlocal pending, mark, train_time
         if pending is None:
             return
-        done, began_at, factor, figures, ended = pending
+        done, began_at, ended_at, length, factor, figures, ended = pending
         pending = None
         if device.type == "cpu":
             seconds = ended - mark
@@ -1017,10 +1186,11 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             diverged(done, f"{what}, micro-batch at {stream.where(began_at + (bad or 0) * B * T)}",
                      done - 1 if bad is not None else done)
         if rank == 0:
-            loss, rate = sum(losses) / len(losses), tokens_per_step / seconds
-            log.metric(step=done, tokens=began_at + tokens_per_step, train_loss=loss, lr=factor * args.learning_rate,
-                       grad_norm=grad_norm, tokens_per_s=rate, mfu=rate * flops / matmul_rate,
-                       train_time_s=train_time, peak_memory_bytes=peak_memory(device))
+            loss, rate = sum(losses) / len(losses), (ended_at - began_at) / seconds
+            log.metric(step=done, tokens=ended_at, train_loss=loss, lr=factor * args.learning_rate,
+                       grad_norm=grad_norm, tokens_per_s=rate, mfu=rate * flops[length] / matmul_rate,
+                       train_time_s=train_time, peak_memory_bytes=peak_memory(device),
+                       **(dict(sequence_length=length) if args.curriculum else {}))
             bar.set_postfix(loss=f"{loss:.4f}", tok_s=f"{rate:,.0f}", refresh=False)
             bar.update(done - bar.n)
 
@@ -1066,7 +1236,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         batches = []
         if not last and reached is None:
             try:  # all of the step's data before any of its work
-                batches = [loader.next() for _ in range(accumulation)]
+                batches = [loader.next() for _ in range(phase_at(accumulation, step, total_steps))]
             except InputError as bad_data:
                 error = bad_data
         late = args.max_seconds is not None and time.perf_counter() - START > args.max_seconds
@@ -1074,17 +1244,19 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             save()
             break
 
-        losses = forward_backward(batches)
+        length = phase_at(lengths, step, total_steps)
+        losses = forward_backward(batches, length)
         if losses is None:
             continue
         grads = [p.grad for p in model.parameters()]
         grad_norm = torch.nn.utils.get_total_norm(grads)
         if args.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.grad_clip, grad_norm)
-        factor = learning_rate_factor(step, total_steps, args.warmup_iters, args.warmdown_iters)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = factor * args.learning_rate
+        factor = learning_rate_factor(step, total_steps, args.warmup_iters, args.warmdown_iters, args.cooldown,
+                                      args.final_lr_fraction)
+        for optimizer, full in zip(optimizers, rates):
+            for group, rate in zip(optimizer.param_groups, full):
+                group["lr"] = factor * rate
             optimizer.step()
             optimizer.zero_grad()
         if world > 1:
@@ -1094,10 +1266,10 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             figures = torch.empty(figures.shape, pin_memory=True).copy_(figures, non_blocking=True)
         ended = clock()
         flush()
-        pending = (step + 1, position, factor, figures, ended)
+        pending = (step + 1, position, loader.position, length, factor, figures, ended)
         if device.type == "cpu":
             flush()  # nothing is asynchronous there
-        step, position = step + 1, position + tokens_per_step
+        step, position = step + 1, loader.position
 
     bar.close()
     if error is not None:
@@ -1153,7 +1325,7 @@ def generate(model: GPT, text: str, args, T: int, runtime: Runtime):
         token = tokens[-1]
         for _ in range(args.max_new_tokens):
             hidden, state = model.step(torch.tensor([token], device=runtime.device), state, T)
-            token = sample(model.lm_head(hidden[0]).float().cpu(), args, generator)
+            token = sample(model.logits(hidden[0]).cpu(), args, generator)
             print(decoder.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
     print(decoder.decode(b"", final=True))
 
@@ -1170,6 +1342,11 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
 # -----------------------------------------------------------------------------
 # command line
 
+RECIPE = dict(  # what may be changed about the baseline; as it stands here, nothing is
+    activation="gelu", qk_norm=0, zero_init=0, embedding_norm=0, tied_head=1, logit_softcap=0.0, embedding_residual=0,
+    value_embeddings=0, window=0, mixer_scale=None, curriculum=None, batch_schedule=None, cooldown="linear",
+    final_lr_fraction=0.0, embedding_lr=None, head_lr=None, rest_lr=None,
+)
 DEFAULTS = dict(
     input_bin=None, input_val_bin=None, output_dir=None, model=None, mixer="afno", attn_layers=(), afno_form="filter",
     afno_num_blocks=8, afno_sparsity_threshold=0.01, afno_hard_thresholding_fraction=1.0, afno_filter_length=None,
@@ -1177,7 +1354,7 @@ DEFAULTS = dict(
     position="none", optimizer="adamw", learning_rate=0.0018, warmup_iters=None, warmdown_iters=None, weight_decay=0.1,
     grad_clip=0.0, recompute=0, val_tokens=None, val_batch_size=None, target_val_loss=None, max_seconds=None,
     seed=1337, device="auto", dtype=None, compile=None, resume=None, eval_only=False, generate=None,
-    max_new_tokens=200, temperature=0.8, top_k=50,
+    max_new_tokens=200, temperature=0.8, top_k=50, **RECIPE,
 )
 DEVICE_DEFAULTS = {  # on a GPU the baseline's run, on a CPU what two cores do in minutes
     "cuda": dict(model="d12", batch_size=16, grad_accumulation_steps=32, sequence_length=1024, num_iterations=4768,
@@ -1215,6 +1392,22 @@ def layers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"must be layer numbers such as 3,9, got {text}") from None
 
 
+def shares(kind):
+    """An argparse type: value:share,value:share,... to ((value, share of the steps), ...)."""
+    def parse(text: str):
+        try:
+            parts = [part.split(":") for part in text.split(",")]
+            found = tuple((number(kind, above=0)(value), number(float, above=0)(share)) for value, share in parts)
+        except (ValueError, argparse.ArgumentTypeError):
+            found = ()
+        if not math.isclose(sum(share for _, share in found), 1, abs_tol=1e-6):
+            raise argparse.ArgumentTypeError(f"must be value:share,value:share,... with {kind.__name__} values > 0 and "
+                                             f"shares of the steps > 0 that sum to 1, got {text}")
+        return found
+
+    return parse
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(re.sub(r"^argument ", "", message))
@@ -1242,6 +1435,18 @@ def parse_flags(argv: list[str]) -> dict:
     add("--afno_short_conv", type=number(int, 1), metavar="K", help="taps of the short convolution; 1: none (4)")
     add("--afno_gate", type=int, choices=(0, 1), help="whether the token gates the mixed signal (0)")
     add("--position", choices=POSITIONS, help="what is added to embeddings; attention has rotary anyway (none)")
+    add("--activation", choices=ACTIVATIONS, help="the MLP's; relu2: squared ReLU (gelu)")
+    for name, text in (
+            ("qk_norm", "attention: rmsnorm of each head's query and key (0)"),
+            ("zero_init", "mixers' and MLPs' output projections and an untied head begin at zero (0)"),
+            ("embedding_norm", "rmsnorm after embedding and position (0)"),
+            ("tied_head", "0: the head has its own weights, which begin as a copy of the embedding's, or at zero (1)"),
+            ("embedding_residual", "each block takes a x + b embedding, learned, which begin at 1 and 0 (0)"),
+            ("value_embeddings", "a table a layer of attention, added to its values; AFNO layers have none (0)")):
+        add(f"--{name}", type=int, choices=(0, 1), help=text)
+    add("--logit_softcap", type=number(float, 0), metavar="X", help="logits are X tanh(logits / X); 0: as they are (0)")
+    add("--window", type=number(int, 0), metavar="W", help="tokens that attention sees, itself included; 0: all (0)")
+    add("--mixer_scale", type=number(float, 0), metavar="X", help="factor of the mixer's output ((2 n_layer)^-0.5)")
     add = parser.add_argument_group("device").add_argument
     add("--device", choices=("auto", "cuda", "cpu"), help="(auto: CUDA if there is any)")
     add("--dtype", choices=("bfloat16", "float32"), help="of autocast (bfloat16 on CUDA, float32 on a CPU)")
@@ -1260,7 +1465,16 @@ def parse_flags(argv: list[str]) -> dict:
     add("--optimizer", choices=("adamw", "muon"), help="muon: for the blocks' projections, AdamW for the rest (adamw)")
     add("--learning_rate", type=number(float, above=0), metavar="X", help="of AdamW and Muon alike (0.0018)")
     add("--warmup_iters", type=number(int, 0), metavar="N", help="rising (256/4768 of num_iterations)")
-    add("--warmdown_iters", type=number(int, 0), metavar="N", help="falling to zero (1024/4768 of num_iterations)")
+    add("--warmdown_iters", type=number(int, 0), metavar="N", help="falling (1024/4768 of num_iterations)")
+    add("--cooldown", choices=COOLDOWNS, help="how it falls; sqrt: 1 - sqrt of the warmdown's share done (linear)")
+    add("--final_lr_fraction", type=number(float, 0, below=1), metavar="X", help="of the learning rate, at the end (0)")
+    for name, of in (("embedding", "embeddings"), ("head", "an untied head"), ("rest", "all else but Muon's matrices")):
+        add(f"--{name}_lr", type=number(float, above=0), metavar="X", help=f"AdamW's for {of} (learning_rate)")
+    add("--curriculum", type=shares(int), metavar="T:SHARE,...",
+        help="sequence lengths, each for a share of the steps, such as 256:0.5,1024:0.5; rows grow to the same tokens, "
+        "the last one is --sequence_length (none)")
+    add("--batch_schedule", type=shares(float), metavar="X:SHARE,...",
+        help="factors of grad_accumulation_steps, each for a share of the steps, such as 0.25:0.3,1:0.7 (none)")
     add("--weight_decay", type=number(float, 0), metavar="X", help="on all weights (0.1)")
     add("--recompute", type=int, choices=(0, 1), help="1 keeps products, attention and convolutions alone for backward and "
         "computes what is between them again: less memory, a little slower (0)")
@@ -1364,9 +1578,13 @@ def main(argv: list[str]) -> int:
             raise InputError(f"--output_dir {relative(str(folder))} holds a run: add --resume auto, or name another")
     if config.mixer == "afno" and config.afno_form == "reference":
         raise InputError(f"--afno_form reference is not causal, choose one of {', '.join(FORMS[:-1])}")
-    if config.mixer == "afno" and config.afno_form == "dyadic" and config.sequence_length <= DyadicOperator.near_length:
-        raise InputError(f"--sequence_length must be > {DyadicOperator.near_length} to train --afno_form dyadic, whose MLP "
-                         f"sees completed blocks only, got {config.sequence_length}")
+    if values["head_lr"] and config.tied_head:
+        raise InputError("--head_lr needs --tied_head 0: a tied head is the embedding, whose flag is --embedding_lr")
+    shortest = min(length for length, _ in values["curriculum"] or ((config.sequence_length, 1.0),))
+    if config.mixer == "afno" and config.afno_form == "dyadic" and shortest <= DyadicOperator.near_length:
+        flag = "curriculum" if values["curriculum"] else "sequence_length"
+        raise InputError(f"--{flag} must be > {DyadicOperator.near_length} to train --afno_form dyadic, whose MLP sees "
+                         f"completed blocks only, got {shortest}")
     values["sequence_length"] = config.sequence_length
 
     args = argparse.Namespace(**values, to_save={name: relative(value) if name in DATA_FLAGS else value

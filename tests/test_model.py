@@ -5,11 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import test_causality
 from data.text_to_bin import InputError
-from train_gpt2_afno import (GPT, MODELS, POSITIONS, FallbackMuon, GPTConfig, LinearCrossEntropy, MatrixMuon,
-                             cross_entropy_chunk, learning_rate_factor, loss_by_position, make_optimizers,
-                             random_tokens, rotary_tables)
+from train_gpt2_afno import (GPT, MODELS, POSITIONS, FallbackMuon, GPTConfig, LinearCrossEntropy, MatrixMuon, Runtime,
+                             causal_attention, cross_entropy_chunk, flops_per_token, learning_rate_factor,
+                             loss_by_position, make_optimizers, phase_at, random_tokens, rotary_tables, without_zeros)
 
+RECIPE = dict(activation="relu2", qk_norm=1, zero_init=1, embedding_norm=1, tied_head=0, logit_softcap=2.0,
+              embedding_residual=1, value_embeddings=1, window=7, mixer_scale=0.8)
 TINY = dict(vocab_size=97, n_layer=3, n_head=2, n_embd=16, sequence_length=24, afno_num_blocks=4)
 
 
@@ -47,11 +50,13 @@ def test_recomputing_changes_memory_and_no_gradient(compile):
 # the baseline: NoCap-Test's d12
 
 
-def baseline(weights: dict, idx, n_layer: int, n_head: int):
-    """Logits of the NoCap-Test model, head by head and position by position, from a state_dict in float64."""
+def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False):
+    """Logits of the NoCap-Test model, head by head and position by position, from a state_dict in float64; or of
+    RECIPE's."""
     norm = lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    x = weights["lm_head.weight"][idx]
+    x = x0 = norm(weights["transformer.wte.weight"][idx]) if recipe else weights["lm_head.weight"][idx]
     T, C = x.shape[1:]
+    unseen = torch.ones(T, T).triu(1) + (torch.ones(T, T).tril(-7) if recipe else 0)
     d = C // n_head
     angle = torch.arange(T).double()[:, None] / 10000 ** (torch.arange(d // 2).double() * 2 / d)
 
@@ -62,17 +67,24 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int):
     for layer in range(n_layer):
         w = {name: weights[f"transformer.h.{layer}.{name}.weight"]
              for name in ("mixer.c_attn", "mixer.c_proj", "mlp.c_fc", "mlp.c_proj")}
+        if recipe:
+            x = torch.stack((x, x0), -1) @ weights[f"transformer.h.{layer}.embedding_mix"]
         q, k, v = (norm(x) @ w["mixer.c_attn"].T).split(C, -1)
+        if recipe:
+            v = v + weights[f"transformer.vte.{layer}.weight"][idx]
         heads = []
         for head in range(n_head):
             part = slice(head * d, (head + 1) * d)
-            scores = rotary(q[..., part]) @ rotary(k[..., part]).mT / math.sqrt(d)
-            scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+            q_head, k_head = (norm(z[..., part]) if recipe else z[..., part] for z in (q, k))
+            scores = rotary(q_head) @ rotary(k_head).mT / math.sqrt(d)
+            scores = scores.masked_fill(unseen.bool(), -torch.inf)
             heads.append(scores.softmax(-1) @ v[..., part])
-        x = x + torch.cat(heads, -1) @ w["mixer.c_proj"].T / math.sqrt(2 * n_layer)
+        x = x + torch.cat(heads, -1) @ w["mixer.c_proj"].T * (0.8 if recipe else 1 / math.sqrt(2 * n_layer))
         hidden = norm(x) @ w["mlp.c_fc"].T
-        x = x + (hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))) @ w["mlp.c_proj"].T
-    return norm(x) @ weights["lm_head.weight"].T
+        hidden = hidden.clamp(min=0) ** 2 if recipe else hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        x = x + hidden @ w["mlp.c_proj"].T
+    logits = norm(x) @ weights["lm_head.weight"].T
+    return 2 * torch.tanh(logits / 2) if recipe else logits
 
 
 def test_attention_model_is_the_baseline():
@@ -82,6 +94,73 @@ def test_attention_model_is_the_baseline():
     assert relative(logits, expected) < 1e-12
     assert abs(loss - F.cross_entropy(expected.flatten(0, 1), idx.roll(-1, 1).flatten())) < 1e-12
     assert model.transformer.wte.weight is model.lm_head.weight
+
+
+def test_the_recipe_is_its_formulas():
+    model, idx = tiny(mixer="attn", **RECIPE).double(), random_tokens((2, 24), 97)
+    test_causality.perturb(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(20 if name.endswith(("c_proj.weight", "lm_head.weight")) else 1)  # what began at zero counts, too
+    logits, loss = model(idx, idx.roll(-1, 1))
+    expected = baseline(model.state_dict(), idx, n_layer=3, n_head=2, recipe=True)
+    assert relative(logits, expected) < 1e-12 and expected.abs().max() > 1
+    assert abs(loss - F.cross_entropy(expected.flatten(0, 1), idx.roll(-1, 1).flatten())) < 1e-12
+
+
+def test_initialisations_of_the_recipe():
+    plain, idx = tiny(), random_tokens((2, 24), 97)
+    untied = tiny(tied_head=0)  # begins as the tied model does
+    assert torch.equal(untied(idx)[0], plain(idx)[0])
+    assert untied.lm_head.weight is not untied.transformer.wte.weight
+    mixed = tiny(embedding_residual=1)
+    assert torch.equal(mixed(idx)[0], plain(idx)[0])
+    zero = tiny(zero_init=1, tied_head=0, attn_layers=(1,))
+    assert {name for name, p in zero.named_parameters() if p.ndim == 2 and not p.any()} == {"lm_head.weight"} | {
+        f"transformer.h.{layer}.{part}.c_proj.weight" for layer in range(3) for part in ("mixer", "mlp")}
+    assert tiny(zero_init=1).lm_head.weight.any()  # tied: the embedding
+
+
+def test_weights_that_begin_at_zero_are_random_during_the_check_alone():
+    model, state = tiny(**RECIPE), torch.get_rng_state()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with without_zeros(model):
+        assert all(p.any() for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_recipe_is_causal():
+    for options in (dict(attn_layers=(1,)), dict(mixer="attn")):
+        for T in (2, 50):
+            config = GPTConfig(**test_causality.SMALL, **RECIPE, **options, sequence_length=T)
+            table = test_causality.check(config, [Runtime(torch.device("cpu"), torch.float32, compile=False)])
+            assert all(row[-1] for row in table), table
+
+
+def test_the_recipe_recomputes():
+    model, idx = tiny(attn_layers=(1,), **RECIPE).double(), random_tokens((2, 24), 97)
+    test_causality.perturb(model)
+    gradients = []
+    for recompute in (False, True):
+        for block in model.transformer.h:
+            block.recompute = recompute
+        loss = model(idx, idx.roll(-1, 1), return_logits=False)[1]
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(relative(again, kept) < 1e-12 for again, kept in zip(*gradients))
+
+
+@pytest.mark.parametrize("window", (1, 4, 7, 30))
+def test_windowed_attention(window):
+    for T in (1, 4, 5, 20, 29):
+        generator = torch.Generator().manual_seed(T)
+        q, k, v, above = torch.randn(4, 2, 3, T, 8, dtype=torch.float64, generator=generator).requires_grad_()
+        distance = torch.arange(T)[:, None] - torch.arange(T)
+        scores = (q @ k.mT / math.sqrt(8)).masked_fill((distance < 0) | (distance >= window), -torch.inf)
+        expected, got = scores.softmax(-1) @ v, causal_attention(q, k, v, window)
+        assert relative(got, expected) < 1e-13
+        for a, b in zip(*(torch.autograd.grad(y, (q, k, v), above, retain_graph=True) for y in (got, expected))):
+            assert (a - b).norm() < 1e-12
 
 
 def test_a_block_scales_its_mixer_like_the_baseline():
@@ -158,6 +237,21 @@ def test_token_by_token_gives_the_same_hidden_states(position, options):
     assert relative(torch.stack(hidden, 1), model.hidden(idx)) < 1e-10
 
 
+@pytest.mark.parametrize("name", (*RECIPE, "all"))
+def test_token_by_token_with_the_recipe(name):
+    options = RECIPE if name == "all" else {name: RECIPE[name]}
+    model, idx = tiny(attn_layers=(1,), **options).double(), random_tokens((2, 40), 97)
+    test_causality.perturb(model)
+    state, hidden = None, []
+    for t in range(idx.size(1)):
+        h_t, state = model.step(idx[:, t], state, window=150)
+        hidden.append(h_t)
+    assert relative(torch.stack(hidden, 1), model.hidden(idx)) < 1e-10
+    assert relative(model.logits(torch.stack(hidden, 1)), model(idx)[0]) < 1e-10
+    keys = state[1][1][0]
+    assert keys.size(2) == (7 if "window" in options else 40)
+
+
 def test_attention_looks_back_at_most_a_window():
     attention = tiny(mixer="attn").double().transformer.h[0].mixer
     x, cache = torch.randn(1, 20, 16, dtype=torch.float64), None
@@ -182,6 +276,10 @@ def test_learned_positions_end_with_their_table():
     (dict(afno_routing="data"), "--afno_routing must be one of frequency, position, got data"),
     (dict(afno_sparsity_threshold=-1.0), r"--afno_sparsity_threshold must be in \[0, 1e6\]"),
     (dict(afno_hard_thresholding_fraction=2.0), r"--afno_hard_thresholding_fraction must be in \(0, 1\]"),
+    (dict(activation="swish"), "--activation must be one of gelu, relu2, got swish"),
+    (dict(qk_norm=2), "--qk_norm must be one of 0, 1, got 2"), (dict(tied_head=-1), "--tied_head must be one of 0, 1"),
+    (dict(logit_softcap=-1.0), "--logit_softcap must be finite and >= 0, got -1"),
+    (dict(window=-1), "--window must be finite and >= 0"), (dict(mixer_scale=math.nan), "--mixer_scale .* got nan"),
     (dict(afno_filter_length=0), "--afno_filter_length must be an integer >= 1"),
 ))
 def test_a_bad_config_names_the_flag(options, message):
@@ -206,6 +304,21 @@ def test_chunked_loss_and_gradients(dtype, bound, ignored):
     assert (losses - expected).abs().max() <= bound * 10 and not losses.requires_grad
     expected = expected.sum() / max(300 - ignored, 1)
     assert abs(loss - expected) <= bound * 10
+    for got, wanted in zip(torch.autograd.grad(3 * loss, (x, weight)), torch.autograd.grad(3 * expected, (x, weight))):
+        assert (got - wanted).norm() <= bound * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype, bound", ((torch.float64, 1e-13), (torch.float32, 1e-5)))
+def test_soft_capped_loss_and_gradients(dtype, bound):
+    torch.manual_seed(0)
+    x = torch.randn(300, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(97, 8, dtype=dtype, requires_grad=True)
+    targets = random_tokens((300,), 97)
+    targets[:5] = -1
+    loss, _ = LinearCrossEntropy.apply(x, weight, targets, cross_entropy_chunk, True, 2.5)
+    logits = 2.5 * torch.tanh(x.double() @ weight.double().T / 2.5)
+    expected = F.cross_entropy(logits, targets, ignore_index=-1)
+    assert abs(loss - expected) <= 10 * bound
     for got, wanted in zip(torch.autograd.grad(3 * loss, (x, weight)), torch.autograd.grad(3 * expected, (x, weight))):
         assert (got - wanted).norm() <= bound * wanted.norm()
 
@@ -319,6 +432,22 @@ def test_every_parameter_is_trained_once(name, attn_layers):
     assert [key for key, p in model.named_parameters() if torch.equal(p, before[key])] == []
 
 
+@pytest.mark.parametrize("name", ("adamw", "muon"))
+def test_learning_rates_by_group(name):
+    model = tiny(attn_layers=(1,), position="learned", tied_head=0, value_embeddings=1, embedding_residual=1)
+    optimizers = make_optimizers(model, name, 0.01, 0.1, 0.3, 0.004, None)
+    rate = {p: (group["lr"], group["weight_decay"]) for group in optimizers[0].param_groups for p in group["params"]}
+    expected = {"transformer.wte.weight": 0.3, "transformer.wpe.weight": 0.3, "transformer.vte.1.weight": 0.3,
+                "lm_head.weight": 0.004}
+    for key, p in model.named_parameters():
+        if p in rate:
+            assert rate.pop(p) == (expected.get(key, 0.01), 0.0 if key.endswith("embedding_mix") else 0.1), key
+    assert not rate
+    if name == "muon":  # query, key, value and output; value and output; two of the MLP: nothing of what is new
+        (group,) = optimizers[1].param_groups
+        assert len(group["params"]) == 4 + 2 * 2 + 3 * 2 and group["lr"] == 0.01
+
+
 def test_adamw_decays_every_parameter_like_the_baseline():
     (optimizer,) = make_optimizers(tiny(mixer="attn"), "adamw", 0.0018, 0.1)
     (group,) = optimizer.param_groups
@@ -341,3 +470,25 @@ def test_schedule_is_the_baselines():
     assert factor(0) == 1 / 256 and factor(255) == 1 and factor(256) == factor(3743) == 1
     assert factor(3744) == 1 and factor(3745) == 1023 / 1024 and factor(4767) == 1 / 1024
     assert learning_rate_factor(0, 1, 0, 0) == 1
+
+
+@pytest.mark.parametrize("cooldown, middle", (("linear", 0.5), ("sqrt", 1 - 0.5**0.5), ("cosine", 0.5)))
+def test_cooldowns(cooldown, middle):
+    factor = lambda step, final=0.0: learning_rate_factor(step, 100, 10, 40, cooldown, final)
+    assert factor(0) == 0.1 and factor(9) == factor(60) == factor(30) == 1 and factor(100) == 0
+    assert abs(factor(80) - middle) < 1e-12 and abs(factor(80, 0.2) - (0.2 + 0.8 * middle)) < 1e-12
+    assert factor(100, 0.2) == 0.2 and abs(factor(60, 0.2) - 1) < 1e-12
+    assert all(factor(step) >= factor(step + 1) for step in range(9, 100))
+
+
+def test_phases_share_out_the_steps():
+    phases = ((512, 0.3), (1024, 0.3), (4096, 0.4))
+    assert [phase_at(phases, step, 10) for step in range(11)] == [512] * 3 + [1024] * 3 + [4096] * 5
+    assert phase_at(((1, 1 / 3), (2, 1 / 3), (3, 1 / 3)), 99, 100) == 3 == phase_at(phases[:0] + ((3, 1.0),), 0, 1)
+
+
+def test_flops_of_the_recipe():
+    count = lambda T=100, **options: flops_per_token(tiny(mixer="attn", **options), T)
+    assert count(tied_head=0) == count(value_embeddings=1) == count(window=100) == count(window=200) == count()
+    seen = sum(min(t + 1, 10) for t in range(1000)) / 1000  # keys a query, on average
+    assert abs(count(T=1000) - count(T=1000, window=10) - 12 * 3 * 16 * (500 - seen)) < 12 * 3 * 16

@@ -216,6 +216,108 @@ def test_max_seconds_saves_and_stops(data, tmp_path):
     assert newest(tmp_path / "run")["step"] == 6
 
 
+@pytest.mark.parametrize("more, expected", (
+    ("", (10.824837685, 10.911375046, 10.717338562, 10.489603043, 10.382436752)),
+    ("--optimizer muon", (10.824837685, 10.936245918, 10.776676178, 10.625667572, 10.556259155)),
+    ("--mixer attn", (10.878825188, 10.858886719, 10.798175812, 10.588490486, 10.594739914)),
+))
+def test_without_a_recipe_losses_are_those_of_before_there_was_one(data, tmp_path, more, expected):
+    main(flags(data, tmp_path / "run", f"--num_iterations 5 {more}"))
+    assert [loss for _, loss in losses(tmp_path / "run")] == pytest.approx(expected, rel=1e-5)
+    assert "recipe: as the baseline's\n" in (tmp_path / "run/train.log").read_text()
+
+
+def test_every_field_of_the_recipe_is_off_by_default():
+    config = GPTConfig()
+    for name, value in train_gpt2_afno.RECIPE.items():
+        assert train_gpt2_afno.DEFAULTS[name] == value
+        assert name == "mixer_scale" or getattr(config, name, value) == value
+    assert config.mixer_scale == 24**-0.5
+
+
+# -----------------------------------------------------------------------------
+# the recipe's schedules
+
+RECIPE = "--activation relu2 --qk_norm 1 --zero_init 1 --embedding_norm 1 --tied_head 0 --logit_softcap 15 " \
+         "--embedding_residual 1 --value_embeddings 1 --window 5 --mixer_scale 1 --cooldown sqrt " \
+         "--final_lr_fraction 0.1 --embedding_lr 0.01 --head_lr 0.002 --rest_lr 0.003"
+PHASES = "--num_iterations 10 --grad_accumulation_steps 2 --curriculum 4:0.3,8:0.3,16:0.4 " \
+         "--batch_schedule 0.5:0.4,1:0.6"
+
+
+def recorded(monkeypatch, stop_at: int | None = None) -> list:
+    """The batches (x, y) that are trained on from now on; the run is asked to stop in micro-batch stop_at."""
+    batches, forward = [], GPT.forward
+
+    def recording(self, idx, targets=None, return_logits=True):
+        batches.append((idx, targets))
+        if len(batches) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, idx, targets, return_logits)
+
+    monkeypatch.setattr(GPT, "forward", recording)
+    return batches
+
+
+def test_schedules_read_every_token_once_and_in_order(data, tmp_path, monkeypatch):
+    batches = recorded(monkeypatch)
+    main(flags(data, tmp_path / "run", PHASES))
+    counts, lengths = [1] * 4 + [2] * 6, [4] * 3 + [8] * 3 + [16] * 4
+    assert [x.shape for x, _ in batches] == [(32 // T, T) for T, count in zip(lengths, counts) for _ in range(count)]
+    x, y = (torch.cat([batch[part].flatten() for batch in batches]) for part in range(2))
+    stream = TokenStream(f"{data}/train_*.bin", 50257, "input_bin")
+    assert torch.equal(x, stream.read(0, 512)) and torch.equal(y, stream.read(1, 512))
+    lines = [line for line in metrics(tmp_path / "run") if "train_loss" in line]
+    assert [line["tokens"] for line in lines] == (32 * np.cumsum(counts)).tolist()
+    assert [line["sequence_length"] for line in lines] == lengths
+    assert [line["tokens"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [0, 96, 256, 448, 512]
+    assert newest(tmp_path / "run")["position"] == 512
+    assert "1.17 passes to come" in (tmp_path / "run/train.log").read_text()
+
+
+def test_a_run_stopped_between_phases_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatch):
+    options = f"{RECIPE} {PHASES} --optimizer muon --attn_layers 0,1"
+    main(flags(data, tmp_path / "whole", options))
+    with monkeypatch.context() as patch:
+        recorded(patch, stop_at=7)  # the 6th step, the last one of length 8
+        assert main(flags(data, tmp_path / "run", options)) == 128 + signal.SIGTERM
+    stopped = newest(tmp_path / "run")
+    assert stopped["step"] in (5, 6) and stopped["position"] == 32 * (6 if stopped["step"] == 5 else 8)
+    batches = recorded(monkeypatch)
+    main(["--output_dir", str(tmp_path / "run"), "--resume", "auto", "--device", "cpu"])
+    assert batches[0][0].size(1) == (8 if stopped["step"] == 5 else 16)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert_same(newest(tmp_path / "run"), newest(tmp_path / "whole"))
+
+
+def test_learning_rates_follow_one_schedule(data, tmp_path, monkeypatch):
+    made, make = [], train_gpt2_afno.make_optimizers
+    monkeypatch.setattr(train_gpt2_afno, "make_optimizers", lambda *given: made.append(make(*given)) or made[-1])
+    main(flags(data, tmp_path / "run", f"{RECIPE} --optimizer muon --num_iterations 4"))
+    factor = 0.1 + 0.9 * (1 - 0.5**0.5)  # the last update of a warmdown of two
+    adamw, muon = ([group["lr"] for group in optimizer.param_groups] for optimizer in made[-1])
+    assert adamw == pytest.approx([factor * lr for lr in (0.01, 0.003, 0.003, 0.002)]) and muon == [factor * 0.0018]
+    assert [line["lr"] for line in metrics(tmp_path / "run") if "train_loss" in line][-1] == factor * 0.0018
+    main(flags(data, tmp_path / "run", "--resume auto --num_iterations 6 --embedding_lr 0.02"))
+    assert made[-1][0].param_groups[0]["lr"] == pytest.approx(factor * 0.02)  # the flag's, not the checkpoint's
+
+
+def test_learning_rates_by_group_are_not_for_half_a_run(data, tmp_path):
+    main(flags(data, tmp_path / "run", "--num_iterations 1"))
+    with pytest.raises(InputError, match="--embedding_lr, --head_lr and --rest_lr make groups .*, or none"):
+        main(flags(data, tmp_path / "run", "--resume auto --embedding_lr 0.01"))
+
+
+def test_every_phase_is_checked_before_the_first_step(data, tmp_path, monkeypatch):
+    def leaks_at_8(mixer, x):
+        return x.roll(-1, 1) if x.size(1) == 8 else x
+
+    monkeypatch.setattr(AFNO1D, "forward", leaks_at_8)
+    with pytest.raises(InputError, match="the model leaks, refusing to train"):  # also behind weights of zero
+        main(flags(data, tmp_path / "run", f"{PHASES} --zero_init 1"))
+    assert not losses(tmp_path / "run")
+
+
 # -----------------------------------------------------------------------------
 # data
 
@@ -418,6 +520,22 @@ def test_two_ranks_give_one_processs_losses(data, tmp_path):
     ("--attn_layers one", "--attn_layers: must be layer numbers such as 3,9, got one"),
     ("--no_such_flag 1", "unrecognized arguments: --no_such_flag 1"),
     ("--seed 99999999999999999999", "--seed: must be an integer >= 0 and < 9223372036854775808, got 9"),
+    ("--activation swish", "--activation: invalid choice: 'swish'"),
+    ("--tied_head 2", "--tied_head: invalid choice: 2"),
+    ("--logit_softcap -1", "--logit_softcap: must be a finite number >= 0, got -1"),
+    ("--window -1", "--window: must be an integer >= 0, got -1"),
+    ("--mixer_scale nan", "--mixer_scale: must be a finite number >= 0, got nan"),
+    ("--final_lr_fraction 1", "--final_lr_fraction: must be a finite number >= 0 and < 1, got 1"),
+    ("--head_lr 0.1", "--head_lr needs --tied_head 0: a tied head is the embedding, whose flag is --embedding_lr"),
+    ("--embedding_lr 0", "--embedding_lr: must be a finite number > 0, got 0"),
+    ("--curriculum 8:0.5,16", "--curriculum: must be value:share,.* sum to 1, got 8:0.5,16"),
+    ("--curriculum 8:0.5,16:0.6", "--curriculum: must be .* with int values > 0 and shares .* that sum to 1"),
+    ("--curriculum 0:0.5,16:0.5", "--curriculum: must be .* with int values > 0"),
+    ("--curriculum 8:0.5,12:0.5", "--curriculum must end with --sequence_length 16, got 12"),
+    ("--curriculum 7:0.5,16:0.5", r"--curriculum: lengths must divide the 32 tokens of a micro-batch \(.*\), got 7"),
+    ("--curriculum 8:0.5,128:0.5 --afno_form dyadic --sequence_length 128", "--curriculum must be > 64 .*, got 8"),
+    ("--batch_schedule nan:1", "--batch_schedule: must be value:share,.* got nan:1"),
+    ("--batch_schedule 0.5:0.5,1:0.5", r"--batch_schedule: factor x --grad_accumulation_steps must be 1, 2, .* 0.5 x 1"),
     ("--resume auto", "--resume: no readable checkpoint"),
     ("--resume nothing.pt", "--resume nothing.pt: no readable checkpoint"),
 ))
@@ -542,6 +660,24 @@ class Letters:
     eot_token = 50256
     encode_ordinary = staticmethod(lambda text: list(text.encode()))
     decode_single_token_bytes = staticmethod(lambda token: bytes([token % 256]))
+
+
+def test_the_recipe_is_evaluated_and_generated_from_a_checkpoint(data, tmp_path, monkeypatch, capsys):
+    main(flags(data, tmp_path / "run", RECIPE))
+    own = metrics(tmp_path / "run")[-2]["val_loss"]
+    capsys.readouterr()
+    main(["--output_dir", str(tmp_path / "run"), "--eval_only", "--device", "cpu"])
+    assert abs(float(re.search(r"val_loss:(\d+\.\d+)", capsys.readouterr().out)[1]) - own) < 1e-4
+    state = newest(tmp_path / "run")
+    model = GPT(GPTConfig(**state["config"]))
+    model.load_state_dict(state["model"])
+    assert model.config.logit_softcap == 15 and model.config.window == 5 and model.config.mixer_scale == 1
+    tokens = list(b"To be")
+    for _ in range(20):  # beyond sequence_length: the window is short enough
+        tokens.append(int(model(torch.tensor([tokens]))[0][0, -1].argmax()))
+    greedy = generate(monkeypatch, capsys, tmp_path / "run", "--generate", "To be", "--max_new_tokens", "20",
+                      "--temperature", "0")
+    assert greedy == "To be" + bytes(token % 256 for token in tokens[5:]).decode(errors="replace") + "\n"
 
 
 def generate(monkeypatch, capsys, folder: Path, *more: str) -> str:
