@@ -108,7 +108,8 @@ def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X):
         settled += [loss for rows in (train, curve) for tokens, _, loss in rows if tokens >= end / 10]
         for x, axes in zip(xs, panels[0]):
             axes.plot(train[:, X.index(x)], train[:, 2], color=color, linewidth=0.6, alpha=0.6)
-            axes.plot(curve[:, X.index(x)], curve[:, 2], color=color, linewidth=1, marker="o", markersize=4, label=label)
+            axes.plot(curve[:, X.index(x)], curve[:, 2], color=color, linewidth=1, marker="o", markersize=4,
+                      label=label)
     margin = 0.05 * (max(settled) - min(settled)) or 0.1
     for x, axes in zip(xs, panels[0]):
         axes.set(xlabel=x if x == "tokens" else "training seconds, without compilation",
