@@ -36,7 +36,7 @@ from experiments.plot_runs import Run, plot, read_run, time_to_loss  # noqa: E40
 GPU = "--model d12 --optimizer muon --learning_rate 0.0036 --batch_size 64 --grad_accumulation_steps 1 " \
     "--sequence_length 1024 --save_every 0"
 CPU = "--device cpu --model d4 --batch_size 4 --grad_accumulation_steps 1 --sequence_length 256 --save_every 0 " \
-    "--input_bin data/shakespeare/train_*.bin --input_val_bin data/shakespeare/val_*.bin"
+    "--val_tokens 20480 --input_bin data/shakespeare/train_*.bin --input_val_bin data/shakespeare/val_*.bin"
 HYBRID, AFNO, ATTENTION = "--mixer afno --attn_layers 3,9", "--mixer afno", "--mixer attn"
 
 
@@ -104,10 +104,11 @@ STUDIES = {
         "attention-mixer-scale-1": f"{ATTENTION} --mixer_scale 1",
         "attention-qk-norm": f"{ATTENTION} --qk_norm 1",
     }),
-    "schedule": Study("Length, batch and learning rate over the run.", {
+    "schedule": Study("Length of rows, batch and learning rate over the run, all on as many tokens.", {
         "anchor": HYBRID,
         "curriculum": f"{HYBRID} --curriculum 256:0.3,512:0.3,1024:0.4",
-        "batch-schedule": f"{HYBRID} --batch_schedule 0.25:0.3,1:0.7",
+        # in four micro-batches, where the anchor has one, so that a quarter of a step is a whole one
+        "batch-schedule": f"{HYBRID} --batch_size 16 --grad_accumulation_steps 4 --batch_schedule 0.25:0.3,1:0.7",
         "cooldown-sqrt": f"{HYBRID} --cooldown sqrt",
         "final-lr-0.1": f"{HYBRID} --final_lr_fraction 0.1",
     }),
@@ -166,6 +167,19 @@ def integer(flags: dict[str, str], name: str) -> int:
     return int(text)
 
 
+def mean_batch(flags: dict[str, str]) -> float:
+    """Of the factors of --batch_schedule X:SHARE,..., each for a share of the steps."""
+    text = flags.get("--batch_schedule", "1:1")
+    try:
+        parts = [[float(number) for number in part.split(":")] for part in text.split(",")]
+        mean = sum(factor * share for factor, share in parts)
+    except ValueError:
+        mean = 0
+    if not 0 < mean < math.inf:
+        raise InputError(f"--batch_schedule must be X:SHARE,... with numbers > 0, got {text}")
+    return mean
+
+
 def data_flags(data: str) -> dict[str, str]:
     """Patterns of the shards in a folder, or that begin with a prefix."""
     found, start = {}, f"{data}/*" if os.path.isdir(data) else data
@@ -180,8 +194,9 @@ def data_flags(data: str) -> dict[str, str]:
 def flags_of(study: Study, arm: str, seed: int, folder: Path, tokens: float, more: dict[str, str]) -> dict[str, str]:
     """All flags of a run: its steps follow from the tokens, its validations, about ten, from the steps."""
     flags = as_dict(shlex.split(study.common)) | as_dict(shlex.split(study.arms[arm])) | more
-    step = (integer(flags, name) for name in ("--batch_size", "--grad_accumulation_steps", "--sequence_length"))
-    flags.setdefault("--num_iterations", str(max(1, round(tokens / math.prod(step)))))
+    step = mean_batch(flags) * math.prod(
+        integer(flags, name) for name in ("--batch_size", "--grad_accumulation_steps", "--sequence_length"))
+    flags.setdefault("--num_iterations", str(max(1, round(tokens / step))))
     flags.setdefault("--val_loss_every", str(math.ceil(integer(flags, "--num_iterations") / 10)))
     return flags | {"--seed": str(seed), "--output_dir": trainer.relative(str(folder / f"{arm}-seed{seed}"))}
 

@@ -1,7 +1,6 @@
 """Studies and plots: reading of metrics, skipped and refused runs, failures, tables and pictures, every arm's flags."""
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 import train_gpt2_afno
-from data.text_to_bin import InputError, ShardWriter
+from data.text_to_bin import InputError, ShardWriter, run_main
 from experiments import ablation_studies, plot_runs
 from experiments.ablation_studies import STUDIES, Study, main
 from experiments.plot_runs import read_run, time_to_loss
@@ -88,17 +87,23 @@ def test_a_running_mean_of_a_fiftieth():
     assert np.allclose(plot_runs.smoothed(values), expected) and len(plot_runs.smoothed(values[:0])) == 0
 
 
-def test_plot_runs_makes_pictures_and_one_line_errors(tmp_path):
+def test_plot_runs_makes_pictures_and_one_line_errors(tmp_path, monkeypatch, capsys):
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["plot_runs.py", *map(str, words)])
+        run_main(plot_runs.main)
+
     run = write_run(tmp_path / "run", [dict(step=i, tokens=32 * i, train_time_s=0.5 * i, **{name: 9 - 0.1 * i})
                                        for i in range(20) for name in ("train_loss", "val_loss")])
-    arguments = [run, ROOT / "experiments/logs/shakespeare-cpu/metrics.jsonl", "--x", "seconds"]
-    subprocess.run([sys.executable, ROOT / "experiments/plot_runs.py", *arguments], check=True, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command(run, ROOT / "experiments/logs/shakespeare-cpu/metrics.jsonl", "--x", "seconds")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    empty = write_run(tmp_path / "empty", [])
-    with pytest.raises(InputError, match="empty/metrics.jsonl: no rows of training or validation yet$"):
-        plot_runs.plot([read_run(run), read_run(empty)], tmp_path / "both.png")
-    with pytest.raises(InputError, match="both.text: its ending must be one of .*png"):
-        plot_runs.plot([read_run(run)], tmp_path / "both.text")
+    assert capsys.readouterr().out == "curves.png: 2 runs\n"
+    write_run(tmp_path / "empty", [])
+    for words, error in (((run, "empty"), "empty/metrics.jsonl: no rows of training or validation yet"),
+                         ((run, "--output", "a.text"), "--output a.text: its ending must be one of ")):
+        with pytest.raises(SystemExit, match="2"):
+            command(*words)
+        assert re.fullmatch(f"error: {re.escape(error)}.*\n", capsys.readouterr().err)
 
 
 # -----------------------------------------------------------------------------
@@ -132,8 +137,8 @@ def test_a_study_runs_then_skips_and_refuses_other_flags(data, pair, tmp_path, c
     assert capsys.readouterr().out.count("finished before, skipped") == 2
     assert before == ((folder / "table.md").read_text().replace(" --max_seconds 100", ""),
                       (folder / "one-seed1337/metrics.jsonl").read_text())
-    with pytest.raises(InputError, match="one-seed1337 holds a run with other flags: --warmup_iters is not given there, "
-                                         "now 3; delete it"):
+    with pytest.raises(InputError, match="one-seed1337 holds a run with other flags: --warmup_iters is not given "
+                                         "there, now 3; delete it"):
         main([*argv, "--", "--warmup_iters", "3"])
     with pytest.raises(InputError, match="--num_iterations is 2 there, now 4"):
         main([*argv, "--tokens", "128"])
@@ -204,14 +209,15 @@ def test_every_arm_of_a_dry_run_has_flags_that_the_trainer_takes(name, capsys):
     assert not refused and (status == 0 or said.err)
 
 
-def test_runs_of_a_study_train_on_as_many_tokens(capsys):
-    for name in ("context", "sweep-batch"):
-        main([name, "--dry_run", "--tokens", "40e6"])
-        for line in capsys.readouterr().out.splitlines():
-            steps, batch, accumulation, length = (
-                int(re.search(rf"--{flag} (\d+)", line).group(1))
-                for flag in ("num_iterations", "batch_size", "grad_accumulation_steps", "sequence_length"))
-            assert abs(steps * batch * accumulation * length / 40e6 - 1) < 0.01, line
+@pytest.mark.parametrize("name", ("context", "sweep-batch", "schedule"))
+def test_arms_train_on_equally_many_tokens(name, capsys):
+    main([name, "--dry_run", "--tokens", "40e6"])
+    for line in capsys.readouterr().out.splitlines():
+        steps, batch, accumulation, length = (
+            int(re.search(rf"--{flag} (\d+)", line).group(1))
+            for flag in ("num_iterations", "batch_size", "grad_accumulation_steps", "sequence_length"))
+        mean_batch = 0.25 * 0.3 + 0.7 if "--batch_schedule 0.25:0.3,1:0.7" in line else 1
+        assert abs(steps * batch * accumulation * length * mean_batch / 40e6 - 1) < 0.01, line
 
 
 @pytest.mark.parametrize("argv, message", (
@@ -219,6 +225,7 @@ def test_runs_of_a_study_train_on_as_many_tokens(capsys):
     (["pair", "--tokens", "0"], "--tokens: must be a finite number > 0"),
     (["pair", "--data", "nowhere/x"], "--data nowhere/x: .*no file nowhere/xtrain_"),
     (["pair", "--", "--batch_size", "0"], "--batch_size must be an integer >= 1, got 0"),
+    (["pair", "--", "--batch_schedule", "1"], "--batch_schedule must be X:SHARE,... with numbers > 0, got 1"),
     (["pair", "--", "--eval_only"], "must be pairs --name value, got --eval_only"),
     (["pair", "--", "--seed", "3"], "--seed is the study's to set"),
     (["other"], "study: invalid choice: 'other'"),
