@@ -1,0 +1,392 @@
+"""Run a study again: arms against an anchor, each with every seed, one training run after the other.
+
+    python experiments/ablation_studies.py shakespeare                             # on a CPU, in minutes
+    python experiments/ablation_studies.py layout --data data/mixed                # on a GPU, ten runs of 40M tokens
+    python experiments/ablation_studies.py sweep-lr --seeds 1337,2 --dry_run       # only says what it would run
+    timeout 550 python experiments/ablation_studies.py context -- --val_tokens 100000    # more flags for every run
+
+A study is a table of arms, STUDIES below; to make one of your own, copy one and change it. In
+experiments/studies/STUDY/ are a folder ARM-seedN with train.log and metrics.jsonl for every run, and table.md and
+curves.png made from these logs.
+Ctrl-C or SIGTERM stops the run in hand, which saves; the same command goes on from there and skips finished runs.
+"""
+import argparse
+import glob
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt2_afno as trainer  # noqa: E402
+from data.text_to_bin import InputError  # noqa: E402
+from experiments.plot_runs import Run, plot, read_run, time_to_loss  # noqa: E402
+
+# -----------------------------------------------------------------------------
+# the studies
+
+GPU = "--model d12 --optimizer muon --learning_rate 0.0036 --batch_size 64 --grad_accumulation_steps 1 " \
+    "--sequence_length 1024 --save_every 0"
+CPU = "--device cpu --model d4 --batch_size 4 --grad_accumulation_steps 1 --sequence_length 256 --save_every 0 " \
+    "--val_tokens 20480 --input_bin data/shakespeare/train_*.bin --input_val_bin data/shakespeare/val_*.bin"
+HYBRID, AFNO, ATTENTION = "--mixer afno --attn_layers 3,9", "--mixer afno", "--mixer attn"
+
+
+@dataclass
+class Study:
+    about: str
+    arms: dict[str, str]  # name: the trainer's flags, which win over the common ones; the first arm is the anchor
+    common: str = GPU  # flags of all arms
+    tokens: float = 40e6  # that a run trains on
+
+
+STUDIES = {
+    "layout": Study("Which layers keep attention, and how many taps the AFNO layers have.", {
+        "attention-3-9": HYBRID,
+        "attention-none": AFNO,
+        "attention-6": f"{AFNO} --attn_layers 6",
+        "attention-2-5-8-11": f"{AFNO} --attn_layers 2,5,8,11",
+        "attention-0-1": f"{AFNO} --attn_layers 0,1",
+        "attention-10-11": f"{AFNO} --attn_layers 10,11",
+        "attention-4-8": f"{AFNO} --attn_layers 4,8",
+        "taps-128": f"{HYBRID} --afno_filter_length 128",
+        "taps-256": f"{HYBRID} --afno_filter_length 256",
+        "attention-all": ATTENTION,
+    }),
+    "mixers": Study(
+        "Attention in every layer, in two, in none. AFNO layers have fewer parameters than attention, and no flag "
+        "widens a model: arms called wide have 256 blocks instead of 8, so 256 filters of 3 channels instead of 48 of "
+        "16, which brings them to within 0.3% of attention's parameters; the others are as narrow as they are.", {
+            "hybrid": HYBRID,
+            "attention": ATTENTION,
+            "filter": AFNO,
+            "analytic": f"{AFNO} --afno_form analytic",
+            "hilbert": f"{AFNO} --afno_form hilbert",
+            "hybrid-wide": f"{HYBRID} --afno_num_blocks 256",
+            "filter-wide": f"{AFNO} --afno_num_blocks 256",
+            "analytic-wide": f"{AFNO} --afno_form analytic --afno_num_blocks 256",
+            "hilbert-wide": f"{AFNO} --afno_form hilbert --afno_num_blocks 256",
+        }),
+    "context": Study(
+        "Longer rows, with as many tokens a step. Every loss is at the arm's own length: compare hybrid with attention "
+        "at one length.", {
+            "hybrid-1024": HYBRID,
+            "attention-1024": ATTENTION,
+            "hybrid-2048": f"{HYBRID} --sequence_length 2048 --batch_size 32",
+            "attention-2048": f"{ATTENTION} --sequence_length 2048 --batch_size 32",
+            "hybrid-4096": f"{HYBRID} --sequence_length 4096 --batch_size 16",
+            "attention-4096": f"{ATTENTION} --sequence_length 4096 --batch_size 16",
+        }),
+    "recipe": Study("One change of the model or its learning rates at a time; attention is the control.", {
+        "anchor": HYBRID,
+        "relu2": f"{HYBRID} --activation relu2",
+        "qk-norm": f"{HYBRID} --qk_norm 1",
+        "zero-init": f"{HYBRID} --zero_init 1",
+        "embedding-norm": f"{HYBRID} --embedding_norm 1",
+        "untied-head": f"{HYBRID} --tied_head 0",
+        "logit-softcap": f"{HYBRID} --logit_softcap 15",
+        "embedding-residual": f"{HYBRID} --embedding_residual 1",
+        "value-embeddings": f"{HYBRID} --value_embeddings 1",
+        "window-256": f"{HYBRID} --window 256",
+        "mixer-scale-1": f"{HYBRID} --mixer_scale 1",
+        "embedding-lr-3x": f"{HYBRID} --embedding_lr 0.0108",
+        "head-lr-third": f"{HYBRID} --tied_head 0 --head_lr 0.0012",  # a tied head has the embedding's
+        "rest-lr-half": f"{HYBRID} --rest_lr 0.0018",
+        "attention": ATTENTION,
+        "attention-mixer-scale-1": f"{ATTENTION} --mixer_scale 1",
+        "attention-qk-norm": f"{ATTENTION} --qk_norm 1",
+    }),
+    "schedule": Study("Length of rows, batch and learning rate over the run, all on as many tokens.", {
+        "anchor": HYBRID,
+        "curriculum": f"{HYBRID} --curriculum 256:0.3,512:0.3,1024:0.4",
+        # in four micro-batches, where the anchor has one, so that a quarter of a step is a whole one
+        "batch-schedule": f"{HYBRID} --batch_size 16 --grad_accumulation_steps 4 --batch_schedule 0.25:0.3,1:0.7",
+        "cooldown-sqrt": f"{HYBRID} --cooldown sqrt",
+        "final-lr-0.1": f"{HYBRID} --final_lr_fraction 0.1",
+    }),
+    "sweep-lr": Study("Learning rates.", {
+        "lr-0.0036": HYBRID,
+        **{f"lr-{rate}": f"{HYBRID} --learning_rate {rate}" for rate in (0.0018, 0.0025, 0.005, 0.0072)},
+    }),
+    "sweep-warmup": Study("Steps of warmup; the anchor's are the trainer's share of all steps, 256/4768.", {
+        "warmup-default": HYBRID,
+        **{f"warmup-{steps}": f"{HYBRID} --warmup_iters {steps}" for steps in (64, 128, 256)},
+    }),
+    "sweep-blocks": Study("Diagonal blocks of AFNO's MLP.", {
+        "blocks-8": HYBRID,
+        **{f"blocks-{blocks}": f"{HYBRID} --afno_num_blocks {blocks}" for blocks in (4, 12, 16)},
+    }),
+    "sweep-sparsity": Study("Soft-shrink of AFNO's response.", {
+        "shrink-0.01": HYBRID,
+        **{f"shrink-{shrink}": f"{HYBRID} --afno_sparsity_threshold {shrink}" for shrink in (0, 0.03, 0.1)},
+    }),
+    "sweep-batch": Study("Steps of 1, 2, 4, 8 x 65,536 tokens, fewer of them; the learning rate stays.", {
+        "batch-1x": HYBRID,
+        **{f"batch-{n}x": f"{HYBRID} --grad_accumulation_steps {n}" for n in (2, 4, 8)},
+    }),
+    "shakespeare": Study("AFNO against attention where no GPU is: 100 steps of the smallest model.", {
+        "afno": AFNO,
+        "attention": ATTENTION,
+    }, CPU, 102_400),
+}
+
+# -----------------------------------------------------------------------------
+# runs and their flags
+
+OWN = ("--seed", "--output_dir", "--resume")  # flags that a study sets itself
+UNCOMPARED = ("--output_dir", "--resume", "--max_seconds", "--save_every")  # where and when, not what is trained
+
+
+def as_dict(words: list[str]) -> dict[str, str]:
+    """["--name", "value", ...] as {"--name": "value"}: what comes later wins."""
+    if len(words) % 2 or not all(name.startswith("--") for name in words[::2]):
+        raise InputError(f"flags for the trainer must be pairs --name value, got {shlex.join(words)}")
+    return dict(zip(words[::2], words[1::2]))
+
+
+def as_words(flags: dict[str, str]) -> list[str]:
+    return [word for pair in flags.items() for word in pair]
+
+
+def command(flags: dict[str, str]) -> str:
+    return f"python train_gpt2_afno.py {shlex.join(as_words(flags))}"
+
+
+def integer(flags: dict[str, str], name: str) -> int:
+    text = flags.get(name, "nothing")
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"{name} must be an integer >= 1, got {text}")
+    return int(text)
+
+
+def mean_batch(flags: dict[str, str]) -> float:
+    """Of the factors of --batch_schedule X:SHARE,..., each for a share of the steps."""
+    text = flags.get("--batch_schedule", "1:1")
+    try:
+        parts = [[float(number) for number in part.split(":")] for part in text.split(",")]
+        mean = sum(factor * share for factor, share in parts)
+    except ValueError:
+        mean = 0
+    if not 0 < mean < math.inf:
+        raise InputError(f"--batch_schedule must be X:SHARE,... with numbers > 0, got {text}")
+    return mean
+
+
+def data_flags(data: str) -> dict[str, str]:
+    """Patterns of the shards in a folder, or that begin with a prefix."""
+    found, start = {}, f"{data}/*" if os.path.isdir(data) else data
+    for flag, part in (("--input_bin", "train"), ("--input_val_bin", "val")):
+        pattern = f"{start}{part}_*.bin"
+        if not glob.glob(pattern):
+            raise InputError(f"--data {data}: not a folder of shards, nor how their paths begin: no file {pattern}")
+        found[flag] = trainer.relative(os.path.abspath(pattern))
+    return found
+
+
+def flags_of(study: Study, arm: str, seed: int, folder: Path, tokens: float, more: dict[str, str]) -> dict[str, str]:
+    """All flags of a run: its steps follow from the tokens, its validations, about ten, from the steps."""
+    flags = as_dict(shlex.split(study.common)) | as_dict(shlex.split(study.arms[arm])) | more
+    step = mean_batch(flags) * math.prod(
+        integer(flags, name) for name in ("--batch_size", "--grad_accumulation_steps", "--sequence_length"))
+    flags.setdefault("--num_iterations", str(max(1, round(tokens / step))))
+    flags.setdefault("--val_loss_every", str(math.ceil(integer(flags, "--num_iterations") / 10)))
+    return flags | {"--seed": str(seed), "--output_dir": trainer.relative(str(folder / f"{arm}-seed{seed}"))}
+
+
+def folder_of(flags: dict[str, str]) -> Path:
+    return ROOT / flags["--output_dir"]
+
+
+def refuse_other_flags(flags: dict[str, str]):
+    """Raise InputError if the folder's run, finished or not, was made with other flags, as its log says."""
+    log = folder_of(flags) / "train.log"
+    text = log.read_text(encoding="utf-8") if log.is_file() else ""
+    commands = re.findall(r"^command: \S+ (.*?)(?:, resumed at step \d+)?$", text, re.MULTILINE)
+    if not commands:
+        return
+    there = as_dict(shlex.split(commands[-1]))
+    differing = [f"{name} is {there.get(name, 'not given')} there, now {flags.get(name, 'not given')}"
+                 for name in dict.fromkeys((*flags, *there))
+                 if name not in UNCOMPARED and there.get(name) != flags.get(name)]
+    if differing:
+        raise InputError(f"{flags['--output_dir']} holds a run with other flags: {', '.join(differing)}; "
+                         "delete it, or choose another --output")
+
+
+def finished_run(flags: dict[str, str]) -> Run | None:
+    """The run if it is there and came to its last step, or to the loss that it was to stop at."""
+    if not (folder_of(flags) / "metrics.jsonl").is_file():
+        return None
+    run = read_run(folder_of(flags))
+    ended = run.summary and (run.summary["step"] == integer(flags, "--num_iterations")
+                             or run.summary["wall_clock_time_to_target_loss"] is not None)
+    return run if ended else None
+
+
+def train(flags: dict[str, str]) -> tuple[int, str]:
+    """Run the trainer, showing what it says; returns its exit status and last line."""
+    resume = ["--resume", "auto"] if any(folder_of(flags).glob("state_step*.pt")) else []
+    words = [sys.executable, "train_gpt2_afno.py", *as_words(flags), *resume]
+    last = "no output"
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            for line in process.stdout:
+                if line.strip():
+                    last = line.strip()
+                    print(f"  {last}", flush=True)
+        except (KeyboardInterrupt, SystemExit):
+            process.terminate()  # the trainer saves before it stops
+            process.wait()
+            raise
+    return process.returncode, last
+
+
+# -----------------------------------------------------------------------------
+# the table
+
+
+def speed(run: Run) -> float:
+    """Tokens/s from step 11 on, the first ones being slower; of a very short run from the middle on."""
+    points = [(0, 0.0, None), *run.train]
+    begin, end = points[min(10, (len(points) - 1) // 2)], points[-1]
+    return (end[0] - begin[0]) / (end[1] - begin[1])
+
+
+def from_log(run: Run, pattern: str) -> str:
+    """What the pattern's group is in the lines after the source."""
+    return re.findall(pattern, (run.folder / "train.log").read_text(encoding="utf-8"), re.MULTILINE)[-1]
+
+
+def table_row(arm: str, runs: dict[int, Run], anchors: dict[int, Run]) -> str:
+    """Of an arm's finished runs, by seed; differences and times against the anchor's run of the same seed."""
+    if not runs:
+        return f"| {arm} | not finished" + " |" * 9
+    final = {seed: run.curve[-1][2] for seed, run in runs.items()}
+    anchor_final = {seed: anchors[seed].curve[-1][2] for seed in runs if seed in anchors}
+    differences = [final[seed] - loss for seed, loss in anchor_final.items()]
+    times = [time_to_loss(runs[seed].curve, loss) for seed, loss in anchor_final.items()]
+    reached = [time[0] for time in times if time]
+    cells = (
+        arm,
+        f"{fmean(final.values()):.4f}",
+        f"{max(final.values()) - min(final.values()):.4f}" if len(final) > 1 else "one seed",
+        f"{fmean(differences):+.4f}" if differences else "",
+        f"{fmean(map(speed, runs.values())):,.0f}",
+        from_log(next(iter(runs.values())), r"^model: .* ([\d,]+) parameters"),
+        f"{max(run.summary['peak_memory_usage'] for run in runs.values()) / 2**30:.1f}",
+        f"{fmean(run.curve[-1][0] for run in runs.values()):,.0f}",
+        f"{fmean(run.summary['train_time_s'] for run in runs.values()):.1f}",
+        (f"{fmean(reached):.1f}" if reached else "never" if times else "") +
+        (f" ({len(reached)} of {len(times)} seeds)" if 0 < len(reached) < len(times) else ""),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def write_report(study: Study, folder: Path, runs: dict[tuple[str, int], Run], flags: dict[tuple[str, int], dict]):
+    """table.md and curves.png from the finished runs; both dicts are by arm and seed, flags of all runs."""
+    if not runs:
+        return
+    by_arm = {arm: {seed: run for (of_arm, seed), run in runs.items() if of_arm == arm} for arm in study.arms}
+    anchor = next(iter(study.arms))
+    machines = sorted({from_log(run, r"^(torch \d.*)$") for run in runs.values()})
+    lines = [
+        f"# {folder.name}", "",
+        f"{study.about} Made by experiments/ablation_studies.py from the runs' logs. Means over seeds; spread is the "
+        f"largest less the smallest loss. The anchor is {anchor}; differences and seconds to its final loss are "
+        "against its run of the same seed, seconds linear between validations. Seconds are of training alone, "
+        "tokens/s from step 11 on.", "",
+        f"Machine: {'; '.join(machines)}.", "",
+        "| arm | val loss | spread | against the anchor | tokens/s | parameters | peak memory, GiB | tokens | "
+        "training seconds | seconds to the anchor's loss |", "|" + "---|" * 10,
+        *(table_row(arm, by_seed, by_arm[anchor]) for arm, by_seed in by_arm.items()), "",
+        "```", *map(command, flags.values()), "```",
+    ]
+    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    try:
+        plot([run for by_seed in by_arm.values() for run in by_seed.values()], folder / "curves.png")
+    except ImportError:
+        print("no curves.png: matplotlib is not installed; experiments/plot_runs.py makes it from the same logs")
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+
+def seeds(text: str) -> list[int]:
+    try:
+        found = list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        found = [-1]
+    if min(found) < 0:
+        raise argparse.ArgumentTypeError(f"must be integers >= 0 such as 1337,2, got {text}")
+    return found
+
+
+def main(argv: list[str]) -> int:
+    parser = trainer.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                            allow_abbrev=False)
+    add = parser.add_argument
+    add("study", choices=STUDIES)
+    add("--data", metavar="PREFIX", help="folder of shards, or how their paths begin (as the trainer chooses)")
+    add("--tokens", type=trainer.number(float, above=0, below=1e15), metavar="N", help="of a run (the study's own)")
+    add("--seeds", type=seeds, default="1337", metavar="N,N", help="(1337)")
+    add("--output", type=Path, default=ROOT / "experiments/studies", metavar="DIR", help="(experiments/studies)")
+    add("--keep_checkpoints", action="store_true", help="else they are deleted once a run is finished")
+    add("--dry_run", action="store_true", help="print the commands and check their flags")
+    split = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:split])
+    more = as_dict(argv[split + 1:])
+    if own := [name for name in OWN if name in more]:
+        raise InputError(f"{own[0]} is the study's to set; for seeds and folders there are --seeds and --output")
+    if args.data:
+        more |= data_flags(args.data)
+    study, folder = STUDIES[args.study], args.output.resolve() / args.study
+    # every arm once before the next seed, so that a study cut short can be read
+    flags = {(arm, seed): flags_of(study, arm, seed, folder, args.tokens or study.tokens, more)
+             for seed in args.seeds for arm in study.arms}
+    status = 0
+
+    if args.dry_run:
+        for (arm, _), of_run in flags.items():
+            print(command(of_run), flush=True)
+            try:
+                trainer.GPTConfig(**trainer.model_fields(trainer.parse_flags(as_words(of_run))))
+            except InputError as error:
+                print(f"error: {arm}: {error}", file=sys.stderr, flush=True)
+                status = 1
+        return status
+
+    for of_run in flags.values():  # all of them before any training
+        refuse_other_flags(of_run)
+    runs = {key: run for key, of_run in flags.items() if (run := finished_run(of_run))}
+    write_report(study, folder, runs, flags)
+    for key, of_run in flags.items():
+        name = folder_of(of_run).name
+        if key in runs:
+            print(f"{name}: finished before, skipped", flush=True)
+            continue
+        print(f"{name}: {command(of_run)}", flush=True)
+        exit_status, last = train(of_run)
+        if run := finished_run(of_run):
+            runs[key] = run
+            for path in () if args.keep_checkpoints else folder_of(of_run).glob("state_step*.pt*"):
+                path.unlink()
+            write_report(study, folder, runs, flags)
+        else:
+            print(f"error: {name}: not finished, exit status {exit_status}: {last}", file=sys.stderr, flush=True)
+            status = 1
+    print(f"{trainer.relative(str(folder))}: {len(runs)} of {len(flags)} runs finished")
+    return status
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run in hand is stopped, too
+    trainer.run(main)

@@ -1,0 +1,136 @@
+"""Loss curves of any runs, from their metrics.jsonl: against tokens and against training seconds. Needs matplotlib.
+
+    python experiments/plot_runs.py runs/mine runs/other                 # writes curves.png
+    python experiments/plot_runs.py experiments/logs/forms/* --x seconds --output forms.png
+
+Points are validation losses, thin lines are training losses, each the mean of the last fiftieth of its run's steps.
+Training seconds are the trainer's: without compilation, validation and saving.
+"""
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.text_to_bin import InputError, run_main  # noqa: E402
+
+X = ("tokens", "seconds")
+
+
+@dataclass
+class Run:
+    file: Path  # its metrics.jsonl
+    train: list[tuple[int, float, float]]  # (tokens, training seconds, loss) of every step
+    curve: list[tuple[int, float, float]]  # the same of every validation
+    summary: dict | None  # what the trainer wrote when it stopped, at the last step or before
+
+    @property
+    def folder(self) -> Path:
+        return self.file.resolve().parent
+
+
+def read_run(path: Path) -> Run:
+    """Of a run's folder or its metrics.jsonl; rows may be none. Raises InputError naming the file."""
+    run = Run(path / "metrics.jsonl" if path.is_dir() else path, [], [], None)
+    try:
+        lines = run.file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{run.file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{run.file}: not a text file, a metrics.jsonl is wanted") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = dict(json.loads(line))
+            if "train_loss" in row:
+                run.train.append((row["tokens"], row["train_time_s"], row["train_loss"]))
+            elif "val_loss" in row:
+                run.curve.append((row["tokens"], row["train_time_s"], row["val_loss"]))
+            elif "wall_clock_time_to_target_loss" in row:
+                run.summary = row
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise InputError(f"{run.file}: line {number} is not a row of metrics") from None
+            # the last line of a run that was killed, or is still writing, may be cut off
+    return run
+
+
+def time_to_loss(curve: list[tuple[int, float, float]], loss: float) -> tuple[float, float] | None:
+    """(seconds, tokens) where the curve first reaches the loss, linear between validations; None if it never does."""
+    before = None
+    for tokens, seconds, value in curve:
+        if value <= loss:
+            if before is None:
+                return seconds, tokens
+            tokens_before, seconds_before, value_before = before
+            share = (value_before - loss) / (value_before - value)
+            return (seconds_before + share * (seconds - seconds_before),
+                    tokens_before + share * (tokens - tokens_before))
+        before = tokens, seconds, value
+    return None
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """The mean of each value and those before it, a fiftieth of all at most."""
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    end = np.arange(1, len(values) + 1)
+    begin = np.maximum(end - max(1, len(values) // 50), 0)
+    return (sums[end] - sums[begin]) / (end - begin)
+
+
+def labels(runs: list[Run]) -> list[str]:
+    """The runs' folder names, with the folder above where two would be alike."""
+    names = [run.folder.name for run in runs]
+    return [name if names.count(name) == 1 else f"{run.folder.parent.name}/{name}" for run, name in zip(runs, names)]
+
+
+def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X):
+    """Raises InputError naming a run without rows, or an output that is no picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    for run in runs:
+        if not run.train and not run.curve:
+            raise InputError(f"{run.file}: no rows of training or validation yet")
+    figure, panels = plt.subplots(1, len(xs), figsize=(1 + 6 * len(xs), 5), sharey=True, squeeze=False)
+    if output.suffix[1:] not in (formats := figure.canvas.get_supported_filetypes()):
+        raise InputError(f"--output {output}: its ending must be one of {', '.join(formats)}")
+    colors = plt.get_cmap("tab10" if len(runs) <= 10 else "tab20").colors
+    settled = []  # losses after the first tenth of a run, whose fall would flatten all that follows
+    for i, (run, label) in enumerate(zip(runs, labels(runs))):
+        color = colors[i % len(colors)]
+        train, curve = (np.array(rows, dtype=float).reshape(-1, 3) for rows in (run.train, run.curve))
+        train[:, 2] = smoothed(train[:, 2])
+        end = max(rows[-1, 0] for rows in (train, curve) if len(rows))
+        settled += [loss for rows in (train, curve) for tokens, _, loss in rows if tokens >= end / 10]
+        for x, axes in zip(xs, panels[0]):
+            axes.plot(train[:, X.index(x)], train[:, 2], color=color, linewidth=0.6, alpha=0.6)
+            axes.plot(curve[:, X.index(x)], curve[:, 2], color=color, linewidth=1, marker="o", markersize=4,
+                      label=label)
+    margin = 0.05 * (max(settled) - min(settled)) or 0.1
+    for x, axes in zip(xs, panels[0]):
+        axes.set(xlabel=x if x == "tokens" else "training seconds, without compilation",
+                 ylim=(min(settled) - margin, max(settled) + margin))
+        axes.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("loss: points validation, thin lines training")
+    panels[0, -1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a metrics.jsonl")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="(curves.png)")
+    parser.add_argument("--x", choices=X, help="one panel instead of both")
+    args = parser.parse_args()
+    plot([read_run(path) for path in args.runs], args.output, (args.x,) if args.x else X)
+    print(f"{args.output}: {len(args.runs)} runs")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,236 @@
+"""Studies and plots: reading of metrics, skipped and refused runs, failures, tables and pictures, every arm's flags."""
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train_gpt2_afno
+from data.text_to_bin import InputError, ShardWriter, run_main
+from experiments import ablation_studies, plot_runs
+from experiments.ablation_studies import STUDIES, Study, main
+from experiments.plot_runs import read_run, time_to_loss
+
+ROOT = Path(train_gpt2_afno.__file__).parent
+NOT_YET = re.compile("unrecognized arguments")  # flags of recipe and schedule that this version lacks
+CURVE = [(0, 0.0, 8.0), (100, 10.0, 6.0), (200, 30.0, 5.0), (300, 40.0, 5.5), (400, 50.0, 4.0)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in (("train", 300), ("val", 40)):
+        writer = ShardWriter(folder / name, count)
+        writer.write(np.arange(count) % 50)
+        writer.close()
+    return folder
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """A study of two arms of two steps; one thread each, for cores that others use, too."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setitem(STUDIES, "pair", Study(
+        "Two arms.", {"one": "--mixer afno", "two": "--mixer attn --learning_rate 0.003"},
+        "--device cpu --model d4 --batch_size 2 --grad_accumulation_steps 1 --sequence_length 16 --save_every 0", 64))
+
+
+@pytest.fixture
+def fake_trainer(monkeypatch, tmp_path):
+    """A repository whose trainer is the script that the test writes there."""
+    monkeypatch.setattr(ablation_studies, "ROOT", tmp_path)
+    return tmp_path / "train_gpt2_afno.py"
+
+
+def write_run(folder: Path, rows: list[dict], end: str = "") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# curves
+
+
+@pytest.mark.parametrize("loss, expected", (
+    (8.0, (0.0, 0)), (9.0, (0.0, 0)), (7.0, (5.0, 50)), (6.0, (10.0, 100)), (5.25, (25.0, 175)), (5.0, (30.0, 200)),
+    (4.0, (50.0, 400)), (4.75, (45.0, 350)), (3.99, None)))
+def test_time_to_loss_is_linear_between_validations(loss, expected):
+    assert time_to_loss(CURVE, loss) == (expected and pytest.approx(expected))
+    assert time_to_loss([], loss) is None
+
+
+def test_metrics_are_read_up_to_a_line_that_is_cut_off(tmp_path):
+    rows = [dict(step=0, tokens=0, val_loss=9.0, train_time_s=0.0),
+            dict(step=1, tokens=32, train_loss=8.5, train_time_s=0.5, lr=0.1),
+            dict(step=1, tokens=32, val_loss=8.0, train_time_s=0.5)]
+    summary = dict(step=1, tokens_per_s=64.0, wall_clock_time_to_target_loss=None)
+    cut = read_run(write_run(tmp_path / "cut", rows, '{"step": 2, "tok'))
+    assert cut.train == [(32, 0.5, 8.5)] and cut.curve == [(0, 0.0, 9.0), (32, 0.5, 8.0)] and cut.summary is None
+    assert read_run(write_run(tmp_path / "whole", [*rows, summary]) / "metrics.jsonl").summary == summary
+    with pytest.raises(InputError, match="metrics.jsonl: line 4 is not a row"):
+        read_run(write_run(tmp_path / "bad", rows, '{"step": 2, "tok\n{}\n'))
+    with pytest.raises(InputError, match="metrics.jsonl: No such file"):
+        read_run(tmp_path)
+
+
+def test_labels_tell_runs_of_one_name_apart(tmp_path):
+    runs = [read_run(write_run(tmp_path / name, [])) for name in ("a/same", "b/same", "b/other")]
+    assert plot_runs.labels(runs) == ["a/same", "b/same", "other"]
+
+
+def test_a_running_mean_of_a_fiftieth():
+    values = np.random.default_rng(0).random(100)
+    expected = [values[max(0, i - 1) : i + 1].mean() for i in range(100)]
+    assert np.allclose(plot_runs.smoothed(values), expected) and len(plot_runs.smoothed(values[:0])) == 0
+
+
+def test_plot_runs_makes_pictures_and_one_line_errors(tmp_path, monkeypatch, capsys):
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["plot_runs.py", *map(str, words)])
+        run_main(plot_runs.main)
+
+    run = write_run(tmp_path / "run", [dict(step=i, tokens=32 * i, train_time_s=0.5 * i, **{name: 9 - 0.1 * i})
+                                       for i in range(20) for name in ("train_loss", "val_loss")])
+    monkeypatch.chdir(tmp_path)
+    command(run, ROOT / "experiments/logs/shakespeare-cpu/metrics.jsonl", "--x", "seconds")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == "curves.png: 2 runs\n"
+    write_run(tmp_path / "empty", [])
+    for words, error in (((run, "empty"), "empty/metrics.jsonl: no rows of training or validation yet"),
+                         ((run, "--output", "a.text"), "--output a.text: its ending must be one of ")):
+        with pytest.raises(SystemExit, match="2"):
+            command(*words)
+        assert re.fullmatch(f"error: {re.escape(error)}.*\n", capsys.readouterr().err)
+
+
+# -----------------------------------------------------------------------------
+# studies
+
+
+def test_a_study_runs_then_skips_and_refuses_other_flags(data, pair, tmp_path, capsys):
+    argv = ["pair", "--data", str(data), "--output", str(tmp_path)]
+    assert main(argv) == 0
+    first = capsys.readouterr().out
+    assert "2 of 2 runs finished" in first and "skipped" not in first
+    folder = tmp_path / "pair"
+    assert {path.name for path in folder.iterdir()} == {"one-seed1337", "two-seed1337", "table.md", "curves.png"}
+    for name in ("one-seed1337", "two-seed1337"):  # checkpoints are gone
+        assert {path.name for path in (folder / name).iterdir()} == {"train.log", "metrics.jsonl"}
+        assert read_run(folder / name).curve[-1][0] == 64
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    table = (folder / "table.md").read_text()
+    one, two = (line.split(" | ") for line in table.splitlines() if line.startswith(("| one", "| two")))
+    final = [read_run(folder / f"{arm}-seed1337").curve[-1][2] for arm in ("one", "two")]
+    assert one[1:4] == [f"{final[0]:.4f}", "one seed", "+0.0000"] and two[3] == f"{final[1] - final[0]:+.4f}"
+    assert one[5] == "7,234,240" and one[7] == "64" and two[5] == "7,219,328" and float(one[8]) > 0
+    header = next(line for line in table.splitlines() if line.startswith("| arm"))
+    assert len(header.split(" | ")) == len(one) == len(two) and "Machine: torch " in table
+    for words in (f"--input_bin '{data}/*train_*.bin'", "--mixer attn --learning_rate 0.003 ", "--num_iterations 2 "
+                  f"--val_loss_every 1 --seed 1337 --output_dir {folder}/two-seed1337"):
+        assert words in table
+
+    before = table, (folder / "one-seed1337/metrics.jsonl").read_text()
+    assert main([*argv, "--", "--max_seconds", "100"]) == 0  # does not change what is trained
+    assert capsys.readouterr().out.count("finished before, skipped") == 2
+    assert before == ((folder / "table.md").read_text().replace(" --max_seconds 100", ""),
+                      (folder / "one-seed1337/metrics.jsonl").read_text())
+    with pytest.raises(InputError, match="one-seed1337 holds a run with other flags: --warmup_iters is not given "
+                                         "there, now 3; delete it"):
+        main([*argv, "--", "--warmup_iters", "3"])
+    with pytest.raises(InputError, match="--num_iterations is 2 there, now 4"):
+        main([*argv, "--tokens", "128"])
+
+
+def test_a_failed_arm_is_reported_and_the_others_go_on(pair, fake_trainer, tmp_path, capsys):
+    fake_trainer.write_text("import sys\nprint('a line')\nsys.exit(f'no {sys.argv[sys.argv.index(\"--mixer\") + 1]}')")
+    unfinished = tmp_path / "studies/pair/two-seed2"
+    unfinished.mkdir(parents=True)
+    (unfinished / "state_step000001.pt").touch()
+    assert main(["pair", "--seeds", "2", "--output", str(tmp_path / "studies")]) == 1
+    said = capsys.readouterr()
+    assert said.err == "error: one-seed2: not finished, exit status 1: no afno\n" \
+        "error: two-seed2: not finished, exit status 1: no attn\n" and "0 of 2 runs finished" in said.out
+    assert (unfinished / "state_step000001.pt").exists()
+
+
+def test_an_unfinished_run_is_resumed(pair, fake_trainer, tmp_path):
+    fake_trainer.write_text("import sys\nprint(sys.argv[-2:])")
+    assert ablation_studies.train({"--output_dir": "run"}) == (0, "['--output_dir', 'run']")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/state_step000001.pt").touch()
+    assert ablation_studies.train({"--output_dir": "run"}) == (0, "['--resume', 'auto']")
+
+
+def test_a_stopped_study_stops_its_run(pair, fake_trainer, tmp_path, monkeypatch):
+    """The run has time to save."""
+    fake_trainer.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), open('saved', 'w'), sys.exit()))\n"
+        "print('ready', flush=True)\ntime.sleep(20)")
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", interrupt)  # as Ctrl-C at the run's first line would
+    with pytest.raises(KeyboardInterrupt):
+        ablation_studies.train({"--output_dir": "run"})
+    assert (tmp_path / "saved").exists()
+
+
+def test_means_and_differences_are_over_seeds(tmp_path):
+    def run(name, losses, seconds):
+        rows = [dict(step=i, tokens=100 * i, val_loss=loss, train_time_s=seconds * i) for i, loss in enumerate(losses)]
+        rows += [dict(step=i, tokens=100 * i, train_loss=8.0, train_time_s=seconds * i) for i in (1, 2)]
+        folder = write_run(tmp_path / name, [*rows, dict(
+            step=2, wall_clock_time_to_target_loss=None, peak_memory_usage=2**30, train_time_s=2 * seconds)])
+        (folder / "train.log").write_text("model: d4, 1,000 parameters, mixers attn\n")
+        return read_run(folder)
+
+    anchors = {1: run("a1", (9, 7, 5), 1.0), 2: run("a2", (9, 7, 6), 1.0)}
+    runs = {1: run("b1", (9, 5, 4), 2.0), 2: run("b2", (9, 8, 7), 2.0)}
+    assert ablation_studies.table_row("b", runs, anchors).split(" | ") == [
+        "| b", "5.5000", "3.0000", "+0.0000", "50", "1,000", "1.0", "200", "4.0", "2.0 (1 of 2 seeds) |"]
+    assert ablation_studies.table_row("a", anchors, anchors).split(" | ")[-1] == "2.0 |"
+    assert ablation_studies.table_row("b", runs, {}).split(" | ")[3] == ""
+    assert ablation_studies.table_row("c", {}, anchors).count("|") == 11
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_of_a_dry_run_has_flags_that_the_trainer_takes(name, capsys):
+    status = main([name, "--dry_run", "--seeds", "1337,2"])
+    said = capsys.readouterr()
+    commands = said.out.splitlines()
+    assert len(commands) == len(set(commands)) == 2 * len(STUDIES[name].arms)
+    assert all(line.startswith("python train_gpt2_afno.py --") for line in commands)
+    refused = [line for line in said.err.splitlines() if name not in ("recipe", "schedule") or not NOT_YET.search(line)]
+    assert not refused and (status == 0 or said.err)
+
+
+@pytest.mark.parametrize("name", ("context", "sweep-batch", "schedule"))
+def test_arms_train_on_equally_many_tokens(name, capsys):
+    main([name, "--dry_run", "--tokens", "40e6"])
+    for line in capsys.readouterr().out.splitlines():
+        steps, batch, accumulation, length = (
+            int(re.search(rf"--{flag} (\d+)", line).group(1))
+            for flag in ("num_iterations", "batch_size", "grad_accumulation_steps", "sequence_length"))
+        mean_batch = 0.25 * 0.3 + 0.7 if "--batch_schedule 0.25:0.3,1:0.7" in line else 1
+        assert abs(steps * batch * accumulation * length * mean_batch / 40e6 - 1) < 0.01, line
+
+
+@pytest.mark.parametrize("argv, message", (
+    (["pair", "--seeds", "1,x"], "--seeds: must be integers >= 0 such as 1337,2, got 1,x"),
+    (["pair", "--tokens", "0"], "--tokens: must be a finite number > 0"),
+    (["pair", "--data", "nowhere/x"], "--data nowhere/x: .*no file nowhere/xtrain_"),
+    (["pair", "--", "--batch_size", "0"], "--batch_size must be an integer >= 1, got 0"),
+    (["pair", "--", "--batch_schedule", "1"], "--batch_schedule must be X:SHARE,... with numbers > 0, got 1"),
+    (["pair", "--", "--eval_only"], "must be pairs --name value, got --eval_only"),
+    (["pair", "--", "--seed", "3"], "--seed is the study's to set"),
+    (["other"], "study: invalid choice: 'other'"),
+))
+def test_bad_input_is_one_clear_line(pair, argv, message):
+    with pytest.raises(InputError, match=message) as caught:
+        main(argv)
+    assert "\n" not in str(caught.value)
