@@ -622,9 +622,9 @@ class AFNO1D(nn.Module):
     allowed range.
     """
 
-    channels_per_filter = 16  # at most; 48 filters at 768 channels
+    channels_per_filter = 64  # at most; 12 filters at 768 channels
 
-    def __init__(self, hidden_size: int, num_blocks: int = 8, sparsity_threshold: float = 0.01,
+    def __init__(self, hidden_size: int, num_blocks: int = 4, sparsity_threshold: float = 0.01,
                  hard_thresholding_fraction: float = 1.0, filter_length: int = 1024, form: str = "filter",
                  num_experts: int = 1, routing: str = "frequency", relu: str = "cartesian", short_conv: int = 4,
                  gate: bool = False):

@@ -1,4 +1,4 @@
-"""The causal convolution of afno.py as Triton kernels: matrix products only, forward and backward.
+"""The causal convolution of afno.py as Triton kernels: matrix products only, forward and backward. And the loss's softmax.
 
 A file of its own because it cannot be imported where Triton is not installed; afno.causal_conv then takes its plain path,
 which computes the same sums (afno.conv_path chooses).
@@ -300,6 +300,39 @@ def fold_kernel(tiles_ptr, out_ptr, splits, units, together, units_each, LAGS: t
     tl.store(out_ptr + ((g * splits + split) * lags + lag) * SIZE + d, tl.sum(acc, 0))
 
 
+@triton.jit
+def soft_cap(logits, CAP: tl.constexpr):
+    full = logits.to(tl.float32)
+    return full if CAP == 0 else CAP * (2 * tl.sigmoid(full * (2 / CAP)) - 1)  # CAP tanh(full / CAP)
+
+
+@triton.jit
+def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, vocab_size, columns, CAP: tl.constexpr,
+                         GRADIENT: tl.constexpr, BV: tl.constexpr):
+    """The loss of a row of logits, (rows, columns); with GRADIENT, d loss / d logits in the logits' place. The row is read
+    from memory once, the second time it is still in the cache."""
+    row = tl.program_id(0)
+    logits_ptr += row.to(tl.int64) * columns
+    target, k = tl.load(targets_ptr + row), tl.arange(0, BV)
+    at_target = soft_cap(tl.load(logits_ptr + target), CAP)
+    largest, total = -float("inf"), 0.0
+    for first in range(0, vocab_size, BV):
+        z = soft_cap(tl.load(logits_ptr + first + k, mask=first + k < vocab_size, other=-float("inf")), CAP)
+        z = tl.where(first + k < vocab_size, z, -float("inf"))  # soft_cap made a number of the one outside
+        before, largest = largest, tl.maximum(largest, tl.max(z, 0))
+        total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest), 0)
+    log_sum = largest + tl.log(total)
+    tl.store(losses_ptr + row, log_sum - at_target)
+    if GRADIENT:
+        for first in range(0, columns, BV):
+            z = soft_cap(tl.load(logits_ptr + first + k, mask=first + k < vocab_size, other=0.0), CAP)
+            gradient = tl.exp(z - log_sum) - tl.where(first + k == target, 1.0, 0.0)
+            if CAP > 0:
+                gradient *= 1 - (z / CAP) * (z / CAP)
+            gradient = tl.where(first + k < vocab_size, gradient, 0.0)  # of padding
+            tl.store(logits_ptr + first + k, gradient.to(logits_ptr.dtype.element_ty), mask=first + k < columns)
+
+
 # -----------------------------------------------------------------------------
 # launches
 
@@ -308,7 +341,7 @@ def fold_kernel(tiles_ptr, out_ptr, splits, units, together, units_each, LAGS: t
 # (A100, H100, H200) and where it may have 99 KB (RTX 3090, 4090)
 LARGE = dict(BN=256, BK=64, num_warps=8, num_stages=3)
 SMALL = dict(BN=128, BK=64, num_warps=4, num_stages=2)
-PROGRAMS = 512  # that make gradients of taps, about: several for every multiprocessor, each of which leaves a tile to add
+PROGRAMS = 256  # that make gradients of taps, about: several for every multiprocessor, each of which leaves a tile to add
 # BN / NEAR is also how many lags tiles_gradient_kernel makes at once
 
 
@@ -316,7 +349,8 @@ def tile_shapes(device: torch.device) -> dict:
     if device.type == "cpu":  # Triton's interpreter
         return dict(BN=64, BK=min(NEAR, 32))
     large = torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 160 * 1024
-    return dict(LARGE if large else SMALL)
+    shapes = LARGE if large else SMALL
+    return dict(shapes, BK=min(NEAR, shapes["BK"]))
 
 
 class Sizes:
@@ -363,15 +397,10 @@ def transform(x: Tensor, half: Tensor, s: Sizes) -> Tensor:
     return out
 
 
-def mix_tile(s: Sizes) -> int:
-    """Blocks a Toeplitz tile of the mixing has."""
-    return 16 if s.blocks <= 16 else 32
-
-
 def mix(x: Tensor, response: Tensor, s: Sizes, transposed: bool) -> Tensor:
-    out, BI = torch.empty_like(x), mix_tile(s)
+    out, BI = torch.empty_like(x), 16  # larger tiles waste less above the diagonal's place and are slower all the same
     padded_columns = triton.cdiv(s.blocks, BI) * s.width
-    BN = min(1024 // BI, max(16, triton.next_power_of_2(padded_columns)))  # four fp32 sums of BI x BN
+    BN = min(128, max(16, triton.next_power_of_2(padded_columns)))  # four fp32 sums of BI x BN
     mix_kernel[FAR // 2, s.G, triton.cdiv(padded_columns, BN)](
         x, response, out, s.B, s.blocks, s.columns, padded_columns, W=s.W, FAR=FAR, TRANSPOSED=transposed, BI=BI, BN=BN)
     return out
@@ -413,9 +442,9 @@ def taps_gradient(u: Tensor, dy: Tensor, G: int, K: int, together: int | None = 
 
 
 def response_gradient(spectra: Tensor, dmixed: Tensor, s: Sizes) -> Tensor:
-    BI = mix_tile(s)
+    BI = min(64, max(16, triton.next_power_of_2(s.blocks)))  # four fp32 sums of BI x BI
     lags = triton.cdiv(s.blocks, BI)
-    BK = min(1024 // BI, max(16, triton.next_power_of_2(lags * s.width)))
+    BK = min(max(32, 1024 // BI), max(16, triton.next_power_of_2(lags * s.width)))
     filters = max(1, 2**25 // (2 * FAR * lags * BI * BI))  # at once: tiles of up to 128 MB
     parts = []
     for x, dm in zip(spectra.split(filters), dmixed.split(filters)):
@@ -432,6 +461,15 @@ def half_transform(device: torch.device, dtype: torch.dtype, size: int) -> Tenso
 
     forward, _ = odd_dft(size // 2, torch.empty(0, device=device, dtype=torch.float32))
     return forward[:, : size // 2].to(dtype).contiguous()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool, cap: float = 0.0):
+    """As train_gpt2_afno.cross_entropy_chunk, but that the gradient takes the place of the logits, (rows, columns)."""
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    with torch.cuda.device_of(logits):
+        cross_entropy_kernel[(len(logits),)](logits, targets, losses, vocab_size, logits.size(1), CAP=float(cap),
+                                             GRADIENT=with_gradient, BV=4096, num_warps=8)
+    return losses, logits if with_gradient else None
 
 
 # -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ loop, generation, command line.
 import argparse
 import codecs
 import contextlib
+import functools
 import glob
 import json
 import math
@@ -66,7 +67,7 @@ class GPTConfig:
     mixer: str = "afno"
     attn_layers: tuple[int, ...] = ()  # layers that keep attention when the mixer is afno: the hybrid
     afno_form: str = "filter"
-    afno_num_blocks: int = 8
+    afno_num_blocks: int = 4
     afno_sparsity_threshold: float = 0.01
     afno_hard_thresholding_fraction: float = 1.0
     afno_filter_length: int | None = None  # taps; None: sequence_length
@@ -85,12 +86,12 @@ class GPTConfig:
     embedding_residual: int = 0
     value_embeddings: int = 0
     window: int = 0  # of attention, in tokens; 0: all before
-    mixer_scale: float | None = None  # None: (2 n_layer)^-0.5
+    mixer_scale: float | None = None  # None: 1; in the baseline, attn in all layers, (2 n_layer)^-0.5
 
     def __post_init__(self):
         self.attn_layers = tuple(self.attn_layers)
         if self.mixer_scale is None:
-            self.mixer_scale = (2 * self.n_layer) ** -0.5
+            self.mixer_scale = (2 * self.n_layer) ** -0.5 if self.mixer == "attn" else 1.0
         if self.afno_filter_length is None:
             self.afno_filter_length = self.sequence_length
         switches = ("qk_norm", "zero_init", "embedding_norm", "tied_head", "embedding_residual", "value_embeddings")
@@ -295,6 +296,26 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int, with_g
     return -hit[:, 0], gradient.scatter_(1, targets, at_target.to(logits.dtype))
 
 
+@functools.cache
+def loss_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether afno_triton.cross_entropy takes cross_entropy_chunk's place for logits of this dtype, and why."""
+    triton, why = conv_path(device, dtype)
+    if not triton:
+        return False, why
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = 3 * torch.randn(4, 10_048, generator=generator), torch.tensor([0, 5, 9_998, 9_999])
+    for cap in (0.0, 15.0):
+        try:
+            exact = cross_entropy_chunk(logits.to(dtype).double(), targets, 10_000, True, cap)
+            ours = afno_triton.cross_entropy(logits.to(device, dtype), targets.to(device), 10_000, True, cap)
+            off = max(((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(ours, exact))
+        except Exception as error:  # whatever a compiler, a driver or a launch may raise
+            return False, f"plain, Triton's kernel does not work here: {type(error).__name__}"
+        if not off < 1e-2:
+            return False, f"plain, Triton's kernel is {off:.1e} off here"
+    return True, f"Triton's kernel on {torch.cuda.get_device_name(device)}, found to agree with the plain path"
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """cross-entropy(soft_cap(x @ weight.T), targets) in chunks of rows: the (N, vocab_size) logits never exist at once.
 
@@ -311,7 +332,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         # The stored vocabulary is not padded, the operand is: tensor cores want rows of aligned length.
         # On a CPU, small chunks instead: 96 rows of logits (19 MB) stay below what malloc returns to the system
         # each time, and page faults would cost as much as the arithmetic.
-        padding, rows = (-vocab_size % 64, 4096) if on_gpu else (0, 96)
+        padding, rows = (-vocab_size % 64, 8192) if on_gpu else (0, 96)
         w = F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
         counts = (targets >= 0).to(x.dtype)[:, None]  # (N, 1), a factor of 0 for targets that do not count
         losses = torch.empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -456,9 +477,11 @@ class GPT(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss, and every target's, (B, T), without gradient: of hidden states (B, T, C), targets (B, T)."""
-        mean, losses = LinearCrossEntropy.apply(x.view(-1, x.size(-1)), self.lm_head.weight, targets.reshape(-1),
-                                                self.cross_entropy_chunk, torch.is_grad_enabled(),
-                                                self.config.logit_softcap)
+        kind, weight = x.device.type, self.lm_head.weight
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        chunk_function = afno_triton.cross_entropy if loss_path(x.device, dtype)[0] else self.cross_entropy_chunk
+        mean, losses = LinearCrossEntropy.apply(x.view(-1, x.size(-1)), weight, targets.reshape(-1), chunk_function,
+                                                torch.is_grad_enabled(), self.config.logit_softcap)
         return mean, losses.view(targets.shape)
 
 
@@ -1085,6 +1108,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     if config.mixer == "afno":
         say("afno: " + ", ".join(f"{name} {value}" for name, value in config.afno_arguments().items()))
         say(f"convolution: {conv_path(device, runtime.dtype)[1]}")
+    say(f"softmax of the loss: {loss_path(device, runtime.dtype)[1]}")
     passes = sum(phase_at(accumulation, i, total_steps) for i in range(step, total_steps)) * world * B * T / len(stream)
     say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens, {passes:.3g} passes to come; validation: {relative(args.input_val_bin)}, "
         f"{val_tokens:,} targets of {len(val_stream) - 1:,}")
@@ -1349,7 +1373,7 @@ RECIPE = dict(  # what may be changed about the baseline; as it stands here, not
 )
 DEFAULTS = dict(
     input_bin=None, input_val_bin=None, output_dir=None, model=None, mixer="afno", attn_layers=(), afno_form="filter",
-    afno_num_blocks=8, afno_sparsity_threshold=0.01, afno_hard_thresholding_fraction=1.0, afno_filter_length=None,
+    afno_num_blocks=4, afno_sparsity_threshold=0.01, afno_hard_thresholding_fraction=1.0, afno_filter_length=None,
     afno_num_experts=1, afno_routing="frequency", afno_relu="cartesian", afno_short_conv=4, afno_gate=0,
     position="none", optimizer="adamw", learning_rate=0.0018, warmup_iters=None, warmdown_iters=None, weight_decay=0.1,
     grad_clip=0.0, recompute=0, val_tokens=None, val_batch_size=None, target_val_loss=None, max_seconds=None,
@@ -1424,7 +1448,7 @@ def parse_flags(argv: list[str]) -> dict:
     add("--sequence_length", type=number(int, 1), metavar="T", help="tokens a row (1024 on CUDA, 256 on a CPU)")
     add("--afno_form", choices=FORMS,
         help="construction of the operator; reference, the paper's, leaks and is for the gate alone (filter)")
-    add("--afno_num_blocks", type=number(int, 1), metavar="N", help="diagonal blocks of AFNO's MLP (8)")
+    add("--afno_num_blocks", type=number(int, 1), metavar="N", help="diagonal blocks of AFNO's MLP (4)")
     add("--afno_sparsity_threshold", type=number(float, 0), metavar="X", help="soft-shrink of the response (0.01)")
     add("--afno_hard_thresholding_fraction", type=number(float, above=0), metavar="X",
         help="share of the modes kept (1)")
@@ -1446,7 +1470,8 @@ def parse_flags(argv: list[str]) -> dict:
         add(f"--{name}", type=int, choices=(0, 1), help=text)
     add("--logit_softcap", type=number(float, 0), metavar="X", help="logits are X tanh(logits / X); 0: as they are (0)")
     add("--window", type=number(int, 0), metavar="W", help="tokens that attention sees, itself included; 0: all (0)")
-    add("--mixer_scale", type=number(float, 0), metavar="X", help="factor of the mixer's output ((2 n_layer)^-0.5)")
+    add("--mixer_scale", type=number(float, 0), metavar="X", help="factor of the mixer's output (1; with --mixer attn "
+        "the baseline's (2 n_layer)^-0.5)")
     add = parser.add_argument_group("device").add_argument
     add("--device", choices=("auto", "cuda", "cpu"), help="(auto: CUDA if there is any)")
     add("--dtype", choices=("bfloat16", "float32"), help="of autocast (bfloat16 on CUDA, float32 on a CPU)")

@@ -163,12 +163,14 @@ def test_windowed_attention(window):
             assert (a - b).norm() < 1e-12
 
 
-def test_a_block_scales_its_mixer_like_the_baseline():
-    block = tiny(mixer="afno").double().transformer.h[0]
-    x = torch.randn(1, 9, 16, dtype=torch.float64)
+def test_a_block_scales_its_mixer_where_the_model_is_the_baseline():
     norm = lambda z: z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    after_mixer = x + block.mixer(norm(x)) / math.sqrt(6)
-    assert relative(block(x, None), after_mixer + block.mlp(norm(after_mixer))) < 1e-12
+    for mixer, scale in (("afno", 1), ("attn", 6**-0.5)):
+        block = tiny(mixer=mixer).double().transformer.h[0]
+        x, rotary = torch.randn(1, 9, 16, dtype=torch.float64), rotary_tables(torch.arange(9.0).double(), 8)
+        mixed = block.mixer(norm(x), *rotary) if mixer == "attn" else block.mixer(norm(x))
+        after_mixer = x + scale * mixed
+        assert relative(block(x, rotary), after_mixer + block.mlp(norm(after_mixer))) < 1e-12
 
 
 def test_sinusoidal_positions_have_the_size_of_embeddings():

@@ -106,6 +106,27 @@ def test_gradients_are_there_when_activations_are_recomputed(small_blocks):
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("cap", (0, 2.5))
+@pytest.mark.parametrize("vocab_size, columns", ((1, 1), (50, 64), (4096, 4096), (5000, 5056)))
+def test_cross_entropy(cap, vocab_size, columns):
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(3, columns, generator=generator)).to(DTYPE)
+    targets = torch.tensor([0, vocab_size // 2, vocab_size - 1])
+    exact = logits.double().requires_grad_()
+    capped = cap * torch.tanh(exact / cap) if cap else exact
+    wanted = torch.nn.functional.cross_entropy(capped[:, :vocab_size], targets, reduction="none")
+    (wanted_gradient,) = torch.autograd.grad(wanted.sum(), exact)
+    for with_gradient in (False, True):
+        ours = logits.to(DEVICE).clone()
+        losses, gradient = afno_triton.cross_entropy(ours, targets.to(DEVICE), vocab_size, with_gradient, cap)
+        assert torch.allclose(losses.cpu().double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+        if with_gradient:
+            assert gradient is ours and (gradient.cpu().double() - wanted_gradient).abs().max() < BOUND
+            assert not gradient[:, vocab_size:].any()
+        else:
+            assert gradient is None and torch.equal(ours.cpu(), logits)
+
+
 def test_path_is_chosen_in_words():
     assert afno.conv_path(torch.device("cpu"), torch.bfloat16) == (
         False, "plain, Triton's kernels are for CUDA devices, this is cpu")
