@@ -44,7 +44,8 @@ ROOT = Path(__file__).resolve().parent
 # -----------------------------------------------------------------------------
 # configuration
 
-MODELS = {  # n_layer, n_head, n_embd; d12 to d48 are GPT-2's sizes, d4 is for CPUs
+MODELS = {  # n_layer, n_head, n_embd; d12 to d48 are GPT-2's sizes, d1 and d4 are for CPUs
+    "d1": (1, 2, 128),
     "d4": (4, 2, 128),
     "d12": (12, 12, 768),
     "d24": (24, 16, 1024),
