@@ -249,8 +249,9 @@ def conv_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 
 @functools.cache
 def kernel_fault(device: torch.device, dtype: torch.dtype, bound: float) -> str | None:
-    """What is wrong with the kernels on this device, found by trying: a short and a long filter, value and gradients, against
-    plain_conv in float64. Compilers differ between machines and versions, and a wrong sum would train, only worse."""
+    """What is wrong with the kernels on this device, found by trying: the short convolution, a short and a long filter, value
+    and gradients, against the plain path in float64. Compilers differ between machines and versions, and a wrong sum would
+    train, only worse."""
     generator = torch.Generator().manual_seed(0)
 
     @torch.inference_mode(False)
@@ -260,21 +261,27 @@ def kernel_fault(device: torch.device, dtype: torch.dtype, bound: float) -> str 
         y = conv(u, taps)
         return [x.detach().double() for x in (y, *torch.autograd.grad(y, (u, taps), dy))]
 
-    # 33 blocks: more than one tile of blocks to mix
-    for T, K in ((300, min(200, afno_triton.DIRECT)), (33 * afno_triton.FAR - 5, 33 * afno_triton.FAR)):
-        try:
-            with torch.autocast(device.type, enabled=False):
-                u, dy = (torch.randn(1, T, 32, generator=generator).to(device, dtype) for _ in range(2))
-                taps = (torch.randn(2, K, generator=generator) / math.sqrt(K)).to(device)
-                exact = results(plain_conv, u.double(), taps.double(), dy.double())
-                for what, ours, theirs in zip(("output", "input gradient", "tap gradient"),
-                                              results(kernel_conv, u, taps, dy), exact):
-                    relative = ((ours - theirs).norm() / theirs.norm()).item()
-                    if not relative < bound:
-                        return f"{what} of {K} taps is {relative:.1e} off, more than {bound:g}"
-        except Exception as error:  # whatever a compiler, a driver or a launch may raise
-            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-    return None
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    def trial(plain, ours, u: Tensor, taps: Tensor, what: str) -> str | None:
+        u, dy = u.to(dtype), random(*u.shape).to(dtype)
+        exact = results(plain, u.double(), taps.double(), dy.double())
+        for part, got, wanted in zip(("output", "input gradient", "tap gradient"), results(ours, u, taps, dy), exact):
+            relative = ((got - wanted).norm() / wanted.norm()).item()
+            if not relative < bound:
+                return f"{part} of {what} is {relative:.1e} off, more than {bound:g}"
+
+    try:
+        with torch.autocast(device.type, enabled=False):
+            fault = trial(plain_depthwise_conv, afno_triton.depthwise_conv, random(2, 300, 32), random(4, 32),
+                          "the short convolution")
+            # 33 blocks: more than one tile of blocks to mix
+            for T, K in ((300, min(200, afno_triton.DIRECT)), (33 * afno_triton.FAR - 5, 33 * afno_triton.FAR)):
+                fault = fault or trial(plain_conv, kernel_conv, random(1, T, 32), random(2, K) / math.sqrt(K), f"{K} taps")
+        return fault
+    except Exception as error:  # whatever a compiler, a driver or a launch may raise
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def causal_conv(u: Tensor, taps: Tensor) -> Tensor:
@@ -367,6 +374,13 @@ def extend(window: Tensor | None, u_t: Tensor, length: int) -> Tensor:
     return u_t if window is None else torch.cat((window, u_t), 1)[:, -length:]
 
 
+def plain_depthwise_conv(x: Tensor, taps: Tensor) -> Tensor:
+    """Causal convolution of x (B, T, C) with taps (length, C), channel by channel."""
+    length, T = taps.size(0), x.size(1)
+    padded, taps = F.pad(x, (0, 0, length - 1, 0)), taps.to(x.dtype)
+    return sum(taps[lag] * padded[:, length - 1 - lag : length - 1 - lag + T] for lag in range(length))
+
+
 class ShortConv(nn.Module):
     """Causal convolution of a few taps for every channel by itself, (B, T, C) to the same; begins as the identity."""
 
@@ -376,9 +390,9 @@ class ShortConv(nn.Module):
         nn.init.ones_(self.taps[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        length, T = self.taps.size(0), x.size(1)
-        padded, taps = F.pad(x, (0, 0, length - 1, 0)), self.taps.to(x.dtype)
-        return sum(taps[lag] * padded[:, length - 1 - lag : length - 1 - lag + T] for lag in range(length))
+        if len(self.taps) > 1 and conv_path(x.device, x.dtype)[0]:
+            return afno_triton.depthwise_conv(x, self.taps.float())
+        return plain_depthwise_conv(x, self.taps)
 
     def step(self, x_t: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
         window = extend(window, x_t, len(self.taps))

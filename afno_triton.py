@@ -1,4 +1,5 @@
-"""The causal convolution of afno.py as Triton kernels: matrix products only, forward and backward. And the loss's softmax.
+"""The causal convolution of afno.py as Triton kernels: matrix products only, forward and backward. And two kernels for what is
+around it: the short convolution, and the loss's softmax.
 
 A file of its own because it cannot be imported where Triton is not installed; afno.causal_conv then takes its plain path,
 which computes the same sums (afno.conv_path chooses).
@@ -301,6 +302,45 @@ def fold_kernel(tiles_ptr, out_ptr, splits, units, together, units_each, LAGS: t
 
 
 @triton.jit
+def depthwise_kernel(x_ptr, taps_ptr, y_ptr, T, C, LENGTH: tl.constexpr, TRANSPOSED: tl.constexpr, BT: tl.constexpr,
+                     BC: tl.constexpr):
+    """y[t] = sum over lags l of taps[l] * x[t - l], channel by channel; TRANSPOSED: of taps[l] * x[t + l].
+    x, y: (B, T, C), contiguous; taps: (LENGTH, C) in fp32."""
+    t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BC + tl.arange(0, BC)
+    begin = tl.program_id(2).to(tl.int64) * T * C
+    inside = c < C
+    acc = tl.zeros((BT, BC), tl.float32)
+    for lag in tl.static_range(LENGTH):
+        s = t + lag if TRANSPOSED else t - lag
+        tap = tl.load(taps_ptr + lag * C + c, mask=inside, other=0.0)
+        x = tl.load(x_ptr + begin + s[:, None] * C + c[None, :], mask=((s >= 0) & (s < T))[:, None] & inside[None, :],
+                    other=0.0)
+        acc += tap[None, :] * x.to(tl.float32)
+    tl.store(y_ptr + begin + t[:, None] * C + c[None, :], acc.to(y_ptr.dtype.element_ty),
+             mask=(t < T)[:, None] & inside[None, :])
+
+
+@triton.jit
+def depthwise_gradient_kernel(x_ptr, dy_ptr, out_ptr, tokens, T, C, LENGTH: tl.constexpr, LAGS: tl.constexpr,
+                              BT: tl.constexpr, BC: tl.constexpr):
+    """out[split, l] = sum of dy[t] * x[t - l] over the split's tokens of all B T. out: (splits, LENGTH, C) in fp32; LAGS is
+    LENGTH or the next power of two."""
+    c, lag = tl.program_id(0) * BC + tl.arange(0, BC), tl.arange(0, LAGS)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    inside = c < C
+    acc = tl.zeros((LAGS, BC), tl.float32)
+    for first in range(split * BT, tokens, splits * BT):
+        n = first + tl.arange(0, BT)
+        dy = tl.load(dy_ptr + n.to(tl.int64)[:, None] * C + c[None, :], mask=(n < tokens)[:, None] & inside[None, :], other=0.0)
+        wanted = (n < tokens)[:, None] & ((n % T)[:, None] >= lag[None, :])  # a token of this row
+        x = tl.load(x_ptr + (n.to(tl.int64)[:, None] - lag[None, :])[:, :, None] * C + c[None, None, :],
+                    mask=wanted[:, :, None] & inside[None, None, :], other=0.0)
+        acc += tl.sum(dy.to(tl.float32)[:, None, :] * x.to(tl.float32), 0)
+    tl.store(out_ptr + (split * LENGTH + lag)[:, None] * C + c[None, :], acc,
+             mask=(lag < LENGTH)[:, None] & inside[None, :])
+
+
+@triton.jit
 def soft_cap(logits, CAP: tl.constexpr):
     full = logits.to(tl.float32)
     return full if CAP == 0 else CAP * (2 * tl.sigmoid(full * (2 / CAP)) - 1)  # CAP tanh(full / CAP)
@@ -528,6 +568,48 @@ def backward(ctx, dy):
 
 
 block_conv.register_autograd(backward, setup_context=save_inputs)
+
+
+def depthwise(x: Tensor, taps: Tensor, transposed: bool) -> Tensor:
+    B, T, C = x.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    depthwise_kernel[triton.cdiv(T, 32), triton.cdiv(C, 128), B](
+        x.contiguous(), taps, y, T, C, LENGTH=len(taps), TRANSPOSED=transposed, BT=32, BC=128)
+    return y
+
+
+@torch.library.custom_op("afno::depthwise_conv", mutates_args=())
+def depthwise_conv(x: Tensor, taps: Tensor) -> Tensor:
+    """Causal convolution of x (B, T, C), bf16, fp16 or fp32, with taps (length, C), fp32, of every channel by itself; few taps."""
+    with torch.cuda.device_of(x):
+        return depthwise(x, taps, transposed=False)
+
+
+@depthwise_conv.register_fake
+def _(x, taps):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("afno::depthwise_conv_backward", mutates_args=())
+def depthwise_conv_backward(dy: Tensor, x: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and taps."""
+    B, T, C = x.shape
+    with torch.cuda.device_of(x):
+        x, dy = x.contiguous(), dy.contiguous()
+        LENGTH, splits = len(taps), min(128, triton.cdiv(B * T, 16))
+        parts = taps.new_empty(splits, LENGTH, C)
+        depthwise_gradient_kernel[triton.cdiv(C, 64), splits](
+            x, dy, parts, B * T, T, C, LENGTH=LENGTH, LAGS=triton.next_power_of_2(LENGTH), BT=16, BC=64)
+        return depthwise(dy, taps, transposed=True), parts.sum(0)
+
+
+@depthwise_conv_backward.register_fake
+def _(dy, x, taps):
+    return x.new_empty(x.shape), taps.new_empty(taps.shape)
+
+
+depthwise_conv.register_autograd(lambda ctx, dy: depthwise_conv_backward(dy, *ctx.saved_tensors),
+                                 setup_context=save_inputs)
 
 
 def last_dimension_dense(x: Tensor) -> Tensor:

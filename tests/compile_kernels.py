@@ -18,6 +18,8 @@ SHAPES, SHARED = (kernels.SMALL, 99 * 1024) if ARCH in (86, 89) else (kernels.LA
 BF16 = dict.fromkeys(("x_ptr", "y_ptr", "u_ptr", "dy_ptr", "dm_ptr", "tiles_ptr", "near_ptr", "mixed_ptr",
                        "half_ptr", "out_ptr"), "*bf16")
 FP32 = dict(BF16, response_ptr="*fp32")
+PRODUCTS = (kernels.short_kernel, kernels.transform_kernel, kernels.mix_kernel, kernels.long_kernel,
+            kernels.tiles_gradient_kernel, kernels.response_gradient_kernel)
 UNALIGNED = ("num_blocks", "num_lags", "blocks", "splits", "units", "together", "units_each", "K",
              "tile_step", "row_step", "sign")
 
@@ -32,7 +34,7 @@ def compile(kernel, pointers: dict, constants: dict, options: dict) -> int:
     ptx = built.asm["ptx"]
     print(f"{kernel.__name__} {constants}: {built.metadata.shared} bytes of shared memory, tensor core instructions "
           f"{ptx.count('wgmma.mma_async') + ptx.count('mma.sync')}", flush=True)
-    assert "mma" in ptx or kernel in (kernels.fold_kernel, kernels.toeplitz_kernel)
+    assert "mma" in ptx or kernel not in PRODUCTS
     return built.metadata.shared
 
 
@@ -59,6 +61,13 @@ def main() -> int:
     for size in (16, 64, kernels.NEAR):
         shared.append(compile(kernels.fold_kernel, dict(gradient, tiles_ptr="*fp32"),
                               dict(LAGS=1, SIZE=size, BP=min(size, 32)), {}))
+    for transposed in (False, True):
+        shared.append(compile(kernels.depthwise_kernel, dict(BF16, taps_ptr="*fp32"),
+                              dict(LENGTH=4, TRANSPOSED=transposed, BT=32, BC=128), {}))
+    shared.append(compile(kernels.depthwise_gradient_kernel, gradient, dict(LENGTH=4, LAGS=4, BT=16, BC=64), {}))
+    for cap in (0.0, 15.0):
+        shared.append(compile(kernels.cross_entropy_kernel, dict(logits_ptr="*bf16", targets_ptr="*i64", losses_ptr="*fp32"),
+                              dict(CAP=cap, GRADIENT=True, BV=4096), dict(num_warps=8)))
     print(f"at most {max(shared)} of {SHARED} bytes")
     return int(max(shared) > SHARED)
 

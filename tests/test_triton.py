@@ -95,6 +95,9 @@ def test_operator_is_registered_as_it_behaves(small_blocks):
     for taps_response in ((taps, response), (taps, None)):
         torch.library.opcheck(afno_triton.block_conv, (u, *taps_response), test_utils=tests)
         torch.library.opcheck(afno_triton.block_conv_backward, (u.detach(), u.detach(), *taps_response), test_utils=tests)
+    few = torch.randn(4, 4, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(afno_triton.depthwise_conv, (u, few), test_utils=tests)
+    torch.library.opcheck(afno_triton.depthwise_conv_backward, (u.detach(), u.detach(), few), test_utils=tests)
 
 
 def test_gradients_are_there_when_activations_are_recomputed(small_blocks):
@@ -104,6 +107,26 @@ def test_gradients_are_there_when_activations_are_recomputed(small_blocks):
     again = torch.utils.checkpoint.checkpoint(afno.kernel_conv, u, taps, use_reentrant=False)
     for got, wanted in zip(torch.autograd.grad(again.sum(), (u, taps)), plain):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("B, T, C, length", ((1, 1, 1, 1), (2, 70, 130, 4), (3, 33, 64, 3), (1, 2, 5, 7)))
+def test_depthwise_convolution(B, T, C, length):
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(2, T, B, C, generator=generator)[i].transpose(0, 1).to(DTYPE) for i in range(2))  # strided
+    taps = torch.randn(length, C, generator=generator)
+    exact = x.double().requires_grad_(), taps.double().requires_grad_()
+    expected = torch.stack([sum(exact[1][lag] * exact[0][:, t - lag] for lag in range(min(length, t + 1)))
+                            for t in range(T)], 1)
+    wanted = torch.autograd.grad(expected, exact, dy.double())
+    ours = x.to(DEVICE).requires_grad_(), taps.to(DEVICE).requires_grad_()
+    y = afno_triton.depthwise_conv(*ours)
+    got = torch.autograd.grad(y, ours, dy.to(DEVICE))
+    assert [part.dtype for part in (y, *got)] == [DTYPE, DTYPE, torch.float32]
+    for part, oracle in zip((y, *got), (expected, *wanted)):
+        assert relative(part.detach().cpu().double(), oracle.detach()) < BOUND
+    other = ours[0].detach().clone()
+    other[:, T // 2 :] = torch.randn_like(other[:, T // 2 :])
+    assert torch.equal(afno_triton.depthwise_conv(other, ours[1])[:, : T // 2], y[:, : T // 2])
 
 
 @pytest.mark.parametrize("cap", (0, 2.5))
