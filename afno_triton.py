@@ -1,4 +1,4 @@
-"""The causal convolution of afno.py as Triton kernels: matrix products only, forward and backward. And two kernels for what is
+"""The causal convolution of afno.py as Triton kernels: matrix products only, forward and backward. And kernels for what is
 around it: the short convolution, and the loss's softmax.
 
 A file of its own because it cannot be imported where Triton is not installed; afno.causal_conv then takes its plain path,
@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 NEAR, FAR = 128, 256  # tokens in a block for short and for long filters; FAR = 2 NEAR
-# The longest filter that counts as short, >= FAR: it takes about half as many multiply-adds, a long one 6 NEAR and more.
+# The longest filter that counts as short, >= FAR: it takes at most so many multiply-adds, a long one 6 NEAR and more.
 DIRECT = 2048
 
 

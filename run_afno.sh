@@ -78,7 +78,7 @@ case $preset in
   fineweb)
     data=("$here/data/cached_fineweb10B.py" 25)
     launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=1)
-    # 10 rows fill 19.5 GiB (experiments/benchmark_results.md); 532,480 tokens a step, the baseline has 524,288;
+    # 10 rows filled 19.5 GiB when layers had a gate (experiments/benchmark_results.md); 532,480 tokens a step, the baseline has 524,288;
     # 4695 steps are the baseline's 2.5B tokens
     flags=(--input_bin "$here/data/fineweb10B/fineweb_train_*.bin" --input_val_bin "$here/data/fineweb10B/fineweb_val_*.bin"
       --model d12 --mixer afno --attn_layers 3,9 --sequence_length 4096 --batch_size 10 --grad_accumulation_steps 13

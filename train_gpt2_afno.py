@@ -1105,7 +1105,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         train_time, compile_time, past_wall = (saved[key] for key in ("train_time_s", "compile_time_s", "wall_time_s"))
     mixers = [config.mixer_of(layer) for layer in range(config.n_layer)]
     say(f"model: {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, mixers {' '.join(mixers)}, "
-        f"position {config.position}")
+        f"position {config.position}, mixer scale {config.mixer_scale:g}")
     if config.mixer == "afno":
         say("afno: " + ", ".join(f"{name} {value}" for name, value in config.afno_arguments().items()))
         say(f"convolution: {conv_path(device, runtime.dtype)[1]}")
@@ -1119,7 +1119,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         f"warmdown {args.warmdown_iters}, weight decay {args.weight_decay}, grad clip {args.grad_clip}, "
         f"recompute {args.recompute}")
     recipe = {name: getattr(args, name) for name, usual in RECIPE.items() if getattr(args, name) != usual}
-    say("recipe: " + (", ".join(f"{name} {value}" for name, value in recipe.items()) or "as the baseline's"))
+    say("recipe: " + (", ".join(f"{name} {value}" for name, value in recipe.items()) or "none of its flags"))
     say(f"device: {device.type}, {str(runtime.dtype).removeprefix('torch.')}, compile {int(runtime.compile)}; "
         f"output: {relative(str(output_dir))}")
 
@@ -1367,7 +1367,7 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
 # -----------------------------------------------------------------------------
 # command line
 
-RECIPE = dict(  # what may be changed about the baseline; as it stands here, nothing is
+RECIPE = dict(  # what else may be changed about the baseline; as it stands here, nothing is
     activation="gelu", qk_norm=0, zero_init=0, embedding_norm=0, tied_head=1, logit_softcap=0.0, embedding_residual=0,
     value_embeddings=0, window=0, mixer_scale=None, curriculum=None, batch_schedule=None, cooldown="linear",
     final_lr_fraction=0.0, embedding_lr=None, head_lr=None, rest_lr=None,
@@ -1502,7 +1502,7 @@ def parse_flags(argv: list[str]) -> dict:
     add("--batch_schedule", type=shares(float), metavar="X:SHARE,...",
         help="factors of grad_accumulation_steps, each for a share of the steps, such as 0.25:0.3,1:0.7 (none)")
     add("--weight_decay", type=number(float, 0), metavar="X", help="on all weights (0.1)")
-    add("--recompute", type=int, choices=(0, 1), help="1 keeps products, attention and convolutions alone for backward and "
+    add("--recompute", type=int, choices=(0, 1), help="1 keeps products, attention and long convolutions alone for backward and "
         "computes what is between them again: less memory, a little slower (0)")
     add("--grad_clip", type=number(float, 0), metavar="X", help="largest gradient norm; 0 does not clip (0)")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument

@@ -240,7 +240,7 @@ def measure_steps(lengths, tokens, model_name, device, runtime, matmul_rate, emi
 
 KERNELS = (  # (what, pattern of kernel names), the first that fits
     ("attention", r"flash|fmha|sdpa|attention"),
-    ("convolution", r"^(toeplitz|short|transform|mix|long|tiles_gradient|response_gradient|fold)_kernel"),
+    ("convolution", r"^(toeplitz|short|transform|mix|long|tiles_gradient|response_gradient|fold|depthwise\w*)_kernel"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|addmm|matmul"),
     ("AdamW", r"adam|multi_tensor"),
     ("loss", r"log_softmax|scatter|gather|cross_entropy"),
