@@ -276,9 +276,10 @@ def kernel_fault(device: torch.device, dtype: torch.dtype, bound: float) -> str 
         with torch.autocast(device.type, enabled=False):
             fault = trial(plain_depthwise_conv, afno_triton.depthwise_conv, random(2, 300, 32), random(4, 32),
                           "the short convolution")
-            # 33 blocks: more than one tile of blocks to mix
+            # two filters as wide as models have; 33 blocks: more than one tile of blocks to mix
+            C = 2 * AFNO1D.channels_per_filter
             for T, K in ((300, min(200, afno_triton.DIRECT)), (33 * afno_triton.FAR - 5, 33 * afno_triton.FAR)):
-                fault = fault or trial(plain_conv, kernel_conv, random(1, T, 32), random(2, K) / math.sqrt(K), f"{K} taps")
+                fault = fault or trial(plain_conv, kernel_conv, random(1, T, C), random(2, K) / math.sqrt(K), f"{K} taps")
         return fault
     except Exception as error:  # whatever a compiler, a driver or a launch may raise
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

@@ -160,6 +160,7 @@ def test_path_is_chosen_in_words():
 
 def test_kernels_are_tried_before_they_are_trusted(small_blocks, monkeypatch):
     """kernel_fault finds nothing in these kernels, wrong numbers in others, and exceptions."""
+    monkeypatch.setattr(afno.AFNO1D, "channels_per_filter", 4)
     fault = afno.kernel_fault.__wrapped__
     with torch.inference_mode():
         assert fault(torch.device(DEVICE), DTYPE, BOUND) is None
