@@ -381,15 +381,20 @@ def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, vocab_size, column
 # (A100, H100, H200) and where it may have 99 KB (RTX 3090, 4090)
 LARGE = dict(BN=256, BK=64, num_warps=8, num_stages=3)
 SMALL = dict(BN=128, BK=64, num_warps=4, num_stages=2)
-PROGRAMS = 256  # that make gradients of taps, about: several for every multiprocessor, each of which leaves a tile to add
 # BN / NEAR is also how many lags tiles_gradient_kernel makes at once
+PROGRAMS = 256  # that make gradients of taps, about: two for every multiprocessor of an H100, each leaves a tile to add
+# Blocks a Toeplitz tile of mix_kernel has, and columns at most: four fp32 sums of BI x BN. Larger tiles waste less above
+# the diagonal's place and are slower all the same.
+MIX = dict(BI=16, BN=128)
+RESPONSE = {16: 64, 32: 32, 64: 32}  # BI: BK at most, of response_gradient_kernel; four fp32 sums of BI x BI
 
 
 def tile_shapes(device: torch.device) -> dict:
     if device.type == "cpu":  # Triton's interpreter
-        return dict(BN=64, BK=min(NEAR, 32))
-    large = torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 160 * 1024
-    shapes = LARGE if large else SMALL
+        shapes = dict(BN=64, BK=32)
+    else:
+        large = torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 160 * 1024
+        shapes = LARGE if large else SMALL
     return dict(shapes, BK=min(NEAR, shapes["BK"]))
 
 
@@ -438,9 +443,9 @@ def transform(x: Tensor, half: Tensor, s: Sizes) -> Tensor:
 
 
 def mix(x: Tensor, response: Tensor, s: Sizes, transposed: bool) -> Tensor:
-    out, BI = torch.empty_like(x), 16  # larger tiles waste less above the diagonal's place and are slower all the same
+    out, BI = torch.empty_like(x), MIX["BI"]
     padded_columns = triton.cdiv(s.blocks, BI) * s.width
-    BN = min(128, max(16, triton.next_power_of_2(padded_columns)))  # four fp32 sums of BI x BN
+    BN = min(MIX["BN"], max(16, triton.next_power_of_2(padded_columns)))
     mix_kernel[FAR // 2, s.G, triton.cdiv(padded_columns, BN)](
         x, response, out, s.B, s.blocks, s.columns, padded_columns, W=s.W, FAR=FAR, TRANSPOSED=transposed, BI=BI, BN=BN)
     return out
@@ -482,9 +487,9 @@ def taps_gradient(u: Tensor, dy: Tensor, G: int, K: int, together: int | None = 
 
 
 def response_gradient(spectra: Tensor, dmixed: Tensor, s: Sizes) -> Tensor:
-    BI = min(64, max(16, triton.next_power_of_2(s.blocks)))  # four fp32 sums of BI x BI
+    BI = min(max(RESPONSE), max(min(RESPONSE), triton.next_power_of_2(s.blocks)))
     lags = triton.cdiv(s.blocks, BI)
-    BK = min(max(32, 1024 // BI), max(16, triton.next_power_of_2(lags * s.width)))
+    BK = min(RESPONSE[BI], max(16, triton.next_power_of_2(lags * s.width)))
     filters = max(1, 2**25 // (2 * FAR * lags * BI * BI))  # at once: tiles of up to 128 MB
     parts = []
     for x, dm in zip(spectra.split(filters), dmixed.split(filters)):
@@ -572,7 +577,7 @@ block_conv.register_autograd(backward, setup_context=save_inputs)
 
 def depthwise(x: Tensor, taps: Tensor, transposed: bool) -> Tensor:
     B, T, C = x.shape
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = x.new_empty(x.shape)
     depthwise_kernel[triton.cdiv(T, 32), triton.cdiv(C, 128), B](
         x.contiguous(), taps, y, T, C, LENGTH=len(taps), TRANSPOSED=transposed, BT=32, BC=128)
     return y

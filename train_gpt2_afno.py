@@ -330,6 +330,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, chunk_function, with_gradient, cap=0.0):
         on_gpu, vocab_size = x.is_cuda, weight.size(0)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if loss_path(x.device, dtype)[0]:
+            chunk_function = afno_triton.cross_entropy
         # The stored vocabulary is not padded, the operand is: tensor cores want rows of aligned length.
         # On a CPU, small chunks instead: 96 rows of logits (19 MB) stay below what malloc returns to the system
         # each time, and page faults would cost as much as the arithmetic.
@@ -478,11 +480,9 @@ class GPT(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss, and every target's, (B, T), without gradient: of hidden states (B, T, C), targets (B, T)."""
-        kind, weight = x.device.type, self.lm_head.weight
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        chunk_function = afno_triton.cross_entropy if loss_path(x.device, dtype)[0] else self.cross_entropy_chunk
-        mean, losses = LinearCrossEntropy.apply(x.view(-1, x.size(-1)), weight, targets.reshape(-1), chunk_function,
-                                                torch.is_grad_enabled(), self.config.logit_softcap)
+        mean, losses = LinearCrossEntropy.apply(x.view(-1, x.size(-1)), self.lm_head.weight, targets.reshape(-1),
+                                                self.cross_entropy_chunk, torch.is_grad_enabled(),
+                                                self.config.logit_softcap)
         return mean, losses.view(targets.shape)
 
 

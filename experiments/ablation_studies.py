@@ -182,13 +182,9 @@ def mean_batch(flags: dict[str, str]) -> float:
     """Of the factors of --batch_schedule X:SHARE,..., each for a share of the steps."""
     text = flags.get("--batch_schedule", "1:1")
     try:
-        parts = [[float(number) for number in part.split(":")] for part in text.split(",")]
-        mean = sum(factor * share for factor, share in parts)
-    except ValueError:
-        mean = 0
-    if not 0 < mean < math.inf:
-        raise InputError(f"--batch_schedule must be X:SHARE,... with numbers > 0, got {text}")
-    return mean
+        return sum(factor * share for factor, share in trainer.shares(float)(text))
+    except argparse.ArgumentTypeError:
+        raise InputError(f"--batch_schedule must be X:SHARE,... with numbers > 0, got {text}") from None
 
 
 def data_flags(data: str) -> dict[str, str]:

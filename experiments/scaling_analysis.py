@@ -180,10 +180,10 @@ def training_step(options: dict, model_name: str, B: int, T: int, device, runtim
     n_layer, n_head, n_embd = MODELS[model_name]
     if model_name == "d4":  # for a test of this script on a CPU
         options = dict(options, n_head=n_head, attn_layers=options.get("attn_layers", ())[:1] and (1,))
-    recompute = options.get("recompute", False)
+    options = dict(options)
+    recompute = options.pop("recompute", False)  # of the trainer, not of the model's configuration
     torch.manual_seed(0)
-    config = GPTConfig(n_layer=n_layer, n_embd=n_embd, sequence_length=T,
-                       **{name: value for name, value in options.items() if name != "recompute"})
+    config = GPTConfig(n_layer=n_layer, n_embd=n_embd, sequence_length=T, **options)
     model = GPT(config).to(device)
     for block in model.transformer.h:
         block.recompute = recompute

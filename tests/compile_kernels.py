@@ -47,14 +47,14 @@ def main() -> int:
     for transposed in (False, True):
         shared.append(compile(kernels.short_kernel, BF16, dict(W=64, NEAR=kernels.NEAR, TRANSPOSED=transposed, **shapes),
                               options))
-        shared.append(compile(kernels.mix_kernel, FP32, dict(far, TRANSPOSED=transposed, BI=16, BN=128), {}))
+        shared.append(compile(kernels.mix_kernel, FP32, dict(far, TRANSPOSED=transposed, **kernels.MIX), {}))
     for kernel in (kernels.transform_kernel, kernels.long_kernel):
         shared.append(compile(kernel, BF16, dict(far, **shapes), options))
     for lags in {1, SHAPES["BN"] // kernels.NEAR}:
         shared.append(compile(kernels.tiles_gradient_kernel, gradient,
                               dict(W=64, NEAR=kernels.NEAR, LAGS=lags, BK=SHAPES["BK"]), options))
-    for BI in (16, 32, 64):
-        shared.append(compile(kernels.response_gradient_kernel, gradient, dict(far, BI=BI, BK=max(32, 1024 // BI)), {}))
+    for BI, BK in kernels.RESPONSE.items():
+        shared.append(compile(kernels.response_gradient_kernel, gradient, dict(far, BI=BI, BK=BK), {}))
     for shape in ((kernels.NEAR, kernels.NEAR), (kernels.NEAR, kernels.FAR)):
         shared.append(compile(kernels.toeplitz_kernel, dict(FP32, taps_ptr="*fp32"),
                               dict(ROWS=shape[0], COLUMNS=shape[1], BP=16), {}))
