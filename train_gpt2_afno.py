@@ -87,6 +87,7 @@ class GPTConfig:
     embedding_residual: int = 0
     value_embeddings: int = 0
     window: int = 0  # of attention, in tokens; 0: all before
+    residual_bf16: int = 0  # the residual stream in autocast's dtype; 0: fp32
     mixer_scale: float | None = None  # None: 1; in the baseline, attn in all layers, (2 n_layer)^-0.5
 
     def __post_init__(self):
@@ -95,7 +96,8 @@ class GPTConfig:
             self.mixer_scale = (2 * self.n_layer) ** -0.5 if self.mixer == "attn" else 1.0
         if self.afno_filter_length is None:
             self.afno_filter_length = self.sequence_length
-        switches = ("qk_norm", "zero_init", "embedding_norm", "tied_head", "embedding_residual", "value_embeddings")
+        switches = ("qk_norm", "zero_init", "embedding_norm", "tied_head", "embedding_residual", "value_embeddings",
+                    "residual_bf16")
         for name, allowed in (("mixer", MIXERS), ("position", POSITIONS), ("activation", ACTIVATIONS),
                               *((name, (0, 1)) for name in switches)):
             if getattr(self, name) not in allowed:
@@ -337,8 +339,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         # each time, and page faults would cost as much as the arithmetic.
         padding, rows = (-vocab_size % 64, 8192) if on_gpu else (0, 96)
         w = F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
-        counts = (targets >= 0).to(x.dtype)[:, None]  # (N, 1), a factor of 0 for targets that do not count
         losses = torch.empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        counts = (targets >= 0).to(losses.dtype)[:, None]  # (N, 1), a factor of 0 for targets that do not count
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradient else (None, None)
         for i in range(0, x.size(0), rows):
             part = slice(i, i + rows)
@@ -436,7 +438,11 @@ class GPT(nn.Module):
                 x = self.transformer.wpe(x, g).type_as(x)
             else:
                 x = x + g * math.sqrt(2 / (3 * C))  # sines have mean square 1/2, embeddings at initialisation 1/(3C)
-        return rmsnorm(x) if self.config.embedding_norm else x, rotary_tables(position, C // n_head)
+        if self.config.embedding_norm:
+            x = rmsnorm(x)
+        if self.config.residual_bf16 and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x, rotary_tables(position, C // n_head)
 
     def for_layer(self, layer: int, idx: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What block `layer` takes beside the stream: x0, the embeddings x, and v0, of the tokens idx (B, T)."""
@@ -594,26 +600,47 @@ def to_device(tokens: Tensor, device: torch.device) -> Tensor:
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
 
+ROW_ORDERS = ("stream", "spread")
+
+
 class TrainLoader:
     """Endless micro-batches (B, T) of inputs and targets, read one ahead in a thread.
 
-    `position` is where in the stream the next micro-batch of rank 0 begins. Micro-batches are dealt out over the
-    ranks in turn, so that any number of ranks sees the same tokens in a step.
+    `position` counts the tokens dealt out before; it is a multiple of T. Rows are dealt out over micro-batches, and these over
+    the ranks, in turn, so that any number of ranks sees the same tokens in a step. Rows come as they stand in the stream, or,
+    order `spread`, from all over it: neighbours in a batch are then not of one long document. Steps of 0.618 of the stream
+    keep them as far apart as can be for a batch of any size, and meet each row once a pass.
     """
 
-    def __init__(self, stream: TokenStream, B: int, T: int, position: int, rank: int, world: int, device):
+    def __init__(self, stream: TokenStream, B: int, T: int, position: int, rank: int, world: int, device, order: str = "stream"):
         if len(stream) < world * B * T + 1:
             raise InputError(f"--input_bin holds {len(stream)} tokens, fewer than one micro-batch and its last target: "
                              f"{world * B * T + 1} (--batch_size {B} x --sequence_length {T} x {world} ranks + 1)")
         self.stream, self.B, self.T, self.device = stream, B, T, device
         self.position, self.rank, self.stride = position, rank, world * B * T
+        self.rows = (len(stream) - 1) // T if order == "spread" else None  # in a pass
         self.thread = ThreadPoolExecutor(1)
         self.ahead = self.thread.submit(self.load, position)
 
+    def start(self, row: int) -> int:
+        """Where in the stream a row begins, counted from the first one dealt out."""
+        if self.rows is None:
+            return row * self.T
+        step = round(0.618 * self.rows)
+        while math.gcd(step, self.rows) > 1:
+            step += 1
+        return row * step % self.rows * self.T
+
+    def where(self, position: int) -> str:
+        return self.stream.where(self.start(position // self.T))
+
     def load(self, position: int) -> tuple[Tensor, Tensor]:
+        first = position // self.T
         # all ranks' tokens, though only a part is used: so a bad one stops every rank, with one message
-        tokens = self.stream.read(position, self.stride + 1)[self.rank * self.B * self.T :][: self.B * self.T + 1]
-        return tuple(to_device(part.view(self.B, self.T), self.device) for part in (tokens[:-1], tokens[1:]))
+        tokens = torch.stack([self.stream.read(self.start(row), self.T + 1)
+                              for row in range(first, first + self.stride // self.T)])
+        tokens = tokens[self.rank * self.B :][: self.B]
+        return tuple(to_device(part.contiguous(), self.device) for part in (tokens[:, :-1], tokens[:, 1:]))
 
     def next(self) -> tuple[Tensor, Tensor]:
         batch = self.ahead.result()
@@ -1063,7 +1090,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     stream = TokenStream(args.input_bin, config.vocab_size, "input_bin")
     val_stream = TokenStream(args.input_val_bin, config.vocab_size, "input_val_bin")
     val_tokens = count_val_tokens(args, val_stream)
-    loader = TrainLoader(stream, B, T, position, rank, world, device)
+    loader = TrainLoader(stream, B, T, position, rank, world, device, args.row_order)
 
     log = RunLog(output_dir, step if saved else None) if rank == 0 else None
     checkpoints = Checkpoints(output_dir)
@@ -1208,7 +1235,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None or not math.isfinite(grad_norm):
             what = f"loss {losses[bad]}" if bad is not None else f"gradient norm {grad_norm}"
-            diverged(done, f"{what}, micro-batch at {stream.where(began_at + (bad or 0) * B * T)}",
+            diverged(done, f"{what}, micro-batch at {loader.where(began_at + (bad or 0) * B * T)}",
                      done - 1 if bad is not None else done)
         if rank == 0:
             loss, rate = sum(losses) / len(losses), (ended_at - began_at) / seconds
@@ -1370,7 +1397,7 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
 RECIPE = dict(  # what else may be changed about the baseline; as it stands here, nothing is
     activation="gelu", qk_norm=0, zero_init=0, embedding_norm=0, tied_head=1, logit_softcap=0.0, embedding_residual=0,
     value_embeddings=0, window=0, mixer_scale=None, curriculum=None, batch_schedule=None, cooldown="linear",
-    final_lr_fraction=0.0, embedding_lr=None, head_lr=None, rest_lr=None,
+    final_lr_fraction=0.0, embedding_lr=None, head_lr=None, rest_lr=None, row_order="stream", residual_bf16=0,
 )
 DEFAULTS = dict(
     input_bin=None, input_val_bin=None, output_dir=None, model=None, mixer="afno", attn_layers=(), afno_form="filter",
@@ -1467,7 +1494,8 @@ def parse_flags(argv: list[str]) -> dict:
             ("embedding_norm", "rmsnorm after embedding and position (0)"),
             ("tied_head", "0: the head has its own weights, which begin as a copy of the embedding's, or at zero (1)"),
             ("embedding_residual", "each block takes a x + b embedding, learned, which begin at 1 and 0 (0)"),
-            ("value_embeddings", "a table a layer of attention, added to its values; AFNO layers have none (0)")):
+            ("value_embeddings", "a table a layer of attention, added to its values; AFNO layers have none (0)"),
+            ("residual_bf16", "the residual stream in autocast's dtype instead of fp32 (0)")):
         add(f"--{name}", type=int, choices=(0, 1), help=text)
     add("--logit_softcap", type=number(float, 0), metavar="X", help="logits are X tanh(logits / X); 0: as they are (0)")
     add("--window", type=number(int, 0), metavar="W", help="tokens that attention sees, itself included; 0: all (0)")
@@ -1483,6 +1511,8 @@ def parse_flags(argv: list[str]) -> dict:
     add("--input_bin", metavar="GLOB", help="training shards (data/fineweb10B if present, else data/shakespeare)")
     add("--input_val_bin", metavar="GLOB", help="validation shards (likewise)")
     add("--output_dir", metavar="DIR", help="logs and checkpoints (runs/<time>-<model>-<mixer>)")
+    add("--row_order", choices=ROW_ORDERS, help="of training rows: as they stand in the shards, or spread over all of them, so "
+        "that long documents do not fill a batch (stream)")
     add = parser.add_argument_group("optimization").add_argument
     add("--batch_size", type=number(int, 1), metavar="B", help="rows of a micro-batch on one device (16; CPU 8)")
     add("--grad_accumulation_steps", type=number(int, 1), metavar="N",

@@ -138,6 +138,22 @@ def test_the_recipe_is_causal():
             assert all(row[-1] for row in table), table
 
 
+def test_the_residual_stream_in_bf16():
+    models = [tiny(attn_layers=(1,), residual_bf16=on) for on in (0, 1)]
+    models[1].load_state_dict(models[0].state_dict())
+    idx, streams = random_tokens((2, 24), 97), []
+    for block in models[1].transformer.h:
+        block.register_forward_hook(lambda module, inputs, output: streams.append(output.dtype))
+    exact = models[0].hidden(idx)
+    assert torch.equal(models[1].hidden(idx), exact) and set(streams) == {torch.float32}, "without autocast nothing changes"
+    streams.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, usual = (model.hidden(idx).float() for model in models[::-1])
+    assert set(streams) == {torch.bfloat16}
+    assert 1e-4 < (rounded - exact).norm() / exact.norm() < 3e-2
+    assert (rounded - usual).norm() / exact.norm() > 1e-4
+
+
 def test_the_recipe_recomputes():
     model, idx = tiny(attn_layers=(1,), **RECIPE).double(), random_tokens((2, 24), 97)
     test_causality.perturb(model)

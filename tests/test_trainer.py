@@ -18,7 +18,7 @@ import train_gpt2_afno
 from afno import AFNO1D, causal_conv
 from data import text_to_bin
 from data.text_to_bin import InputError, ShardWriter
-from train_gpt2_afno import GPT, Checkpoints, Diverged, GPTConfig, TokenStream, TrainLoader, main
+from train_gpt2_afno import GPT, ROW_ORDERS, Checkpoints, Diverged, GPTConfig, TokenStream, TrainLoader, main
 
 SCRIPT = Path(train_gpt2_afno.__file__)
 SMALL = "--device cpu --dtype float32 --compile 0 --model d4 --batch_size 2 --sequence_length 16 --num_iterations 6 " \
@@ -236,7 +236,7 @@ def test_every_field_of_the_recipe_is_off_by_default():
 
 RECIPE = "--activation relu2 --qk_norm 1 --zero_init 1 --embedding_norm 1 --tied_head 0 --logit_softcap 15 " \
          "--embedding_residual 1 --value_embeddings 1 --window 5 --mixer_scale 1 --cooldown sqrt " \
-         "--final_lr_fraction 0.1 --embedding_lr 0.01 --head_lr 0.002 --rest_lr 0.003"
+         "--final_lr_fraction 0.1 --embedding_lr 0.01 --head_lr 0.002 --rest_lr 0.003 --row_order spread --residual_bf16 1"
 PHASES = "--num_iterations 10 --grad_accumulation_steps 2 --curriculum 4:0.3,8:0.3,16:0.4 " \
          "--batch_schedule 0.5:0.4,1:0.6"
 
@@ -328,15 +328,46 @@ def test_stream_crosses_shard_borders_and_begins_again(data):
     assert stream.where(137).endswith("train_2_000000.bin, token 0")
 
 
-def test_ranks_share_out_what_one_process_reads(data):
+@pytest.mark.parametrize("order", ROW_ORDERS)
+def test_ranks_share_out_what_one_process_reads(data, order):
     stream, device = TokenStream(f"{data}/train_*.bin", 50257, "input_bin"), torch.device("cpu")
-    alone = TrainLoader(stream, 2, 8, 0, 0, 1, device)
-    ranks = [TrainLoader(stream, 2, 8, 0, rank, 2, device) for rank in range(2)]
+    alone = TrainLoader(stream, 2, 8, 0, 0, 1, device, order)
+    ranks = [TrainLoader(stream, 2, 8, 0, rank, 2, device, order) for rank in range(2)]
     for _ in range(20):
         for loader in ranks:
             (x, y), (x_rank, y_rank) = alone.next(), loader.next()
             assert torch.equal(x, x_rank) and torch.equal(y, y_rank)
-            assert torch.equal(x.flatten()[1:], y.flatten()[:-1])
+            assert torch.equal(x[:, 1:], y[:, :-1])
+            assert (order == "spread") != torch.equal(x.flatten()[1:], y.flatten()[:-1])
+    resumed = TrainLoader(stream, 2, 8, alone.position, 0, 1, device, order)
+    assert torch.equal(torch.stack(resumed.next()), torch.stack(alone.next()))
+
+
+@pytest.mark.parametrize("T", (1, 4, 7, 20))
+def test_rows_spread_over_the_stream_meet_each_row_once_a_pass(data, T):
+    stream = TokenStream(f"{data}/train_*.bin", 50257, "input_bin")
+    loader = TrainLoader(stream, 1, T, 0, 0, 1, torch.device("cpu"), "spread")
+    rows = 436 // T  # whole ones, with a target for each last token
+    passes = [[loader.start(row) for row in range(n * rows, (n + 1) * rows)] for n in range(2)]
+    assert sorted(passes[0]) == list(range(0, rows * T, T)) and passes[0] == passes[1]
+    for row in range(rows):
+        x, y = loader.next()
+        assert torch.equal(x[0], stream.read(passes[0][row], T)) and torch.equal(y[0], stream.read(passes[0][row] + 1, T))
+
+
+def test_rows_of_a_batch_are_far_apart_where_they_are_spread():
+    class Stream:  # as long as FineWeb's 2.5B tokens, and read by nobody here
+        def __len__(self):
+            return 2_500_000_000
+
+        def read(self, position, count):
+            return torch.zeros(count)
+
+    loader = TrainLoader(Stream(), 64, 1024, 0, 0, 1, torch.device("cpu"), "spread")
+    for first in (0, 12_345 * 64):
+        starts = sorted(loader.start(row) for row in range(first, first + 64))
+        apart = [b - a for a, b in zip(starts, starts[1:] + [starts[0] + loader.rows * 1024])]
+        assert min(apart) > 0.2 * len(loader.stream) / 64, "the closest two have a fifth of the mean distance at least"
 
 
 # -----------------------------------------------------------------------------
