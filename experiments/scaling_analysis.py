@@ -36,9 +36,11 @@ BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
 STEPS = {  # of d12
     "attention, 12 heads of 64": dict(mixer="attn", n_head=12),
     "attention, 6 heads of 128": dict(mixer="attn", n_head=6),
-    "AFNO with attention in 3, 9": dict(mixer="afno", n_head=12, attn_layers=(3, 9)),
-    "AFNO": dict(mixer="afno", n_head=12),
-    "AFNO, --recompute 1": dict(mixer="afno", n_head=12, recompute=True),
+    "AFNO with attention in 3, 9": dict(mixer="afno", attn_layers=(3, 9)),
+    "AFNO": dict(mixer="afno"),
+    "AFNO with attention in 3, 9, 1024 taps": dict(mixer="afno", attn_layers=(3, 9), afno_filter_length=1024),
+    "AFNO, 1024 taps": dict(mixer="afno", afno_filter_length=1024),
+    "AFNO, --recompute 1": dict(mixer="afno", recompute=True),
 }
 
 
@@ -178,9 +180,9 @@ def measure_operators(B: int, T: int, device, dtype, runtime, part: str, emit):
 def training_step(options: dict, model_name: str, B: int, T: int, device, runtime):
     """A function that makes one step of the trainer's on random tokens, and its phases."""
     n_layer, n_head, n_embd = MODELS[model_name]
+    options = dict(n_head=n_head) | options
     if model_name == "d4":  # for a test of this script on a CPU
-        options = dict(options, n_head=n_head, attn_layers=options.get("attn_layers", ())[:1] and (1,))
-    options = dict(options)
+        options.update(n_head=n_head, attn_layers=options.get("attn_layers", ())[:1] and (1,))
     recompute = options.pop("recompute", False)  # of the trainer, not of the model's configuration
     torch.manual_seed(0)
     config = GPTConfig(n_layer=n_layer, n_embd=n_embd, sequence_length=T, **options)
@@ -225,10 +227,13 @@ def measure_step(row: dict, options: dict, device, runtime, matmul_rate) -> dict
     return row
 
 
-def measure_steps(lengths, tokens, model_name, device, runtime, matmul_rate, emit):
+def measure_steps(lengths, tokens, model_name, residual_bf16, device, runtime, matmul_rate, emit):
     for T in lengths:
         for name, options in STEPS.items():
-            row = dict(part="step", name=name, B=tokens // T, T=T, model=model_name)
+            if options.get("afno_filter_length", 0) >= T:
+                continue  # has been measured: T taps are all there are
+            options = dict(options, residual_bf16=residual_bf16)
+            row = dict(part="step", name=step_name(name, residual_bf16), B=tokens // T, T=T, model=model_name)
             try:
                 emit(measure_step(row, options, device, runtime, matmul_rate))
             except torch.OutOfMemoryError as error:
@@ -236,6 +241,10 @@ def measure_steps(lengths, tokens, model_name, device, runtime, matmul_rate, emi
             torch._dynamo.reset()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def step_name(name: str, residual_bf16: int) -> str:
+    return name if residual_bf16 else f"{name}, fp32 residual"
 
 
 KERNELS = (  # (what, pattern of kernel names), the first that fits
@@ -249,11 +258,12 @@ KERNELS = (  # (what, pattern of kernel names), the first that fits
 )
 
 
-def measure_profile(T, tokens, model_name, device, runtime, emit):
+def measure_profile(T, tokens, model_name, residual_bf16, device, runtime, emit):
     """Time of a step by phase (events) and by kernel (torch.profiler, of one step)."""
     from torch.profiler import ProfilerActivity, profile
     for name in ("attention, 12 heads of 64", "AFNO with attention in 3, 9"):
-        model, step, backpropagate, optimize = training_step(STEPS[name], model_name, max(tokens // T, 1), T, device, runtime)
+        options = dict(STEPS[name], residual_bf16=residual_bf16)
+        model, step, backpropagate, optimize = training_step(options, model_name, max(tokens // T, 1), T, device, runtime)
         x = torch.randn(tokens // T * T, model.config.n_embd, device=device, requires_grad=True)
         targets = random_tokens((len(x),), model.config.vocab_size).to(device)
 
@@ -262,7 +272,7 @@ def measure_profile(T, tokens, model_name, device, runtime, emit):
                 loss, _ = model.loss(x, targets)
             loss.backward()
 
-        row = dict(part="profile", name=name, T=T, B=tokens // T)
+        row = dict(part="profile", name=step_name(name, residual_bf16), T=T, B=tokens // T)
         for phase, run in (("step", step), ("forward and backward", backpropagate), ("head and loss alone", head),
                            ("optimizers alone", optimize)):
             row[f"{phase}, ms"], _, _ = measure(run, device)
@@ -367,14 +377,16 @@ def amdahl(operator: list[dict], steps: list[dict]) -> list[str]:
     for T in sorted({row["T"] for row in steps}):
         at = {row["name"]: row for row in steps if row["T"] == T and "tokens_per_s" in row}
         cores = {row["name"]: row["ms"] for row in operator if row["T"] == T and "ms" in row}
-        M = cores.get("AFNO core, T taps", math.nan) + cores.get("short convolution, direct term and norm beside it", math.nan)
+        beside = cores.get("short convolution, direct term and norm beside it", math.nan)
         for heads in (64, 128):
             attention = next((row for name, row in at.items() if name.endswith(f"of {heads}")), None)
             A = min((ms for name, ms in cores.items() if name.startswith("SDPA") and name.endswith(str(heads))),
                     default=math.nan)
-            for name, attention_layers in (("AFNO with attention in 3, 9", 2), ("AFNO", 0)):
+            for name, attention_layers, taps in (("AFNO with attention in 3, 9", 2, "T"), ("AFNO", 0, "T"),
+                                                 ("AFNO with attention in 3, 9, 1024 taps", 2, "1024"), ("AFNO, 1024 taps", 0, "1024")):
                 if attention is None or name not in at:
                     continue
+                M = cores.get(f"AFNO core, {taps} taps", math.nan) + beside
                 ratio = at[name]["tokens_per_s"] / attention["tokens_per_s"]
                 rate = attention["mfu"] and flops_of_row(attention) / attention["mfu"]
                 saved = (12 - attention_layers) * 6 * 2 * C * C * attention["B"] * T / rate * 1000
@@ -418,6 +430,7 @@ def main() -> int:
     parser.add_argument("--lengths", default="256,512,1024,2048,4096,8192,16384,32768,65536", help="of operator and step")
     parser.add_argument("--tokens", type=int, default=65536, help="at every length")
     parser.add_argument("--model", choices=("d4", "d12"), default="d12", help="of step and profile")
+    parser.add_argument("--residual_bf16", type=int, choices=(0, 1), default=1, help="the trainer's, of step and profile")
     parser.add_argument("--compile", type=int, choices=(0, 1), default=1)
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "scaling")
     args = parser.parse_args()
@@ -456,9 +469,9 @@ def main() -> int:
             for T in lengths:
                 measure_operators(args.tokens // T, T, device, runtime.dtype, runtime, "operator", emit)
         if "profile" in parts:
-            measure_profile(min(1024, args.tokens), args.tokens, args.model, device, runtime, emit)
+            measure_profile(min(1024, args.tokens), args.tokens, args.model, args.residual_bf16, device, runtime, emit)
         if "step" in parts:
-            measure_steps(lengths, args.tokens, args.model, device, runtime, matmul_rate, emit)
+            measure_steps(lengths, args.tokens, args.model, args.residual_bf16, device, runtime, matmul_rate, emit)
         if "batch" in parts:
             for T in (1024, 8192):
                 for B in (1, 4, 16):
