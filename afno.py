@@ -278,7 +278,7 @@ def kernel_fault(device: torch.device, dtype: torch.dtype, bound: float) -> str 
                           "the short convolution")
             # two filters as wide as models have; 33 blocks: more than one tile of blocks to mix
             C = 2 * AFNO1D.channels_per_filter
-            for T, K in ((300, min(200, afno_triton.DIRECT)), (33 * afno_triton.FAR - 5, 33 * afno_triton.FAR)):
+            for T, K in ((300, afno_triton.FAR - 5), (33 * afno_triton.FAR - 5, 33 * afno_triton.FAR)):
                 fault = fault or trial(plain_conv, kernel_conv, random(1, T, C), random(2, K) / math.sqrt(K), f"{K} taps")
         return fault
     except Exception as error:  # whatever a compiler, a driver or a launch may raise
@@ -309,12 +309,12 @@ def segment_responses(taps: Tensor, forward: Tensor, n: int, b: int) -> Tensor:
 def kernel_conv(u: Tensor, taps: Tensor) -> Tensor:
     """causal_conv by afno_triton's kernels: short filters all near, long ones with a far field of blocks of FAR tokens.
 
-    u in half precision (fp32 is slow), taps in fp32. A token and channel takes about min(K, T / 2) multiply-adds up to
-    K = 2048 taps, beyond that 3 FAR + 2 T / FAR.
+    u in half precision (fp32 is slow), taps in fp32. A token and channel takes about K - K^2 / (2 T) multiply-adds up to DIRECT
+    (afno_triton.multiply_adds); where that would be more, 3 FAR + 2 T / FAR.
     """
     T, b = u.size(1), afno_triton.FAR
     taps = taps[:, :T].float()
-    if taps.size(1) <= afno_triton.DIRECT:
+    if afno_triton.multiply_adds(T, taps.size(1)) <= afno_triton.DIRECT:
         return afno_triton.block_conv(u, taps, None)
     # What reaches a later block is the second half of an inverse transform. Half a period on, frequency w + 1/2 has
     # turned by i (-1)^w: with that in the response, the first half, the transpose of the forward transform, will do.

@@ -32,8 +32,9 @@ import triton.language as tl
 from torch import Tensor
 
 NEAR, FAR = 128, 256  # tokens in a block for short and for long filters; FAR = 2 NEAR
-# The longest filter that counts as short, >= FAR: it takes at most so many multiply-adds, a long one 6 NEAR and more.
-DIRECT = 2048
+# A filter is short where Toeplitz tiles take at most so many multiply-adds (multiply_adds), all filters of up to 2048 taps and
+# longer ones in short rows, up to T = 4224 all. A long one takes 6 NEAR and more, and more memory traffic.
+DIRECT = 2048 + NEAR
 
 
 # -----------------------------------------------------------------------------
@@ -340,37 +341,55 @@ def depthwise_gradient_kernel(x_ptr, dy_ptr, out_ptr, tokens, T, C, LENGTH: tl.c
              mask=(lag < LENGTH)[:, None] & inside[None, :])
 
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def quick_exp(x):
+    """exp(x), zero below 2^-126: numbers so small cost tl.exp three more instructions."""
+    return tl.exp2(x * LOG2_E)
+
+
 @triton.jit
 def soft_cap(logits, CAP: tl.constexpr):
     full = logits.to(tl.float32)
-    return full if CAP == 0 else CAP * (2 * tl.sigmoid(full * (2 / CAP)) - 1)  # CAP tanh(full / CAP)
+    return full if CAP == 0 else CAP - (2 * CAP) / (1 + tl.exp2(full * (2 * LOG2_E / CAP)))  # CAP tanh(full / CAP)
 
 
 @triton.jit
 def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, vocab_size, columns, CAP: tl.constexpr,
                          GRADIENT: tl.constexpr, BV: tl.constexpr):
     """The loss of a row of logits, (rows, columns); with GRADIENT, d loss / d logits in the logits' place. The row is read
-    from memory once, the second time it is still in the cache."""
+    from memory once, the second time it is still in the cache, if not too many rows are under way."""
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * columns
-    target, k = tl.load(targets_ptr + row), tl.arange(0, BV)
+    target = tl.load(targets_ptr + row).to(tl.int32)
     at_target = soft_cap(tl.load(logits_ptr + target), CAP)
-    largest, total = -float("inf"), 0.0
+    # Lanes of 8 columns, 16 bytes, in one thread each: it has their maximum and sum without the others until the end. Loads
+    # and stores are masked at columns, a multiple of 64; at vocab_size, seldom one, they would be of 2 bytes each.
+    k = tl.arange(0, BV // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    BOUNDED: tl.constexpr = CAP > 0 and CAP <= 64  # then exp of a logit and its sum are numbers in fp32 without a maximum
+    largest = tl.full((BV // 8,), 0.0 if BOUNDED else -1e38, tl.float32)  # no -inf: what is subtracted has to be a number
+    total = tl.zeros((BV // 8,), tl.float32)
     for first in range(0, vocab_size, BV):
-        z = soft_cap(tl.load(logits_ptr + first + k, mask=first + k < vocab_size, other=-float("inf")), CAP)
-        z = tl.where(first + k < vocab_size, z, -float("inf"))  # soft_cap made a number of the one outside
-        before, largest = largest, tl.maximum(largest, tl.max(z, 0))
-        total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest), 0)
-    log_sum = largest + tl.log(total)
-    tl.store(losses_ptr + row, log_sum - at_target)
+        z = soft_cap(tl.load(logits_ptr + first + k, mask=k < columns - first, other=0.0), CAP)
+        z = tl.where(k < vocab_size - first, z, -float("inf"))
+        if not BOUNDED:
+            before, largest = largest, tl.maximum(largest, tl.max(z, 1))
+            total *= quick_exp(before - largest)
+        total += tl.sum(quick_exp(z - largest[:, None]), 1)
+    most = tl.max(largest, 0)
+    log_total = tl.log(tl.sum(total * quick_exp(largest - most), 0))
+    tl.store(losses_ptr + row, most - at_target + log_total)  # in this order large logits cost no digits
     if GRADIENT:
+        log_sum = most + log_total
         for first in range(0, columns, BV):
-            z = soft_cap(tl.load(logits_ptr + first + k, mask=first + k < vocab_size, other=0.0), CAP)
-            gradient = tl.exp(z - log_sum) - tl.where(first + k == target, 1.0, 0.0)
+            z = soft_cap(tl.load(logits_ptr + first + k, mask=k < columns - first, other=0.0), CAP)
+            gradient = quick_exp(z - log_sum) - tl.where(k == target - first, 1.0, 0.0)
             if CAP > 0:
-                gradient *= 1 - (z / CAP) * (z / CAP)
-            gradient = tl.where(first + k < vocab_size, gradient, 0.0)  # of padding
-            tl.store(logits_ptr + first + k, gradient.to(logits_ptr.dtype.element_ty), mask=first + k < columns)
+                gradient *= 1 - (z * (1 / CAP)) * (z * (1 / CAP))
+            gradient = tl.where(k < vocab_size - first, gradient, 0.0)  # of padding
+            tl.store(logits_ptr + first + k, gradient.to(logits_ptr.dtype.element_ty), mask=k < columns - first)
 
 
 # -----------------------------------------------------------------------------
@@ -387,6 +406,9 @@ PROGRAMS = 256  # that make gradients of taps, about: two for every multiprocess
 # the diagonal's place and are slower all the same.
 MIX = dict(BI=16, BN=128)
 RESPONSE = {16: 64, 32: 32, 64: 32}  # BI: BK at most, of response_gradient_kernel; four fp32 sums of BI x BI
+# cross_entropy_kernel's: registers let an H100 run two or three such programs a multiprocessor, 27 or 40 MB of rows in bf16:
+# its second level cache has 50 MB. Programs of half the size would be four, 53 MB.
+SOFTMAX = dict(BV=8192, num_warps=16)
 
 
 def tile_shapes(device: torch.device) -> dict:
@@ -418,14 +440,22 @@ def toeplitz(taps: Tensor, tiles: int, shape: tuple[int, int], tile_step: int, r
     return out
 
 
-def count_lags(s: Sizes, K: int) -> int:
+def count_lags(blocks: int, K: int) -> int:
     """Tiles of NEAR taps; the last tap reaches into the tile after its own."""
-    return min(s.blocks, triton.cdiv(K - 1, NEAR) + 1)
+    return min(blocks, -(-(K - 1) // NEAR) + 1)
+
+
+def multiply_adds(T: int, K: int) -> float:
+    """A token's and channel's by Toeplitz tiles: NEAR for every lag that its block has a partner at, in the mean of the row's
+    blocks, of which the first have fewer: about K - K^2 / (2 T)."""
+    blocks = -(-T // NEAR)
+    lags = count_lags(blocks, K)
+    return NEAR * (lags - lags * (lags - 1) / (2 * blocks))
 
 
 def short_conv(x: Tensor, taps: Tensor, transposed: bool) -> Tensor:
     s, y, shapes = Sizes(x, len(taps), NEAR), x.new_empty(x.shape), tile_shapes(x.device)
-    num_lags = count_lags(s, taps.size(1))
+    num_lags = count_lags(s.blocks, taps.size(1))
     sign = -1 if transposed else 1
     tiles = toeplitz(taps, num_lags, (NEAR, NEAR), sign * NEAR, 1, sign, x.dtype)  # lags l NEAR +- (p - q)
     short_kernel[triton.cdiv(s.columns, shapes["BN"]), s.G](
@@ -471,7 +501,7 @@ def fold(tiles: Tensor, units: int, together: int, units_each: int, lags_at_once
 def taps_gradient(u: Tensor, dy: Tensor, G: int, K: int, together: int | None = None) -> Tensor:
     """(G, K), of all pairs of tokens or of those in the same `together` blocks of NEAR."""
     s = Sizes(u, G, NEAR)
-    num_lags = count_lags(s, K)
+    num_lags = count_lags(s.blocks, K)
     together = together or s.blocks
     units = triton.cdiv(s.blocks, together) * s.B
     shapes = tile_shapes(u.device)
@@ -513,7 +543,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, with_gradien
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     with torch.cuda.device_of(logits):
         cross_entropy_kernel[(len(logits),)](logits, targets, losses, vocab_size, logits.size(1), CAP=float(cap),
-                                             GRADIENT=with_gradient, BV=4096, num_warps=8)
+                                             GRADIENT=with_gradient, **SOFTMAX)
     return losses, logits if with_gradient else None
 
 

@@ -97,11 +97,9 @@ def fft_conv(u, taps):
 
 def conv_products(T: int, K: int) -> float:
     """Multiply-adds a token and channel of the kernels' forward: see afno_triton."""
-    near, far, direct = afno.afno_triton.NEAR, afno.afno_triton.FAR, afno.afno_triton.DIRECT
-    blocks = math.ceil(T / near)
-    if min(K, T) <= direct:
-        lags = min(blocks, math.ceil((K - 1) / near) + 1)
-        return near * sum(min(i + 1, lags) for i in range(blocks)) / blocks
+    short, far = afno.afno_triton.multiply_adds(T, K), afno.afno_triton.FAR
+    if short <= afno.afno_triton.DIRECT:
+        return short
     return 3 * far + 2 * (math.ceil(T / far) + 1)  # near field, transform there and back; mixing
 
 

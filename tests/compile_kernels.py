@@ -21,7 +21,7 @@ FP32 = dict(BF16, response_ptr="*fp32")
 PRODUCTS = (kernels.short_kernel, kernels.transform_kernel, kernels.mix_kernel, kernels.long_kernel,
             kernels.tiles_gradient_kernel, kernels.response_gradient_kernel)
 UNALIGNED = ("num_blocks", "num_lags", "blocks", "splits", "units", "together", "units_each", "K",
-             "tile_step", "row_step", "sign")
+             "tile_step", "row_step", "sign", "vocab_size")
 
 
 def compile(kernel, pointers: dict, constants: dict, options: dict) -> int:
@@ -35,6 +35,7 @@ def compile(kernel, pointers: dict, constants: dict, options: dict) -> int:
     print(f"{kernel.__name__} {constants}: {built.metadata.shared} bytes of shared memory, tensor core instructions "
           f"{ptx.count('wgmma.mma_async') + ptx.count('mma.sync')}", flush=True)
     assert "mma" in ptx or kernel not in PRODUCTS
+    assert kernel is not kernels.cross_entropy_kernel or "ld.global.v4" in ptx  # 16 bytes, though vocab_size is odd
     return built.metadata.shared
 
 
@@ -67,7 +68,8 @@ def main() -> int:
     shared.append(compile(kernels.depthwise_gradient_kernel, gradient, dict(LENGTH=4, LAGS=4, BT=16, BC=64), {}))
     for cap in (0.0, 15.0):
         shared.append(compile(kernels.cross_entropy_kernel, dict(logits_ptr="*bf16", targets_ptr="*i64", losses_ptr="*fp32"),
-                              dict(CAP=cap, GRADIENT=True, BV=4096), dict(num_warps=8)))
+                              dict(CAP=cap, GRADIENT=True, BV=kernels.SOFTMAX["BV"]),
+                              dict(num_warps=kernels.SOFTMAX["num_warps"])))
     print(f"at most {max(shared)} of {SHARED} bytes")
     return int(max(shared) > SHARED)
 
