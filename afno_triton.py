@@ -322,23 +322,20 @@ def depthwise_kernel(x_ptr, taps_ptr, y_ptr, T, C, LENGTH: tl.constexpr, TRANSPO
 
 
 @triton.jit
-def depthwise_gradient_kernel(x_ptr, dy_ptr, out_ptr, tokens, T, C, LENGTH: tl.constexpr, LAGS: tl.constexpr,
-                              BT: tl.constexpr, BC: tl.constexpr):
-    """out[split, l] = sum of dy[t] * x[t - l] over the split's tokens of all B T. out: (splits, LENGTH, C) in fp32; LAGS is
-    LENGTH or the next power of two."""
-    c, lag = tl.program_id(0) * BC + tl.arange(0, BC), tl.arange(0, LAGS)
-    split, splits = tl.program_id(1), tl.num_programs(1)
+def depthwise_gradient_kernel(x_ptr, dy_ptr, out_ptr, tokens, T, C, BT: tl.constexpr, BC: tl.constexpr):
+    """out[split, l] = sum of dy[t] * x[t - l] over the split's tokens of all B T. out: (splits, LENGTH, C) in fp32. Programs of
+    all lags follow each other: what the first one reads is in the cache for the others."""
+    lag, c, split = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(2)
     inside = c < C
-    acc = tl.zeros((LAGS, BC), tl.float32)
-    for first in range(split * BT, tokens, splits * BT):
+    acc = tl.zeros((BT, BC), tl.float32)
+    for first in range(split * BT, tokens, tl.num_programs(2) * BT):
         n = first + tl.arange(0, BT)
-        dy = tl.load(dy_ptr + n.to(tl.int64)[:, None] * C + c[None, :], mask=(n < tokens)[:, None] & inside[None, :], other=0.0)
-        wanted = (n < tokens)[:, None] & ((n % T)[:, None] >= lag[None, :])  # a token of this row
-        x = tl.load(x_ptr + (n.to(tl.int64)[:, None] - lag[None, :])[:, :, None] * C + c[None, None, :],
-                    mask=wanted[:, :, None] & inside[None, None, :], other=0.0)
-        acc += tl.sum(dy.to(tl.float32)[:, None, :] * x.to(tl.float32), 0)
-    tl.store(out_ptr + (split * LENGTH + lag)[:, None] * C + c[None, :], acc,
-             mask=(lag < LENGTH)[:, None] & inside[None, :])
+        wanted = ((n < tokens) & (n % T >= lag))[:, None] & inside[None, :]  # x is a token of this row
+        place = n.to(tl.int64)[:, None] * C + c[None, :]
+        dy = tl.load(dy_ptr + place, mask=wanted, other=0.0)
+        x = tl.load(x_ptr + place - lag * C, mask=wanted, other=0.0)
+        acc += dy.to(tl.float32) * x.to(tl.float32)
+    tl.store(out_ptr + (split * tl.num_programs(0) + lag) * C + c, tl.sum(acc, 0), mask=inside)
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -631,10 +628,8 @@ def depthwise_conv_backward(dy: Tensor, x: Tensor, taps: Tensor) -> tuple[Tensor
     B, T, C = x.shape
     with torch.cuda.device_of(x):
         x, dy = x.contiguous(), dy.contiguous()
-        LENGTH, splits = len(taps), min(128, triton.cdiv(B * T, 16))
-        parts = taps.new_empty(splits, LENGTH, C)
-        depthwise_gradient_kernel[triton.cdiv(C, 64), splits](
-            x, dy, parts, B * T, T, C, LENGTH=LENGTH, LAGS=triton.next_power_of_2(LENGTH), BT=16, BC=64)
+        parts = taps.new_empty(min(128, triton.cdiv(B * T, 32)), len(taps), C)
+        depthwise_gradient_kernel[len(taps), triton.cdiv(C, 128), len(parts)](x, dy, parts, B * T, T, C, BT=32, BC=128)
         return depthwise(dy, taps, transposed=True), parts.sum(0)
 
 

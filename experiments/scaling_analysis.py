@@ -140,8 +140,10 @@ def operators(B: int, T: int, device, dtype):
            torch.compile(around, dynamic=False) if device.type == "cuda" else around, math.nan)
 
 
-def measure_operators(B: int, T: int, device, dtype, runtime, part: str, emit):
+def measure_operators(B: int, T: int, only, device, dtype, runtime, part: str, emit):
     for name, inputs, function, products in operators(B, T, device, dtype):
+        if not only.search(name):
+            continue
         row = dict(part=part, name=name, B=B, T=T)
         try:
             with runtime.autocast():
@@ -225,11 +227,11 @@ def measure_step(row: dict, options: dict, device, runtime, matmul_rate) -> dict
     return row
 
 
-def measure_steps(lengths, tokens, model_name, residual_bf16, device, runtime, matmul_rate, emit):
+def measure_steps(lengths, tokens, model_name, residual_bf16, only, device, runtime, matmul_rate, emit):
     for T in lengths:
         for name, options in STEPS.items():
-            if options.get("afno_filter_length", 0) >= T:
-                continue  # has been measured: T taps are all there are
+            if options.get("afno_filter_length", 0) >= T or not only.search(name):
+                continue  # the former has been measured: T taps are all there are
             options = dict(options, residual_bf16=residual_bf16)
             row = dict(part="step", name=step_name(name, residual_bf16), B=tokens // T, T=T, model=model_name)
             try:
@@ -428,6 +430,8 @@ def main() -> int:
     parser.add_argument("--lengths", default="256,512,1024,2048,4096,8192,16384,32768,65536", help="of operator and step")
     parser.add_argument("--tokens", type=int, default=65536, help="at every length")
     parser.add_argument("--model", choices=("d4", "d12"), default="d12", help="of step and profile")
+    parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="PATTERN",
+                        help="of operator, batch and step: rows with such names")
     parser.add_argument("--residual_bf16", type=int, choices=(0, 1), default=1, help="the trainer's, of step and profile")
     parser.add_argument("--compile", type=int, choices=(0, 1), default=1)
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "scaling")
@@ -465,16 +469,16 @@ def main() -> int:
     with contextlib.suppress(KeyboardInterrupt):  # what was measured becomes tables
         if "operator" in parts:
             for T in lengths:
-                measure_operators(args.tokens // T, T, device, runtime.dtype, runtime, "operator", emit)
+                measure_operators(args.tokens // T, T, args.only, device, runtime.dtype, runtime, "operator", emit)
         if "profile" in parts:
             measure_profile(min(1024, args.tokens), args.tokens, args.model, args.residual_bf16, device, runtime, emit)
         if "step" in parts:
-            measure_steps(lengths, args.tokens, args.model, args.residual_bf16, device, runtime, matmul_rate, emit)
+            measure_steps(lengths, args.tokens, args.model, args.residual_bf16, args.only, device, runtime, matmul_rate, emit)
         if "batch" in parts:
             for T in (1024, 8192):
                 for B in (1, 4, 16):
                     if B * T <= args.tokens:
-                        measure_operators(B, T, device, runtime.dtype, runtime, "batch", emit)
+                        measure_operators(B, T, args.only, device, runtime.dtype, runtime, "batch", emit)
     latest = {}  # a row measured again replaces the old one
     for line in file.read_text().splitlines():
         row = json.loads(line)

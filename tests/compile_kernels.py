@@ -65,7 +65,7 @@ def main() -> int:
     for transposed in (False, True):
         shared.append(compile(kernels.depthwise_kernel, dict(BF16, taps_ptr="*fp32"),
                               dict(LENGTH=4, TRANSPOSED=transposed, BT=32, BC=128), {}))
-    shared.append(compile(kernels.depthwise_gradient_kernel, gradient, dict(LENGTH=4, LAGS=4, BT=16, BC=64), {}))
+    shared.append(compile(kernels.depthwise_gradient_kernel, gradient, dict(BT=32, BC=128), {}))
     for cap in (0.0, 15.0):
         shared.append(compile(kernels.cross_entropy_kernel, dict(logits_ptr="*bf16", targets_ptr="*i64", losses_ptr="*fp32"),
                               dict(CAP=cap, GRADIENT=True, BV=kernels.SOFTMAX["BV"]),
