@@ -34,13 +34,11 @@ from experiments.plot_runs import Run, plot, read_run, time_to_loss  # noqa: E40
 # the studies
 
 GPU = "--model d12 --optimizer muon --learning_rate 0.0036 --batch_size 64 --grad_accumulation_steps 1 " \
-    "--sequence_length 1024 --save_every 0"
+    "--sequence_length 1024 --row_order spread --save_every 0"
 CPU = "--device cpu --model d1 --batch_size 4 --grad_accumulation_steps 1 --sequence_length 256 --save_every 0 " \
     "--val_tokens 20480 --input_bin data/shakespeare/train_*.bin --input_val_bin data/shakespeare/val_*.bin"
 HYBRID, AFNO, ATTENTION = "--mixer afno --attn_layers 3,9", "--mixer afno", "--mixer attn"
-TOGETHER = ("--activation relu2", "--qk_norm 1", "--zero_init 1", "--embedding_norm 1", "--tied_head 0", "--head_lr 0.0031",
-            "--logit_softcap 15", "--embedding_residual 1", "--embedding_lr 0.0108", "--rest_lr 0.003",
-            "--warmdown_iters 305", "--final_lr_fraction 0.05")
+BEST = ("--embedding_norm 1", "--logit_softcap 15", "--embedding_residual 1")  # each helped alone (benchmark_results.md)
 
 
 @dataclass
@@ -88,7 +86,7 @@ STUDIES = {
             "hybrid-4096": f"{HYBRID} --sequence_length 4096 --batch_size 16",
             "attention-4096": f"{ATTENTION} --sequence_length 4096 --batch_size 16",
         }),
-    "recipe": Study("One change of the model or its learning rates at a time; attention is the control.", {
+    "recipe": Study("One change of the model, its learning rates or its data order at a time; attention is the control.", {
         "anchor": HYBRID,
         "relu2": f"{HYBRID} --activation relu2",
         "qk-norm": f"{HYBRID} --qk_norm 1",
@@ -99,22 +97,27 @@ STUDIES = {
         "embedding-residual": f"{HYBRID} --embedding_residual 1",
         "value-embeddings": f"{HYBRID} --value_embeddings 1",
         "window-256": f"{HYBRID} --window 256",
+        "residual-bf16": f"{HYBRID} --residual_bf16 1",
+        "row-order-stream": f"{HYBRID} --row_order stream",
         "mixer-scale-0.2": f"{HYBRID} --mixer_scale 0.204",  # the baseline's, 24^-0.5
         "embedding-lr-3x": f"{HYBRID} --embedding_lr 0.0108",
         "head-lr-third": f"{HYBRID} --tied_head 0 --head_lr 0.0012",  # a tied head has the embedding's
         "rest-lr-half": f"{HYBRID} --rest_lr 0.0018",
+        "gate": f"{HYBRID} --afno_gate 1",
         "attention": ATTENTION,
         "attention-mixer-scale-1": f"{ATTENTION} --mixer_scale 1",
         "attention-qk-norm": f"{ATTENTION} --qk_norm 1",
     }),
-    "recipe-without": Study(
-        "All changes together, and all but one: together they lost (lessons.md), and one alone may be why.", {
-            "all": f"{HYBRID} {' '.join(TOGETHER)}",
-            **{f"without-{flag.split()[0].lstrip('-').replace('_', '-')}":
-               f"{HYBRID} {' '.join(other for other in TOGETHER if other != flag)}"
-               for flag in TOGETHER if flag != "--tied_head 0"},
-            "attention-all": f"{ATTENTION} --mixer_scale 1 {' '.join(TOGETHER)}",
-        }),
+    "recipe-together": Study("The changes that helped alone, together; all but one of them; and one of the others beside them.", {
+        "all": f"{HYBRID} {' '.join(BEST)}",
+        **{f"without-{flag.split()[0].lstrip('-').replace('_', '-')}":
+           f"{HYBRID} {' '.join(other for other in BEST if other != flag)}" for flag in BEST},
+        "with-lr-0.005": f"{HYBRID} {' '.join(BEST)} --learning_rate 0.005",
+        "with-gate": f"{HYBRID} {' '.join(BEST)} --afno_gate 1",
+        "with-relu2": f"{HYBRID} {' '.join(BEST)} --activation relu2",
+        "attention-all": f"{ATTENTION} --mixer_scale 1 {' '.join(BEST)}",
+        "afno-all": f"{AFNO} {' '.join(BEST)}",
+    }),
     "schedule": Study("Length of rows, batch and learning rate over the run, all on as many tokens.", {
         "anchor": HYBRID,
         "curriculum": f"{HYBRID} --curriculum 256:0.3,512:0.3,1024:0.4",
