@@ -39,6 +39,8 @@ CPU = "--device cpu --model d1 --batch_size 4 --grad_accumulation_steps 1 --sequ
     "--val_tokens 20480 --input_bin data/shakespeare/train_*.bin --input_val_bin data/shakespeare/val_*.bin"
 HYBRID, AFNO, ATTENTION = "--mixer afno --attn_layers 3,9", "--mixer afno", "--mixer attn"
 BEST = ("--embedding_norm 1", "--logit_softcap 15", "--embedding_residual 1")  # each helped alone (benchmark_results.md)
+RECIPE = f"{' '.join(BEST)} --residual_bf16 1"
+BASELINE = f"{ATTENTION} --optimizer adamw --learning_rate 0.0018 --grad_accumulation_steps 8"  # NoCap-Test's
 
 
 @dataclass
@@ -118,6 +120,23 @@ STUDIES = {
         "attention-all": f"{ATTENTION} --mixer_scale 1 {' '.join(BEST)}",
         "afno-all": f"{AFNO} {' '.join(BEST)}",
     }),
+    "goals-baseline": Study("How much sooner the best recipe is where the baseline ends: A of 100M tokens, the others of 40M.", {
+        "baseline": BASELINE,
+        "hybrid": f"{HYBRID} {RECIPE} --num_iterations 610",
+        "attention": f"{ATTENTION} --mixer_scale 1 {RECIPE} --num_iterations 610",
+        "afno": f"{AFNO} {RECIPE} --num_iterations 610",
+    }, tokens=100e6),
+    "goals-mixer": Study("The mixer's own share: one recipe, with attention in every layer, in two, in none.", {
+        "attention": f"{ATTENTION} --mixer_scale 1 {RECIPE}",
+        "hybrid": f"{HYBRID} {RECIPE}",
+        "afno": f"{AFNO} {RECIPE}",
+    }),
+    "goals-mixer-4096": Study("The same with rows of 4096 tokens, and AFNO with 1024 taps.", {
+        "attention": f"{ATTENTION} --mixer_scale 1 {RECIPE}",
+        "hybrid": f"{HYBRID} {RECIPE}",
+        "hybrid-1024-taps": f"{HYBRID} {RECIPE} --afno_filter_length 1024",
+        "afno": f"{AFNO} {RECIPE}",
+    }, f"{GPU} --sequence_length 4096 --batch_size 16"),
     "schedule": Study("Length of rows, batch and learning rate over the run, all on as many tokens.", {
         "anchor": HYBRID,
         "curriculum": f"{HYBRID} --curriculum 256:0.3,512:0.3,1024:0.4",
