@@ -48,12 +48,9 @@ def complex_linear(z: Complex, weight: Tensor, bias: Tensor | None) -> Complex:
     z: two of (..., n, in); weight: (..., in, 2 * out), the columns of Re W, then those of Im W; bias: (..., 2 * out)
     likewise, or None. Leading dimensions, such as (num_experts, num_blocks), broadcast. Returns two of (..., n, out).
     """
-    (re_re, re_im), (im_re, im_im) = ((part @ weight).chunk(2, -1) for part in z)
-    re, im = re_re - im_im, re_im + im_re
-    if bias is None:
-        return re, im
-    bias_re, bias_im = bias.unsqueeze(-2).chunk(2, -1)
-    return re + bias_re, im + bias_im
+    re, im = weight.chunk(2, -1)
+    z = torch.cat(z, -1) @ torch.cat((weight, torch.cat((-im, re), -1)), -2)  # one real product
+    return (z if bias is None else z + bias.unsqueeze(-2)).chunk(2, -1)
 
 
 def complex_soft_shrink(z: Complex, threshold: float | Tensor) -> Complex:
