@@ -109,7 +109,7 @@ class GPTConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name} must be finite and >= 0, got {getattr(self, name)}")
         if self.n_embd % (2 * self.n_head):
-            raise InputError(f"n_embd={self.n_embd} must be a multiple of 2 * n_head={2 * self.n_head}")
+            raise InputError(f"--n_head: twice the heads must divide n_embd {self.n_embd}, got {self.n_head} heads")
         if outside := [layer for layer in self.attn_layers if not 0 <= layer < self.n_layer]:
             raise InputError(f"--attn_layers must be in 0 ... {self.n_layer - 1}, got {outside[0]}")
         try:
@@ -1132,7 +1132,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         train_time, compile_time, past_wall = (saved[key] for key in ("train_time_s", "compile_time_s", "wall_time_s"))
     mixers = [config.mixer_of(layer) for layer in range(config.n_layer)]
     say(f"model: {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, mixers {' '.join(mixers)}, "
-        f"position {config.position}, mixer scale {config.mixer_scale:g}")
+        f"{config.n_head} heads, position {config.position}, mixer scale {config.mixer_scale:g}")
     if config.mixer == "afno":
         say("afno: " + ", ".join(f"{name} {value}" for name, value in config.afno_arguments().items()))
         say(f"convolution: {conv_path(device, runtime.dtype)[1]}")
@@ -1400,7 +1400,7 @@ RECIPE = dict(  # what else may be changed about the baseline; as it stands here
     final_lr_fraction=0.0, embedding_lr=None, head_lr=None, rest_lr=None, row_order="stream", residual_bf16=0,
 )
 DEFAULTS = dict(
-    input_bin=None, input_val_bin=None, output_dir=None, model=None, mixer="afno", attn_layers=(), afno_form="filter",
+    input_bin=None, input_val_bin=None, output_dir=None, model=None, n_head=None, mixer="afno", attn_layers=(), afno_form="filter",
     afno_num_blocks=4, afno_sparsity_threshold=0.01, afno_hard_thresholding_fraction=1.0, afno_filter_length=None,
     afno_num_experts=1, afno_routing="frequency", afno_relu="cartesian", afno_short_conv=4, afno_gate=0,
     position="none", optimizer="adamw", learning_rate=0.0018, warmup_iters=None, warmdown_iters=None, weight_decay=0.1,
@@ -1471,6 +1471,7 @@ def parse_flags(argv: list[str]) -> dict:
                     argument_default=argparse.SUPPRESS)
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, help="size (default d12 on CUDA, d4 on a CPU)")
+    add("--n_head", type=number(int, 1), metavar="N", help="heads of attention (the model's; of d12 12)")
     add("--mixer", choices=MIXERS, help="what mixes tokens; attn is the baseline (default afno)")
     add("--attn_layers", type=layers, metavar="L,L", help="layers that keep attention when the mixer is afno (none)")
     add("--sequence_length", type=number(int, 1), metavar="T", help="tokens a row (1024 on CUDA, 256 on a CPU)")
@@ -1554,9 +1555,9 @@ def parse_flags(argv: list[str]) -> dict:
 
 def model_fields(values: dict) -> dict:
     """The part of the flags that GPTConfig takes."""
-    chosen = {f.name: values[f.name] for f in fields(GPTConfig) if f.name in values}
+    chosen = {f.name: values[f.name] for f in fields(GPTConfig) if values.get(f.name) is not None}
     if "model" in values:
-        chosen.update(zip(("n_layer", "n_head", "n_embd"), MODELS[values["model"]]))
+        chosen = dict(zip(("n_layer", "n_head", "n_embd"), MODELS[values["model"]])) | chosen
     return chosen
 
 
@@ -1615,7 +1616,7 @@ def main(argv: list[str]) -> int:
         values["grad_accumulation_steps"] = max(values["grad_accumulation_steps"], world)  # one for every rank
     if saved:
         config = GPTConfig(**saved["config"])
-        asked = GPTConfig(**{**saved["config"], **model_fields(flags)})
+        asked = GPTConfig(**{**saved["config"], **model_fields({"n_head": saved["args"].get("n_head"), **flags})})
         T, asked.sequence_length = asked.sequence_length, config.sequence_length if only_read else asked.sequence_length
         differing = {name: (old, new) for (name, old), new in zip(asdict(config).items(), asdict(asked).values())
                      if old != new}

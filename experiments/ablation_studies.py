@@ -130,12 +130,14 @@ STUDIES = {
         "attention": f"{ATTENTION} --mixer_scale 1 {RECIPE}",
         "hybrid": f"{HYBRID} {RECIPE}",
         "afno": f"{AFNO} {RECIPE}",
+        "attention-6-heads": f"{ATTENTION} --n_head 6 --mixer_scale 1 {RECIPE}",  # of 128 channels: faster
     }),
     "goals-mixer-4096": Study("The same with rows of 4096 tokens, and AFNO with 1024 taps.", {
         "attention": f"{ATTENTION} --mixer_scale 1 {RECIPE}",
         "hybrid": f"{HYBRID} {RECIPE}",
         "hybrid-1024-taps": f"{HYBRID} {RECIPE} --afno_filter_length 1024",
         "afno": f"{AFNO} {RECIPE}",
+        "attention-6-heads": f"{ATTENTION} --n_head 6 --mixer_scale 1 {RECIPE}",
     }, f"{GPU} --sequence_length 4096 --batch_size 16"),
     "schedule": Study("Length of rows, batch and learning rate over the run, all on as many tokens.", {
         "anchor": HYBRID,

@@ -610,6 +610,17 @@ def test_a_checkpoint_of_another_config_is_refused(data, tmp_path):
             main(flags(data, tmp_path / "run", f"--resume auto {more}"))
 
 
+def test_heads_of_attention_may_be_others_than_the_model_has(data, tmp_path):
+    for more, heads in (("", 2), ("--n_head 4", 4)):
+        out = tmp_path / f"heads-{heads}"
+        main(flags(data, out, more))
+        main(flags(data, out, "--resume auto --num_iterations 7"))  # its own where the flag is left out
+        assert newest(out)["config"]["n_head"] == heads and newest(out)["step"] == 7
+    assert losses(tmp_path / "heads-2")[1:] != losses(tmp_path / "heads-4")[1:]
+    with pytest.raises(InputError, match="--n_head: twice the heads must divide n_embd 16, got 3 heads"):
+        main(flags(data, tmp_path / "heads-3", "--n_head 3"))
+
+
 def test_a_checkpoint_of_another_version_is_one_clear_line(data, tmp_path):
     main(flags(data, tmp_path / "run"))
     path = Checkpoints(tmp_path / "run").paths()[0]
