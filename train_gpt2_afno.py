@@ -619,17 +619,14 @@ class TrainLoader:
         self.stream, self.B, self.T, self.device = stream, B, T, device
         self.position, self.rank, self.stride = position, rank, world * B * T
         self.rows = (len(stream) - 1) // T if order == "spread" else None  # in a pass
+        if self.rows:
+            self.step = next(n for n in range(round(0.618 * self.rows), 2 * self.rows) if math.gcd(n, self.rows) == 1)
         self.thread = ThreadPoolExecutor(1)
         self.ahead = self.thread.submit(self.load, position)
 
     def start(self, row: int) -> int:
         """Where in the stream a row begins, counted from the first one dealt out."""
-        if self.rows is None:
-            return row * self.T
-        step = round(0.618 * self.rows)
-        while math.gcd(step, self.rows) > 1:
-            step += 1
-        return row * step % self.rows * self.T
+        return (row * self.step % self.rows if self.rows else row) * self.T
 
     def where(self, position: int) -> str:
         return self.stream.where(self.start(position // self.T))
