@@ -163,10 +163,11 @@ STUDIES = {
         "shrink-0.01": HYBRID,
         **{f"shrink-{shrink}": f"{HYBRID} --afno_sparsity_threshold {shrink}" for shrink in (0, 0.03, 0.1)},
     }),
-    "sweep-batch": Study("Steps of 1, 2, 4, 8 x 65,536 tokens, fewer of them; the learning rate stays.", {
-        "batch-1x": HYBRID,
-        **{f"batch-{n}x": f"{HYBRID} --grad_accumulation_steps {n}" for n in (2, 4, 8)},
-    }),
+    "sweep-batch": Study("Tokens a step, in units of the baseline's 524,288; the learning rate stays.", {
+        "batch-0.125": HYBRID,
+        **{f"batch-{rows / 512:g}": f"{HYBRID} --batch_size {rows}" for rows in (16, 32)},
+        **{f"batch-{n / 8:g}": f"{HYBRID} --grad_accumulation_steps {n}" for n in (2, 4, 8, 32, 80)},
+    }, tokens=8 * 80 * 65_536),  # eight of the largest steps
     "shakespeare": Study("AFNO against attention where no GPU is: 100 steps of one layer.", {
         "afno": AFNO,
         "attention": ATTENTION,
@@ -296,15 +297,25 @@ def from_log(run: Run, pattern: str) -> str:
     return re.findall(pattern, (run.folder / "train.log").read_text(encoding="utf-8"), re.MULTILINE)[-1]
 
 
+def sooner(run: Run, anchor: Run) -> tuple[float, float, float] | None:
+    """Seconds to the anchor's final loss, and the anchor's own seconds over them, without and with compilation."""
+    if not (found := time_to_loss(run.curve, anchor.curve[-1][2])):
+        return None
+    compilation, anchors = (of.summary["train_time_with_compilation_s"] - of.summary["train_time_s"] for of in (run, anchor))
+    wanted = anchor.curve[-1][1]
+    return found[0], wanted / found[0], (wanted + anchors) / (found[0] + compilation)
+
+
 def table_row(arm: str, runs: dict[int, Run], anchors: dict[int, Run]) -> str:
     """Of an arm's finished runs, by seed; differences and times against the anchor's run of the same seed."""
     if not runs:
-        return f"| {arm} | not finished" + " |" * 9
+        return f"| {arm} | not finished" + " |" * 10
     final = {seed: run.curve[-1][2] for seed, run in runs.items()}
-    anchor_final = {seed: anchors[seed].curve[-1][2] for seed in runs if seed in anchors}
-    differences = [final[seed] - loss for seed, loss in anchor_final.items()]
-    times = [time_to_loss(runs[seed].curve, loss) for seed, loss in anchor_final.items()]
-    reached = [time[0] for time in times if time]
+    both = [seed for seed in runs if seed in anchors]
+    differences = [final[seed] - anchors[seed].curve[-1][2] for seed in both]
+    times = [sooner(runs[seed], anchors[seed]) for seed in both]
+    reached = [time for time in times if time]
+    seconds, ratio, with_compilation = map(fmean, zip(*reached)) if reached else (0, 0, 0)
     cells = (
         arm,
         f"{fmean(final.values()):.4f}",
@@ -315,8 +326,9 @@ def table_row(arm: str, runs: dict[int, Run], anchors: dict[int, Run]) -> str:
         f"{max(run.summary['peak_memory_usage'] for run in runs.values()) / 2**30:.1f}",
         f"{fmean(run.curve[-1][0] for run in runs.values()):,.0f}",
         f"{fmean(run.summary['train_time_s'] for run in runs.values()):.1f}",
-        (f"{fmean(reached):.1f}" if reached else "never" if times else "") +
+        (f"{seconds:.1f}" if reached else "never" if times else "") +
         (f" ({len(reached)} of {len(times)} seeds)" if 0 < len(reached) < len(times) else ""),
+        f"{ratio:.2f}, {with_compilation:.2f}" if reached else "",
     )
     return f"| {' | '.join(cells)} |"
 
@@ -332,11 +344,11 @@ def write_report(study: Study, folder: Path, runs: dict[tuple[str, int], Run], f
         f"# {folder.name}", "",
         f"{study.about} Made by experiments/ablation_studies.py from the runs' logs. Means over seeds; spread is the "
         f"largest less the smallest loss. The anchor is {anchor}; differences and seconds to its final loss are "
-        "against its run of the same seed, seconds linear between validations. Seconds are of training alone, "
-        "tokens/s from step 11 on.", "",
+        "against its run of the same seed, seconds linear between validations. Seconds are of training alone, the last "
+        "column is the anchor's over the arm's, without and with compilation; tokens/s from step 11 on.", "",
         f"Machine: {'; '.join(machines)}.", "",
         "| arm | val loss | spread | against the anchor | tokens/s | parameters | peak memory, GiB | tokens | "
-        "training seconds | seconds to the anchor's loss |", "|" + "---|" * 10,
+        "training seconds | seconds to the anchor's loss | times sooner |", "|" + "---|" * 11,
         *(table_row(arm, by_seed, by_arm[anchor]) for arm, by_seed in by_arm.items()), "",
         "```", *map(command, flags.values()), "```",
     ]

@@ -184,17 +184,18 @@ def test_means_and_differences_are_over_seeds(tmp_path):
         rows = [dict(step=i, tokens=100 * i, val_loss=loss, train_time_s=seconds * i) for i, loss in enumerate(losses)]
         rows += [dict(step=i, tokens=100 * i, train_loss=8.0, train_time_s=seconds * i) for i in (1, 2)]
         folder = write_run(tmp_path / name, [*rows, dict(
-            step=2, wall_clock_time_to_target_loss=None, peak_memory_usage=2**30, train_time_s=2 * seconds)])
+            step=2, wall_clock_time_to_target_loss=None, peak_memory_usage=2**30, train_time_s=2 * seconds,
+            train_time_with_compilation_s=3 * seconds)])
         (folder / "train.log").write_text("model: d4, 1,000 parameters, mixers attn\n")
         return read_run(folder)
 
     anchors = {1: run("a1", (9, 7, 5), 1.0), 2: run("a2", (9, 7, 6), 1.0)}
     runs = {1: run("b1", (9, 5, 4), 2.0), 2: run("b2", (9, 8, 7), 2.0)}
     assert ablation_studies.table_row("b", runs, anchors).split(" | ") == [
-        "| b", "5.5000", "3.0000", "+0.0000", "50", "1,000", "1.0", "200", "4.0", "2.0 (1 of 2 seeds) |"]
-    assert ablation_studies.table_row("a", anchors, anchors).split(" | ")[-1] == "2.0 |"
+        "| b", "5.5000", "3.0000", "+0.0000", "50", "1,000", "1.0", "200", "4.0", "2.0 (1 of 2 seeds)", "1.00, 0.75 |"]
+    assert ablation_studies.table_row("a", anchors, anchors).split(" | ")[-2:] == ["2.0", "1.00, 1.00 |"]
     assert ablation_studies.table_row("b", runs, {}).split(" | ")[3] == ""
-    assert ablation_studies.table_row("c", {}, anchors).count("|") == 11
+    assert ablation_studies.table_row("c", {}, anchors).count("|") == 12
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -209,13 +210,13 @@ def test_every_arm_of_a_dry_run_has_flags_that_the_trainer_takes(name, capsys):
 
 @pytest.mark.parametrize("name", ("context", "sweep-batch", "schedule"))
 def test_arms_train_on_equally_many_tokens(name, capsys):
-    main([name, "--dry_run", "--tokens", "40e6"])
+    main([name, "--dry_run"])
     for line in capsys.readouterr().out.splitlines():
         steps, batch, accumulation, length = (
             int(re.search(rf"--{flag} (\d+)", line).group(1))
             for flag in ("num_iterations", "batch_size", "grad_accumulation_steps", "sequence_length"))
         mean_batch = 0.25 * 0.3 + 0.7 if "--batch_schedule 0.25:0.3,1:0.7" in line else 1
-        assert abs(steps * batch * accumulation * length * mean_batch / 40e6 - 1) < 0.01, line
+        assert abs(steps * batch * accumulation * length * mean_batch / STUDIES[name].tokens - 1) < 0.01, line
 
 
 @pytest.mark.parametrize("argv, message", (
