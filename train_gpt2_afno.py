@@ -727,10 +727,13 @@ class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
     """Muon over views of parameters: stacked projections are orthogonalised one by one.
 
     On a GPU the second step is recorded as a CUDA graph, which the later ones replay: thousands of small kernels,
-    launched one by one, would take the host longer than forward and backward pass take the GPU. A graph's numbers
-    are fixed, but the update is affine in the learning rate: the graph makes the step for a learning rate of 1
-    and goes the fraction lr of that way.
+    launched one by one, would take the host longer than forward and backward pass take the GPU. The graph has BRANCHES
+    that run side by side, as one matrix's products are too small to fill a GPU. A graph's numbers are fixed, but the
+    update is affine in the learning rate: the graph makes the step for a learning rate of 1 and goes the fraction lr of
+    that way.
     """
+
+    BRANCHES = 3
 
     def __init__(self, stacks: list[tuple[nn.Parameter, int]], **options):
         """stacks: (parameter, how many equal matrices are stacked along its rows)."""
@@ -750,15 +753,28 @@ class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
             super().step()
             return
         if self.graph is None:
-            self.graph, lr, group["lr"] = torch.cuda.CUDAGraph(), group["lr"], 1.0
+            self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # the loader's thread goes on
-                begin = [p.clone() for p, _ in self.stacks]
-                super().step()
-                for p_begin, (p, _) in zip(begin, self.stacks):
-                    p.copy_(p_begin.lerp_(p, self.fraction))
-            group["lr"] = lr
+                self.record()
         self.fraction.fill_(group["lr"])
         self.graph.replay()
+
+    def record(self):
+        """What a graph repeats, in BRANCHES streams that begin and end in the current one."""
+        trunk, (group,) = torch.cuda.current_stream(), self.param_groups
+        branches = [torch.cuda.Stream() for _ in range(self.BRANCHES)]
+        for i, branch in enumerate(branches):
+            branch.wait_stream(trunk)
+            with torch.cuda.stream(branch):
+                stacks = self.stacks[i :: self.BRANCHES]
+                begin = [p.clone() for p, _ in stacks]
+                self.param_groups = [group | dict(lr=1.0, params=[matrix for _, matrices in stacks for matrix in matrices])]
+                super().step()
+                for p_begin, (p, _) in zip(begin, stacks):
+                    p.copy_(p_begin.lerp_(p, self.fraction))
+        for branch in branches:
+            trunk.wait_stream(branch)
+        self.param_groups = [group]
 
     def zero_grad(self):
         for p, _ in self.stacks:
