@@ -8,9 +8,10 @@ take it out again: a non-linear function of a whole sequence's spectrum leaks. T
                transform is cut to lags >= 0, and the result is an ordinary causal convolution (the default)
     hilbert    the same, of a learned real part, whose imaginary part is derived in frequency
     analytic   the MLP generates the coefficients of poles inside the unit disc: damped exponentials
+    state      the same with coefficients that the tokens make: they write into damped waves and read from them
     dyadic     the MLP stays on the data's spectrum, but only on that of completed blocks
 
-All but the dyadic form are linear in the data; an optional gate, computed from each token, is not. `reference` is the
+Filter, hilbert and analytic are linear in the data; an optional gate, computed from each token, is not. `reference` is the
 original, which leaks.
 
 Complex numbers are pairs (re, im) of real tensors: autocast and torch.compile handle those, and no others, well.
@@ -359,6 +360,48 @@ def plain_conv(u: Tensor, taps: Tensor) -> Tensor:
     return y.view(G, b, n, B, C // G).permute(3, 2, 1, 0, 4).reshape(B, n * b, C)[:, :T]
 
 
+CHUNK = 64  # tokens, of state_scan
+
+
+def state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
+    """y_t = q_t S_t, where S_t = a_t S_(t-1) + k_t v_t^T is a head's state, and bitwise causal as causal_conv is.
+
+    q, k: (B, T, G, D) of G heads; v: (B, T, G, W); log_a <= 0: (B, T, G), in fp32 or float64; to (B, T, G, W), all in v's
+    dtype. In chunks of CHUNK tokens: inside one as attention without a softmax, masked by exact zeros; each sends what it
+    adds to the state to the chunks after it. Sums of log_a in fp32. A token costs CHUNK (D + W) + 2 D W multiply-adds and
+    its share of mixing T / CHUNK chunks.
+    """
+    return (afno_triton.state_scan if conv_path(v.device, v.dtype)[0] else plain_state_scan)(q, k, v, log_a)
+
+
+def chunks_remaining(whole: Tensor) -> Tensor:
+    """How much of the state after chunk j < i is left where chunk i begins, (..., n, n), from the chunks' sums of log_a,
+    (..., n): exp of the sum over chunks j + 1 ... i - 1, and zeros for j >= i. Sums end with chunk i - 1, so that a chunk's
+    own, of which a later token is a part, is never in them."""
+    n, end = whole.size(-1), whole.cumsum(-1)
+    past = torch.ones(n, n, dtype=torch.bool, device=whole.device).tril(-1)
+    return (F.pad(end, (1, -1))[..., None] - end[..., None, :]).masked_fill(~past, -math.inf).exp()
+
+
+def plain_state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
+    """state_scan by torch's batched matrix products, in any dtype."""
+    T = v.size(1)
+    L = min(CHUNK, T)
+    n = -(-T // L)
+    q, k, v, log_a = (F.pad(x, (0, 0) * (x.ndim - 2) + (0, n * L - T)).unflatten(1, (n, L)).movedim(3, 1).contiguous()
+                      for x in (q, k, v, log_a))  # (B, G, n, L, D or W or none)
+    since = log_a.cumsum(3)  # how much of the chunk's beginning is left, as a logarithm
+    before = torch.ones(L, L, dtype=torch.bool, device=v.device).tril()
+    remains = (since[..., None] - since[..., None, :]).masked_fill(~before, -math.inf).exp()  # (..., t, s)
+    y = ((q @ k.mT) * remains).to(v.dtype) @ v
+    if n > 1:
+        whole = since[..., -1]
+        sent = (k * (whole[..., None] - since).exp()[..., None]).to(v.dtype).mT @ v  # (B, G, n, D, W)
+        state = (chunks_remaining(whole).to(v.dtype) @ sent.flatten(3)).view_as(sent)
+        y = y + (q * since.exp()[..., None]).to(v.dtype) @ state
+    return y.movedim(1, 3).flatten(1, 2)[:, :T]
+
+
 def newest_output(window: Tensor, taps: Tensor) -> Tensor:
     """The last output of causal_conv, (B, C), from the last n <= K inputs, (B, n, C), and taps (G, K)."""
     B, n, C = window.shape
@@ -513,6 +556,67 @@ class AnalyticOperator(nn.Module):
             return y.reshape(u_t.shape).to(u_t.dtype), (*state[:2], (s_re, s_im))
 
 
+class StateOperator(nn.Module):
+    """Form `state`: analytic with coefficients that the tokens make. A head's state is its values in damped waves,
+
+        S_t[m] = a_t exp(i w_m) S_(t-1)[m] + k_t[m] v_t      y_t = rmsnorm(Re sum_m c[m] q_t[m] S_t[m])
+
+    where a token writes k, reads q, says what it adds, v, and how much of the past remains, a = exp(-softplus(b + d v)),
+    0 < a < 1. AFNO's MLP makes the response c from the frequency features of the angles w. At d = 0 and c = 1 this is
+    retention (Sun et al., 2023, "Retentive network"), with d a gated linear attention (Yang et al., 2024).
+
+    Time constants at initialisation go from 2 tokens to half of filter_length, angles are those of rotary attention.
+    """
+    def __init__(self, mlp: SpectralMLP, router: Router, num_heads: int, width: int, fraction: float, filter_length: int):
+        super().__init__()
+        self.mlp, self.router, self.num_heads, self.width = mlp, router, num_heads, width
+        num_poles = max(1, width // 2)  # complex ones: a state of as many numbers as a value squared
+        kept = math.ceil(fraction * num_poles)
+        self.angle = nn.Parameter((10000.0 ** -(torch.arange(num_poles) / num_poles)).flip(0)[:kept])  # lowest first
+        tau = time_constants(num_heads, filter_length, self.angle.detach())
+        self.log_decay = nn.Parameter((1 / tau).expm1().log())  # b: softplus of it is 1 / tau
+        self.decay = nn.Parameter(torch.zeros(num_heads, num_heads * width))  # d
+        self.sizes = (num_heads * width, 2 * kept * num_heads, 2 * kept * num_heads)  # of v, k and q, (re, im) of each head
+
+    def response(self) -> Complex:
+        """c, (num_heads, poles) each."""
+        turn = torch.outer(self.angle, torch.arange(NUM_DELAYS, device=self.angle.device))
+        parts = (self.router.by_frequency(part.mT.flatten(1, 2), self.angle)
+                 for part in self.mlp((turn.cos(), -turn.sin())))
+        lag = 1 / F.softplus(self.log_decay.detach())
+        return tuple(self.router.by_lag(part.mT, lag)[0].mT for part in parts)
+
+    def waves(self, z: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """state_scan's inputs of z (B, T, sizes together) at positions (T,): q and k turned to their position, so that
+        their real product is the real part of the complex one; q, k and v in z's dtype."""
+        v, k, q = z.split(self.sizes, -1)
+        log_a = -F.softplus((v @ self.decay.mT.to(v.dtype)).to(self.angle.dtype) + self.log_decay)
+        turn = torch.outer(position, self.angle)[:, None]
+        cos, sin = turn.cos(), turn.sin()
+        v, k, q = (part.unflatten(-1, (self.num_heads, -1)) for part in (v, k, q))
+        (k_re, k_im), (q_re, q_im) = (part.to(cos.dtype).chunk(2, -1) for part in (k, q))
+        c_re, c_im = self.response()
+        q_re, q_im = q_re * c_re - q_im * c_im, q_re * c_im + q_im * c_re
+        k = torch.cat((k_re * cos + k_im * sin, k_im * cos - k_re * sin), -1)  # k exp(-i w t)
+        q = torch.cat((q_re * cos - q_im * sin, -q_re * sin - q_im * cos), -1)  # conjugate of q exp(i w t)
+        return q.to(v.dtype), k.to(v.dtype), v, log_a
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z: (B, T, v | k | q), to (B, T, num_heads width)."""
+        with torch.autocast(z.device.type, enabled=False):
+            position = torch.arange(z.size(1), device=z.device).to(self.angle.dtype)
+            return rmsnorm(state_scan(*self.waves(z, position))).flatten(2)
+
+    def step(self, z_t: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
+        """O(C width), however long the text."""
+        t, S = state or (0, 0.0)
+        with torch.autocast(z_t.device.type, enabled=False):
+            q, k, v, log_a = (part[:, 0, :, None] for part in self.waves(z_t[:, None], torch.full_like(self.angle[:1], t)))
+            S = log_a.exp()[..., None] * S + k.mT.to(log_a.dtype) * v  # (B, G, 2 poles, width)
+            y = rmsnorm(q.to(S.dtype) @ S)
+            return y.flatten(1).to(z_t.dtype), (t + 1, S)
+
+
 def spectral_layer(u: Tensor, mlp: SpectralMLP, router: Router, fraction: float, n: int) -> Tensor:
     """AFNO's own layer, on the data's spectrum: u (N, L, C), zero-padded to n points -> rfft -> MLP -> irfft, (N, n, C).
 
@@ -604,7 +708,7 @@ class ReferenceOperator(nn.Module):
 # the mixer
 
 
-FORMS = ("filter", "analytic", "hilbert", "dyadic", "reference")
+FORMS = ("filter", "analytic", "hilbert", "state", "dyadic", "reference")
 
 
 class AFNO1D(nn.Module):
@@ -614,22 +718,27 @@ class AFNO1D(nn.Module):
         y     = operator(value) + direct value
         out   = W_out rmsnorm(y)              with a gate: W_out( silu(gate) * rmsnorm(y) ), gate made as value is
 
+    With silu, value = silu(short_conv(W_in x)).
+
+    In the form `state` the operator takes two more of what is made as value is, and its y is normed by heads.
+
     Args:
         hidden_size: channels C.
         num_blocks: separate MLPs (block-diagonal weights), each for C / num_blocks channels. Divides hidden_size.
-        sparsity_threshold: lambda of the soft-shrink, in units of the response's gain (filter, hilbert, analytic)
+        sparsity_threshold: lambda of the soft-shrink, in units of the response's gain (all but dyadic, reference)
             or of an orthonormal spectrum (dyadic, reference); in [0, 1e6].
         hard_thresholding_fraction: share of the modes, lowest frequencies first, that may be non-zero; in (0, 1].
             Modes are dropped before a response is made one-sided, so causality is untouched.
         filter_length: number of taps, in tokens (filter, hilbert), or twice the longest time constant at
-            initialisation (analytic), or twice the longest block told apart by routing position (dyadic); >= 1.
+            initialisation (analytic, state), or twice the longest block told apart by routing position (dyadic); >= 1.
         form: the operator, one of FORMS; each has its class above.
         num_experts: separate sets of the MLP's weights, mixed by a Router; >= 1 (reference: 1).
         routing: by what, one of ROUTINGS: frequency, or position, which is the lag: a tap's (filter, hilbert), a
-            pole's time constant (analytic), a block's length (dyadic).
+            pole's or a head's time constant (analytic, state), a block's length (dyadic).
         relu: the MLP's ComplexReLU, one of RELUS.
         short_conv: taps of the short convolution; >= 1, where 1 mixes no tokens.
         gate: whether there is one.
+        silu: whether SiLU acts on the operator's operand.
     Parameters are float32 or float64; autocast makes the rest bf16. Raises ValueError naming the argument and its
     allowed range.
     """
@@ -639,17 +748,16 @@ class AFNO1D(nn.Module):
     def __init__(self, hidden_size: int, num_blocks: int = 4, sparsity_threshold: float = 0.01,
                  hard_thresholding_fraction: float = 1.0, filter_length: int = 1024, form: str = "filter",
                  num_experts: int = 1, routing: str = "frequency", relu: str = "cartesian", short_conv: int = 4,
-                 gate: bool = False):
+                 gate: bool = False, silu: bool = False):
         super().__init__()
         self.check_arguments(hidden_size=hidden_size, num_blocks=num_blocks, sparsity_threshold=sparsity_threshold,
                              hard_thresholding_fraction=hard_thresholding_fraction, filter_length=filter_length,
                              form=form, num_experts=num_experts, routing=routing, relu=relu, short_conv=short_conv,
-                             gate=gate)
+                             gate=gate, silu=silu)
+        self.silu = silu
         block_size = hidden_size // num_blocks
         width = max(d for d in range(1, self.channels_per_filter + 1) if block_size % d == 0)
         num_filters = hidden_size // width
-        self.c_in = nn.Linear(hidden_size, (1 + gate) * hidden_size, bias=False)  # value | gate
-        self.short_conv = ShortConv(self.c_in.out_features, short_conv)
         on_data = form in ("dyadic", "reference")  # what the MLP works on: the data's spectrum or the operator's
         sizes = (block_size,) * 3 if on_data else (NUM_DELAYS, MLP_WIDTH, block_size // width)
         mlp = SpectralMLP(num_blocks, *sizes, sparsity_threshold, num_experts, relu, bias=form != "dyadic")
@@ -661,16 +769,22 @@ class AFNO1D(nn.Module):
                                            hilbert=form == "hilbert")
         elif form == "analytic":
             self.operator = AnalyticOperator(*shared, num_filters, hard_thresholding_fraction, filter_length)
+        elif form == "state":
+            self.operator = StateOperator(*shared, num_filters, width, hard_thresholding_fraction, filter_length)
         elif form == "dyadic":
             self.operator = DyadicOperator(*shared, num_filters, hard_thresholding_fraction)
         else:
             self.operator = ReferenceOperator(*shared, hard_thresholding_fraction)
+        # what c_in makes: the operator's operand, of which the value is the first part, and the gate
+        self.sizes = [sum(self.operator.sizes) if form == "state" else hidden_size] + [hidden_size] * gate
+        self.c_in = nn.Linear(hidden_size, sum(self.sizes), bias=False)
+        self.short_conv = ShortConv(sum(self.sizes), short_conv)
         self.direct = nn.Parameter(torch.ones(hidden_size))
         self.c_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     @staticmethod
     def check_arguments(*, hidden_size, num_blocks, sparsity_threshold, hard_thresholding_fraction, filter_length, form,
-                        num_experts, routing, relu, short_conv, gate):
+                        num_experts, routing, relu, short_conv, gate, silu):
         """Raise ValueError, which begins with the argument's name, where one is out of its range."""
         for name, value in (("hidden_size", hidden_size), ("num_blocks", num_blocks), ("filter_length", filter_length),
                             ("num_experts", num_experts), ("short_conv", short_conv)):
@@ -683,15 +797,15 @@ class AFNO1D(nn.Module):
         if not 0 < hard_thresholding_fraction <= 1:
             raise ValueError(f"hard_thresholding_fraction must be in (0, 1], got {hard_thresholding_fraction}")
         for name, value, allowed in (("form", form, FORMS), ("routing", routing, ROUTINGS), ("relu", relu, RELUS),
-                                     ("gate", gate, (False, True))):
+                                     ("gate", gate, (False, True)), ("silu", silu, (False, True))):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")
         if form == "reference" and num_experts > 1:
             raise ValueError(f"num_experts must be 1 where form is reference, the paper's layer, got {num_experts}")
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.short_conv(self.c_in(x))
-        return self.output(z, self.operator(self.value(z)))
+        operand, gate = self.operand_and_gate(self.short_conv(self.c_in(x)))
+        return self.output(operand, gate, self.operator(operand))
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
@@ -702,14 +816,16 @@ class AFNO1D(nn.Module):
         """
         window, operator_state = state or (None, None)
         z, window = self.short_conv.step(self.c_in(x_t), window)
-        y, operator_state = self.operator.step(self.value(z), operator_state)
-        return self.output(z, y), (window, operator_state)
+        operand, gate = self.operand_and_gate(z)
+        y, operator_state = self.operator.step(operand, operator_state)
+        return self.output(operand, gate, y), (window, operator_state)
 
-    def value(self, z: Tensor) -> Tensor:
-        return z[..., : len(self.direct)]
+    def operand_and_gate(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
+        operand, *gate = z.split(self.sizes, -1)
+        return F.silu(operand) if self.silu else operand, gate
 
-    def output(self, z: Tensor, y: Tensor) -> Tensor:
-        """The rest of the layer, from value and gate z, (..., C or 2C), and the operator's output y, (..., C)."""
-        value, *gate = z.split(len(self.direct), -1)
+    def output(self, operand: Tensor, gate: list[Tensor], y: Tensor) -> Tensor:
+        """The rest of the layer, from the operator's operand, the gate, if any, and the operator's output y, (..., C)."""
+        value = operand[..., : len(self.direct)]
         y = rmsnorm(y + self.direct.to(value.dtype) * value)
         return self.c_proj(F.silu(gate[0]) * y if gate else y)

@@ -30,7 +30,7 @@ def perturb(model: GPT):
     with torch.no_grad():
         for p in model.parameters():
             noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-            p.add_(noise.to(p) * p.std().clamp(min=0.02))
+            p.add_(noise.to(p) * p.std(correction=0).clamp(min=0.02))
 
 
 def leak_of(change: torch.Tensor, cut: int) -> float:

@@ -52,6 +52,9 @@ MODELS = {  # n_layer, n_head, n_embd; d12 to d48 are GPT-2's sizes, d1 and d4 a
     "d36": (36, 20, 1280),
     "d48": (48, 25, 1600),
 }
+# Of filters, unless asked for: so a token costs the same at any length. More were 1.05 to 1.3 times slower steps from T = 4096 on
+# and have 1e-5 of the energy at initialisation (experiments/benchmark_results.md).
+MOST_TAPS = 1024
 MIXERS, POSITIONS = ("attn", "afno"), ("none", "learned", "sinusoidal", "fourier")
 ACTIVATIONS = {"gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}  # relu2: So et al., 2021, "Primer"
 
@@ -71,12 +74,13 @@ class GPTConfig:
     afno_num_blocks: int = 4
     afno_sparsity_threshold: float = 0.01
     afno_hard_thresholding_fraction: float = 1.0
-    afno_filter_length: int | None = None  # taps; None: sequence_length
+    afno_filter_length: int | None = None  # taps; None: sequence_length, at most MOST_TAPS
     afno_num_experts: int = 1
     afno_routing: str = "frequency"
     afno_relu: str = "cartesian"
     afno_short_conv: int = 4
     afno_gate: int = 0
+    afno_silu: int = 0
     position: str = "none"  # rotary stays inside attention, whatever this says
     activation: str = "gelu"
     qk_norm: int = 0
@@ -95,7 +99,7 @@ class GPTConfig:
         if self.mixer_scale is None:
             self.mixer_scale = (2 * self.n_layer) ** -0.5 if self.mixer == "attn" else 1.0
         if self.afno_filter_length is None:
-            self.afno_filter_length = self.sequence_length
+            self.afno_filter_length = min(self.sequence_length, MOST_TAPS)
         switches = ("qk_norm", "zero_init", "embedding_norm", "tied_head", "embedding_residual", "value_embeddings",
                     "residual_bf16")
         for name, allowed in (("mixer", MIXERS), ("position", POSITIONS), ("activation", ACTIVATIONS),
@@ -1415,7 +1419,7 @@ RECIPE = dict(  # what else may be changed about the baseline; as it stands here
 DEFAULTS = dict(
     input_bin=None, input_val_bin=None, output_dir=None, model=None, n_head=None, mixer="afno", attn_layers=(), afno_form="filter",
     afno_num_blocks=4, afno_sparsity_threshold=0.01, afno_hard_thresholding_fraction=1.0, afno_filter_length=None,
-    afno_num_experts=1, afno_routing="frequency", afno_relu="cartesian", afno_short_conv=4, afno_gate=0,
+    afno_num_experts=1, afno_routing="frequency", afno_relu="cartesian", afno_short_conv=4, afno_gate=0, afno_silu=0,
     position="none", optimizer="adamw", learning_rate=0.0018, warmup_iters=None, warmdown_iters=None, weight_decay=0.1,
     grad_clip=0.0, recompute=0, val_tokens=None, val_batch_size=None, target_val_loss=None, max_seconds=None,
     seed=1337, device="auto", dtype=None, compile=None, resume=None, eval_only=False, generate=None,
@@ -1500,6 +1504,7 @@ def parse_flags(argv: list[str]) -> dict:
     add("--afno_relu", choices=RELUS, help="the MLP's ComplexReLU (cartesian)")
     add("--afno_short_conv", type=number(int, 1), metavar="K", help="taps of the short convolution; 1: none (4)")
     add("--afno_gate", type=int, choices=(0, 1), help="whether the token gates the mixed signal (0)")
+    add("--afno_silu", type=int, choices=(0, 1), help="SiLU of what the short convolution makes (0)")
     add("--position", choices=POSITIONS, help="what is added to embeddings; attention has rotary anyway (none)")
     add("--activation", choices=ACTIVATIONS, help="the MLP's; relu2: squared ReLU (gelu)")
     for name, text in (
