@@ -230,8 +230,9 @@ def odd_dft(block: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.compiler.assume_constant_result
-def conv_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether causal_conv takes the Triton kernels for inputs of this dtype on this device, and why in a few words."""
+def kernel_path(device: torch.device, dtype: torch.dtype, kernels: str = "convolution") -> tuple[bool, str]:
+    """Whether causal_conv (kernels: convolution) or state_scan (state) takes Triton's kernels for inputs of this dtype on
+    this device, and why in a few words."""
     if device.type != "cuda":
         return False, f"plain, Triton's kernels are for CUDA devices, this is {device.type}"
     if afno_triton is None:
@@ -240,44 +241,51 @@ def conv_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
         return False, f"plain, Triton's kernels want compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
     if dtype not in (torch.bfloat16, torch.float16):
         return False, f"plain, Triton's kernels are for half precision, this is {str(dtype).removeprefix('torch.')}"
-    if fault := kernel_fault(device, dtype, 2e-2):
+    if fault := kernel_fault(device, dtype, 2e-2, kernels):
         return False, f"plain, Triton's kernels do not work here: {fault}"
     return True, f"Triton's kernels on {torch.cuda.get_device_name(device)}, found to agree with the plain path"
 
 
 @functools.cache
-def kernel_fault(device: torch.device, dtype: torch.dtype, bound: float) -> str | None:
-    """What is wrong with the kernels on this device, found by trying: the short convolution, a short and a long filter, value
-    and gradients, against the plain path in float64. Compilers differ between machines and versions, and a wrong sum would
-    train, only worse."""
+def kernel_fault(device: torch.device, dtype: torch.dtype, bound: float, kernels: str) -> str | None:
+    """What is wrong with the kernels on this device, found by trying: value and gradients, against the plain path in float64,
+    of the short convolution, a short and a long filter, or of the state. Compilers differ between machines and versions, and
+    a wrong sum would train, only worse."""
     generator = torch.Generator().manual_seed(0)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def results(conv, u, taps, dy) -> list[Tensor]:
-        u, taps = u.clone().requires_grad_(), taps.clone().requires_grad_()
-        y = conv(u, taps)
-        return [x.detach().double() for x in (y, *torch.autograd.grad(y, (u, taps), dy))]
+    def results(run, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
+        inputs = [x.clone().requires_grad_() for x in inputs]
+        y = run(*inputs)
+        return [x.detach().double() for x in (y, *torch.autograd.grad(y, inputs, dy))]
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    def trial(plain, ours, u: Tensor, taps: Tensor, what: str) -> str | None:
-        u, dy = u.to(dtype), random(*u.shape).to(dtype)
-        exact = results(plain, u.double(), taps.double(), dy.double())
-        for part, got, wanted in zip(("output", "input gradient", "tap gradient"), results(ours, u, taps, dy), exact):
+    def trial(plain, ours, what: str, **inputs: Tensor) -> str | None:
+        dy = random(*next(iter(inputs.values())).shape).to(dtype)
+        exact = results(plain, [x.double() for x in inputs.values()], dy.double())
+        names = "output", *(f"gradient of {name}" for name in inputs)
+        for name, got, wanted in zip(names, results(ours, list(inputs.values()), dy), exact):
             relative = ((got - wanted).norm() / wanted.norm()).item()
             if not relative < bound:
-                return f"{part} of {what} is {relative:.1e} off, more than {bound:g}"
+                return f"{name} of {what} is {relative:.1e} off, more than {bound:g}"
 
     try:
         with torch.autocast(device.type, enabled=False):
-            fault = trial(plain_depthwise_conv, afno_triton.depthwise_conv, random(2, 300, 32), random(4, 32),
-                          "the short convolution")
+            if kernels == "state":
+                T, D = 5 * CHUNK - 5, AFNO1D.channels_per_filter
+                q, k, v = (random(2, T, 2, D).to(dtype) for _ in range(3))
+                return trial(plain_state_scan, afno_triton.state_scan, "the state", q=q, k=k, v=v,
+                             log_a=-0.1 * random(2, T, 2).square())
+            fault = trial(plain_depthwise_conv, afno_triton.depthwise_conv, "the short convolution",
+                          x=random(2, 300, 32).to(dtype), taps=random(4, 32))
             # two filters as wide as models have; 33 blocks: more than one tile of blocks to mix
             C = 2 * AFNO1D.channels_per_filter
             for T, K in ((300, afno_triton.FAR - 5), (33 * afno_triton.FAR - 5, 33 * afno_triton.FAR)):
-                fault = fault or trial(plain_conv, kernel_conv, random(1, T, C), random(2, K) / math.sqrt(K), f"{K} taps")
+                fault = fault or trial(plain_conv, kernel_conv, f"{K} taps", u=random(1, T, C).to(dtype),
+                                       taps=random(2, K) / math.sqrt(K))
         return fault
     except Exception as error:  # whatever a compiler, a driver or a launch may raise
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
@@ -294,7 +302,7 @@ def causal_conv(u: Tensor, taps: Tensor) -> Tensor:
     if torch.is_autocast_enabled(kind) and u.dtype == torch.float32:
         u = u.to(torch.get_autocast_dtype(kind))
     with torch.autocast(kind, enabled=False):  # filters stay in fp32 until they are used
-        return (kernel_conv if conv_path(u.device, u.dtype)[0] else plain_conv)(u, taps)
+        return (kernel_conv if kernel_path(u.device, u.dtype)[0] else plain_conv)(u, taps)
 
 
 def segment_responses(taps: Tensor, forward: Tensor, n: int, b: int) -> Tensor:
@@ -371,7 +379,7 @@ def state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
     adds to the state to the chunks after it. Sums of log_a in fp32. A token costs CHUNK (D + W) + 2 D W multiply-adds and
     its share of mixing T / CHUNK chunks.
     """
-    return (afno_triton.state_scan if conv_path(v.device, v.dtype)[0] else plain_state_scan)(q, k, v, log_a)
+    return (afno_triton.state_scan if kernel_path(v.device, v.dtype, "state")[0] else plain_state_scan)(q, k, v, log_a)
 
 
 def chunks_remaining(whole: Tensor) -> Tensor:
@@ -431,7 +439,7 @@ class ShortConv(nn.Module):
         nn.init.ones_(self.taps[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(self.taps) > 1 and conv_path(x.device, x.dtype)[0]:
+        if len(self.taps) > 1 and kernel_path(x.device, x.dtype)[0]:
             return afno_triton.depthwise_conv(x, self.taps.float())
         return plain_depthwise_conv(x, self.taps)
 

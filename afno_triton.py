@@ -1,8 +1,8 @@
-"""The causal convolution of afno.py as Triton kernels: matrix products only, forward and backward. And kernels for what is
-around it: the short convolution, and the loss's softmax.
+"""The causal convolution of afno.py as Triton kernels: matrix products only, forward and backward. Likewise state_scan, of the
+form `state`. And kernels for what is around them: the short convolution, and the loss's softmax.
 
 A file of its own because it cannot be imported where Triton is not installed; afno.causal_conv then takes its plain path,
-which computes the same sums (afno.conv_path chooses).
+which computes the same sums (afno.kernel_path chooses).
 
     short filters   every block of NEAR tokens gets Toeplitz tiles of taps times the blocks before it and itself
     long filters    blocks of FAR tokens: a Toeplitz matrix inside the block; completed blocks are transformed one by
@@ -338,6 +338,108 @@ def depthwise_gradient_kernel(x_ptr, dy_ptr, out_ptr, tokens, T, C, BT: tl.const
     tl.store(out_ptr + (split * tl.num_programs(0) + lag) * C + c, tl.sum(acc, 0), mask=inside)
 
 
+@triton.jit
+def load_heads(x_ptr, g, b, t, T, size, stride_b, stride_t, SIZE: tl.constexpr):
+    """x[b, t, g] of x (B, T, G, size), heads side by side: (tokens, SIZE), zero beyond."""
+    d = tl.arange(0, SIZE)
+    x_ptr += b.to(tl.int64) * stride_b + g * size
+    return tl.load(x_ptr + t.to(tl.int64)[:, None] * stride_t + d[None, :], mask=(t < T)[:, None] & (d < size)[None, :],
+                   other=0.0)
+
+
+@triton.jit
+def load_state(x_ptr, ahead, D, W, DP: tl.constexpr, WP: tl.constexpr):
+    """Of states (B, G, chunks, D, W) that `ahead` chunks after the program's own: (DP, WP), zero beyond."""
+    chunk = tl.program_id(0) + ahead
+    n = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + chunk
+    d, w = tl.arange(0, DP), tl.arange(0, WP)
+    inside = (d < D)[:, None] & (w < tl.where(chunk < tl.num_programs(0), W, 0))[None, :]
+    return tl.load(x_ptr + n * D * W + d[:, None] * W + w[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_log_a(log_a_ptr, g, b, t, T):
+    """(since, until): logarithms of what remains of the chunk's beginning at each token, and of each token at its end."""
+    log_a = tl.load(log_a_ptr + (b.to(tl.int64) * T + t) * tl.num_programs(1) + g, mask=t < T, other=0.0)
+    since = tl.cumsum(log_a, 0)
+    return since, tl.sum(log_a, 0) - since
+
+
+@triton.jit
+def sent_kernel(x_ptr, y_ptr, log_a_ptr, out_ptr, T, x_stride_b, x_stride_t, y_stride_b, y_stride_t, D, W,
+                FROM_START: tl.constexpr, L: tl.constexpr, DP: tl.constexpr, WP: tl.constexpr):
+    """out[b, g, chunk] = sum over the chunk's tokens of decay x y^T, where decay is what remains of the token at the chunk's
+    end, FROM_START: of its beginning at the token. x: (B, T, G, D); y: (B, T, G, W); log_a: (B, T, G), fp32; out: (B, G,
+    chunks, D, W). This kernel and the next two: a program a chunk of a head of a row."""
+    g, b, t = tl.program_id(1), tl.program_id(2), tl.program_id(0) * L + tl.arange(0, L)
+    since, until = load_log_a(log_a_ptr, g, b, t, T)
+    x = load_heads(x_ptr, g, b, t, T, D, x_stride_b, x_stride_t, DP)
+    y = load_heads(y_ptr, g, b, t, T, W, y_stride_b, y_stride_t, WP)
+    x = (x * tl.exp(since if FROM_START else until)[:, None]).to(y.dtype)
+    out = tl.dot(tl.trans(x), y, input_precision="ieee")
+    n = (b.to(tl.int64) * tl.num_programs(1) + g) * tl.num_programs(0) + tl.program_id(0)
+    d, w = tl.arange(0, DP), tl.arange(0, WP)
+    tl.store(out_ptr + n * D * W + d[:, None] * W + w[None, :], out.to(out_ptr.dtype.element_ty),
+             mask=(d < D)[:, None] & (w < W)[None, :])
+
+
+@triton.jit
+def state_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, y_ptr, T, q_stride_b, q_stride_t, k_stride_b, k_stride_t,
+                 v_stride_b, v_stride_t, D, W, L: tl.constexpr, DP: tl.constexpr, WP: tl.constexpr):
+    """y_t = sum over s <= t of the chunk of what remains of s at t (q_t k_s) v_s + what remains of the chunk's beginning
+    q_t state. state: (B, G, chunks, D, W), where chunks begin; y: (B, T, G, W)."""
+    g, b, t = tl.program_id(1), tl.program_id(2), tl.program_id(0) * L + tl.arange(0, L)
+    since, _ = load_log_a(log_a_ptr, g, b, t, T)
+    q = load_heads(q_ptr, g, b, t, T, D, q_stride_b, q_stride_t, DP)
+    k = load_heads(k_ptr, g, b, t, T, D, k_stride_b, k_stride_t, DP)
+    v = load_heads(v_ptr, g, b, t, T, W, v_stride_b, v_stride_t, WP)
+    state = load_state(state_ptr, 0, D, W, DP, WP)
+    remains = tl.exp(tl.where(t[:, None] >= t[None, :], since[:, None] - since[None, :], -float("inf")))
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * remains
+    y = tl.dot(q, state, input_precision="ieee") * tl.exp(since)[:, None]
+    y = tl.dot(scores.to(v.dtype), v, y, input_precision="ieee")
+    w = tl.arange(0, WP)
+    y_ptr += ((b.to(tl.int64) * T + t) * tl.num_programs(1) + g)[:, None] * W + w[None, :]
+    tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None] & (w < W)[None, :])
+
+
+@triton.jit
+def state_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, dsent_ptr, dq_ptr, dk_ptr, dv_ptr, dlog_a_ptr, T,
+                          dy_stride_b, dy_stride_t, q_stride_b, q_stride_t, k_stride_b, k_stride_t, v_stride_b, v_stride_t,
+                          D, W, L: tl.constexpr, DP: tl.constexpr, WP: tl.constexpr):
+    """Gradients of q, k, v and log_a. That of the sum of log_a up to a token is q dq - k dk: with this sign the sum is in what
+    the token reads, with the other one in what it writes. A token's own log_a is in the sums of all tokens from it on: of its
+    chunk's, and of the later ones', which all go through the state where the next chunk begins, whose gradient is dsent,
+    (B, G, chunks, D, W)."""
+    g, b, t = tl.program_id(1), tl.program_id(2), tl.program_id(0) * L + tl.arange(0, L)
+    since, until = load_log_a(log_a_ptr, g, b, t, T)
+    dy = load_heads(dy_ptr, g, b, t, T, W, dy_stride_b, dy_stride_t, WP)
+    q = load_heads(q_ptr, g, b, t, T, D, q_stride_b, q_stride_t, DP)
+    k = load_heads(k_ptr, g, b, t, T, D, k_stride_b, k_stride_t, DP)
+    v = load_heads(v_ptr, g, b, t, T, W, v_stride_b, v_stride_t, WP)
+    remains = tl.exp(tl.where(t[:, None] >= t[None, :], since[:, None] - since[None, :], -float("inf")))
+    since, until = tl.exp(since)[:, None], tl.exp(until)[:, None]
+    dscores = (tl.dot(dy, tl.trans(v), input_precision="ieee") * remains).to(v.dtype)
+    state = load_state(state_ptr, 0, D, W, DP, WP)
+    dq = tl.dot(dy, tl.trans(state), input_precision="ieee") * since
+    dq = tl.dot(dscores, k, dq, input_precision="ieee")
+    dsent = load_state(dsent_ptr, 0, D, W, DP, WP)
+    dk = tl.dot(v, tl.trans(dsent), input_precision="ieee") * until
+    dk = tl.dot(tl.trans(dscores), q, dk, input_precision="ieee")
+    scores = (tl.dot(q, tl.trans(k), input_precision="ieee") * remains).to(v.dtype)
+    dv = tl.dot(k, dsent, input_precision="ieee") * until
+    dv = tl.dot(tl.trans(scores), dy, dv, input_precision="ieee")
+    place = (b.to(tl.int64) * T + t) * tl.num_programs(1) + g
+    d, w = tl.arange(0, DP), tl.arange(0, WP)
+    dtype = dq_ptr.dtype.element_ty
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    tl.store(dq_ptr + place[:, None] * D + d[None, :], dq.to(dtype), mask=inside)
+    tl.store(dk_ptr + place[:, None] * D + d[None, :], dk.to(dtype), mask=inside)
+    tl.store(dv_ptr + place[:, None] * W + w[None, :], dv.to(dtype), mask=(t < T)[:, None] & (w < W)[None, :])
+    later = tl.sum(tl.sum(load_state(state_ptr, 1, D, W, DP, WP).to(tl.float32) * dsent.to(tl.float32), 1), 0)
+    tl.store(dlog_a_ptr + place, later + tl.cumsum(tl.sum(q * dq - k * dk, 1), 0, reverse=True), mask=t < T)
+
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -640,6 +742,86 @@ def _(dy, x, taps):
 
 depthwise_conv.register_autograd(lambda ctx, dy: depthwise_conv_backward(dy, *ctx.saved_tensors),
                                  setup_context=save_inputs)
+
+
+STATE_GRADIENT = dict(num_warps=8)  # its sums and products would not fit into the registers of four
+
+
+def chunk_states(sent: Tensor, log_a: Tensor, L: int, transposed: bool) -> Tensor:
+    """From what the chunks send, (B, G, n, D, W), the states where they begin; transposed: of the states' gradient, that of
+    what was sent."""
+    from afno import chunks_remaining  # not at the top: afno imports this file
+
+    n = sent.size(2)
+    whole = F.pad(log_a, (0, 0, 0, n * L - log_a.size(1))).unflatten(1, (n, L)).sum(2).mT
+    remains = chunks_remaining(whole).to(sent.dtype)
+    return ((remains.mT if transposed else remains) @ sent.flatten(3)).view_as(sent)
+
+
+def launch_state(kernel, q: Tensor, v: Tensor, tensors: tuple[Tensor, ...], outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...],
+                 **options):
+    """A program a chunk of a head of a row. inputs: tensors whose first two strides the kernel is told."""
+    from afno import CHUNK
+
+    (B, T, G, D), W = q.shape, v.size(3)
+    DP, WP = (max(16, triton.next_power_of_2(size)) for size in (D, W))
+    strides = [stride for x in inputs for stride in x.stride()[:2]]
+    kernel[triton.cdiv(T, CHUNK), G, B](*tensors, *outputs, T, *strides, D, W, L=CHUNK, DP=DP, WP=WP, **options)
+
+
+def sent(x: Tensor, y: Tensor, log_a: Tensor, from_start: bool) -> Tensor:
+    from afno import CHUNK
+
+    (B, T, G, D), W = x.shape, y.size(3)
+    out = y.new_empty(B, G, triton.cdiv(T, CHUNK), D, W)
+    launch_state(sent_kernel, x, y, (x, y, log_a), (out,), (x, y), FROM_START=from_start)
+    return out
+
+
+@torch.library.custom_op("afno::state_scan", mutates_args=())
+def state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
+    """afno.state_scan for q, k (B, T, G, D) and v (B, T, G, W) in bf16, fp16 or fp32, any strides, and log_a (B, T, G) in
+    fp32; (B, T, G, W), contiguous, in v's dtype."""
+    from afno import CHUNK
+
+    with torch.cuda.device_of(v):
+        q, k, v, log_a = heads_dense(q), heads_dense(k), heads_dense(v), log_a.contiguous()
+        state = chunk_states(sent(k, v, log_a, from_start=False), log_a, CHUNK, transposed=False)
+        y = v.new_empty(v.shape)
+        launch_state(state_kernel, q, v, (q, k, v, log_a, state), (y,), (q, k, v))
+        return y
+
+
+@state_scan.register_fake
+def _(q, k, v, log_a):
+    return v.new_empty(v.shape)
+
+
+@torch.library.custom_op("afno::state_scan_backward", mutates_args=())
+def state_scan_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and log_a."""
+    from afno import CHUNK
+
+    with torch.cuda.device_of(v):
+        dy, q, k, v, log_a = heads_dense(dy), heads_dense(q), heads_dense(k), heads_dense(v), log_a.contiguous()
+        state = chunk_states(sent(k, v, log_a, from_start=False), log_a, CHUNK, transposed=False)
+        dsent = chunk_states(sent(q, dy, log_a, from_start=True), log_a, CHUNK, transposed=True)
+        gradients = tuple(x.new_empty(x.shape) for x in (q, k, v, log_a))
+        launch_state(state_gradient_kernel, q, v, (dy, q, k, v, log_a, state, dsent), gradients, (dy, q, k, v), **STATE_GRADIENT)
+        return gradients
+
+
+@state_scan_backward.register_fake
+def _(dy, q, k, v, log_a):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), log_a.new_empty(log_a.shape)
+
+
+state_scan.register_autograd(lambda ctx, dy: state_scan_backward(dy, *ctx.saved_tensors), setup_context=save_inputs)
+
+
+def heads_dense(x: Tensor) -> Tensor:
+    """x (B, T, G, size), or a copy where heads are not side by side in memory."""
+    return x if x.stride()[2:] == (x.size(3), 1) else x.contiguous()
 
 
 def last_dimension_dense(x: Tensor) -> Tensor:

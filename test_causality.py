@@ -18,7 +18,7 @@ import dataclasses
 
 import torch
 
-from afno import FORMS, conv_path
+from afno import FORMS, kernel_path
 from train_gpt2_afno import (DEFAULTS, DEVICE_DEFAULTS, GPT, GPTConfig, Runtime, choose_device, cuts, model_fields,
                              parse_flags, prefix_changes, random_tokens, run)
 
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
     }
     print(f"{values['model']}, sequence length {given.sequence_length}, {device.type}; "
           "r = change before the cut / change at or after it")
-    print(f"convolution in training: {conv_path(device, trained.dtype)[1]}")
+    print(f"convolution in training: {kernel_path(device, trained.dtype)[1]}")
     passed = True
     for name, config in configs.items():
         table = check(config, modes)

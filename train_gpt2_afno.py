@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from afno import AFNO1D, DyadicOperator, FORMS, RELUS, ROUTINGS, afno_triton, conv_path, rmsnorm
+from afno import AFNO1D, DyadicOperator, FORMS, RELUS, ROUTINGS, afno_triton, kernel_path, rmsnorm
 from data.text_to_bin import InputError, gpt2_encoding, read_bin
 
 START = time.perf_counter()
@@ -216,7 +216,7 @@ KEPT = {getattr(torch.ops.aten, name).default for name in (
     "mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")}
 if afno_triton is not None:
-    KEPT.add(torch.ops.afno.block_conv.default)
+    KEPT |= {torch.ops.afno.block_conv.default, torch.ops.afno.state_scan.default}
 
 
 def keep_products():
@@ -306,7 +306,7 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int, with_g
 @functools.cache
 def loss_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether afno_triton.cross_entropy takes cross_entropy_chunk's place for logits of this dtype, and why."""
-    triton, why = conv_path(device, dtype)
+    triton, why = kernel_path(device, dtype)
     if not triton:
         return False, why
     generator = torch.Generator().manual_seed(0)
@@ -1152,7 +1152,9 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         f"{config.n_head} heads, position {config.position}, mixer scale {config.mixer_scale:g}")
     if config.mixer == "afno":
         say("afno: " + ", ".join(f"{name} {value}" for name, value in config.afno_arguments().items()))
-        say(f"convolution: {conv_path(device, runtime.dtype)[1]}")
+        say(f"convolution: {kernel_path(device, runtime.dtype)[1]}")
+        if config.afno_form == "state":
+            say(f"state: {kernel_path(device, runtime.dtype, 'state')[1]}")
     say(f"softmax of the loss: {loss_path(device, runtime.dtype)[1]}")
     passes = sum(phase_at(accumulation, i, total_steps) for i in range(step, total_steps)) * world * B * T / len(stream)
     say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens, {passes:.3g} passes to come; validation: {relative(args.input_val_bin)}, "

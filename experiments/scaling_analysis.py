@@ -33,7 +33,7 @@ PARTS = ("operator", "batch", "step", "profile")
 C = 768
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION}
-STEPS = {  # of d12
+STEPS = {  # of d12; filters of T taps where nothing else is said
     "attention, 12 heads of 64": dict(mixer="attn", n_head=12),
     "attention, 6 heads of 128": dict(mixer="attn", n_head=6),
     "AFNO with attention in 3, 9": dict(mixer="afno", attn_layers=(3, 9)),
@@ -41,6 +41,7 @@ STEPS = {  # of d12
     "AFNO with attention in 3, 9, 1024 taps": dict(mixer="afno", attn_layers=(3, 9), afno_filter_length=1024),
     "AFNO, 1024 taps": dict(mixer="afno", afno_filter_length=1024),
     "AFNO, --recompute 1": dict(mixer="afno", recompute=True),
+    "AFNO, form state": dict(mixer="afno", afno_form="state"),
 }
 
 
@@ -122,7 +123,7 @@ def operators(B: int, T: int, device, dtype):
     yield "FFT, unfused, fp32", (u, taps), fft_conv, math.nan
     if T <= 16384:  # its matrices grow
         yield "AFNO, plain path, taps given", (u, taps), afno.plain_conv, math.nan
-    kernels = afno.conv_path(device, dtype)[0]
+    kernels = afno.kernel_path(device, dtype)[0]
     if kernels:
         yield "AFNO, kernels, taps given", (u, taps), afno.kernel_conv, conv_products(T, T)
     for K in sorted({T, min(T, 128), min(T, 1024)}):
@@ -130,6 +131,12 @@ def operators(B: int, T: int, device, dtype):
         core = torch.compile(operator, dynamic=False) if device.type == "cuda" else operator
         yield (f"AFNO core, {'T' if K == T else K} taps", (u, *operator.parameters()),
                lambda u, *_, core=core: core(u), conv_products(T, K) if kernels else math.nan)
+    operator = afno.AFNO1D(C, form="state").to(device).operator
+    core = torch.compile(operator, dynamic=False) if device.type == "cuda" else operator
+    # a chunk's scores and sum, of which a product makes half for nothing, what it sends and what it reads
+    products = (afno.CHUNK + C / filters) * 2
+    yield ("AFNO core, form state", (random(B, T, sum(operator.sizes)), *operator.parameters()),
+           lambda z, *_, core=core: core(z), products)
     mixer = afno.AFNO1D(C).to(device)
 
     def around(z, *_):
@@ -232,7 +239,7 @@ def measure_steps(lengths, tokens, model_name, residual_bf16, only, device, runt
         for name, options in STEPS.items():
             if options.get("afno_filter_length", 0) >= T or not only.search(name):
                 continue  # the former has been measured: T taps are all there are
-            options = dict(options, residual_bf16=residual_bf16)
+            options = dict(afno_filter_length=T, residual_bf16=residual_bf16) | options
             row = dict(part="step", name=step_name(name, residual_bf16), B=tokens // T, T=T, model=model_name)
             try:
                 emit(measure_step(row, options, device, runtime, matmul_rate))
@@ -249,7 +256,7 @@ def step_name(name: str, residual_bf16: int) -> str:
 
 KERNELS = (  # (what, pattern of kernel names), the first that fits
     ("attention", r"flash|fmha|sdpa|attention"),
-    ("convolution", r"^(toeplitz|short|transform|mix|long|tiles_gradient|response_gradient|fold|depthwise\w*)_kernel"),
+    ("convolution", r"^(toeplitz|short|transform|mix|long|tiles_gradient|response_gradient|fold|depthwise\w*|sent|state\w*)_kernel"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|addmm|matmul"),
     ("AdamW", r"adam|multi_tensor"),
     ("loss", r"log_softmax|scatter|gather|cross_entropy"),
@@ -448,7 +455,7 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "rows.jsonl"
     where = f"torch {torch.__version__}, " + (torch.cuda.get_device_name() if device.type == "cuda" else "CPU")
-    print(f"{where}; convolution: {afno.conv_path(device, runtime.dtype)[1]}", flush=True)
+    print(f"{where}; convolution: {afno.kernel_path(device, runtime.dtype)[1]}", flush=True)
 
     def emit(row: dict):
         row = dict(row, where=where)

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 import afno_triton as kernels  # noqa: E402
+from afno import CHUNK  # noqa: E402
 
 ARCH = int(sys.argv[1])
 SHAPES, SHARED = (kernels.SMALL, 99 * 1024) if ARCH in (86, 89) else (kernels.LARGE, 163 * 1024)
@@ -19,9 +20,12 @@ BF16 = dict.fromkeys(("x_ptr", "y_ptr", "u_ptr", "dy_ptr", "dm_ptr", "tiles_ptr"
                        "half_ptr", "out_ptr"), "*bf16")
 FP32 = dict(BF16, response_ptr="*fp32")
 PRODUCTS = (kernels.short_kernel, kernels.transform_kernel, kernels.mix_kernel, kernels.long_kernel,
-            kernels.tiles_gradient_kernel, kernels.response_gradient_kernel)
+            kernels.tiles_gradient_kernel, kernels.response_gradient_kernel, kernels.sent_kernel, kernels.state_kernel,
+            kernels.state_gradient_kernel)
+STATE = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "state_ptr", "dsent_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), "*bf16")
+STATE |= dict(BF16, log_a_ptr="*fp32", dlog_a_ptr="*fp32")
 UNALIGNED = ("num_blocks", "num_lags", "blocks", "splits", "units", "together", "units_each", "K",
-             "tile_step", "row_step", "sign", "vocab_size")
+             "tile_step", "row_step", "sign", "vocab_size", "T")
 
 
 def compile(kernel, pointers: dict, constants: dict, options: dict) -> int:
@@ -66,6 +70,11 @@ def main() -> int:
         shared.append(compile(kernels.depthwise_kernel, dict(BF16, taps_ptr="*fp32"),
                               dict(LENGTH=4, TRANSPOSED=transposed, BT=32, BC=128), {}))
     shared.append(compile(kernels.depthwise_gradient_kernel, gradient, dict(BT=32, BC=128), {}))
+    state = dict(L=CHUNK, DP=64, WP=64)
+    for from_start in (False, True):
+        shared.append(compile(kernels.sent_kernel, STATE, dict(state, FROM_START=from_start), {}))
+    shared.append(compile(kernels.state_kernel, STATE, state, {}))
+    shared.append(compile(kernels.state_gradient_kernel, STATE, state, kernels.STATE_GRADIENT))
     for cap in (0.0, 15.0):
         shared.append(compile(kernels.cross_entropy_kernel, dict(logits_ptr="*bf16", targets_ptr="*i64", losses_ptr="*fp32"),
                               dict(CAP=cap, GRADIENT=True, BV=kernels.SOFTMAX["BV"]),

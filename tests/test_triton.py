@@ -99,6 +99,55 @@ def test_prefixes_are_bit_identical_at_full_length(small_blocks, K):
         assert torch.equal(y[:, :cut], afno.kernel_conv(u[:, :cut], taps[:, :K])) or K > 40  # there T chooses the fields
 
 
+def state_inputs(B, T, G, D, W, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dy = (torch.randn(B, T, G, size, generator=generator).to(dtype) for size in (D, D, W, W))
+    log_a = -torch.rand(B, T, G, generator=generator) ** 4  # from slow to fast
+    return q, k, v, log_a, dy
+
+
+def naive_state(q, k, v, log_a):
+    state, outputs = torch.zeros(len(v), v.size(2), q.size(3), v.size(3), dtype=v.dtype), []
+    for t in range(v.size(1)):
+        state = log_a[:, t, :, None, None].exp() * state + k[:, t, :, :, None] * v[:, t, :, None]
+        outputs.append((q[:, t, :, :, None] * state).sum(2))
+    return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("B, T, G, D, W", (
+    (1, 2, 1, 2, 2), (2, 300, 2, 8, 5), (1, 64, 3, 2, 3), (3, 65, 2, 16, 16), (1, 200, 2, 20, 33), (1, 129, 1, 64, 64)))
+@pytest.mark.parametrize("strided", (False, True))
+def test_state(B, T, G, D, W, strided):
+    *halves, log_a, dy = state_inputs(B, T, G, D, W, DTYPE)
+    exact = [x.double().requires_grad_() for x in (*halves, log_a)]
+    expected = naive_state(*exact)
+    wanted = torch.autograd.grad(expected, exact, dy.double())
+
+    def layout(x):  # heads side by side in a wider row, as a split leaves them; or not even that
+        x = x.to(DEVICE)
+        return x if not strided else torch.cat((x, x), 2)[:, :, :G] if x is not dy and x.size(3) == D else x.mT.contiguous().mT
+
+    ours = [*(layout(x).requires_grad_() for x in halves), log_a.to(DEVICE).requires_grad_()]
+    y = afno_triton.state_scan(*ours)
+    assert y.dtype == DTYPE and y.shape == dy.shape
+    got = torch.autograd.grad(y, ours, layout(dy))
+    assert [g.dtype for g in got] == [DTYPE] * 3 + [torch.float32]
+    for value, oracle in zip((y, *got), (expected, *wanted)):
+        assert relative(value.detach().cpu().double(), oracle.detach()) < BOUND
+
+
+def test_states_prefixes_are_bit_identical_at_full_length():
+    *halves, log_a, _ = state_inputs(2, 300, 2, 8, 5, DTYPE)
+    inputs = [x.to(DEVICE) for x in (*halves, log_a)]
+    y = afno_triton.state_scan(*inputs)
+    for cut in (1, 63, 64, 65, 150, 299):
+        others = [x.clone() for x in inputs]
+        for x in others:
+            x[:, cut:] = -torch.rand_like(x[:, cut:])
+        z = afno_triton.state_scan(*others)
+        assert torch.equal(y[:, :cut], z[:, :cut]) and not torch.equal(y[:, cut:], z[:, cut:])
+
+
 def test_operator_is_registered_as_it_behaves(small_blocks):
     """Shapes and strides without data, gradients, and tracing by torch.compile, in opcheck's own tests."""
     u = torch.randn(1, 70, 4, device=DEVICE, dtype=DTYPE, requires_grad=True)
@@ -111,6 +160,10 @@ def test_operator_is_registered_as_it_behaves(small_blocks):
     few = torch.randn(4, 4, device=DEVICE, requires_grad=True)
     torch.library.opcheck(afno_triton.depthwise_conv, (u, few), test_utils=tests)
     torch.library.opcheck(afno_triton.depthwise_conv_backward, (u.detach(), u.detach(), few), test_utils=tests)
+    q, k, v = (torch.randn(1, 70, 2, size, device=DEVICE, dtype=DTYPE, requires_grad=True) for size in (4, 4, 3))
+    log_a = -torch.rand(1, 70, 2, device=DEVICE)
+    torch.library.opcheck(afno_triton.state_scan, (q, k, v, log_a.requires_grad_()), test_utils=tests)
+    torch.library.opcheck(afno_triton.state_scan_backward, (v.detach(), q, k, v, log_a), test_utils=tests)
 
 
 def test_gradients_are_there_when_activations_are_recomputed(small_blocks):
@@ -187,11 +240,11 @@ def test_cross_entropy_of_extreme_logits(cap, vocab_size, columns):
 
 
 def test_path_is_chosen_in_words():
-    assert afno.conv_path(torch.device("cpu"), torch.bfloat16) == (
+    assert afno.kernel_path(torch.device("cpu"), torch.bfloat16) == (
         False, "plain, Triton's kernels are for CUDA devices, this is cpu")
     if CUDA:
-        assert afno.conv_path(torch.device("cuda"), torch.bfloat16)[0]
-        assert afno.conv_path(torch.device("cuda"), torch.float32)[0] is False
+        assert afno.kernel_path(torch.device("cuda"), torch.bfloat16)[0]
+        assert afno.kernel_path(torch.device("cuda"), torch.float32)[0] is False
 
 
 def test_kernels_are_tried_before_they_are_trusted(small_blocks, monkeypatch):
@@ -199,16 +252,21 @@ def test_kernels_are_tried_before_they_are_trusted(small_blocks, monkeypatch):
     monkeypatch.setattr(afno.AFNO1D, "channels_per_filter", 4)
     fault = afno.kernel_fault.__wrapped__
     with torch.inference_mode():
-        assert fault(torch.device(DEVICE), DTYPE, BOUND) is None
+        for kernels in ("convolution", "state"):
+            assert fault(torch.device(DEVICE), DTYPE, BOUND, kernels) is None
     right = afno_triton.mix
     monkeypatch.setattr(afno_triton, "mix", lambda *a, **k: 1.1 * right(*a, **k))
-    assert fault(torch.device(DEVICE), DTYPE, BOUND).startswith("output of 1056 taps is ")
+    assert fault(torch.device(DEVICE), DTYPE, BOUND, "convolution").startswith("output of 1056 taps is ")
+    assert fault(torch.device(DEVICE), DTYPE, BOUND, "state") is None
 
     def broken(*a, **k):
         raise RuntimeError("no C compiler\nin two lines")
 
     monkeypatch.setattr(afno_triton, "mix", broken)
-    assert fault(torch.device(DEVICE), DTYPE, BOUND) == "RuntimeError: no C compiler"
+    assert fault(torch.device(DEVICE), DTYPE, BOUND, "convolution") == "RuntimeError: no C compiler"
+    right = afno_triton.chunk_states
+    monkeypatch.setattr(afno_triton, "chunk_states", lambda *a, **k: 1.1 * right(*a, **k))
+    assert fault(torch.device(DEVICE), DTYPE, BOUND, "state").startswith("output of the state is ")
 
 
 @pytest.mark.parametrize("arch", (89, 90))
@@ -233,12 +291,12 @@ def test_a_compiled_layer_is_one_graph_with_the_kernels_in_it(small_blocks, monk
         y = run(x)
         return [y, *torch.autograd.grad((y * torch.linspace(-1, 1, 16, device=DEVICE)).sum(), parameters)]
 
-    monkeypatch.setattr(afno, "conv_path", lambda device, dtype: (False, ""))
+    monkeypatch.setattr(afno, "kernel_path", lambda *a: (False, ""))
     plain = gradients(layer)
     calls = []
-    monkeypatch.setattr(afno, "conv_path", torch.compiler.assume_constant_result(lambda device, dtype: (True, "")))
-    for name in ("short_conv", "long_conv"):
+    monkeypatch.setattr(afno, "kernel_path", torch.compiler.assume_constant_result(lambda *a: (True, "")))
+    for name in ("short_conv", "long_conv", "sent"):
         monkeypatch.setattr(afno_triton, name, lambda *a, f=getattr(afno_triton, name), **k: calls.append(1) or f(*a, **k))
     compiled = gradients(torch.compile(layer, backend="aot_eager", fullgraph=form != "dyadic"))
-    assert len(calls) == (0 if form == "state" else 2)  # forward and backward
+    assert len(calls) == (3 if form == "state" else 2)  # forward and backward, where states are made again
     assert max(relative(ours, theirs) for ours, theirs in zip(compiled, plain)) < 1e-4
