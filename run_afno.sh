@@ -79,11 +79,11 @@ case $preset in
     data=("$here/data/cached_fineweb10B.py" 25)
     launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=1)
     # 10 rows filled 19.5 GiB when layers had a gate (experiments/benchmark_results.md); 532,480 tokens a step, the baseline has 524,288;
-    # 4695 steps are the baseline's 2.5B tokens
+    # 4695 steps are the baseline's 2.5B tokens, the warmdown is half of them
     flags=(--input_bin "$here/data/fineweb10B/fineweb_train_*.bin" --input_val_bin "$here/data/fineweb10B/fineweb_val_*.bin"
       --model d12 --mixer afno --attn_layers 3,9 --sequence_length 4096 --batch_size 10 --grad_accumulation_steps 13
       --optimizer muon --learning_rate 0.0036 --num_iterations 4695 --row_order spread
-      --embedding_norm 1 --logit_softcap 15 --embedding_residual 1 --residual_bf16 1)
+      --warmdown_iters 2348 --embedding_norm 1 --logit_softcap 15 --embedding_residual 1 --residual_bf16 1)
     ;;
   shakespeare)
     data=("$here/data/shakespeare.py")

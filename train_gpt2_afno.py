@@ -1500,7 +1500,7 @@ def parse_flags(argv: list[str]) -> dict:
     add("--afno_sparsity_threshold", type=number(float, 0), metavar="X", help="soft-shrink of the response (0.01)")
     add("--afno_hard_thresholding_fraction", type=number(float, above=0), metavar="X",
         help="share of the modes kept (1)")
-    add("--afno_filter_length", type=number(int, 1), metavar="K", help="taps (the sequence length)")
+    add("--afno_filter_length", type=number(int, 1), metavar="K", help=f"taps (the sequence length, at most {MOST_TAPS})")
     add("--afno_num_experts", type=number(int, 1), metavar="E", help="sets of weights of the operator's MLP (1)")
     add("--afno_routing", choices=ROUTINGS, help="by what experts are mixed: frequency bands, or lags (frequency)")
     add("--afno_relu", choices=RELUS, help="the MLP's ComplexReLU (cartesian)")

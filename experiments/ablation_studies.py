@@ -38,8 +38,9 @@ GPU = "--model d12 --optimizer muon --learning_rate 0.0036 --batch_size 64 --gra
 CPU = "--device cpu --model d1 --batch_size 4 --grad_accumulation_steps 1 --sequence_length 256 --save_every 0 " \
     "--val_tokens 20480 --input_bin data/shakespeare/train_*.bin --input_val_bin data/shakespeare/val_*.bin"
 HYBRID, AFNO, ATTENTION = "--mixer afno --attn_layers 3,9", "--mixer afno", "--mixer attn"
+STATE = "--afno_form state"
 BEST = ("--embedding_norm 1", "--logit_softcap 15", "--embedding_residual 1")  # each helped alone (benchmark_results.md)
-RECIPE = f"{' '.join(BEST)} --residual_bf16 1"
+RECIPE = f"{' '.join(BEST)} --residual_bf16 1 --warmdown_iters half"
 BASELINE = f"{ATTENTION} --optimizer adamw --learning_rate 0.0018 --grad_accumulation_steps 8"  # NoCap-Test's
 
 
@@ -76,6 +77,7 @@ STUDIES = {
             "hybrid-wide": f"{HYBRID} --afno_num_blocks 256",
             "filter-wide": f"{AFNO} --afno_num_blocks 256",
             "analytic-wide": f"{AFNO} --afno_form analytic --afno_num_blocks 256",
+            "state": f"{AFNO} {STATE}",
             "hilbert-wide": f"{AFNO} --afno_form hilbert --afno_num_blocks 256",
         }),
     "context": Study(
@@ -111,14 +113,17 @@ STUDIES = {
         "attention-qk-norm": f"{ATTENTION} --qk_norm 1",
     }),
     "recipe-together": Study("The changes that helped alone, together; all but one of them; and one of the others beside them.", {
-        "all": f"{HYBRID} {' '.join(BEST)}",
-        **{f"without-{flag.split()[0].lstrip('-').replace('_', '-')}":
-           f"{HYBRID} {' '.join(other for other in BEST if other != flag)}" for flag in BEST},
-        "with-lr-0.005": f"{HYBRID} {' '.join(BEST)} --learning_rate 0.005",
-        "with-gate": f"{HYBRID} {' '.join(BEST)} --afno_gate 1",
-        "with-relu2": f"{HYBRID} {' '.join(BEST)} --activation relu2",
-        "attention-all": f"{ATTENTION} --mixer_scale 1 {' '.join(BEST)}",
-        "afno-all": f"{AFNO} {' '.join(BEST)}",
+        "all": f"{HYBRID} {RECIPE}",
+        **{f"without-{flag.split()[0].lstrip('-').replace('_', '-')}": f"{HYBRID} {RECIPE.replace(flag, '')}" for flag in BEST},
+        "warmdown-default": f"{HYBRID} {RECIPE.replace('--warmdown_iters half', '')}",
+        "with-lr-0.0025": f"{HYBRID} {RECIPE} --learning_rate 0.0025",
+        "with-lr-0.005": f"{HYBRID} {RECIPE} --learning_rate 0.005",
+        "with-silu": f"{HYBRID} {RECIPE} --afno_silu 1",
+        "with-gate": f"{HYBRID} {RECIPE} --afno_gate 1",
+        "with-silu-and-gate": f"{HYBRID} {RECIPE} --afno_silu 1 --afno_gate 1",
+        "with-state": f"{HYBRID} {RECIPE} {STATE}",
+        "with-relu2": f"{HYBRID} {RECIPE} --activation relu2",
+        "with-qk-norm": f"{HYBRID} {RECIPE} --qk_norm 1",
     }),
     "goals-baseline": Study("How much sooner the best recipe is where the baseline ends: A of 100M tokens, the others of 40M.", {
         "baseline": BASELINE,
@@ -129,14 +134,17 @@ STUDIES = {
     "goals-mixer": Study("The mixer's own share: one recipe, with attention in every layer, in two, in none.", {
         "attention": f"{ATTENTION} --mixer_scale 1 {RECIPE}",
         "hybrid": f"{HYBRID} {RECIPE}",
+        "hybrid-silu": f"{HYBRID} {RECIPE} --afno_silu 1",
         "afno": f"{AFNO} {RECIPE}",
+        "afno-state": f"{AFNO} {RECIPE} {STATE}",
         "attention-6-heads": f"{ATTENTION} --n_head 6 --mixer_scale 1 {RECIPE}",  # of 128 channels: faster
     }),
-    "goals-mixer-4096": Study("The same with rows of 4096 tokens, and AFNO with 1024 taps.", {
+    "goals-mixer-4096": Study("The same with rows of 4096 tokens, and AFNO with as many taps.", {
         "attention": f"{ATTENTION} --mixer_scale 1 {RECIPE}",
         "hybrid": f"{HYBRID} {RECIPE}",
-        "hybrid-1024-taps": f"{HYBRID} {RECIPE} --afno_filter_length 1024",
-        "afno": f"{AFNO} {RECIPE}",
+        "hybrid-4096-taps": f"{HYBRID} {RECIPE} --afno_filter_length 4096",
+        "hybrid-silu": f"{HYBRID} {RECIPE} --afno_silu 1",
+        "afno-state": f"{AFNO} {RECIPE} {STATE}",
         "attention-6-heads": f"{ATTENTION} --n_head 6 --mixer_scale 1 {RECIPE}",
     }, f"{GPU} --sequence_length 4096 --batch_size 16"),
     "schedule": Study("Length of rows, batch and learning rate over the run, all on as many tokens.", {
@@ -224,12 +232,15 @@ def data_flags(data: str) -> dict[str, str]:
 
 
 def flags_of(study: Study, arm: str, seed: int, folder: Path, tokens: float, more: dict[str, str]) -> dict[str, str]:
-    """All flags of a run: its steps follow from the tokens, its validations, about ten, from the steps."""
+    """All flags of a run: its steps follow from the tokens, from the steps its validations, about ten, and a warmdown of half."""
     flags = as_dict(shlex.split(study.common)) | as_dict(shlex.split(study.arms[arm])) | more
     step = mean_batch(flags) * math.prod(
         integer(flags, name) for name in ("--batch_size", "--grad_accumulation_steps", "--sequence_length"))
     flags.setdefault("--num_iterations", str(max(1, round(tokens / step))))
-    flags.setdefault("--val_loss_every", str(math.ceil(integer(flags, "--num_iterations") / 10)))
+    steps = integer(flags, "--num_iterations")
+    flags.setdefault("--val_loss_every", str(math.ceil(steps / 10)))
+    if flags.get("--warmdown_iters") == "half":
+        flags["--warmdown_iters"] = str(steps // 2)
     return flags | {"--seed": str(seed), "--output_dir": trainer.relative(str(folder / f"{arm}-seed{seed}"))}
 
 
