@@ -41,6 +41,14 @@ HYBRID, AFNO, ATTENTION = "--mixer afno --attn_layers 3,9", "--mixer afno", "--m
 STATE = "--afno_form state"
 BEST = ("--embedding_norm 1", "--logit_softcap 15", "--embedding_residual 1")  # each helped alone (benchmark_results.md)
 RECIPE = f"{' '.join(BEST)} --residual_bf16 1 --warmdown_iters half"
+SAME_RECIPE = {
+    "attention": f"{ATTENTION} --mixer_scale 1 {RECIPE}",
+    "hybrid": f"{HYBRID} {RECIPE}",
+    "hybrid-silu": f"{HYBRID} {RECIPE} --afno_silu 1",
+    "afno": f"{AFNO} {RECIPE}",
+    "afno-state": f"{AFNO} {RECIPE} {STATE}",
+    "attention-6-heads": f"{ATTENTION} --n_head 6 --mixer_scale 1 {RECIPE}",  # of 128 channels: faster
+}
 BASELINE = f"{ATTENTION} --optimizer adamw --learning_rate 0.0018 --grad_accumulation_steps 8"  # NoCap-Test's
 
 
@@ -127,25 +135,12 @@ STUDIES = {
     }),
     "goals-baseline": Study("How much sooner the best recipe is where the baseline ends: A of 100M tokens, the others of 40M.", {
         "baseline": BASELINE,
-        "hybrid": f"{HYBRID} {RECIPE} --num_iterations 610",
-        "attention": f"{ATTENTION} --mixer_scale 1 {RECIPE} --num_iterations 610",
-        "afno": f"{AFNO} {RECIPE} --num_iterations 610",
+        **{arm: f"{flags} --num_iterations 610" for arm, flags in SAME_RECIPE.items()},
     }, tokens=100e6),
-    "goals-mixer": Study("The mixer's own share: one recipe, with attention in every layer, in two, in none.", {
-        "attention": f"{ATTENTION} --mixer_scale 1 {RECIPE}",
-        "hybrid": f"{HYBRID} {RECIPE}",
-        "hybrid-silu": f"{HYBRID} {RECIPE} --afno_silu 1",
-        "afno": f"{AFNO} {RECIPE}",
-        "afno-state": f"{AFNO} {RECIPE} {STATE}",
-        "attention-6-heads": f"{ATTENTION} --n_head 6 --mixer_scale 1 {RECIPE}",  # of 128 channels: faster
-    }),
+    "goals-mixer": Study("The mixer's own share: one recipe, with attention in every layer, in two, in none.", SAME_RECIPE),
     "goals-mixer-4096": Study("The same with rows of 4096 tokens, and AFNO with as many taps.", {
-        "attention": f"{ATTENTION} --mixer_scale 1 {RECIPE}",
-        "hybrid": f"{HYBRID} {RECIPE}",
+        **SAME_RECIPE,
         "hybrid-4096-taps": f"{HYBRID} {RECIPE} --afno_filter_length 4096",
-        "hybrid-silu": f"{HYBRID} {RECIPE} --afno_silu 1",
-        "afno-state": f"{AFNO} {RECIPE} {STATE}",
-        "attention-6-heads": f"{ATTENTION} --n_head 6 --mixer_scale 1 {RECIPE}",
     }, f"{GPU} --sequence_length 4096 --batch_size 16"),
     "schedule": Study("Length of rows, batch and learning rate over the run, all on as many tokens.", {
         "anchor": HYBRID,

@@ -198,6 +198,13 @@ def test_means_and_differences_are_over_seeds(tmp_path):
     assert ablation_studies.table_row("c", {}, anchors).count("|") == 12
 
 
+def test_a_warmdown_of_half_follows_the_steps(tmp_path):
+    arms = dict(half="--mixer attn --warmdown_iters half", none="--mixer attn")
+    study = Study("", arms, "--batch_size 2 --grad_accumulation_steps 1 --sequence_length 50")
+    half, none = (ablation_studies.flags_of(study, arm, 1, tmp_path, 1000, {}) for arm in arms)
+    assert half["--num_iterations"] == "10" and half["--warmdown_iters"] == "5" and "--warmdown_iters" not in none
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_arm_of_a_dry_run_has_flags_that_the_trainer_takes(name, capsys):
     status = main([name, "--dry_run", "--seeds", "1337,2"])
