@@ -143,12 +143,12 @@ STUDIES = {
         "hybrid-4096-taps": f"{HYBRID} {RECIPE} --afno_filter_length 4096",
     }, f"{GPU} --sequence_length 4096 --batch_size 16"),
     "schedule": Study("Length of rows, batch and learning rate over the run, all on as many tokens.", {
-        "anchor": HYBRID,
-        "curriculum": f"{HYBRID} --curriculum 256:0.3,512:0.3,1024:0.4",
-        # in four micro-batches, where the anchor has one, so that a quarter of a step is a whole one
-        "batch-schedule": f"{HYBRID} --batch_size 16 --grad_accumulation_steps 4 --batch_schedule 0.25:0.3,1:0.7",
-        "cooldown-sqrt": f"{HYBRID} --cooldown sqrt",
-        "final-lr-0.1": f"{HYBRID} --final_lr_fraction 0.1",
+        "anchor": f"{HYBRID} {RECIPE}",
+        "curriculum": f"{HYBRID} {RECIPE} --curriculum 256:0.3,512:0.3,1024:0.4",
+        # half of the anchor's batch for the first 12 of 40M tokens
+        "batch-schedule": f"{HYBRID} {RECIPE} --batch_size 32 --grad_accumulation_steps 2 --batch_schedule 0.5:0.46,1:0.54",
+        "cooldown-sqrt": f"{HYBRID} {RECIPE} --cooldown sqrt",
+        "final-lr-0.1": f"{HYBRID} {RECIPE} --final_lr_fraction 0.1",
     }),
     "sweep-lr": Study("Learning rates.", {
         "lr-0.0036": HYBRID,
