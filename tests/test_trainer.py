@@ -540,7 +540,7 @@ def test_two_ranks_give_one_processs_losses(data, tmp_path):
     ("--afno_num_blocks 5", "--afno_num_blocks must divide the 16 channels, got 5"),
     ("--afno_form dyadic", "--sequence_length must be > 64 to train --afno_form dyadic, .* got 16"),
     ("--model d13", "--model: invalid choice: 'd13'"),
-    ("--afno_form reference", "--afno_form reference is not causal, choose one of filter, analytic, hilbert, dyadic"),
+    ("--afno_form reference", "--afno_form reference is not causal, choose one of filter, analytic, hilbert, state, dyadic"),
     ("--mixer mamba", "--mixer: invalid choice: 'mamba'"),
     ("--batch_size 0", "--batch_size: must be an integer >= 1, got 0"),
     ("--learning_rate -1", "--learning_rate: must be a finite number > 0, got -1"),
