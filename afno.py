@@ -320,7 +320,7 @@ def kernel_conv(u: Tensor, taps: Tensor) -> Tensor:
     """
     T, b = u.size(1), afno_triton.FAR
     taps = taps[:, :T].float()
-    if afno_triton.multiply_adds(T, taps.size(1)) <= afno_triton.DIRECT:
+    if afno_triton.is_short(T, taps.size(1)):
         return afno_triton.block_conv(u, taps, None)
     # What reaches a later block is the second half of an inverse transform. Half a period on, frequency w + 1/2 has
     # turned by i (-1)^w: with that in the response, the first half, the transpose of the forward transform, will do.

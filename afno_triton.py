@@ -552,6 +552,11 @@ def multiply_adds(T: int, K: int) -> float:
     return NEAR * (lags - lags * (lags - 1) / (2 * blocks))
 
 
+def is_short(T: int, K: int) -> bool:
+    """Whether a filter of K taps on rows of T tokens is made of Toeplitz tiles alone."""
+    return multiply_adds(T, K) <= DIRECT
+
+
 def short_conv(x: Tensor, taps: Tensor, transposed: bool) -> Tensor:
     s, y, shapes = Sizes(x, len(taps), NEAR), x.new_empty(x.shape), tile_shapes(x.device)
     num_lags = count_lags(s.blocks, taps.size(1))

@@ -98,9 +98,9 @@ def fft_conv(u, taps):
 
 def conv_products(T: int, K: int) -> float:
     """Multiply-adds a token and channel of the kernels' forward: see afno_triton."""
-    short, far = afno.afno_triton.multiply_adds(T, K), afno.afno_triton.FAR
-    if short <= afno.afno_triton.DIRECT:
-        return short
+    far = afno.afno_triton.FAR
+    if afno.afno_triton.is_short(T, K):
+        return afno.afno_triton.multiply_adds(T, K)
     return 3 * far + 2 * (math.ceil(T / far) + 1)  # near field, transform there and back; mixing
 
 

@@ -70,7 +70,7 @@ def test_multiply_adds_are_those_of_tiles_with_taps(small_blocks, T, K):
 def test_short_filters_are_those_of_few_multiply_adds():
     for T, K, short in ((4096, 4096, True), (65536, 2048, True), (2048, 2048, True), (1, 1, True),
                         (65536, 4096, False), (8192, 8192, False), (4400, 4400, False)):
-        assert (afno_triton.multiply_adds(T, K) <= afno_triton.DIRECT) is short
+        assert afno_triton.is_short(T, K) is short
 
 
 def test_far_field_of_blocks_as_they_are(monkeypatch):
