@@ -23,25 +23,28 @@ T, C, CHANGED = 1024, 768, 300
 @torch.no_grad()
 def main():
     torch.manual_seed(0)
-    u, other = torch.randn(1, T, C, dtype=torch.float64), torch.randn(1, T, C, dtype=torch.float64)
+    u, other = (torch.cat(parts, -1) for parts in zip(*(  # most forms take the first C channels, the form state all
+        (torch.randn(1, T, width, dtype=torch.float64), torch.randn(1, T, width, dtype=torch.float64)) for width in (C, 2 * C))))
     one = torch.where(torch.arange(T)[:, None] == CHANGED, other, u)
     half = torch.where(torch.arange(T)[:, None] < T // 2, u, other)
 
     def padded(operator):
         """The paper's layer on the sequence and as many zeros, cut back to T."""
-        return lambda x: spectral_layer(x, operator.mlp, operator.router, 1.0, 2 * T)[:, :T]
+        return lambda x: spectral_layer(x[..., :C], operator.mlp, operator.router, 1.0, 2 * T)[:, :T]
 
     operators = {}
     for form in ("reference", *FORMS[:-1]):
         torch.manual_seed(1)
-        operators[form] = AFNO1D(C, form=form).double().operator
+        mixer = AFNO1D(C, form=form).double()
+        operators[form] = lambda x, mixer=mixer: mixer.operator(x[..., : mixer.sizes[0]])
         if form == "reference":
-            operators["reference, zero-padded to 2T"] = padded(operators[form])
+            operators["reference, zero-padded to 2T"] = padded(mixer.operator)
 
     print(f"torch {torch.__version__}, T = {T}, C = {C}; token {CHANGED} changed: share of the energy of the response\n"
           "| operator | before it | at it | after it | change of the first half when the second is swapped |\n"
           "|---|---|---|---|---|")
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, sharey=True)
+    figure, axes = plt.subplots(2, 4, figsize=(14, 6), sharex=True, sharey=True)
+    axes[1, 3].axis("off")
     for axis, (name, operator) in zip(axes.flat, operators.items()):
         y = operator(u)
         energy = (operator(one) - y).square().sum(-1)[0]
