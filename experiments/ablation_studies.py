@@ -62,16 +62,16 @@ class Study:
 
 STUDIES = {
     "layout": Study("Which layers keep attention, and how many taps the AFNO layers have.", {
-        "attention-3-9": HYBRID,
-        "attention-none": AFNO,
-        "attention-6": f"{AFNO} --attn_layers 6",
-        "attention-2-5-8-11": f"{AFNO} --attn_layers 2,5,8,11",
-        "attention-0-1": f"{AFNO} --attn_layers 0,1",
-        "attention-10-11": f"{AFNO} --attn_layers 10,11",
-        "attention-4-8": f"{AFNO} --attn_layers 4,8",
-        "taps-128": f"{HYBRID} --afno_filter_length 128",
-        "taps-256": f"{HYBRID} --afno_filter_length 256",
-        "attention-all": ATTENTION,
+        "attention-3-9": f"{HYBRID} {RECIPE}",
+        "attention-none": f"{AFNO} {RECIPE}",
+        "attention-6": f"{AFNO} --attn_layers 6 {RECIPE}",
+        "attention-2-5-8-11": f"{AFNO} --attn_layers 2,5,8,11 {RECIPE}",
+        "attention-0-1": f"{AFNO} --attn_layers 0,1 {RECIPE}",
+        "attention-10-11": f"{AFNO} --attn_layers 10,11 {RECIPE}",
+        "attention-4-8": f"{AFNO} --attn_layers 4,8 {RECIPE}",
+        "taps-128": f"{HYBRID} --afno_filter_length 128 {RECIPE}",
+        "taps-256": f"{HYBRID} --afno_filter_length 256 {RECIPE}",
+        "attention-all": f"{ATTENTION} --mixer_scale 1 {RECIPE}",
     }),
     "mixers": Study(
         "Attention in every layer, in two, in none. AFNO layers have fewer parameters than attention, and no flag "
