@@ -279,8 +279,11 @@ def kernel_fault(device: torch.device, dtype: torch.dtype, bound: float, kernels
                 q, k, v = (random(2, T, 2, D).to(dtype) for _ in range(3))
                 return trial(plain_state_scan, afno_triton.state_scan, "the state", q=q, k=k, v=v,
                              log_a=-0.1 * random(2, T, 2).square())
-            fault = trial(plain_depthwise_conv, afno_triton.depthwise_conv, "the short convolution",
-                          x=random(2, 300, 32).to(dtype), taps=random(4, 32))
+            fault = None
+            for silu in (False, True):
+                fault = fault or trial(functools.partial(plain_depthwise_conv, silu=silu),
+                                       functools.partial(afno_triton.depthwise_conv, silu=silu),
+                                       "the short convolution", x=random(2, 300, 32).to(dtype), taps=random(4, 32))
             # two filters as wide as models have; 33 blocks: more than one tile of blocks to mix
             C = 2 * AFNO1D.channels_per_filter
             for T, K in ((300, afno_triton.FAR - 5), (33 * afno_triton.FAR - 5, 33 * afno_triton.FAR)):
@@ -423,29 +426,33 @@ def extend(window: Tensor | None, u_t: Tensor, length: int) -> Tensor:
     return u_t if window is None else torch.cat((window, u_t), 1)[:, -length:]
 
 
-def plain_depthwise_conv(x: Tensor, taps: Tensor) -> Tensor:
-    """Causal convolution of x (B, T, C) with taps (length, C), channel by channel."""
+def plain_depthwise_conv(x: Tensor, taps: Tensor, silu: bool = False) -> Tensor:
+    """Causal convolution of x (B, T, C) with taps (length, C), channel by channel; silu: SiLU of that."""
     length, T = taps.size(0), x.size(1)
     padded, taps = F.pad(x, (0, 0, length - 1, 0)), taps.to(x.dtype)
-    return sum(taps[lag] * padded[:, length - 1 - lag : length - 1 - lag + T] for lag in range(length))
+    y = sum(taps[lag] * padded[:, length - 1 - lag : length - 1 - lag + T] for lag in range(length))
+    return F.silu(y) if silu else y
 
 
 class ShortConv(nn.Module):
-    """Causal convolution of a few taps for every channel by itself, (B, T, C) to the same; begins as the identity."""
+    """Causal convolution of a few taps for every channel by itself, (B, T, C) to the same; begins as the identity. Then,
+    with silu, SiLU."""
 
-    def __init__(self, channels: int, length: int = 4):
+    def __init__(self, channels: int, length: int = 4, silu: bool = False):
         super().__init__()
+        self.silu = silu
         self.taps = nn.Parameter(torch.zeros(length, channels))
         nn.init.ones_(self.taps[0])
 
     def forward(self, x: Tensor) -> Tensor:
         if len(self.taps) > 1 and kernel_path(x.device, x.dtype)[0]:
-            return afno_triton.depthwise_conv(x, self.taps.float())
-        return plain_depthwise_conv(x, self.taps)
+            return afno_triton.depthwise_conv(x, self.taps.float(), self.silu)
+        return plain_depthwise_conv(x, self.taps, self.silu)
 
     def step(self, x_t: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
         window = extend(window, x_t, len(self.taps))
-        return newest_output(window, self.taps.T), window
+        y = newest_output(window, self.taps.T)
+        return F.silu(y) if self.silu else y, window
 
 
 # -----------------------------------------------------------------------------
@@ -746,7 +753,7 @@ class AFNO1D(nn.Module):
         relu: the MLP's ComplexReLU, one of RELUS.
         short_conv: taps of the short convolution; >= 1, where 1 mixes no tokens.
         gate: whether there is one.
-        silu: whether SiLU acts on the operator's operand.
+        silu: whether SiLU acts on the operator's operand (a gate has one anyway).
     Parameters are float32 or float64; autocast makes the rest bf16. Raises ValueError naming the argument and its
     allowed range.
     """
@@ -762,7 +769,6 @@ class AFNO1D(nn.Module):
                              hard_thresholding_fraction=hard_thresholding_fraction, filter_length=filter_length,
                              form=form, num_experts=num_experts, routing=routing, relu=relu, short_conv=short_conv,
                              gate=gate, silu=silu)
-        self.silu = silu
         block_size = hidden_size // num_blocks
         width = max(d for d in range(1, self.channels_per_filter + 1) if block_size % d == 0)
         num_filters = hidden_size // width
@@ -786,7 +792,7 @@ class AFNO1D(nn.Module):
         # what c_in makes: the operator's operand, of which the value is the first part, and the gate
         self.sizes = [sum(self.operator.sizes) if form == "state" else hidden_size] + [hidden_size] * gate
         self.c_in = nn.Linear(hidden_size, sum(self.sizes), bias=False)
-        self.short_conv = ShortConv(sum(self.sizes), short_conv)
+        self.short_conv = ShortConv(sum(self.sizes), short_conv, silu)
         self.direct = nn.Parameter(torch.ones(hidden_size))
         self.c_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
@@ -830,10 +836,10 @@ class AFNO1D(nn.Module):
 
     def operand_and_gate(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
         operand, *gate = z.split(self.sizes, -1)
-        return F.silu(operand) if self.silu else operand, gate
+        return operand, gate if self.short_conv.silu else [F.silu(part) for part in gate]
 
     def output(self, operand: Tensor, gate: list[Tensor], y: Tensor) -> Tensor:
         """The rest of the layer, from the operator's operand, the gate, if any, and the operator's output y, (..., C)."""
         value = operand[..., : len(self.direct)]
         y = rmsnorm(y + self.direct.to(value.dtype) * value)
-        return self.c_proj(F.silu(gate[0]) * y if gate else y)
+        return self.c_proj(gate[0] * y if gate else y)

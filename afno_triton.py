@@ -303,10 +303,10 @@ def fold_kernel(tiles_ptr, out_ptr, splits, units, together, units_each, LAGS: t
 
 
 @triton.jit
-def depthwise_kernel(x_ptr, taps_ptr, y_ptr, T, C, LENGTH: tl.constexpr, TRANSPOSED: tl.constexpr, BT: tl.constexpr,
-                     BC: tl.constexpr):
-    """y[t] = sum over lags l of taps[l] * x[t - l], channel by channel; TRANSPOSED: of taps[l] * x[t + l].
-    x, y: (B, T, C), contiguous; taps: (LENGTH, C) in fp32."""
+def depthwise_kernel(x_ptr, taps_ptr, dy_ptr, y_ptr, T, C, LENGTH: tl.constexpr, TRANSPOSED: tl.constexpr,
+                     SILU: tl.constexpr, GRADIENT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """y[t] = sum over lags l of taps[l] * x[t - l], channel by channel; TRANSPOSED: of taps[l] * x[t + l]. SILU: y is SiLU of
+    that; GRADIENT: dy times SiLU's slope there. x, dy, y: (B, T, C), contiguous; taps: (LENGTH, C) in fp32."""
     t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BC + tl.arange(0, BC)
     begin = tl.program_id(2).to(tl.int64) * T * C
     inside = c < C
@@ -317,8 +317,15 @@ def depthwise_kernel(x_ptr, taps_ptr, y_ptr, T, C, LENGTH: tl.constexpr, TRANSPO
         x = tl.load(x_ptr + begin + s[:, None] * C + c[None, :], mask=((s >= 0) & (s < T))[:, None] & inside[None, :],
                     other=0.0)
         acc += tap[None, :] * x.to(tl.float32)
-    tl.store(y_ptr + begin + t[:, None] * C + c[None, :], acc.to(y_ptr.dtype.element_ty),
-             mask=(t < T)[:, None] & inside[None, :])
+    place, inside = begin + t[:, None] * C + c[None, :], (t < T)[:, None] & inside[None, :]
+    if SILU:
+        share = tl.sigmoid(acc)
+        if GRADIENT:
+            dy = tl.load(dy_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            acc = dy * share * (1 + acc * (1 - share))
+        else:
+            acc *= share
+    tl.store(y_ptr + place, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -709,44 +716,53 @@ def backward(ctx, dy):
 block_conv.register_autograd(backward, setup_context=save_inputs)
 
 
-def depthwise(x: Tensor, taps: Tensor, transposed: bool) -> Tensor:
+def depthwise(x: Tensor, taps: Tensor, transposed: bool = False, silu: bool = False, dy: Tensor | None = None) -> Tensor:
     B, T, C = x.shape
     y = x.new_empty(x.shape)
     depthwise_kernel[triton.cdiv(T, 32), triton.cdiv(C, 128), B](
-        x.contiguous(), taps, y, T, C, LENGTH=len(taps), TRANSPOSED=transposed, BT=32, BC=128)
+        x.contiguous(), taps, x if dy is None else dy, y, T, C, LENGTH=len(taps), TRANSPOSED=transposed, SILU=silu,
+        GRADIENT=dy is not None, BT=32, BC=128)
     return y
 
 
 @torch.library.custom_op("afno::depthwise_conv", mutates_args=())
-def depthwise_conv(x: Tensor, taps: Tensor) -> Tensor:
-    """Causal convolution of x (B, T, C), bf16, fp16 or fp32, with taps (length, C), fp32, of every channel by itself; few taps."""
+def depthwise_conv(x: Tensor, taps: Tensor, silu: bool) -> Tensor:
+    """Causal convolution of x (B, T, C), bf16, fp16 or fp32, with taps (length, C), fp32, of every channel by itself; few taps.
+    silu: SiLU of that."""
     with torch.cuda.device_of(x):
-        return depthwise(x, taps, transposed=False)
+        return depthwise(x, taps, silu=silu)
 
 
 @depthwise_conv.register_fake
-def _(x, taps):
+def _(x, taps, silu):
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("afno::depthwise_conv_backward", mutates_args=())
-def depthwise_conv_backward(dy: Tensor, x: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and taps."""
+def depthwise_conv_backward(dy: Tensor, x: Tensor, taps: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of x and taps; what SiLU was taken of is computed again."""
     B, T, C = x.shape
     with torch.cuda.device_of(x):
         x, dy = x.contiguous(), dy.contiguous()
+        if silu:
+            dy = depthwise(x, taps, silu=True, dy=dy)
         parts = taps.new_empty(min(128, triton.cdiv(B * T, 32)), len(taps), C)
         depthwise_gradient_kernel[len(taps), triton.cdiv(C, 128), len(parts)](x, dy, parts, B * T, T, C, BT=32, BC=128)
         return depthwise(dy, taps, transposed=True), parts.sum(0)
 
 
 @depthwise_conv_backward.register_fake
-def _(dy, x, taps):
+def _(dy, x, taps, silu):
     return x.new_empty(x.shape), taps.new_empty(taps.shape)
 
 
-depthwise_conv.register_autograd(lambda ctx, dy: depthwise_conv_backward(dy, *ctx.saved_tensors),
-                                 setup_context=save_inputs)
+def save_depthwise_inputs(ctx, inputs, output):
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+depthwise_conv.register_autograd(lambda ctx, dy: (*depthwise_conv_backward(dy, *ctx.saved_tensors, ctx.silu), None),
+                                 setup_context=save_depthwise_inputs)
 
 
 STATE_GRADIENT = dict(num_warps=8)  # its sums and products would not fit into the registers of four

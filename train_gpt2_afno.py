@@ -801,7 +801,7 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
     if name == "muon":
         for key, p in model.transformer.h.named_parameters():
             if key.endswith((".c_attn.weight", ".c_in.weight")):
-                stacks[p] = len(p) // p.size(1)  # query, key and value; value and gate
+                stacks[p] = len(p) // p.size(1)  # query, key and value; value and gate, or value, key and query
             elif key.endswith(".weight"):
                 stacks[p] = 1
     rest = {name: p for name, p in model.named_parameters() if p not in stacks}
@@ -1506,7 +1506,7 @@ def parse_flags(argv: list[str]) -> dict:
     add("--afno_relu", choices=RELUS, help="the MLP's ComplexReLU (cartesian)")
     add("--afno_short_conv", type=number(int, 1), metavar="K", help="taps of the short convolution; 1: none (4)")
     add("--afno_gate", type=int, choices=(0, 1), help="whether the token gates the mixed signal (0)")
-    add("--afno_silu", type=int, choices=(0, 1), help="SiLU of what the short convolution makes (0)")
+    add("--afno_silu", type=int, choices=(0, 1), help="SiLU after the short convolution (0)")
     add("--position", choices=POSITIONS, help="what is added to embeddings; attention has rotary anyway (none)")
     add("--activation", choices=ACTIVATIONS, help="the MLP's; relu2: squared ReLU (gelu)")
     for name, text in (

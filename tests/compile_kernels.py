@@ -66,9 +66,9 @@ def main() -> int:
     for size in (16, 64, kernels.NEAR):
         shared.append(compile(kernels.fold_kernel, dict(gradient, tiles_ptr="*fp32"),
                               dict(LAGS=1, SIZE=size, BP=min(size, 32)), {}))
-    for transposed in (False, True):
-        shared.append(compile(kernels.depthwise_kernel, dict(BF16, taps_ptr="*fp32"),
-                              dict(LENGTH=4, TRANSPOSED=transposed, BT=32, BC=128), {}))
+    for transposed, silu, is_gradient in ((False, False, False), (True, False, False), (False, True, False), (False, True, True)):
+        shared.append(compile(kernels.depthwise_kernel, dict(BF16, taps_ptr="*fp32"), dict(
+            LENGTH=4, TRANSPOSED=transposed, SILU=silu, GRADIENT=is_gradient, BT=32, BC=128), {}))
     shared.append(compile(kernels.depthwise_gradient_kernel, gradient, dict(BT=32, BC=128), {}))
     state = dict(L=CHUNK, DP=64, WP=64)
     for from_start in (False, True):

@@ -377,11 +377,12 @@ def test_a_large_threshold_silences_the_convolution():
 # the mixer
 
 
-def naive_forward(mixer: AFNO1D, x):
+def naive_forward(mixer: AFNO1D, x, silu: bool = False):
     """The docstring's lines with the convolution as a sum."""
     C = x.size(-1)
     z = toeplitz_sum(x @ mixer.c_in.weight.T, mixer.short_conv.taps.T)
     value, gate = z[..., :C], z[..., C:]
+    value = value / (1 + (-value).exp()) if silu else value
     y = toeplitz_sum(value, torch.from_numpy(naive_taps(mixer.operator, x.size(1)))) + mixer.direct * value
     y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     return (gate / (1 + (-gate).exp()) * y if gate.size(-1) else y) @ mixer.c_proj.weight.T
@@ -410,14 +411,15 @@ def assert_agrees(mixer: AFNO1D, x, expected, dtype):
 @seeded
 @given(form=st.sampled_from(("filter", "hilbert", "analytic")), B=st.integers(1, 3), T=st.sampled_from(LENGTHS),
        num_blocks=st.sampled_from((1, 2, 3)), size=st.sampled_from((1, 4, 17, 32)), K=st.sampled_from((1, 50, 130)),
-       dtype=st.sampled_from(list(BOUNDS)), contiguous=st.booleans(), gate=st.booleans())
-def test_the_mixer_is_its_formula(form, B, T, num_blocks, size, K, dtype, contiguous, gate):
-    mixer = random_mixer(K, form, C=num_blocks * size, num_blocks=num_blocks, gate=gate)  # filters shorter and longer than T
+       dtype=st.sampled_from(list(BOUNDS)), contiguous=st.booleans(), gate=st.booleans(), silu=st.booleans())
+def test_the_mixer_is_its_formula(form, B, T, num_blocks, size, K, dtype, contiguous, gate, silu):
+    # filters shorter and longer than T
+    mixer = random_mixer(K, form, C=num_blocks * size, num_blocks=num_blocks, gate=gate, silu=silu)
     x = torch.randn(B, T, num_blocks * size, dtype=torch.float64)
     if not contiguous:
         x = torch.stack((x, x), -1)[..., 0].transpose(0, 1).contiguous().transpose(0, 1)
         assert min(B, T) == 1 or not x.is_contiguous()
-    assert_agrees(mixer, x, naive_forward(mixer, x), dtype)
+    assert_agrees(mixer, x, naive_forward(mixer, x, silu), dtype)
 
 
 @pytest.mark.parametrize("short_conv, gate", ((1, 1), (1, 0), (4, 0), (7, 1)))
@@ -448,7 +450,8 @@ def test_a_longer_input_changes_no_prefix(form):
         assert relative(mixer(x[:, :T].float()), single[:, :T]) < 1e-5
 
 
-VARIANTS = ({}, dict(relu="modulus"), dict(num_experts=2), dict(num_experts=3, routing="position"), dict(gate=True))
+VARIANTS = ({}, dict(relu="modulus"), dict(num_experts=2), dict(num_experts=3, routing="position"), dict(gate=True),
+            dict(gate=True, silu=True))
 
 
 def token_by_token(mixer, x):

@@ -158,8 +158,9 @@ def test_operator_is_registered_as_it_behaves(small_blocks):
         torch.library.opcheck(afno_triton.block_conv, (u, *taps_response), test_utils=tests)
         torch.library.opcheck(afno_triton.block_conv_backward, (u.detach(), u.detach(), *taps_response), test_utils=tests)
     few = torch.randn(4, 4, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(afno_triton.depthwise_conv, (u, few), test_utils=tests)
-    torch.library.opcheck(afno_triton.depthwise_conv_backward, (u.detach(), u.detach(), few), test_utils=tests)
+    for silu in (False, True):
+        torch.library.opcheck(afno_triton.depthwise_conv, (u, few, silu), test_utils=tests)
+        torch.library.opcheck(afno_triton.depthwise_conv_backward, (u.detach(), u.detach(), few, silu), test_utils=tests)
     q, k, v = (torch.randn(1, 70, 2, size, device=DEVICE, dtype=DTYPE, requires_grad=True) for size in (4, 4, 3))
     log_a = -torch.rand(1, 70, 2, device=DEVICE)
     torch.library.opcheck(afno_triton.state_scan, (q, k, v, log_a.requires_grad_()), test_utils=tests)
@@ -176,23 +177,26 @@ def test_gradients_are_there_when_activations_are_recomputed(small_blocks):
 
 
 @pytest.mark.parametrize("B, T, C, length", ((1, 1, 1, 1), (2, 70, 130, 4), (3, 33, 64, 3), (1, 2, 5, 7)))
-def test_depthwise_convolution(B, T, C, length):
+@pytest.mark.parametrize("silu", (False, True))
+def test_depthwise_convolution(B, T, C, length, silu):
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(2, T, B, C, generator=generator)[i].transpose(0, 1).to(DTYPE) for i in range(2))  # strided
     taps = torch.randn(length, C, generator=generator)
     exact = x.double().requires_grad_(), taps.double().requires_grad_()
     expected = torch.stack([sum(exact[1][lag] * exact[0][:, t - lag] for lag in range(min(length, t + 1)))
                             for t in range(T)], 1)
+    if silu:
+        expected = expected / (1 + torch.exp(-expected))
     wanted = torch.autograd.grad(expected, exact, dy.double())
     ours = x.to(DEVICE).requires_grad_(), taps.to(DEVICE).requires_grad_()
-    y = afno_triton.depthwise_conv(*ours)
+    y = afno_triton.depthwise_conv(*ours, silu)
     got = torch.autograd.grad(y, ours, dy.to(DEVICE))
     assert [part.dtype for part in (y, *got)] == [DTYPE, DTYPE, torch.float32]
     for part, oracle in zip((y, *got), (expected, *wanted)):
         assert relative(part.detach().cpu().double(), oracle.detach()) < BOUND
     other = ours[0].detach().clone()
     other[:, T // 2 :] = torch.randn_like(other[:, T // 2 :])
-    assert torch.equal(afno_triton.depthwise_conv(other, ours[1])[:, : T // 2], y[:, : T // 2])
+    assert torch.equal(afno_triton.depthwise_conv(other, ours[1], silu)[:, : T // 2], y[:, : T // 2])
 
 
 @pytest.mark.parametrize("cap", (0, 2.5))
@@ -283,7 +287,7 @@ def test_a_compiled_layer_is_one_graph_with_the_kernels_in_it(small_blocks, monk
     if form == "dyadic" and torch.__version__ < "2.9":
         pytest.skip("torch 2.8 mistakes the strides of an irfft when it traces")
     torch.manual_seed(0)
-    layer = afno.AFNO1D(16, 2, filter_length=100, form=form, gate=True).to(DEVICE)
+    layer = afno.AFNO1D(16, 2, filter_length=100, form=form, gate=True, silu=form == "filter").to(DEVICE)
     x = torch.randn(2, 100, 16, device=DEVICE, requires_grad=True)
     parameters = [x, *layer.parameters()]
 
