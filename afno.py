@@ -275,7 +275,7 @@ def kernel_fault(device: torch.device, dtype: torch.dtype, bound: float, kernels
     try:
         with torch.autocast(device.type, enabled=False):
             if kernels == "state":
-                T, D = 5 * CHUNK - 5, AFNO1D.channels_per_filter
+                T, D = 5 * afno_triton.CHUNK - 5, AFNO1D.channels_per_filter
                 q, k, v = (random(2, T, 2, D).to(dtype) for _ in range(3))
                 return trial(plain_state_scan, afno_triton.state_scan, "the state", q=q, k=k, v=v,
                              log_a=-0.1 * random(2, T, 2).square())
@@ -371,16 +371,13 @@ def plain_conv(u: Tensor, taps: Tensor) -> Tensor:
     return y.view(G, b, n, B, C // G).permute(3, 2, 1, 0, 4).reshape(B, n * b, C)[:, :T]
 
 
-CHUNK = 64  # tokens, of state_scan
-
-
 def state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
     """y_t = q_t S_t, where S_t = a_t S_(t-1) + k_t v_t^T is a head's state, and bitwise causal as causal_conv is.
 
     q, k: (B, T, G, D) of G heads; v: (B, T, G, W); log_a <= 0: (B, T, G), in fp32 or float64; to (B, T, G, W), all in v's
-    dtype. In chunks of CHUNK tokens: inside one as attention without a softmax, masked by exact zeros; each sends what it
-    adds to the state to the chunks after it. Sums of log_a in fp32. A token costs CHUNK (D + W) + 2 D W multiply-adds and
-    its share of mixing T / CHUNK chunks.
+    dtype. In chunks of L = 64 tokens: inside one as attention without a softmax, masked by exact zeros; each sends what it
+    adds to the state to the chunks after it. Sums of log_a in fp32. A token costs L (D + W) + 2 D W multiply-adds and its
+    share of mixing T / L chunks.
     """
     return (afno_triton.state_scan if kernel_path(v.device, v.dtype, "state")[0] else plain_state_scan)(q, k, v, log_a)
 
@@ -397,7 +394,7 @@ def chunks_remaining(whole: Tensor) -> Tensor:
 def plain_state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
     """state_scan by torch's batched matrix products, in any dtype."""
     T = v.size(1)
-    L = min(CHUNK, T)
+    L = min(64, T)
     n = -(-T // L)
     q, k, v, log_a = (F.pad(x, (0, 0) * (x.ndim - 2) + (0, n * L - T)).unflatten(1, (n, L)).movedim(3, 1).contiguous()
                       for x in (q, k, v, log_a))  # (B, G, n, L, D or W or none)
@@ -455,6 +452,12 @@ class ShortConv(nn.Module):
         return F.silu(y) if self.silu else y, window
 
 
+def response_at(turn: Tensor, mlp: SpectralMLP, router: Router) -> Complex:
+    """AFNO's MLP at angles w (n,), from their frequency features, the responses exp(-i w d) of the delays d = 0 ... 32: turn
+    (n, NUM_DELAYS) is w d, in radians. Returns two of (num_experts, or 1 where frequency routes, filters, n)."""
+    return tuple(router.by_frequency(part.mT.flatten(1, 2), turn[:, 1]) for part in mlp((turn.cos(), -turn.sin())))
+
+
 # -----------------------------------------------------------------------------
 # operators: (B, T, C) to the same, linear or not in u, all but the reference causal. `step` makes one token's output,
 # (B, C) to the same, from the state that the step before returned; the first one gets None.
@@ -485,10 +488,8 @@ class FilterOperator(nn.Module):
             time = torch.arange(K, device=like.device)
             mode = torch.arange(self.num_modes, device=like.device)
             turns = torch.outer(mode, torch.arange(NUM_DELAYS, device=like.device)) % (2 * K)  # exact, not yet a float
-            angle = turns.to(like.dtype) * (math.pi / K)
-            # (num_experts, num_filters, modes); missing modes count as zero
-            re, im = (F.pad(self.router.by_frequency(part.mT.flatten(1, 2), mode.to(like.dtype) * (math.pi / K)),
-                            (0, K + 1 - self.num_modes)) for part in self.mlp((angle.cos(), -angle.sin())))
+            parts = response_at(turns.to(like.dtype) * (math.pi / K), self.mlp, self.router)
+            re, im = (F.pad(part, (0, K + 1 - self.num_modes)) for part in parts)  # missing modes count as zero
             if self.hilbert:
                 response = apply_causal_mask_freq(torch.complex(re, torch.zeros_like(re)), 2 * K)
                 re, im = response.real, response.imag
@@ -541,8 +542,7 @@ class AnalyticOperator(nn.Module):
         # same coefficients and add up; with the 4 the taps have about the energy of the filter form's.
         log_radius, _ = self.poles()
         scale = (-torch.expm1(2 * log_radius) / (4 * len(self.angle))).sqrt()
-        parts = (self.router.by_frequency(part.mT.flatten(1, 2), self.angle)
-                 for part in self.mlp((turn.cos(), -turn.sin())))
+        parts = response_at(turn, self.mlp, self.router)
         return tuple(self.router.by_lag(part, -1 / log_radius)[0] * scale for part in parts)
 
     def taps(self, T: int) -> Tensor:
@@ -582,9 +582,10 @@ class StateOperator(nn.Module):
 
     Time constants at initialisation go from 2 tokens to half of filter_length, angles are those of rotary attention.
     """
+
     def __init__(self, mlp: SpectralMLP, router: Router, num_heads: int, width: int, fraction: float, filter_length: int):
         super().__init__()
-        self.mlp, self.router, self.num_heads, self.width = mlp, router, num_heads, width
+        self.mlp, self.router, self.num_heads = mlp, router, num_heads
         num_poles = max(1, width // 2)  # complex ones: a state of as many numbers as a value squared
         kept = math.ceil(fraction * num_poles)
         self.angle = nn.Parameter((10000.0 ** -(torch.arange(num_poles) / num_poles)).flip(0)[:kept])  # lowest first
@@ -596,8 +597,7 @@ class StateOperator(nn.Module):
     def response(self) -> Complex:
         """c, (num_heads, poles) each."""
         turn = torch.outer(self.angle, torch.arange(NUM_DELAYS, device=self.angle.device))
-        parts = (self.router.by_frequency(part.mT.flatten(1, 2), self.angle)
-                 for part in self.mlp((turn.cos(), -turn.sin())))
+        parts = response_at(turn, self.mlp, self.router)
         lag = 1 / F.softplus(self.log_decay.detach())
         return tuple(self.router.by_lag(part.mT, lag)[0].mT for part in parts)
 

@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 NEAR, FAR = 128, 256  # tokens in a block for short and for long filters; FAR = 2 NEAR
+CHUNK = 64  # and in one of state_scan
 # A filter is short where Toeplitz tiles take at most so many multiply-adds (multiply_adds), all filters of up to 2048 taps and
 # longer ones in short rows, up to T = 4224 all. A long one takes 6 NEAR and more, and more memory traffic.
 DIRECT = 2048 + NEAR
@@ -355,13 +356,20 @@ def load_heads(x_ptr, g, b, t, T, size, stride_b, stride_t, SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_state(x_ptr, ahead, D, W, DP: tl.constexpr, WP: tl.constexpr):
-    """Of states (B, G, chunks, D, W) that `ahead` chunks after the program's own: (DP, WP), zero beyond."""
+def state_places(x_ptr, ahead, D, W, DP: tl.constexpr, WP: tl.constexpr):
+    """Of states (B, G, chunks, D, W) that `ahead` chunks after the program's own: (DP, WP), and which of them there are."""
     chunk = tl.program_id(0) + ahead
     n = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + chunk
     d, w = tl.arange(0, DP), tl.arange(0, WP)
     inside = (d < D)[:, None] & (w < tl.where(chunk < tl.num_programs(0), W, 0))[None, :]
-    return tl.load(x_ptr + n * D * W + d[:, None] * W + w[None, :], mask=inside, other=0.0)
+    return x_ptr + n * D * W + d[:, None] * W + w[None, :], inside
+
+
+@triton.jit
+def load_state(x_ptr, ahead, D, W, DP: tl.constexpr, WP: tl.constexpr):
+    """state_places' numbers, zero beyond."""
+    places, inside = state_places(x_ptr, ahead, D, W, DP, WP)
+    return tl.load(places, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -384,10 +392,8 @@ def sent_kernel(x_ptr, y_ptr, log_a_ptr, out_ptr, T, x_stride_b, x_stride_t, y_s
     y = load_heads(y_ptr, g, b, t, T, W, y_stride_b, y_stride_t, WP)
     x = (x * tl.exp(since if FROM_START else until)[:, None]).to(y.dtype)
     out = tl.dot(tl.trans(x), y, input_precision="ieee")
-    n = (b.to(tl.int64) * tl.num_programs(1) + g) * tl.num_programs(0) + tl.program_id(0)
-    d, w = tl.arange(0, DP), tl.arange(0, WP)
-    tl.store(out_ptr + n * D * W + d[:, None] * W + w[None, :], out.to(out_ptr.dtype.element_ty),
-             mask=(d < D)[:, None] & (w < W)[None, :])
+    places, inside = state_places(out_ptr, 0, D, W, DP, WP)
+    tl.store(places, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -768,48 +774,40 @@ depthwise_conv.register_autograd(lambda ctx, dy: (*depthwise_conv_backward(dy, *
 STATE_GRADIENT = dict(num_warps=8)  # its sums and products would not fit into the registers of four
 
 
-def chunk_states(sent: Tensor, log_a: Tensor, L: int, transposed: bool) -> Tensor:
-    """From what the chunks send, (B, G, n, D, W), the states where they begin; transposed: of the states' gradient, that of
-    what was sent."""
-    from afno import chunks_remaining  # not at the top: afno imports this file
-
-    n = sent.size(2)
-    whole = F.pad(log_a, (0, 0, 0, n * L - log_a.size(1))).unflatten(1, (n, L)).sum(2).mT
-    remains = chunks_remaining(whole).to(sent.dtype)
-    return ((remains.mT if transposed else remains) @ sent.flatten(3)).view_as(sent)
-
-
-def launch_state(kernel, q: Tensor, v: Tensor, tensors: tuple[Tensor, ...], outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...],
-                 **options):
-    """A program a chunk of a head of a row. inputs: tensors whose first two strides the kernel is told."""
-    from afno import CHUNK
-
+def launch_state(kernel, q: Tensor, v: Tensor, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], **options):
+    """A program a chunk of a head of a row; the kernel is told the first two strides of what is strided."""
     (B, T, G, D), W = q.shape, v.size(3)
     DP, WP = (max(16, triton.next_power_of_2(size)) for size in (D, W))
-    strides = [stride for x in inputs for stride in x.stride()[:2]]
-    kernel[triton.cdiv(T, CHUNK), G, B](*tensors, *outputs, T, *strides, D, W, L=CHUNK, DP=DP, WP=WP, **options)
+    strides = [stride for x in strided for stride in x.stride()[:2]]
+    kernel[triton.cdiv(T, CHUNK), G, B](*pointers, T, *strides, D, W, L=CHUNK, DP=DP, WP=WP, **options)
 
 
-def sent(x: Tensor, y: Tensor, log_a: Tensor, from_start: bool) -> Tensor:
-    from afno import CHUNK
+def remaining(log_a: Tensor, dtype: torch.dtype) -> Tensor:
+    """afno.chunks_remaining of log_a (B, T, G), (B, G, n, n)."""
+    from afno import chunks_remaining  # not at the top: afno imports this file
 
+    n = triton.cdiv(log_a.size(1), CHUNK)
+    whole = F.pad(log_a, (0, 0, 0, n * CHUNK - log_a.size(1))).unflatten(1, (n, CHUNK)).sum(2).mT
+    return chunks_remaining(whole).to(dtype)
+
+
+def chunk_states(x: Tensor, y: Tensor, log_a: Tensor, remains: Tensor, transposed: bool) -> Tensor:
+    """Of k and v, the states where chunks begin, (B, G, n, D, W), from what each chunk sends; transposed: of q and dy, the
+    gradient of what was sent, from the states'."""
     (B, T, G, D), W = x.shape, y.size(3)
-    out = y.new_empty(B, G, triton.cdiv(T, CHUNK), D, W)
-    launch_state(sent_kernel, x, y, (x, y, log_a), (out,), (x, y), FROM_START=from_start)
-    return out
+    sent = y.new_empty(B, G, triton.cdiv(T, CHUNK), D, W)
+    launch_state(sent_kernel, x, y, (x, y, log_a, sent), (x, y), FROM_START=transposed)
+    return ((remains.mT if transposed else remains) @ sent.flatten(3)).view_as(sent)
 
 
 @torch.library.custom_op("afno::state_scan", mutates_args=())
 def state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
     """afno.state_scan for q, k (B, T, G, D) and v (B, T, G, W) in bf16, fp16 or fp32, any strides, and log_a (B, T, G) in
     fp32; (B, T, G, W), contiguous, in v's dtype."""
-    from afno import CHUNK
-
     with torch.cuda.device_of(v):
-        q, k, v, log_a = heads_dense(q), heads_dense(k), heads_dense(v), log_a.contiguous()
-        state = chunk_states(sent(k, v, log_a, from_start=False), log_a, CHUNK, transposed=False)
-        y = v.new_empty(v.shape)
-        launch_state(state_kernel, q, v, (q, k, v, log_a, state), (y,), (q, k, v))
+        (q, k, v), log_a = map(heads_dense, (q, k, v)), log_a.contiguous()
+        y, state = v.new_empty(v.shape), chunk_states(k, v, log_a, remaining(log_a, v.dtype), transposed=False)
+        launch_state(state_kernel, q, v, (q, k, v, log_a, state, y), (q, k, v))
         return y
 
 
@@ -821,14 +819,14 @@ def _(q, k, v, log_a):
 @torch.library.custom_op("afno::state_scan_backward", mutates_args=())
 def state_scan_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and log_a."""
-    from afno import CHUNK
-
     with torch.cuda.device_of(v):
-        dy, q, k, v, log_a = heads_dense(dy), heads_dense(q), heads_dense(k), heads_dense(v), log_a.contiguous()
-        state = chunk_states(sent(k, v, log_a, from_start=False), log_a, CHUNK, transposed=False)
-        dsent = chunk_states(sent(q, dy, log_a, from_start=True), log_a, CHUNK, transposed=True)
+        (dy, q, k, v), log_a = map(heads_dense, (dy, q, k, v)), log_a.contiguous()
+        remains = remaining(log_a, v.dtype)
+        state = chunk_states(k, v, log_a, remains, transposed=False)
+        dsent = chunk_states(q, dy, log_a, remains, transposed=True)
         gradients = tuple(x.new_empty(x.shape) for x in (q, k, v, log_a))
-        launch_state(state_gradient_kernel, q, v, (dy, q, k, v, log_a, state, dsent), gradients, (dy, q, k, v), **STATE_GRADIENT)
+        launch_state(state_gradient_kernel, q, v, (dy, q, k, v, log_a, state, dsent, *gradients), (dy, q, k, v),
+                     **STATE_GRADIENT)
         return gradients
 
 

@@ -62,17 +62,17 @@ class Study:
 
 STUDIES = {
     "layout": Study("Which layers keep attention, and how many taps the AFNO layers have.", {
-        "attention-3-9": f"{HYBRID} {RECIPE}",
-        "attention-none": f"{AFNO} {RECIPE}",
-        "attention-6": f"{AFNO} --attn_layers 6 {RECIPE}",
-        "attention-2-5-8-11": f"{AFNO} --attn_layers 2,5,8,11 {RECIPE}",
-        "attention-0-1": f"{AFNO} --attn_layers 0,1 {RECIPE}",
-        "attention-10-11": f"{AFNO} --attn_layers 10,11 {RECIPE}",
-        "attention-4-8": f"{AFNO} --attn_layers 4,8 {RECIPE}",
-        "taps-128": f"{HYBRID} --afno_filter_length 128 {RECIPE}",
-        "taps-256": f"{HYBRID} --afno_filter_length 256 {RECIPE}",
-        "attention-all": f"{ATTENTION} --mixer_scale 1 {RECIPE}",
-    }),
+        "attention-3-9": HYBRID,
+        "attention-none": AFNO,
+        "attention-6": f"{AFNO} --attn_layers 6",
+        "attention-2-5-8-11": f"{AFNO} --attn_layers 2,5,8,11",
+        "attention-0-1": f"{AFNO} --attn_layers 0,1",
+        "attention-10-11": f"{AFNO} --attn_layers 10,11",
+        "attention-4-8": f"{AFNO} --attn_layers 4,8",
+        "taps-128": f"{HYBRID} --afno_filter_length 128",
+        "taps-256": f"{HYBRID} --afno_filter_length 256",
+        "attention-all": f"{ATTENTION} --mixer_scale 1",
+    }, f"{GPU} {RECIPE}"),
     "mixers": Study(
         "Attention in every layer, in two, in none. AFNO layers have fewer parameters than attention, and no flag "
         "widens a model: arms called wide have 256 blocks instead of 4, so 256 filters of 3 channels instead of 12 of "
@@ -82,10 +82,10 @@ STUDIES = {
             "filter": AFNO,
             "analytic": f"{AFNO} --afno_form analytic",
             "hilbert": f"{AFNO} --afno_form hilbert",
+            "state": f"{AFNO} {STATE}",
             "hybrid-wide": f"{HYBRID} --afno_num_blocks 256",
             "filter-wide": f"{AFNO} --afno_num_blocks 256",
             "analytic-wide": f"{AFNO} --afno_form analytic --afno_num_blocks 256",
-            "state": f"{AFNO} {STATE}",
             "hilbert-wide": f"{AFNO} --afno_form hilbert --afno_num_blocks 256",
         }),
     "context": Study(
@@ -143,13 +143,13 @@ STUDIES = {
         "hybrid-4096-taps": f"{HYBRID} {RECIPE} --afno_filter_length 4096",
     }, f"{GPU} --sequence_length 4096 --batch_size 16"),
     "schedule": Study("Length of rows, batch and learning rate over the run, all on as many tokens.", {
-        "anchor": f"{HYBRID} {RECIPE}",
-        "curriculum": f"{HYBRID} {RECIPE} --curriculum 256:0.3,512:0.3,1024:0.4",
+        "anchor": HYBRID,
+        "curriculum": f"{HYBRID} --curriculum 256:0.3,512:0.3,1024:0.4",
         # half of the anchor's batch for the first 12 of 40M tokens
-        "batch-schedule": f"{HYBRID} {RECIPE} --batch_size 32 --grad_accumulation_steps 2 --batch_schedule 0.5:0.46,1:0.54",
-        "cooldown-sqrt": f"{HYBRID} {RECIPE} --cooldown sqrt",
-        "final-lr-0.1": f"{HYBRID} {RECIPE} --final_lr_fraction 0.1",
-    }),
+        "batch-schedule": f"{HYBRID} --batch_size 32 --grad_accumulation_steps 2 --batch_schedule 0.5:0.46,1:0.54",
+        "cooldown-sqrt": f"{HYBRID} --cooldown sqrt",
+        "final-lr-0.1": f"{HYBRID} --final_lr_fraction 0.1",
+    }, f"{GPU} {RECIPE}"),
     "sweep-lr": Study("Learning rates.", {
         "lr-0.0036": HYBRID,
         **{f"lr-{rate}": f"{HYBRID} --learning_rate {rate}" for rate in (0.0018, 0.0025, 0.005, 0.0072)},

@@ -23,8 +23,8 @@ T, C, CHANGED = 1024, 768, 300
 @torch.no_grad()
 def main():
     torch.manual_seed(0)
-    u, other = (torch.cat(parts, -1) for parts in zip(*(  # most forms take the first C channels, the form state all
-        (torch.randn(1, T, width, dtype=torch.float64), torch.randn(1, T, width, dtype=torch.float64)) for width in (C, 2 * C))))
+    # most forms take the first C channels, the form state all
+    u, other = torch.cat([torch.randn(2, 1, T, width, dtype=torch.float64) for width in (C, 2 * C)], -1)
     one = torch.where(torch.arange(T)[:, None] == CHANGED, other, u)
     half = torch.where(torch.arange(T)[:, None] < T // 2, u, other)
 

@@ -126,17 +126,16 @@ def operators(B: int, T: int, device, dtype):
     kernels = afno.kernel_path(device, dtype)[0]
     if kernels:
         yield "AFNO, kernels, taps given", (u, taps), afno.kernel_conv, conv_products(T, T)
-    for K in sorted({T, min(T, 128), min(T, 1024)}):
-        operator = afno.AFNO1D(C, filter_length=K).to(device).operator
-        core = torch.compile(operator, dynamic=False) if device.type == "cuda" else operator
-        yield (f"AFNO core, {'T' if K == T else K} taps", (u, *operator.parameters()),
-               lambda u, *_, core=core: core(u), conv_products(T, K) if kernels else math.nan)
-    operator = afno.AFNO1D(C, form="state").to(device).operator
-    core = torch.compile(operator, dynamic=False) if device.type == "cuda" else operator
+    cores = [(f"{'T' if K == T else K} taps", dict(filter_length=K), lambda K=K: conv_products(T, K))
+             for K in sorted({T, min(T, 128), min(T, 1024)})]
     # a chunk's scores and sum, of which a product makes half for nothing, what it sends and what it reads
-    products = (afno.CHUNK + C / filters) * 2
-    yield ("AFNO core, form state", (random(B, T, sum(operator.sizes)), *operator.parameters()),
-           lambda z, *_, core=core: core(z), products)
+    cores.append(("form state", dict(form="state"), lambda: (afno.afno_triton.CHUNK + C / filters) * 2))
+    for name, options, products in cores:
+        mixer = afno.AFNO1D(C, **options).to(device)
+        operator, operand = mixer.operator, random(B, T, mixer.sizes[0])
+        core = torch.compile(operator, dynamic=False) if device.type == "cuda" else operator
+        yield (f"AFNO core, {name}", (operand, *operator.parameters()), lambda operand, *_, core=core: core(operand),
+               products() if kernels else math.nan)
     mixer = afno.AFNO1D(C).to(device)
 
     def around(z, *_):

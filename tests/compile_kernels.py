@@ -12,7 +12,6 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 import afno_triton as kernels  # noqa: E402
-from afno import CHUNK  # noqa: E402
 
 ARCH = int(sys.argv[1])
 SHAPES, SHARED = (kernels.SMALL, 99 * 1024) if ARCH in (86, 89) else (kernels.LARGE, 163 * 1024)
@@ -70,7 +69,7 @@ def main() -> int:
         shared.append(compile(kernels.depthwise_kernel, dict(BF16, taps_ptr="*fp32"), dict(
             LENGTH=4, TRANSPOSED=transposed, SILU=silu, GRADIENT=is_gradient, BT=32, BC=128), {}))
     shared.append(compile(kernels.depthwise_gradient_kernel, gradient, dict(BT=32, BC=128), {}))
-    state = dict(L=CHUNK, DP=64, WP=64)
+    state = dict(L=kernels.CHUNK, DP=64, WP=64)
     for from_start in (False, True):
         shared.append(compile(kernels.sent_kernel, STATE, dict(state, FROM_START=from_start), {}))
     shared.append(compile(kernels.state_kernel, STATE, state, {}))

@@ -165,14 +165,19 @@ def shares(router, routing: str, place) -> np.ndarray:
     return bands / bands.sum(0)
 
 
+def naive_response(operator, angle) -> np.ndarray:
+    """The MLP at poles' angles: (experts, filters or heads, poles), complex."""
+    features = np.exp(-1j * np.outer(angle, np.arange(33)))
+    c = naive_mlp(operator.mlp, np.broadcast_to(features, (operator.mlp.w1.shape[1], *features.shape)))
+    return np.array([np.concatenate([block.T for block in expert]) for expert in c])
+
+
 def naive_taps(operator, T: int) -> np.ndarray:
     """Taps 0 ... T - 1 of the filter, hilbert and analytic forms: complex numbers, DFT by definition."""
     blocks = operator.mlp.w1.shape[1]
     if isinstance(operator, AnalyticOperator):
         decay, angle = (p.detach().numpy() for p in (operator.log_decay.exp(), operator.angle))
-        features = np.exp(-1j * np.outer(angle, np.arange(33)))
-        c = naive_mlp(operator.mlp, np.broadcast_to(features, (blocks, *features.shape)))
-        c = np.array([np.concatenate([block.T for block in expert]) for expert in c])  # (experts, filters, poles)
+        c = naive_response(operator, angle)
         c = c * shares(operator.router, "frequency", angle / np.pi)[:, None]
         c = (c * shares(operator.router, "position", 1 / decay)[:, None]).sum(0)
         c = c * np.sqrt((1 - np.exp(-2 * decay)) / (4 * len(decay)))
@@ -322,10 +327,8 @@ def test_state_is_its_recurrence(T, options):
     z = torch.randn(2, T, sum(operator.sizes), dtype=torch.float64)
     z.requires_grad_()
     got, G = operator(z), operator.num_heads
-    blocks, angle = operator.mlp.w1.shape[1], operator.angle.detach().numpy()
-    features = np.exp(-1j * np.outer(angle, np.arange(33)))
-    c = naive_mlp(operator.mlp, np.broadcast_to(features, (blocks, *features.shape)))
-    c = np.array([np.concatenate([block.T for block in expert]) for expert in c])  # (experts, heads, poles)
+    angle = operator.angle.detach().numpy()
+    c = naive_response(operator, angle)
     tau = 1 / np.log1p(np.exp(operator.log_decay.detach().numpy()))
     c = c * shares(operator.router, "frequency", angle / np.pi)[:, None]
     c = torch.from_numpy((c * shares(operator.router, "position", tau)[:, :, None]).sum(0))

@@ -99,7 +99,7 @@ def test_prefixes_are_bit_identical_at_full_length(small_blocks, K):
         assert torch.equal(y[:, :cut], afno.kernel_conv(u[:, :cut], taps[:, :K])) or K > 40  # there T chooses the fields
 
 
-def state_inputs(B, T, G, D, W, dtype=torch.float64):
+def state_inputs(B, T, G, D, W, dtype):
     generator = torch.Generator().manual_seed(0)
     q, k, v, dy = (torch.randn(B, T, G, size, generator=generator).to(dtype) for size in (D, D, W, W))
     log_a = -torch.rand(B, T, G, generator=generator) ** 4  # from slow to fast
@@ -299,7 +299,7 @@ def test_a_compiled_layer_is_one_graph_with_the_kernels_in_it(small_blocks, monk
     plain = gradients(layer)
     calls = []
     monkeypatch.setattr(afno, "kernel_path", torch.compiler.assume_constant_result(lambda *a: (True, "")))
-    for name in ("short_conv", "long_conv", "sent"):
+    for name in ("short_conv", "long_conv", "chunk_states"):
         monkeypatch.setattr(afno_triton, name, lambda *a, f=getattr(afno_triton, name), **k: calls.append(1) or f(*a, **k))
     compiled = gradients(torch.compile(layer, backend="aot_eager", fullgraph=form != "dyadic"))
     assert len(calls) == (3 if form == "state" else 2)  # forward and backward, where states are made again
