@@ -275,7 +275,7 @@ def kernel_fault(device: torch.device, dtype: torch.dtype, bound: float, kernels
     try:
         with torch.autocast(device.type, enabled=False):
             if kernels == "state":
-                T, D = 5 * afno_triton.CHUNK - 5, AFNO1D.channels_per_filter
+                T, D = 5 * afno_triton.CHUNK - 5, AFNO1D.channels_per_head
                 q, k, v = (random(2, T, 2, D).to(dtype) for _ in range(3))
                 return trial(plain_state_scan, afno_triton.state_scan, "the state", q=q, k=k, v=v,
                              log_a=-0.1 * random(2, T, 2).square())
@@ -506,10 +506,14 @@ class FilterOperator(nn.Module):
         return newest_output(window, taps), (window, taps)
 
 
+def log_spaced(first: float, last: float, count: int, like: Tensor) -> Tensor:
+    """(count,) from first to last."""
+    return first * (last / first) ** torch.linspace(0, 1, count, device=like.device, dtype=like.dtype)
+
+
 def time_constants(count: int, filter_length: int, like: Tensor) -> Tensor:
     """(count,), in tokens, log-spaced from 2 to half of filter_length."""
-    span = torch.linspace(0, 1, count, device=like.device, dtype=like.dtype)
-    return 2 * (max(filter_length / 2, 2) / 2) ** span
+    return log_spaced(2, max(filter_length / 2, 2), count, like)
 
 
 class AnalyticOperator(nn.Module):
@@ -577,10 +581,12 @@ class StateOperator(nn.Module):
         S_t[m] = a_t exp(i w_m) S_(t-1)[m] + k_t[m] v_t      y_t = rmsnorm(Re sum_m c[m] q_t[m] S_t[m])
 
     where a token writes k, reads q, says what it adds, v, and how much of the past remains, a = exp(-softplus(b + d v)),
-    0 < a < 1. AFNO's MLP makes the response c from the frequency features of the angles w. At d = 0 and c = 1 this is
-    retention (Sun et al., 2023, "Retentive network"), with d a gated linear attention (Yang et al., 2024).
+    0 < a < 1; k and q have a mean square of one. AFNO's MLP makes the response c from the frequency features of the angles w. At
+    d = 0 and c = 1 this is retention (Sun et al., 2023, "Retentive network"), with d a gated linear attention (Yang et al.,
+    2024).
 
-    Time constants at initialisation go from 2 tokens to half of filter_length, angles are those of rotary attention.
+    Angles at initialisation are those of rotary attention, time constants go from an eighth of filter_length to four times it:
+    recall of what is far is what filters lack.
     """
 
     def __init__(self, mlp: SpectralMLP, router: Router, num_heads: int, width: int, fraction: float, filter_length: int):
@@ -589,7 +595,7 @@ class StateOperator(nn.Module):
         num_poles = max(1, width // 2)  # complex ones: a state of as many numbers as a value squared
         kept = math.ceil(fraction * num_poles)
         self.angle = nn.Parameter((10000.0 ** -(torch.arange(num_poles) / num_poles)).flip(0)[:kept])  # lowest first
-        tau = time_constants(num_heads, filter_length, self.angle.detach())
+        tau = log_spaced(filter_length / 8, 4 * filter_length, num_heads, self.angle.detach())
         self.log_decay = nn.Parameter((1 / tau).expm1().log())  # b: softplus of it is 1 / tau
         self.decay = nn.Parameter(torch.zeros(num_heads, num_heads * width))  # d
         self.sizes = (num_heads * width, 2 * kept * num_heads, 2 * kept * num_heads)  # of v, k and q, (re, im) of each head
@@ -609,7 +615,7 @@ class StateOperator(nn.Module):
         turn = torch.outer(position, self.angle)[:, None]
         cos, sin = turn.cos(), turn.sin()
         v, k, q = (part.unflatten(-1, (self.num_heads, -1)) for part in (v, k, q))
-        (k_re, k_im), (q_re, q_im) = (part.to(cos.dtype).chunk(2, -1) for part in (k, q))
+        (k_re, k_im), (q_re, q_im) = (rmsnorm(part.to(cos.dtype)).chunk(2, -1) for part in (k, q))
         c_re, c_im = self.response()
         q_re, q_im = q_re * c_re - q_im * c_im, q_re * c_im + q_im * c_re
         k = torch.cat((k_re * cos + k_im * sin, k_im * cos - k_re * sin), -1)  # k exp(-i w t)
@@ -735,7 +741,8 @@ class AFNO1D(nn.Module):
 
     With silu, value = silu(short_conv(W_in x)).
 
-    In the form `state` the operator takes two more of what is made as value is, and its y is normed by heads.
+    In the form `state` the operator takes two more of what is made as value is, its y is normed by heads, there is no SiLU
+    (measured: it loses), and the MLP has as many blocks as divide both num_blocks and the heads.
 
     Args:
         hidden_size: channels C.
@@ -745,7 +752,8 @@ class AFNO1D(nn.Module):
         hard_thresholding_fraction: share of the modes, lowest frequencies first, that may be non-zero; in (0, 1].
             Modes are dropped before a response is made one-sided, so causality is untouched.
         filter_length: number of taps, in tokens (filter, hilbert), or twice the longest time constant at
-            initialisation (analytic, state), or twice the longest block told apart by routing position (dyadic); >= 1.
+            initialisation (analytic), or a quarter of it (state), or twice the longest block told apart by routing position
+            (dyadic); >= 1.
         form: the operator, one of FORMS; each has its class above.
         num_experts: separate sets of the MLP's weights, mixed by a Router; >= 1 (reference: 1).
         routing: by what, one of ROUTINGS: frequency, or position, which is the lag: a tap's (filter, hilbert), a
@@ -753,12 +761,13 @@ class AFNO1D(nn.Module):
         relu: the MLP's ComplexReLU, one of RELUS.
         short_conv: taps of the short convolution; >= 1, where 1 mixes no tokens.
         gate: whether there is one.
-        silu: whether SiLU acts on the operator's operand (a gate has one anyway).
+        silu: whether SiLU acts on the operator's operand, in all forms but state (a gate has one anyway).
     Parameters are float32 or float64; autocast makes the rest bf16. Raises ValueError naming the argument and its
     allowed range.
     """
 
     channels_per_filter = 64  # at most; 12 filters at 768 channels
+    channels_per_head = 128  # of the form state, likewise; 6 heads
 
     def __init__(self, hidden_size: int, num_blocks: int = 4, sparsity_threshold: float = 0.01,
                  hard_thresholding_fraction: float = 1.0, filter_length: int = 1024, form: str = "filter",
@@ -770,10 +779,12 @@ class AFNO1D(nn.Module):
                              form=form, num_experts=num_experts, routing=routing, relu=relu, short_conv=short_conv,
                              gate=gate, silu=silu)
         block_size = hidden_size // num_blocks
-        width = max(d for d in range(1, self.channels_per_filter + 1) if block_size % d == 0)
+        most, divided = (self.channels_per_head, hidden_size) if form == "state" else (self.channels_per_filter, block_size)
+        width = max(d for d in range(1, min(most, block_size) + 1) if divided % d == 0)
         num_filters = hidden_size // width
+        num_blocks = math.gcd(num_blocks, num_filters)  # another number in the form state alone
         on_data = form in ("dyadic", "reference")  # what the MLP works on: the data's spectrum or the operator's
-        sizes = (block_size,) * 3 if on_data else (NUM_DELAYS, MLP_WIDTH, block_size // width)
+        sizes = (block_size,) * 3 if on_data else (NUM_DELAYS, MLP_WIDTH, num_filters // num_blocks)
         mlp = SpectralMLP(num_blocks, *sizes, sparsity_threshold, num_experts, relu, bias=form != "dyadic")
         # lags that experts share out; the dyadic form's are its levels
         lags = (DyadicOperator.near_length, filter_length / 2) if form == "dyadic" else (0, filter_length)
@@ -792,7 +803,7 @@ class AFNO1D(nn.Module):
         # what c_in makes: the operator's operand, of which the value is the first part, and the gate
         self.sizes = [sum(self.operator.sizes) if form == "state" else hidden_size] + [hidden_size] * gate
         self.c_in = nn.Linear(hidden_size, sum(self.sizes), bias=False)
-        self.short_conv = ShortConv(sum(self.sizes), short_conv, silu)
+        self.short_conv = ShortConv(sum(self.sizes), short_conv, silu and form != "state")
         self.direct = nn.Parameter(torch.ones(hidden_size))
         self.c_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 

@@ -159,9 +159,10 @@ def test_experts_are_causal():
                       afno_relu="modulus")
 
 
-def test_hybrid_is_causal():
+def test_hybrids_are_causal():
     for gate in (0, 1):
         assert_causal(mixer="afno", attn_layers=(1,), afno_gate=gate)
+    assert_causal(mixer="afno", afno_state_layers=(1,), afno_silu=1)
 
 
 if __name__ == "__main__":

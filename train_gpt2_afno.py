@@ -71,6 +71,7 @@ class GPTConfig:
     mixer: str = "afno"
     attn_layers: tuple[int, ...] = ()  # layers that keep attention when the mixer is afno: the hybrid
     afno_form: str = "filter"
+    afno_state_layers: tuple[int, ...] = ()  # AFNO layers of form state among those of afno_form
     afno_num_blocks: int = 4
     afno_sparsity_threshold: float = 0.01
     afno_hard_thresholding_fraction: float = 1.0
@@ -95,7 +96,7 @@ class GPTConfig:
     mixer_scale: float | None = None  # None: 1; in the baseline, attn in all layers, (2 n_layer)^-0.5
 
     def __post_init__(self):
-        self.attn_layers = tuple(self.attn_layers)
+        self.attn_layers, self.afno_state_layers = tuple(self.attn_layers), tuple(self.afno_state_layers)
         if self.mixer_scale is None:
             self.mixer_scale = (2 * self.n_layer) ** -0.5 if self.mixer == "attn" else 1.0
         if self.afno_filter_length is None:
@@ -114,17 +115,22 @@ class GPTConfig:
                 raise InputError(f"--{name} must be finite and >= 0, got {getattr(self, name)}")
         if self.n_embd % (2 * self.n_head):
             raise InputError(f"--n_head: twice the heads must divide n_embd {self.n_embd}, got {self.n_head} heads")
-        if outside := [layer for layer in self.attn_layers if not 0 <= layer < self.n_layer]:
-            raise InputError(f"--attn_layers must be in 0 ... {self.n_layer - 1}, got {outside[0]}")
+        for name in ("attn_layers", "afno_state_layers"):
+            if outside := [layer for layer in getattr(self, name) if not 0 <= layer < self.n_layer]:
+                raise InputError(f"--{name} must be in 0 ... {self.n_layer - 1}, got {outside[0]}")
+        if both := {*self.attn_layers} & {*self.afno_state_layers}:
+            raise InputError(f"--afno_state_layers and --attn_layers must be different layers, got {min(both)} in both")
         try:
             AFNO1D.check_arguments(**self.afno_arguments())
         except ValueError as error:
             raise InputError(f"--afno_{error}") from None
 
-    def afno_arguments(self) -> dict:
-        """AFNO1D's: its names are the flags' without afno_."""
-        return dict(hidden_size=self.n_embd, **{name.removeprefix("afno_"): value for name, value in vars(self).items()
-                                                if name.startswith("afno_")})
+    def afno_arguments(self, layer: int | None = None) -> dict:
+        """AFNO1D's in this layer (None: in those of afno_form): its names are the flags' without afno_."""
+        flags = {name.removeprefix("afno_"): value for name, value in vars(self).items() if name.startswith("afno_")}
+        if layer in flags.pop("state_layers"):
+            flags["form"] = "state"
+        return dict(hidden_size=self.n_embd, **flags)
 
     def mixer_of(self, layer: int) -> str:
         return "attn" if self.mixer == "attn" or layer in self.attn_layers else "afno"
@@ -242,7 +248,7 @@ class Block(nn.Module):
         if config.mixer_of(layer) == "attn":
             self.mixer = CausalSelfAttention(config)
         else:
-            self.mixer = AFNO1D(**config.afno_arguments())
+            self.mixer = AFNO1D(**config.afno_arguments(layer))
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None = None, v0: Tensor | None = None):
@@ -1153,7 +1159,9 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     if config.mixer == "afno":
         say("afno: " + ", ".join(f"{name} {value}" for name, value in config.afno_arguments().items()))
         say(f"convolution: {kernel_path(device, runtime.dtype)[1]}")
-        if config.afno_form == "state":
+        if config.afno_state_layers:
+            say(f"afno layers of form state: {', '.join(map(str, config.afno_state_layers))}")
+        if config.afno_form == "state" or config.afno_state_layers:
             say(f"state: {kernel_path(device, runtime.dtype, 'state')[1]}")
     say(f"softmax of the loss: {loss_path(device, runtime.dtype)[1]}")
     passes = sum(phase_at(accumulation, i, total_steps) for i in range(step, total_steps)) * world * B * T / len(stream)
@@ -1419,9 +1427,10 @@ RECIPE = dict(  # what else may be changed about the baseline; as it stands here
     final_lr_fraction=0.0, embedding_lr=None, head_lr=None, rest_lr=None, row_order="stream", residual_bf16=0,
 )
 DEFAULTS = dict(
-    input_bin=None, input_val_bin=None, output_dir=None, model=None, n_head=None, mixer="afno", attn_layers=(), afno_form="filter",
-    afno_num_blocks=4, afno_sparsity_threshold=0.01, afno_hard_thresholding_fraction=1.0, afno_filter_length=None,
-    afno_num_experts=1, afno_routing="frequency", afno_relu="cartesian", afno_short_conv=4, afno_gate=0, afno_silu=0,
+    input_bin=None, input_val_bin=None, output_dir=None, model=None, n_head=None, mixer="afno", attn_layers=(),
+    afno_form="filter", afno_state_layers=(), afno_num_blocks=4, afno_sparsity_threshold=0.01,
+    afno_hard_thresholding_fraction=1.0, afno_filter_length=None, afno_num_experts=1, afno_routing="frequency",
+    afno_relu="cartesian", afno_short_conv=4, afno_gate=0, afno_silu=0,
     position="none", optimizer="adamw", learning_rate=0.0018, warmup_iters=None, warmdown_iters=None, weight_decay=0.1,
     grad_clip=0.0, recompute=0, val_tokens=None, val_batch_size=None, target_val_loss=None, max_seconds=None,
     seed=1337, device="auto", dtype=None, compile=None, resume=None, eval_only=False, generate=None,
@@ -1496,6 +1505,7 @@ def parse_flags(argv: list[str]) -> dict:
     add("--sequence_length", type=number(int, 1), metavar="T", help="tokens a row (1024 on CUDA, 256 on a CPU)")
     add("--afno_form", choices=FORMS,
         help="construction of the operator; reference, the paper's, leaks and is for the gate alone (filter)")
+    add("--afno_state_layers", type=layers, metavar="L,L", help="AFNO layers of form state, whatever --afno_form says (none)")
     add("--afno_num_blocks", type=number(int, 1), metavar="N", help="diagonal blocks of AFNO's MLP (4)")
     add("--afno_sparsity_threshold", type=number(float, 0), metavar="X", help="soft-shrink of the response (0.01)")
     add("--afno_hard_thresholding_fraction", type=number(float, above=0), metavar="X",
@@ -1506,7 +1516,7 @@ def parse_flags(argv: list[str]) -> dict:
     add("--afno_relu", choices=RELUS, help="the MLP's ComplexReLU (cartesian)")
     add("--afno_short_conv", type=number(int, 1), metavar="K", help="taps of the short convolution; 1: none (4)")
     add("--afno_gate", type=int, choices=(0, 1), help="whether the token gates the mixed signal (0)")
-    add("--afno_silu", type=int, choices=(0, 1), help="SiLU after the short convolution (0)")
+    add("--afno_silu", type=int, choices=(0, 1), help="SiLU after the short convolution, but in the form state (0)")
     add("--position", choices=POSITIONS, help="what is added to embeddings; attention has rotary anyway (none)")
     add("--activation", choices=ACTIVATIONS, help="the MLP's; relu2: squared ReLU (gelu)")
     for name, text in (

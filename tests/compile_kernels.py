@@ -69,7 +69,7 @@ def main() -> int:
         shared.append(compile(kernels.depthwise_kernel, dict(BF16, taps_ptr="*fp32"), dict(
             LENGTH=4, TRANSPOSED=transposed, SILU=silu, GRADIENT=is_gradient, BT=32, BC=128), {}))
     shared.append(compile(kernels.depthwise_gradient_kernel, gradient, dict(BT=32, BC=128), {}))
-    state = dict(L=kernels.CHUNK, DP=64, WP=64)
+    state = dict(L=kernels.CHUNK, DP=128, WP=128)
     for from_start in (False, True):
         shared.append(compile(kernels.sent_kernel, STATE, dict(state, FROM_START=from_start), {}))
     shared.append(compile(kernels.state_kernel, STATE, state, {}))

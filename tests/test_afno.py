@@ -333,6 +333,7 @@ def test_state_is_its_recurrence(T, options):
     c = c * shares(operator.router, "frequency", angle / np.pi)[:, None]
     c = torch.from_numpy((c * shares(operator.router, "position", tau)[:, :, None]).sum(0))
     v, k, q = (z[..., a:b].unflatten(-1, (G, -1)) for a, b in zip(np.cumsum((0, *operator.sizes)), np.cumsum(operator.sizes)))
+    k, q = (part / (part.square().mean(-1, keepdim=True) + 1e-6).sqrt() for part in (k, q))
     k, q = (torch.complex(*part.chunk(2, -1)) for part in (k, q))
     turn, S, expected = torch.polar(torch.ones(len(angle)).double(), operator.angle), 0, []
     for t in range(T):

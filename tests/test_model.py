@@ -233,6 +233,9 @@ def test_blocks_take_their_mixer_from_the_config():
     assert kinds(tiny(mixer="attn")) == [attention] * 3
     assert kinds(tiny(mixer="afno")) == [afno] * 3
     assert kinds(tiny(mixer="afno", attn_layers=(0, 2))) == [attention, afno, attention]
+    blocks = tiny(attn_layers=(0,), afno_state_layers=(2,), afno_silu=1).transformer.h
+    assert [type(block.mixer.operator).__name__ for block in blocks[1:]] == ["FilterOperator", "StateOperator"]
+    assert [block.mixer.short_conv.silu for block in blocks[1:]] == [True, False]
 
 
 @pytest.mark.parametrize("position", ("none", "sinusoidal", "fourier"))
@@ -245,7 +248,8 @@ def test_any_length_runs_and_agrees_on_the_prefix(position):
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("options", (dict(mixer="attn"), dict(attn_layers=(1,)), dict(afno_form="dyadic", attn_layers=(1,))))
+@pytest.mark.parametrize("options", (dict(mixer="attn"), dict(attn_layers=(1,)), dict(afno_form="dyadic", attn_layers=(1,)),
+                                     dict(afno_silu=1, afno_state_layers=(1,))))
 def test_token_by_token_gives_the_same_hidden_states(position, options):
     model, idx = tiny(position=position, **options).double(), random_tokens((2, 24 if position == "learned" else 150), 97)
     state, hidden = None, []
@@ -289,6 +293,8 @@ def test_learned_positions_end_with_their_table():
 @pytest.mark.parametrize("options, message", (
     (dict(mixer="fft"), "--mixer must be one of attn, afno"), (dict(position="rotary"), "--position must be one of"),
     (dict(attn_layers=(3,)), "--attn_layers must be in 0 ... 2, got 3"), (dict(attn_layers=(-1,)), "--attn_layers"),
+    (dict(afno_state_layers=(3,)), "--afno_state_layers must be in 0 ... 2, got 3"),
+    (dict(attn_layers=(0, 1), afno_state_layers=(1, 2)), "--afno_state_layers and --attn_layers must be different .* got 1 in both"),
     (dict(afno_num_blocks=5), "--afno_num_blocks must divide the 16 channels, got 5"),
     (dict(afno_num_experts=0), "--afno_num_experts must be an integer >= 1, got 0"),
     (dict(afno_routing="data"), "--afno_routing must be one of frequency, position, got data"),

@@ -253,7 +253,8 @@ def test_path_is_chosen_in_words():
 
 def test_kernels_are_tried_before_they_are_trusted(small_blocks, monkeypatch):
     """kernel_fault finds nothing in these kernels, wrong numbers in others, and exceptions."""
-    monkeypatch.setattr(afno.AFNO1D, "channels_per_filter", 4)
+    for name in ("channels_per_filter", "channels_per_head"):
+        monkeypatch.setattr(afno.AFNO1D, name, 4)
     fault = afno.kernel_fault.__wrapped__
     with torch.inference_mode():
         for kernels in ("convolution", "state"):
