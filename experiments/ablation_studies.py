@@ -46,7 +46,7 @@ SAME_RECIPE = {
     "hybrid": f"{HYBRID} {RECIPE}",
     "hybrid-silu": f"{HYBRID} {RECIPE} --afno_silu 1",
     "afno": f"{AFNO} {RECIPE}",
-    "afno-state": f"{AFNO} {RECIPE} {STATE}",
+    "afno-silu-state-layers": f"{AFNO} {RECIPE} --afno_silu 1 --afno_state_layers 3,9",
     "attention-6-heads": f"{ATTENTION} --n_head 6 --mixer_scale 1 {RECIPE}",  # of 128 channels: faster
 }
 BASELINE = f"{ATTENTION} --optimizer adamw --learning_rate 0.0018 --grad_accumulation_steps 8"  # NoCap-Test's
@@ -61,7 +61,7 @@ class Study:
 
 
 STUDIES = {
-    "layout": Study("Which layers keep attention, and how many taps the AFNO layers have.", {
+    "layout": Study("Which layers keep attention or are of form state, and how many taps the others have.", {
         "attention-3-9": HYBRID,
         "attention-none": AFNO,
         "attention-6": f"{AFNO} --attn_layers 6",
@@ -71,6 +71,9 @@ STUDIES = {
         "attention-4-8": f"{AFNO} --attn_layers 4,8",
         "taps-128": f"{HYBRID} --afno_filter_length 128",
         "taps-256": f"{HYBRID} --afno_filter_length 256",
+        "states-3-9": f"{AFNO} --afno_state_layers 3,9",
+        "states-2-5-8-11": f"{AFNO} --afno_state_layers 2,5,8,11",
+        "states-all": f"{AFNO} {STATE}",
         "attention-all": f"{ATTENTION} --mixer_scale 1",
     }, f"{GPU} {RECIPE}"),
     "mixers": Study(
