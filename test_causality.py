@@ -111,11 +111,12 @@ def main(argv: list[str]) -> int:
     modes = [Runtime(device, torch.float32, compile=False)]
     trained = Runtime(device, getattr(torch, values["dtype"]), bool(values["compile"]))
     modes += [trained] if trained != modes[0] else []
-    layer = given.n_layer // 2
+    kept = given.attn_layers or (given.n_layer // 2,)
     configs = {  # every mixer, whichever is about to be trained
-        "attn": dataclasses.replace(given, mixer="attn", attn_layers=()),
+        "attn": dataclasses.replace(given, mixer="attn", attn_layers=(), afno_state_layers=()),
         "afno": dataclasses.replace(given, mixer="afno", attn_layers=()),
-        "hybrid": dataclasses.replace(given, mixer="afno", attn_layers=given.attn_layers or (layer,)),
+        "hybrid": dataclasses.replace(given, mixer="afno", attn_layers=kept,
+                                      afno_state_layers=[n for n in given.afno_state_layers if n not in kept]),
     }
     print(f"{values['model']}, sequence length {given.sequence_length}, {device.type}; "
           "r = change before the cut / change at or after it")
@@ -123,7 +124,8 @@ def main(argv: list[str]) -> int:
     passed = True
     for name, config in configs.items():
         table = check(config, modes)
-        print_table(f"\n{name}" + (f", attention in {config.attn_layers}" if name == "hybrid" else ""), table)
+        print_table(f"\n{name}" + (f", attention in {config.attn_layers}" if name == "hybrid" else "")
+                    + (f", form state in {config.afno_state_layers}" if config.afno_state_layers else ""), table)
         passed &= all(row[-1] for row in table)
     print("\ncausal: every r is within its bound" if passed else "\nNOT CAUSAL: do not train this")
     return 0 if passed else 1

@@ -113,3 +113,11 @@ def test_exit_status_of_the_command(monkeypatch, capsys, mixer, form, status):
     assert test_causality.main(flags.split()) == status
     printed = capsys.readouterr().out
     assert ("LEAK" in printed) == ("NOT CAUSAL" in printed) == bool(status)
+
+
+def test_state_layers_make_room_for_the_hybrids_attention(capsys):
+    flags = "--model d4 --sequence_length 16 --device cpu --dtype float32 --afno_state_layers 2,3"
+    assert test_causality.main(flags.split()) == 0
+    printed = capsys.readouterr().out
+    assert "\nattn\n" in printed and "\nafno, form state in (2, 3)\n" in printed
+    assert "\nhybrid, attention in (2,), form state in (3,)\n" in printed
