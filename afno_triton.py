@@ -347,28 +347,29 @@ def depthwise_gradient_kernel(x_ptr, dy_ptr, out_ptr, tokens, T, C, BT: tl.const
 
 
 @triton.jit
-def load_heads(x_ptr, g, b, t, T, size, stride_b, stride_t, SIZE: tl.constexpr):
-    """x[b, t, g] of x (B, T, G, size), heads side by side: (tokens, SIZE), zero beyond."""
-    d = tl.arange(0, SIZE)
+def load_heads(x_ptr, g, b, t, T, first, size, stride_b, stride_t, SIZE: tl.constexpr):
+    """x[b, t, g, first:] of x (B, T, G, size), heads side by side: (tokens, SIZE), zero beyond."""
+    d = first + tl.arange(0, SIZE)
     x_ptr += b.to(tl.int64) * stride_b + g * size
     return tl.load(x_ptr + t.to(tl.int64)[:, None] * stride_t + d[None, :], mask=(t < T)[:, None] & (d < size)[None, :],
                    other=0.0)
 
 
 @triton.jit
-def state_places(x_ptr, ahead, D, W, DP: tl.constexpr, WP: tl.constexpr):
-    """Of states (B, G, chunks, D, W) that `ahead` chunks after the program's own: (DP, WP), and which of them there are."""
+def state_places(x_ptr, ahead, first, D, W, DP: tl.constexpr, WP: tl.constexpr):
+    """Of states (B, G, chunks, D, W) that `ahead` chunks after the program's own, columns from the first on: (DP, WP), and
+    which of them there are."""
     chunk = tl.program_id(0) + ahead
     n = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + chunk
-    d, w = tl.arange(0, DP), tl.arange(0, WP)
+    d, w = tl.arange(0, DP), first + tl.arange(0, WP)
     inside = (d < D)[:, None] & (w < tl.where(chunk < tl.num_programs(0), W, 0))[None, :]
     return x_ptr + n * D * W + d[:, None] * W + w[None, :], inside
 
 
 @triton.jit
-def load_state(x_ptr, ahead, D, W, DP: tl.constexpr, WP: tl.constexpr):
+def load_state(x_ptr, ahead, first, D, W, DP: tl.constexpr, WP: tl.constexpr):
     """state_places' numbers, zero beyond."""
-    places, inside = state_places(x_ptr, ahead, D, W, DP, WP)
+    places, inside = state_places(x_ptr, ahead, first, D, W, DP, WP)
     return tl.load(places, mask=inside, other=0.0)
 
 
@@ -388,11 +389,11 @@ def sent_kernel(x_ptr, y_ptr, log_a_ptr, out_ptr, T, x_stride_b, x_stride_t, y_s
     chunks, D, W). This kernel and the next two: a program a chunk of a head of a row."""
     g, b, t = tl.program_id(1), tl.program_id(2), tl.program_id(0) * L + tl.arange(0, L)
     since, until = load_log_a(log_a_ptr, g, b, t, T)
-    x = load_heads(x_ptr, g, b, t, T, D, x_stride_b, x_stride_t, DP)
-    y = load_heads(y_ptr, g, b, t, T, W, y_stride_b, y_stride_t, WP)
+    x = load_heads(x_ptr, g, b, t, T, 0, D, x_stride_b, x_stride_t, DP)
+    y = load_heads(y_ptr, g, b, t, T, 0, W, y_stride_b, y_stride_t, WP)
     x = (x * tl.exp(since if FROM_START else until)[:, None]).to(y.dtype)
     out = tl.dot(tl.trans(x), y, input_precision="ieee")
-    places, inside = state_places(out_ptr, 0, D, W, DP, WP)
+    places, inside = state_places(out_ptr, 0, 0, D, W, DP, WP)
     tl.store(places, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -403,10 +404,10 @@ def state_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, y_ptr, T, q_stride_b
     q_t state. state: (B, G, chunks, D, W), where chunks begin; y: (B, T, G, W)."""
     g, b, t = tl.program_id(1), tl.program_id(2), tl.program_id(0) * L + tl.arange(0, L)
     since, _ = load_log_a(log_a_ptr, g, b, t, T)
-    q = load_heads(q_ptr, g, b, t, T, D, q_stride_b, q_stride_t, DP)
-    k = load_heads(k_ptr, g, b, t, T, D, k_stride_b, k_stride_t, DP)
-    v = load_heads(v_ptr, g, b, t, T, W, v_stride_b, v_stride_t, WP)
-    state = load_state(state_ptr, 0, D, W, DP, WP)
+    q = load_heads(q_ptr, g, b, t, T, 0, D, q_stride_b, q_stride_t, DP)
+    k = load_heads(k_ptr, g, b, t, T, 0, D, k_stride_b, k_stride_t, DP)
+    v = load_heads(v_ptr, g, b, t, T, 0, W, v_stride_b, v_stride_t, WP)
+    state = load_state(state_ptr, 0, 0, D, W, DP, WP)
     remains = tl.exp(tl.where(t[:, None] >= t[None, :], since[:, None] - since[None, :], -float("inf")))
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * remains
     y = tl.dot(q, state, input_precision="ieee") * tl.exp(since)[:, None]
@@ -419,38 +420,48 @@ def state_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, y_ptr, T, q_stride_b
 @triton.jit
 def state_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, dsent_ptr, dq_ptr, dk_ptr, dv_ptr, dlog_a_ptr, T,
                           dy_stride_b, dy_stride_t, q_stride_b, q_stride_t, k_stride_b, k_stride_t, v_stride_b, v_stride_t,
-                          D, W, L: tl.constexpr, DP: tl.constexpr, WP: tl.constexpr):
+                          D, W, L: tl.constexpr, DP: tl.constexpr, WP: tl.constexpr, WB: tl.constexpr):
     """Gradients of q, k, v and log_a. That of the sum of log_a up to a token is q dq - k dk: with this sign the sum is in what
     the token reads, with the other one in what it writes. A token's own log_a is in the sums of all tokens from it on: of its
     chunk's, and of the later ones', which all go through the state where the next chunk begins, whose gradient is dsent,
-    (B, G, chunks, D, W)."""
+    (B, G, chunks, D, W). WB columns of values and states at a time: all at
+    once would take more shared memory than an RTX 4090 has."""
     g, b, t = tl.program_id(1), tl.program_id(2), tl.program_id(0) * L + tl.arange(0, L)
     since, until = load_log_a(log_a_ptr, g, b, t, T)
-    dy = load_heads(dy_ptr, g, b, t, T, W, dy_stride_b, dy_stride_t, WP)
-    q = load_heads(q_ptr, g, b, t, T, D, q_stride_b, q_stride_t, DP)
-    k = load_heads(k_ptr, g, b, t, T, D, k_stride_b, k_stride_t, DP)
-    v = load_heads(v_ptr, g, b, t, T, W, v_stride_b, v_stride_t, WP)
     remains = tl.exp(tl.where(t[:, None] >= t[None, :], since[:, None] - since[None, :], -float("inf")))
     since, until = tl.exp(since)[:, None], tl.exp(until)[:, None]
-    dscores = (tl.dot(dy, tl.trans(v), input_precision="ieee") * remains).to(v.dtype)
-    state = load_state(state_ptr, 0, D, W, DP, WP)
-    dq = tl.dot(dy, tl.trans(state), input_precision="ieee") * since
-    dq = tl.dot(dscores, k, dq, input_precision="ieee")
-    dsent = load_state(dsent_ptr, 0, D, W, DP, WP)
-    dk = tl.dot(v, tl.trans(dsent), input_precision="ieee") * until
-    dk = tl.dot(tl.trans(dscores), q, dk, input_precision="ieee")
-    scores = (tl.dot(q, tl.trans(k), input_precision="ieee") * remains).to(v.dtype)
-    dv = tl.dot(k, dsent, input_precision="ieee") * until
-    dv = tl.dot(tl.trans(scores), dy, dv, input_precision="ieee")
     place = (b.to(tl.int64) * T + t) * tl.num_programs(1) + g
-    d, w = tl.arange(0, DP), tl.arange(0, WP)
     dtype = dq_ptr.dtype.element_ty
+    dscores = tl.zeros((L, L), tl.float32)
+    for first in range(0, WP, WB):
+        dy = load_heads(dy_ptr, g, b, t, T, first, W, dy_stride_b, dy_stride_t, WB)
+        v = load_heads(v_ptr, g, b, t, T, first, W, v_stride_b, v_stride_t, WB)
+        dscores = tl.dot(dy, tl.trans(v), dscores, input_precision="ieee")
+    dscores = (dscores * remains).to(dtype)
+    q = load_heads(q_ptr, g, b, t, T, 0, D, q_stride_b, q_stride_t, DP)
+    k = load_heads(k_ptr, g, b, t, T, 0, D, k_stride_b, k_stride_t, DP)
+    scores = (tl.dot(q, tl.trans(k), input_precision="ieee") * remains).to(dtype)
+    dq, dk, later = tl.zeros((L, DP), tl.float32), tl.zeros((L, DP), tl.float32), tl.zeros((DP,), tl.float32)
+    for first in range(0, WP, WB):
+        dy = load_heads(dy_ptr, g, b, t, T, first, W, dy_stride_b, dy_stride_t, WB)
+        state = load_state(state_ptr, 0, first, D, W, DP, WB)
+        dq = tl.dot(dy, tl.trans(state), dq, input_precision="ieee")
+        v = load_heads(v_ptr, g, b, t, T, first, W, v_stride_b, v_stride_t, WB)
+        dsent = load_state(dsent_ptr, 0, first, D, W, DP, WB)
+        dk = tl.dot(v, tl.trans(dsent), dk, input_precision="ieee")
+        dv = tl.dot(k, dsent, input_precision="ieee") * until
+        dv = tl.dot(tl.trans(scores), dy, dv, input_precision="ieee")
+        w = first + tl.arange(0, WB)
+        tl.store(dv_ptr + place[:, None] * W + w[None, :], dv.to(dtype), mask=(t < T)[:, None] & (w < W)[None, :])
+        later += tl.sum(load_state(state_ptr, 1, first, D, W, DP, WB).to(tl.float32) * dsent.to(tl.float32), 1)
+    dq = tl.dot(dscores, k, dq * since, input_precision="ieee")
+    dk = tl.dot(tl.trans(dscores), q, dk * until, input_precision="ieee")
+    d = tl.arange(0, DP)
     inside = (t < T)[:, None] & (d < D)[None, :]
     tl.store(dq_ptr + place[:, None] * D + d[None, :], dq.to(dtype), mask=inside)
     tl.store(dk_ptr + place[:, None] * D + d[None, :], dk.to(dtype), mask=inside)
-    tl.store(dv_ptr + place[:, None] * W + w[None, :], dv.to(dtype), mask=(t < T)[:, None] & (w < W)[None, :])
-    later = tl.sum(tl.sum(load_state(state_ptr, 1, D, W, DP, WP).to(tl.float32) * dsent.to(tl.float32), 1), 0)
-    tl.store(dlog_a_ptr + place, later + tl.cumsum(tl.sum(q * dq - k * dk, 1), 0, reverse=True), mask=t < T)
+    dlog_a = tl.sum(later, 0) + tl.cumsum(tl.sum(q * dq - k * dk, 1), 0, reverse=True)
+    tl.store(dlog_a_ptr + place, dlog_a, mask=t < T)
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -771,7 +782,8 @@ depthwise_conv.register_autograd(lambda ctx, dy: (*depthwise_conv_backward(dy, *
                                  setup_context=save_depthwise_inputs)
 
 
-STATE_GRADIENT = dict(num_warps=8)  # its sums and products would not fit into the registers of four
+# eight warps and 32 columns at a time for its sums and products to fit into registers; no second copy of what a loop loads
+STATE_GRADIENT = dict(WB=32, num_warps=8, num_stages=1)
 
 
 def launch_state(kernel, q: Tensor, v: Tensor, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], **options):
@@ -779,6 +791,8 @@ def launch_state(kernel, q: Tensor, v: Tensor, pointers: tuple[Tensor, ...], str
     (B, T, G, D), W = q.shape, v.size(3)
     DP, WP = (max(16, triton.next_power_of_2(size)) for size in (D, W))
     strides = [stride for x in strided for stride in x.stride()[:2]]
+    if "WB" in options:
+        options["WB"] = min(options["WB"], WP)
     kernel[triton.cdiv(T, CHUNK), G, B](*pointers, T, *strides, D, W, L=CHUNK, DP=DP, WP=WP, **options)
 
 

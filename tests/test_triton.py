@@ -115,7 +115,8 @@ def naive_state(q, k, v, log_a):
 
 
 @pytest.mark.parametrize("B, T, G, D, W", (
-    (1, 2, 1, 2, 2), (2, 300, 2, 8, 5), (1, 64, 3, 2, 3), (3, 65, 2, 16, 16), (1, 200, 2, 20, 33), (1, 129, 1, 64, 64)))
+    (1, 2, 1, 2, 2), (2, 300, 2, 8, 5), (1, 64, 3, 2, 3), (3, 65, 2, 16, 16), (1, 200, 2, 20, 33), (1, 129, 1, 64, 64),
+    (2, 130, 2, 4, 100), (1, 129, 1, 128, 128)))
 @pytest.mark.parametrize("strided", (False, True))
 def test_state(B, T, G, D, W, strided):
     *halves, log_a, dy = state_inputs(B, T, G, D, W, DTYPE)
