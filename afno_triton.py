@@ -417,21 +417,24 @@ def state_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, y_ptr, T, q_stride_b
     tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None] & (w < W)[None, :])
 
 
+VALUES = tl.constexpr(32)  # columns of values and states at a time, for sums and products to fit into registers and shared memory
+
+
 @triton.jit
 def state_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, dsent_ptr, dq_ptr, dk_ptr, dv_ptr, dlog_a_ptr, T,
                           dy_stride_b, dy_stride_t, q_stride_b, q_stride_t, k_stride_b, k_stride_t, v_stride_b, v_stride_t,
-                          D, W, L: tl.constexpr, DP: tl.constexpr, WP: tl.constexpr, WB: tl.constexpr):
+                          D, W, L: tl.constexpr, DP: tl.constexpr, WP: tl.constexpr):
     """Gradients of q, k, v and log_a. That of the sum of log_a up to a token is q dq - k dk: with this sign the sum is in what
     the token reads, with the other one in what it writes. A token's own log_a is in the sums of all tokens from it on: of its
     chunk's, and of the later ones', which all go through the state where the next chunk begins, whose gradient is dsent,
-    (B, G, chunks, D, W). WB columns of values and states at a time: all at
-    once would take more shared memory than an RTX 4090 has."""
+    (B, G, chunks, D, W)."""
     g, b, t = tl.program_id(1), tl.program_id(2), tl.program_id(0) * L + tl.arange(0, L)
     since, until = load_log_a(log_a_ptr, g, b, t, T)
     remains = tl.exp(tl.where(t[:, None] >= t[None, :], since[:, None] - since[None, :], -float("inf")))
     since, until = tl.exp(since)[:, None], tl.exp(until)[:, None]
     place = (b.to(tl.int64) * T + t) * tl.num_programs(1) + g
     dtype = dq_ptr.dtype.element_ty
+    WB: tl.constexpr = WP if WP < VALUES else VALUES
     dscores = tl.zeros((L, L), tl.float32)
     for first in range(0, WP, WB):
         dy = load_heads(dy_ptr, g, b, t, T, first, W, dy_stride_b, dy_stride_t, WB)
@@ -782,8 +785,8 @@ depthwise_conv.register_autograd(lambda ctx, dy: (*depthwise_conv_backward(dy, *
                                  setup_context=save_depthwise_inputs)
 
 
-# eight warps and 32 columns at a time for its sums and products to fit into registers; no second copy of what a loop loads
-STATE_GRADIENT = dict(WB=32, num_warps=8, num_stages=1)
+# its sums and products would not fit into the registers of four warps; no second copy of what a loop loads
+STATE_GRADIENT = dict(num_warps=8, num_stages=1)
 
 
 def launch_state(kernel, q: Tensor, v: Tensor, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], **options):
@@ -791,8 +794,6 @@ def launch_state(kernel, q: Tensor, v: Tensor, pointers: tuple[Tensor, ...], str
     (B, T, G, D), W = q.shape, v.size(3)
     DP, WP = (max(16, triton.next_power_of_2(size)) for size in (D, W))
     strides = [stride for x in strided for stride in x.stride()[:2]]
-    if "WB" in options:
-        options["WB"] = min(options["WB"], WP)
     kernel[triton.cdiv(T, CHUNK), G, B](*pointers, T, *strides, D, W, L=CHUNK, DP=DP, WP=WP, **options)
 
 

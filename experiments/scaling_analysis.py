@@ -129,7 +129,7 @@ def operators(B: int, T: int, device, dtype):
     cores = [(f"{'T' if K == T else K} taps", dict(filter_length=K), lambda K=K: conv_products(T, K))
              for K in sorted({T, min(T, 128), min(T, 1024)})]
     # a chunk's scores and sum, of which a product makes half for nothing, what it sends and what it reads
-    cores.append(("form state", dict(form="state"), lambda: (afno.afno_triton.CHUNK + C / filters) * 2))
+    cores.append(("form state", dict(form="state"), lambda: (afno.afno_triton.CHUNK + afno.AFNO1D.channels_per_head) * 2))
     for name, options, products in cores:
         mixer = afno.AFNO1D(C, **options).to(device)
         operator, operand = mixer.operator, random(B, T, mixer.sizes[0])

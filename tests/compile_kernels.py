@@ -73,8 +73,7 @@ def main() -> int:
     for from_start in (False, True):
         shared.append(compile(kernels.sent_kernel, STATE, dict(state, FROM_START=from_start), {}))
     shared.append(compile(kernels.state_kernel, STATE, state, {}))
-    options = dict(kernels.STATE_GRADIENT)
-    shared.append(compile(kernels.state_gradient_kernel, STATE, dict(state, WB=options.pop("WB")), options))
+    shared.append(compile(kernels.state_gradient_kernel, STATE, state, kernels.STATE_GRADIENT))
     for cap in (0.0, 15.0):
         shared.append(compile(kernels.cross_entropy_kernel, dict(logits_ptr="*bf16", targets_ptr="*i64", losses_ptr="*fp32"),
                               dict(CAP=cap, GRADIENT=True, BV=kernels.SOFTMAX["BV"]),
