@@ -83,6 +83,7 @@ class GPTConfig:
     afno_gate: int = 0
     afno_silu: int = 0
     position: str = "none"  # rotary stays inside attention, whatever this says
+    mlp_ratio: int = 4  # hidden channels of an MLP, in n_embd
     activation: str = "gelu"
     qk_norm: int = 0
     zero_init: int = 0
@@ -107,7 +108,7 @@ class GPTConfig:
                               *((name, (0, 1)) for name in switches)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"--{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)}")
-        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "sequence_length"):
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "sequence_length", "mlp_ratio"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be >= 1, got {getattr(self, name)}")
         for name in ("logit_softcap", "window", "mixer_scale"):
@@ -209,8 +210,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=False)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1422,9 +1423,10 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
 # command line
 
 RECIPE = dict(  # what else may be changed about the baseline; as it stands here, nothing is
-    activation="gelu", qk_norm=0, zero_init=0, embedding_norm=0, tied_head=1, logit_softcap=0.0, embedding_residual=0,
-    value_embeddings=0, window=0, mixer_scale=None, curriculum=None, batch_schedule=None, cooldown="linear",
-    final_lr_fraction=0.0, embedding_lr=None, head_lr=None, rest_lr=None, row_order="stream", residual_bf16=0,
+    mlp_ratio=4, activation="gelu", qk_norm=0, zero_init=0, embedding_norm=0, tied_head=1, logit_softcap=0.0,
+    embedding_residual=0, value_embeddings=0, window=0, mixer_scale=None, curriculum=None, batch_schedule=None,
+    cooldown="linear", final_lr_fraction=0.0, embedding_lr=None, head_lr=None, rest_lr=None, row_order="stream",
+    residual_bf16=0,
 )
 DEFAULTS = dict(
     input_bin=None, input_val_bin=None, output_dir=None, model=None, n_head=None, mixer="afno", attn_layers=(),
@@ -1518,6 +1520,7 @@ def parse_flags(argv: list[str]) -> dict:
     add("--afno_gate", type=int, choices=(0, 1), help="whether the token gates the mixed signal (0)")
     add("--afno_silu", type=int, choices=(0, 1), help="SiLU after the short convolution, but in the form state (0)")
     add("--position", choices=POSITIONS, help="what is added to embeddings; attention has rotary anyway (none)")
+    add("--mlp_ratio", type=number(int, 1), metavar="N", help="hidden channels of the MLPs, in n_embd (4)")
     add("--activation", choices=ACTIVATIONS, help="the MLP's; relu2: squared ReLU (gelu)")
     for name, text in (
             ("qk_norm", "attention: rmsnorm of each head's query and key (0)"),

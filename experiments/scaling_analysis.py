@@ -433,7 +433,8 @@ def plot(rows: list[dict], folder: Path):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}, or none: tables and plots alone")
-    parser.add_argument("--lengths", default="256,512,1024,2048,4096,8192,16384,32768,65536", help="of operator and step")
+    parser.add_argument("--lengths", default="256,512,1024,2048,4096,8192,16384,32768,65536",
+                        help="of operator and step; batch is measured at those of 1024 and 8192 that are among them")
     parser.add_argument("--tokens", type=int, default=65536, help="at every length")
     parser.add_argument("--model", choices=("d4", "d12"), default="d12", help="of step and profile")
     parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="PATTERN",
@@ -481,7 +482,7 @@ def main() -> int:
         if "step" in parts:
             measure_steps(lengths, args.tokens, args.model, args.residual_bf16, args.only, device, runtime, matmul_rate, emit)
         if "batch" in parts:
-            for T in (1024, 8192):
+            for T in sorted({1024, 8192} & {*lengths}):
                 for B in (1, 4, 16):
                     if B * T <= args.tokens:
                         measure_operators(B, T, args.only, device, runtime.dtype, runtime, "batch", emit)

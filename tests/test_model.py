@@ -11,7 +11,7 @@ from train_gpt2_afno import (GPT, MODELS, POSITIONS, FallbackMuon, GPTConfig, Li
                              causal_attention, cross_entropy_chunk, flops_per_token, learning_rate_factor,
                              loss_by_position, make_optimizers, phase_at, random_tokens, rotary_tables, without_zeros)
 
-RECIPE = dict(activation="relu2", qk_norm=1, zero_init=1, embedding_norm=1, tied_head=0, logit_softcap=2.0,
+RECIPE = dict(mlp_ratio=3, activation="relu2", qk_norm=1, zero_init=1, embedding_norm=1, tied_head=0, logit_softcap=2.0,
               embedding_residual=1, value_embeddings=1, window=7, mixer_scale=0.8)
 TINY = dict(vocab_size=97, n_layer=3, n_head=2, n_embd=16, sequence_length=24, afno_num_blocks=4)
 
@@ -218,6 +218,8 @@ def test_parameter_counts():
             counts[name] = sum(p.numel() for p in model.parameters())
             assert counts[name] == 50257 * n_embd + n_layer * 12 * n_embd**2
             assert n_embd // n_head == 64
+        wider = GPT(GPTConfig(mixer="attn", mlp_ratio=5))  # two matrices of d12's n_embd squared more a layer
+        assert sum(p.numel() for p in wider.parameters()) == counts["d12"] + 12 * 2 * 768**2
     assert counts["d12"] == 123_532_032
 
 
@@ -300,6 +302,7 @@ def test_learned_positions_end_with_their_table():
     (dict(afno_routing="data"), "--afno_routing must be one of frequency, position, got data"),
     (dict(afno_sparsity_threshold=-1.0), r"--afno_sparsity_threshold must be in \[0, 1e6\]"),
     (dict(afno_hard_thresholding_fraction=2.0), r"--afno_hard_thresholding_fraction must be in \(0, 1\]"),
+    (dict(mlp_ratio=0), "--mlp_ratio must be >= 1, got 0"),
     (dict(activation="swish"), "--activation must be one of gelu, relu2, got swish"),
     (dict(qk_norm=2), "--qk_norm must be one of 0, 1, got 2"), (dict(tied_head=-1), "--tied_head must be one of 0, 1"),
     (dict(logit_softcap=-1.0), "--logit_softcap must be finite and >= 0, got -1"),

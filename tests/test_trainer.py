@@ -234,7 +234,7 @@ def test_every_field_of_the_recipe_is_off_by_default():
 # -----------------------------------------------------------------------------
 # the recipe's schedules
 
-RECIPE = "--activation relu2 --qk_norm 1 --zero_init 1 --embedding_norm 1 --tied_head 0 --logit_softcap 15 " \
+RECIPE = "--mlp_ratio 3 --activation relu2 --qk_norm 1 --zero_init 1 --embedding_norm 1 --tied_head 0 --logit_softcap 15 " \
          "--embedding_residual 1 --value_embeddings 1 --window 5 --mixer_scale 1 --cooldown sqrt " \
          "--final_lr_fraction 0.1 --embedding_lr 0.01 --head_lr 0.002 --rest_lr 0.003 --row_order spread --residual_bf16 1"
 PHASES = "--num_iterations 10 --grad_accumulation_steps 2 --curriculum 4:0.3,8:0.3,16:0.4 " \
