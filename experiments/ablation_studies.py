@@ -69,6 +69,7 @@ STUDIES = {
         "attention-0-1": f"{AFNO} --attn_layers 0,1",
         "attention-10-11": f"{AFNO} --attn_layers 10,11",
         "attention-4-8": f"{AFNO} --attn_layers 4,8",
+        "attention-5-10": f"{AFNO} --attn_layers 5,10",
         "taps-128": f"{HYBRID} --afno_filter_length 128",
         "taps-256": f"{HYBRID} --afno_filter_length 256",
         "states-3-9": f"{AFNO} --afno_state_layers 3,9",
@@ -77,20 +78,19 @@ STUDIES = {
         "attention-all": f"{ATTENTION} --mixer_scale 1",
     }, f"{GPU} {RECIPE}"),
     "mixers": Study(
-        "Attention in every layer, in two, in none. AFNO layers have fewer parameters than attention, and no flag "
-        "widens a model: arms called wide have 256 blocks instead of 4, so 256 filters of 3 channels instead of 12 of "
-        "64, which brings them to within 0.3% of attention's parameters; the others are as narrow as they are.", {
+        "Attention in every layer, in two, in none. AFNO layers have fewer parameters than attention: arms called wide "
+        "have MLPs of 5 C hidden channels instead of 4 C, which brings them to within 3% of attention's parameters.", {
             "hybrid": HYBRID,
-            "attention": ATTENTION,
+            "attention": f"{ATTENTION} --mixer_scale 1",
             "filter": AFNO,
             "analytic": f"{AFNO} --afno_form analytic",
             "hilbert": f"{AFNO} --afno_form hilbert",
             "state": f"{AFNO} {STATE}",
-            "hybrid-wide": f"{HYBRID} --afno_num_blocks 256",
-            "filter-wide": f"{AFNO} --afno_num_blocks 256",
-            "analytic-wide": f"{AFNO} --afno_form analytic --afno_num_blocks 256",
-            "hilbert-wide": f"{AFNO} --afno_form hilbert --afno_num_blocks 256",
-        }),
+            "hybrid-wide": f"{HYBRID} --mlp_ratio 5",
+            "filter-wide": f"{AFNO} --mlp_ratio 5",
+            "analytic-wide": f"{AFNO} --afno_form analytic --mlp_ratio 5",
+            "hilbert-wide": f"{AFNO} --afno_form hilbert --mlp_ratio 5",
+        }, f"{GPU} {RECIPE}"),
     "context": Study(
         "Longer rows, with as many tokens a step. Every loss is at the arm's own length: compare hybrid with attention "
         "at one length.", {
@@ -130,6 +130,7 @@ STUDIES = {
         "with-lr-0.0025": f"{HYBRID} {RECIPE} --learning_rate 0.0025",
         "with-lr-0.005": f"{HYBRID} {RECIPE} --learning_rate 0.005",
         "with-silu": f"{HYBRID} {RECIPE} --afno_silu 1",
+        "with-rest-lr-0.01": f"{HYBRID} {RECIPE} --rest_lr 0.01",
         "with-gate": f"{HYBRID} {RECIPE} --afno_gate 1",
         "with-silu-and-gate": f"{HYBRID} {RECIPE} --afno_silu 1 --afno_gate 1",
         "with-state": f"{HYBRID} {RECIPE} {STATE}",
@@ -141,6 +142,12 @@ STUDIES = {
         **{arm: f"{flags} --num_iterations 610" for arm, flags in SAME_RECIPE.items()},
     }, tokens=100e6),
     "goals-mixer": Study("The mixer's own share: one recipe, with attention in every layer, in two, in none.", SAME_RECIPE),
+    "goals-mixer-80M": Study("The same to twice the tokens: what leads at the beginning need not lead then.", {
+        **SAME_RECIPE,
+        "hybrid-4-silu": f"{AFNO} --attn_layers 2,5,8,11 {RECIPE} --afno_silu 1",
+        "hybrid-wide-silu": f"{HYBRID} {RECIPE} --afno_silu 1 --mlp_ratio 5",
+        "attention-narrow": f"{ATTENTION} --mixer_scale 1 {RECIPE} --mlp_ratio 3",
+    }, tokens=80e6),
     "goals-mixer-4096": Study("The same with rows of 4096 tokens, and AFNO with as many taps.", {
         **SAME_RECIPE,
         "hybrid-4096-taps": f"{HYBRID} {RECIPE} --afno_filter_length 4096",
