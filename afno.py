@@ -463,8 +463,8 @@ def response_at(turn: Tensor, mlp: SpectralMLP, router: Router) -> Complex:
 # (B, C) to the same, from the state that the step before returned; the first one gets None.
 
 
-class FilterOperator(nn.Module):
-    """Forms `filter` and `hilbert`: u convolved with taps whose frequency response AFNO's MLP generates.
+class FilterTaps(nn.Module):
+    """The taps of the forms `filter` and `hilbert`, whose frequency response AFNO's MLP generates.
 
     On a fixed grid of 2 x filter_length points: frequency features (the responses exp(-i w d) of the delays
     d = 0 ... 32) -> in each block a two-layer complex MLP with ComplexReLU -> complex soft-shrink -> inverse
@@ -481,7 +481,7 @@ class FilterOperator(nn.Module):
         self.num_filters, self.filter_length, self.hilbert = num_filters, filter_length, hilbert
         self.num_modes = math.ceil(fraction * (filter_length + 1))  # of filter_length + 1 bins, lowest first
 
-    def taps(self) -> Tensor:
+    def forward(self) -> Tensor:
         """The filters, (num_filters, filter_length), in the parameters' dtype whatever autocast says."""
         like, K = self.mlp.w1, self.filter_length
         with torch.autocast(like.device.type, enabled=False):
@@ -496,13 +496,32 @@ class FilterOperator(nn.Module):
             kernel = self.router.by_lag(inverse_rdft(re, im), time.to(like.dtype))[0]
             return kernel * torch.exp(-time / time_constants(self.num_filters, K, like)[:, None])
 
-    def forward(self, u: Tensor) -> Tensor:
-        return causal_conv(u, self.taps())
+
+def taps_at_once(makers: list[FilterTaps]) -> Tensor:
+    """What L makers, alike but for the values of their parameters, make: (L, num_filters, filter_length), in as many
+    kernels as one maker takes. To be called outside of autocast where it is compiled: in a compiled function
+    autocast(enabled=False) holds for the forward pass alone.
+    """
+    own = [dict(maker.named_parameters()) for maker in makers]
+    stacked = {name: torch.stack([parameters[name] for parameters in own]) for name in own[0]}
+    return torch.vmap(lambda parameters: torch.func.functional_call(makers[0], parameters, ()))(stacked)
+
+
+class FilterOperator(nn.Module):
+    """Forms `filter` and `hilbert`: u convolved with taps that are made from parameters alone (FilterTaps)."""
+
+    def __init__(self, taps: FilterTaps):
+        super().__init__()
+        self.taps = taps
+
+    def forward(self, u: Tensor, taps: Tensor | None = None) -> Tensor:
+        """taps: what self.taps() makes, (num_filters, filter_length), where that has been done already."""
+        return causal_conv(u, self.taps() if taps is None else taps)
 
     def step(self, u_t: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
         """O(filter_length C); the state is the window of inputs and the taps, made once."""
         window, taps = state or (None, self.taps())
-        window = extend(window, u_t, self.filter_length)
+        window = extend(window, u_t, self.taps.filter_length)
         return newest_output(window, taps), (window, taps)
 
 
@@ -790,8 +809,8 @@ class AFNO1D(nn.Module):
         lags = (DyadicOperator.near_length, filter_length / 2) if form == "dyadic" else (0, filter_length)
         shared = mlp, Router(num_experts, routing, lags)
         if form in ("filter", "hilbert"):
-            self.operator = FilterOperator(*shared, num_filters, hard_thresholding_fraction, filter_length,
-                                           hilbert=form == "hilbert")
+            self.operator = FilterOperator(FilterTaps(*shared, num_filters, hard_thresholding_fraction, filter_length,
+                                                      hilbert=form == "hilbert"))
         elif form == "analytic":
             self.operator = AnalyticOperator(*shared, num_filters, hard_thresholding_fraction, filter_length)
         elif form == "state":
@@ -828,9 +847,10 @@ class AFNO1D(nn.Module):
         if form == "reference" and num_experts > 1:
             raise ValueError(f"num_experts must be 1 where form is reference, the paper's layer, got {num_experts}")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, taps: Tensor | None = None) -> Tensor:
+        """taps: see FilterOperator; the other forms have none to be given."""
         operand, gate = self.operand_and_gate(self.short_conv(self.c_in(x)))
-        return self.output(operand, gate, self.operator(operand))
+        return self.output(operand, gate, self.operator(operand) if taps is None else self.operator(operand, taps))
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from afno import AFNO1D, DyadicOperator, FORMS, RELUS, ROUTINGS, afno_triton, kernel_path, rmsnorm
+from afno import (AFNO1D, DyadicOperator, FilterOperator, FORMS, RELUS, ROUTINGS, afno_triton, kernel_path, rmsnorm,
+                  taps_at_once)
 from data.text_to_bin import InputError, gpt2_encoding, read_bin
 
 START = time.perf_counter()
@@ -237,7 +238,8 @@ def keep_products():
 class Block(nn.Module):
     """Mixer, then MLP, each on the normed residual stream. The mixer is the config's for this layer.
 
-    With embedding_residual the stream comes in as a x + b x0, where x0 is the embedding; v0 is CausalSelfAttention's.
+    With embedding_residual the stream comes in as a x + b x0, where x0 is the embedding; v0 is CausalSelfAttention's,
+    taps are AFNO1D's.
     """
 
     recompute = False  # what is cheap to compute, in backward again instead of keeping it
@@ -252,17 +254,19 @@ class Block(nn.Module):
             self.mixer = AFNO1D(**config.afno_arguments(layer))
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None = None, v0: Tensor | None = None):
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None = None, v0: Tensor | None = None,
+                taps: Tensor | None = None):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.residual, x, rotary, x0, v0, use_reentrant=False, preserve_rng_state=False,
+            return checkpoint(self.residual, x, rotary, x0, v0, taps, use_reentrant=False, preserve_rng_state=False,
                               context_fn=keep_products)
-        return self.residual(x, rotary, x0, v0)
+        return self.residual(x, rotary, x0, v0, taps)
 
-    def residual(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None, v0: Tensor | None) -> Tensor:
+    def residual(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None, v0: Tensor | None,
+                 taps: Tensor | None) -> Tensor:
         x = self.input(x, x0)
         h = rmsnorm(x)
         attention = isinstance(self.mixer, CausalSelfAttention)
-        return self.output(x, self.mixer(h, *rotary, v0) if attention else self.mixer(h))
+        return self.output(x, self.mixer(h, *rotary, v0) if attention else self.mixer(h, taps))
 
     def step(self, x_t: Tensor, rotary: tuple[Tensor, Tensor], state: tuple | None, window: int,
              x0_t: Tensor | None = None, v0: Tensor | None = None):
@@ -417,16 +421,17 @@ class GPT(nn.Module):
             for name, p in self.named_parameters():
                 if name.endswith(("c_proj.weight", "lm_head.weight")):
                     nn.init.zeros_(p)
-        self.cross_entropy_chunk = cross_entropy_chunk
+        self.cross_entropy_chunk, self.taps_at_once = cross_entropy_chunk, taps_at_once
 
     def compile(self):
-        """Compile block by block (alike layers share one compilation, so it takes seconds) and the loss."""
+        """Compile block by block (alike layers share one compilation, so it takes seconds), the filters and the loss."""
         # The complex numbers of the forms hilbert and dyadic run as they would without compilation.
         warnings.filterwarnings("ignore", message=".*does not support code generation for complex operators")
         warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores")  # fp32 is to mean fp32
         torch._dynamo.config.recompile_limit = 64  # attention and AFNO, training and evaluation, full and short batch
         for block in self.transformer.h:
             block.compile(dynamic=False)
+        self.taps_at_once = torch.compile(taps_at_once, dynamic=False)
         self.cross_entropy_chunk = torch.compile(cross_entropy_chunk, dynamic=False)
 
     def check_length(self, T: int):
@@ -461,12 +466,22 @@ class GPT(nn.Module):
         has_table = self.config.value_embeddings and self.config.mixer_of(layer) == "attn"
         return x0, self.transformer.vte[str(layer)](idx) if has_table else None
 
+    def taps(self) -> dict[int, Tensor]:
+        """The filters of every layer that has some, (num_filters, filter_length) by layer, made at once, and outside of
+        autocast and of the blocks' graphs: a compiled block would make their gradients with bf16 products."""
+        makers = {layer: block.mixer.operator.taps for layer, block in enumerate(self.transformer.h)
+                  if isinstance(block.mixer, AFNO1D) and isinstance(block.mixer.operator, FilterOperator)}
+        if not makers:
+            return {}
+        with torch.autocast(self.lm_head.weight.device.type, enabled=False):
+            return dict(zip(makers, self.taps_at_once(list(makers.values()))))
+
     def hidden(self, idx: Tensor) -> Tensor:
         """Normed hidden states before the head: idx (B, T) of tokens to (B, T, C)."""
         embedding, rotary = self.embed(idx, 0)
-        x = embedding
+        x, taps = embedding, self.taps()
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, rotary, *self.for_layer(layer, idx, embedding))
+            x = block(x, rotary, *self.for_layer(layer, idx, embedding), taps.get(layer))
         return rmsnorm(x)
 
     @torch.no_grad()

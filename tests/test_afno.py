@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afno import (AFNO1D, FORMS, RELUS, ROUTINGS, AnalyticOperator, ShortConv, apply_causal_mask_freq, causal_conv,
-                  complex_relu, complex_soft_shrink, inverse_rdft, rmsnorm, toeplitz)
+                  complex_relu, complex_soft_shrink, inverse_rdft, rmsnorm, taps_at_once, toeplitz)
 
 LENGTHS = (1, 2, 3, 7, 31, 63, 64, 65, 127, 128, 129, 257)  # primes, powers of two, one more and one less
 seeded = settings(derandomize=True, deadline=None, max_examples=40)
@@ -174,7 +174,6 @@ def naive_response(operator, angle) -> np.ndarray:
 
 def naive_taps(operator, T: int) -> np.ndarray:
     """Taps 0 ... T - 1 of the filter, hilbert and analytic forms: complex numbers, DFT by definition."""
-    blocks = operator.mlp.w1.shape[1]
     if isinstance(operator, AnalyticOperator):
         decay, angle = (p.detach().numpy() for p in (operator.log_decay.exp(), operator.angle))
         c = naive_response(operator, angle)
@@ -183,16 +182,17 @@ def naive_taps(operator, T: int) -> np.ndarray:
         c = c * np.sqrt((1 - np.exp(-2 * decay)) / (4 * len(decay)))
         return np.array([[sum(c_m * np.exp(-d_m + 1j * a_m) ** t for c_m, d_m, a_m in zip(row, decay, angle)).real
                           for t in range(T)] for row in c])
-    K, N = operator.filter_length, 2 * operator.filter_length
-    modes = np.arange(operator.num_modes)
+    maker = operator.taps
+    blocks, K, N = maker.mlp.w1.shape[1], maker.filter_length, 2 * maker.filter_length
+    modes = np.arange(maker.num_modes)
     features = np.exp(-2j * np.pi * np.outer(modes, np.arange(33)) / N)
-    by_frequency = shares(operator.router, "frequency", modes / K)
-    taps, by_lag = 0, shares(operator.router, "position", np.arange(K))
-    for expert, kept in enumerate(naive_mlp(operator.mlp, np.broadcast_to(features, (blocks, *features.shape)))):
+    by_frequency = shares(maker.router, "frequency", modes / K)
+    taps, by_lag = 0, shares(maker.router, "position", np.arange(K))
+    for expert, kept in enumerate(naive_mlp(maker.mlp, np.broadcast_to(features, (blocks, *features.shape)))):
         kept = np.concatenate([block.T for block in kept]) * by_frequency[expert % len(by_frequency)]
         response = np.zeros((len(kept), N), complex)  # at all N frequencies; a real kernel's, so symmetric
         for mode in modes:
-            out = kept[:, mode].real + 0j if operator.hilbert or mode in (0, K) else kept[:, mode]
+            out = kept[:, mode].real + 0j if maker.hilbert or mode in (0, K) else kept[:, mode]
             response[:, mode], response[:, -mode % N] = out, out.conj()
         inverse = np.exp(2j * np.pi * np.outer(np.arange(N), np.arange(K)) / N) / N
         taps = taps + (response @ inverse).real * by_lag[expert % len(by_lag)]
@@ -220,9 +220,27 @@ def assert_naive_taps(form, K, **options):
     operator = AFNO1D(12, 3, sparsity_threshold=0.3, filter_length=K, form=form, **options).double().operator
     randomize(operator)
     expected = naive_taps(operator, K)
-    assert expected.shape == (operator.num_filters, K) and np.abs(expected).max() > 1e-3
+    assert expected.shape == (3, K) and np.abs(expected).max() > 1e-3
     taps = operator.taps(K) if form == "analytic" else operator.taps()
     assert np.abs(taps.detach().numpy() - expected).max() < 1e-10
+
+
+OPTIONS = ({}, dict(hard_thresholding_fraction=0.4), dict(relu="modulus"), dict(num_experts=2),
+           dict(num_experts=3, routing="position"))
+
+
+@pytest.mark.parametrize("form", ("filter", "hilbert"))
+@pytest.mark.parametrize("options", OPTIONS)
+def test_taps_at_once_are_each_makers_own(form, options):
+    torch.manual_seed(0)
+    makers = [AFNO1D(12, 3, filter_length=40, form=form, **options).double().operator.taps for _ in range(4)]
+    for maker in makers:
+        randomize(maker)
+    own, at_once = torch.stack([maker() for maker in makers]), taps_at_once(makers)
+    assert at_once.shape == (4, 3, 40) and relative(at_once, own) < 1e-14
+    parameters, upstream = [p for maker in makers for p in maker.parameters()], torch.randn_like(own)
+    for ours, theirs in zip(*(torch.autograd.grad(taps, parameters, upstream) for taps in (at_once, own))):
+        assert theirs.any() and relative(ours, theirs) < 1e-13
 
 
 @torch.no_grad()
@@ -233,7 +251,7 @@ def randomize(module):
 
 
 def test_experts_are_mixed_in_bands():
-    router = AFNO1D(12, 3, num_experts=4).operator.router
+    router = AFNO1D(12, 3, num_experts=4).operator.taps.router
     share = router.by_frequency(torch.eye(4)[:, :, None].expand(4, 4, 33), torch.linspace(0, math.pi, 33))[0]
     assert torch.allclose(share.sum(0), torch.ones(33))
     assert share.argmax(0).unique_consecutive().tolist() == [0, 1, 2, 3]  # one after the other
@@ -314,10 +332,6 @@ def test_reference_is_the_papers_formula(T, fraction):
     x = torch.randn(2, T, 12, dtype=torch.float64)
     for got, row in zip(operator(x), x):
         assert np.abs(got.detach().numpy() - naive_layer(row.numpy(), operator, T)).max() < 1e-10
-
-
-OPTIONS = ({}, dict(hard_thresholding_fraction=0.4), dict(relu="modulus"), dict(num_experts=2),
-           dict(num_experts=3, routing="position"))
 
 
 @pytest.mark.parametrize("T", (1, 63, 64, 65, 300))
@@ -509,7 +523,8 @@ def test_after_one_optimizer_step_every_parameter_has_a_gradient(form, variant):
         (mixer(x) - wanted).square().mean().backward()
         optimizer.step()
     assert [name for name, p in mixer.named_parameters() if p.grad is None or not p.grad.any()] == []
-    for gradient in (mixer.operator.mlp.w1.grad, mixer.operator.mlp.w2.grad):  # every expert's, not one's alone
+    mlp = (mixer.operator.taps if form in ("filter", "hilbert") else mixer.operator).mlp
+    for gradient in (mlp.w1.grad, mlp.w2.grad):  # every expert's, not one's alone
         sizes = gradient.flatten(1).norm(dim=1)
         assert sizes.min() > 0.01 * sizes.max()
 

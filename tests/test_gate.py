@@ -12,10 +12,10 @@ CONFIG = GPTConfig(**test_causality.SMALL, sequence_length=96)
 CPU = torch.device("cpu")
 
 
-def padded_afno(mixer, x):
+def padded_afno(mixer, x, taps):
     """The original AFNO (Guibas et al., 2022) on a sequence padded to 2T and cut back to T: MLP and shrink on data."""
     B, T, C = x.shape
-    blocks, size = mixer.operator.mlp.w1.size(1), C // mixer.operator.mlp.w1.size(1)
+    blocks, size = mixer.operator.taps.mlp.w1.size(1), C // mixer.operator.taps.mlp.w1.size(1)
     weight = lambda seed: torch.randn(blocks, size, 2 * size, generator=torch.Generator().manual_seed(seed)).to(x)
     X = torch.fft.rfft(x, n=2 * T, dim=1, norm="ortho").view(B, T + 1, blocks, size).permute(2, 0, 1, 3).flatten(1, 2)
     z = complex_linear((X.real, X.imag), weight(1) * size**-0.5, torch.zeros(blocks, 2 * size).to(x))
@@ -24,39 +24,39 @@ def padded_afno(mixer, x):
     return torch.fft.irfft(X, n=2 * T, dim=1, norm="ortho")[:, :T] + x
 
 
-def learned_response(mixer, x):
+def learned_response(mixer, x, taps):
     """A learned response at all 2T frequencies with padding: a kernel of both signs of lag."""
     T = x.size(1)
     response = torch.view_as_complex(torch.randn(T + 1, x.size(2), 2, generator=torch.Generator().manual_seed(1)).to(x))
     return torch.fft.irfft(torch.fft.rfft(x, n=2 * T, dim=1) * response, n=2 * T, dim=1)[:, :T]
 
 
-def low_frequencies_only(mixer, x):
+def low_frequencies_only(mixer, x, taps):
     """A causal kernel whose high frequencies are cut."""
     T = x.size(1)
-    response = torch.fft.rfft(F.pad(mixer.operator.taps()[:, :T], (0, 2 * T - min(T, mixer.operator.filter_length))), dim=1)
+    response = torch.fft.rfft(F.pad(taps[:, :T], (0, 2 * T - min(T, taps.size(1)))), dim=1)
     response = response.repeat_interleave(x.size(2) // len(response), 0).T.clone()
     response[T // 2 :] = 0
     return torch.fft.irfft(torch.fft.rfft(x, n=2 * T, dim=1) * response, n=2 * T, dim=1)[:, :T]
 
 
-def block_summary(mixer, x):
+def block_summary(mixer, x, taps):
     """The mean of 8 tokens, told to all of them."""
     B, T, C = x.shape
     padded = F.pad(x, (0, 0, 0, -T % 8)).view(B, -1, 8, C)
     return x + padded.mean(2, keepdim=True).expand_as(padded).reshape(B, -1, C)[:, :T]
 
 
-def off_by_one(mixer, x):
-    return F.pad(causal_conv(x, mixer.operator.taps()), (0, 0, 0, 1))[:, 1:]
+def off_by_one(mixer, x, taps):
+    return F.pad(causal_conv(x, taps), (0, 0, 0, 1))[:, 1:]
 
 
-def rolled(mixer, x):
+def rolled(mixer, x, taps):
     """Rolling the sequence: the last token comes first."""
     return x + x.roll(1, 1)
 
 
-def norm_over_time(mixer, x):
+def norm_over_time(mixer, x, taps):
     return x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
 
 
@@ -82,9 +82,9 @@ def test_gate_reports_every_known_leak(monkeypatch, leak):
 def test_a_whole_sequence_fft_is_causal_but_not_bitwise(monkeypatch):
     """Rounding is a leak, too: float64 passes its bound, the training dtype is refused (design: blocks, not one FFT)."""
 
-    def whole_sequence_fft(mixer, x):
+    def whole_sequence_fft(mixer, x, taps):
         T = x.size(1)
-        response = torch.fft.rfft(mixer.operator.taps()[:, :T], n=2 * T, dim=1).repeat_interleave(2, 0).T
+        response = torch.fft.rfft(taps[:, :T], n=2 * T, dim=1).repeat_interleave(2, 0).T
         return torch.fft.irfft(torch.fft.rfft(x, n=2 * T, dim=1) * response, n=2 * T, dim=1)[:, :T]
 
     monkeypatch.setattr(AFNO1D, "channels_per_filter", 2)
@@ -102,7 +102,7 @@ def test_a_mixer_that_ignores_its_input_tests_nothing(monkeypatch):
 
 
 def test_nan_is_a_leak(monkeypatch):
-    assert failures(monkeypatch, lambda mixer, x: x * torch.nan)
+    assert failures(monkeypatch, lambda mixer, x, taps: x * torch.nan)
 
 
 @pytest.mark.parametrize("mixer, form, status", ((AFNO1D.forward, "filter", 0), (AFNO1D.forward, "dyadic", 0),

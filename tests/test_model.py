@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import test_causality
+from afno import rmsnorm
 from data.text_to_bin import InputError
 from train_gpt2_afno import (GPT, MODELS, POSITIONS, FallbackMuon, GPTConfig, LinearCrossEntropy, MatrixMuon, Runtime,
                              causal_attention, cross_entropy_chunk, flops_per_token, learning_rate_factor,
@@ -27,7 +28,7 @@ def relative(a, b) -> float:
 
 @pytest.mark.parametrize("compile", (False, True))
 def test_recomputing_changes_memory_and_no_gradient(compile):
-    model, idx = tiny(attn_layers=(1,), n_embd=32), random_tokens((2, 24), 97)
+    model, idx = tiny(attn_layers=(1,), n_embd=32), random_tokens((3, 24), 97)
     if compile:
         for block in model.transformer.h:
             block.compile(dynamic=False, backend="aot_eager_decomp_partition")
@@ -38,7 +39,7 @@ def test_recomputing_changes_memory_and_no_gradient(compile):
             block.recompute = recompute
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
             hidden = model.hidden(idx)
-        inner = {x.data_ptr(): x.nbytes for x in kept if isinstance(x, torch.Tensor) and x.shape[0] in (2, 48)}
+        inner = {x.data_ptr(): x.nbytes for x in kept if isinstance(x, torch.Tensor) and x.shape[0] in (3, 72)}
         return torch.autograd.grad(hidden.square().sum(), list(model.parameters())), sum(inner.values())
 
     (plain, much), (again, little) = step(False), step(True)
@@ -238,6 +239,42 @@ def test_blocks_take_their_mixer_from_the_config():
     blocks = tiny(attn_layers=(0,), afno_state_layers=(2,), afno_silu=1).transformer.h
     assert [type(block.mixer.operator).__name__ for block in blocks[1:]] == ["FilterOperator", "StateOperator"]
     assert [block.mixer.short_conv.silu for block in blocks[1:]] == [True, False]
+
+
+FILTER_LAYERS = (({}, [0, 1, 2]), (dict(afno_form="hilbert", attn_layers=(1,)), [0, 2]), (dict(afno_state_layers=(0,)), [1, 2]),
+                 (dict(afno_form="analytic"), []), (dict(mixer="attn"), []))
+
+
+@pytest.mark.parametrize("options, layers", FILTER_LAYERS)
+def test_filters_of_all_layers_at_once_change_nothing(options, layers):
+    model, idx = tiny(**options).double(), random_tokens((2, 40), 97)
+    assert list(model.taps()) == layers
+    x, rotary = model.embed(idx, 0)
+    for block in model.transformer.h:
+        x = block(x, rotary)  # makes its own
+    own, at_once = rmsnorm(x), model.hidden(idx)
+    assert relative(at_once, own) < 1e-13
+    upstream, parameters = torch.randn_like(own), list(model.parameters())
+    for ours, theirs in zip(*(torch.autograd.grad(hidden, parameters, upstream) for hidden in (at_once, own))):
+        assert relative(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("options, layers", FILTER_LAYERS[:3])
+def test_gradients_of_compiled_filters_are_not_of_autocasts_dtype(options, layers):
+    model, idx = tiny(**options), random_tokens((2, 40), 97)
+    parameters = [p for layer in layers for p in model.transformer.h[layer].mixer.operator.parameters()]
+
+    def gradients():
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.hidden(idx)
+        return torch.autograd.grad(hidden, parameters, torch.linspace(-1, 1, hidden.numel()).view_as(hidden))
+
+    eager = gradients()
+    for block in model.transformer.h:
+        block.compile(dynamic=False, backend="aot_eager")
+    model.taps_at_once = torch.compile(model.taps_at_once, dynamic=False, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(gradients(), eager):
+        assert relative(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("position", ("none", "sinusoidal", "fourier"))
