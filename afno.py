@@ -498,8 +498,8 @@ class FilterTaps(nn.Module):
 
 
 def taps_at_once(makers: list[FilterTaps]) -> Tensor:
-    """What L makers, alike but for the values of their parameters, make: (L, num_filters, filter_length), in as many
-    kernels as one maker takes. To be called outside of autocast where it is compiled: in a compiled function
+    """What L makers, alike but for the values of their parameters, make: (L, num_filters, filter_length), in about as
+    many kernels as one maker takes. To be called outside of autocast where it is compiled: in a compiled function
     autocast(enabled=False) holds for the forward pass alone.
     """
     own = [dict(maker.named_parameters()) for maker in makers]

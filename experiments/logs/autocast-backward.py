@@ -9,7 +9,7 @@ from afno import AFNO1D  # noqa: E402
 
 torch.manual_seed(0)
 operator = AFNO1D(24, filter_length=30).operator
-parameters = list(operator.mlp.parameters())
+parameters = list(operator.taps.mlp.parameters())
 exact, upstream = operator.taps(), torch.randn(4, 30)
 wanted = torch.autograd.grad(exact, parameters, upstream)
 for name in ("eager", "aot_eager", "inductor"):
