@@ -11,6 +11,7 @@ rows.jsonl as they are measured; tables.md and the plots are made from that file
 """
 import argparse
 import contextlib
+import functools
 import json
 import math
 import re
@@ -85,7 +86,9 @@ def measure(run, device: torch.device, seconds: float = 0.3, graph: bool = False
 
 
 # -----------------------------------------------------------------------------
-# operators: each is (inputs that want gradients, function of them, multiply-adds a token and channel in forward)
+# operators: each is (inputs that want gradients, function of them, multiply-adds a token and channel in forward, layers)
+
+LAYERS = 12  # of AFNO's cores: a model makes the filters of all its layers at once, a core has its share of that
 
 
 def fft_conv(u, taps):
@@ -117,25 +120,33 @@ def operators(B: int, T: int, device, dtype):
                 with sdpa_kernel(backend):
                     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-            yield f"SDPA {name}, head {head}", (q, k, v), attention, T
+            yield f"SDPA {name}, head {head}", (q, k, v), attention, T, 1
     filters = C // afno.AFNO1D.channels_per_filter
     u, taps = random(B, T, C), random(filters, T, scale=0.1, dtype=torch.float32)
-    yield "FFT, unfused, fp32", (u, taps), fft_conv, math.nan
+    yield "FFT, unfused, fp32", (u, taps), fft_conv, math.nan, 1
     if T <= 16384:  # its matrices grow
-        yield "AFNO, plain path, taps given", (u, taps), afno.plain_conv, math.nan
+        yield "AFNO, plain path, taps given", (u, taps), afno.plain_conv, math.nan, 1
     kernels = afno.kernel_path(device, dtype)[0]
     if kernels:
-        yield "AFNO, kernels, taps given", (u, taps), afno.kernel_conv, conv_products(T, T)
-    cores = [(f"{'T' if K == T else K} taps", dict(filter_length=K), lambda K=K: conv_products(T, K))
-             for K in sorted({T, min(T, 128), min(T, 1024)})]
+        yield "AFNO, kernels, taps given", (u, taps), afno.kernel_conv, conv_products(T, T), 1
+    compiled = functools.partial(torch.compile, dynamic=False) if device.type == "cuda" else lambda function: function
+    for K in sorted({T, min(T, 128), min(T, 1024)}):
+        makers = [afno.AFNO1D(C, filter_length=K).to(device).operator.taps for _ in range(LAYERS)]
+        make, conv = compiled(afno.taps_at_once), compiled(afno.causal_conv)
+
+        def cores(*inputs, makers=makers, make=make, conv=conv):
+            with torch.autocast(device.type, enabled=False):
+                all_taps = make(makers)
+            return [conv(u, taps) for u, taps in zip(inputs, all_taps)]
+
+        operands = [random(B, T, C) for _ in makers]
+        yield (f"AFNO core, {'T' if K == T else K} taps", (*operands, *(p for maker in makers for p in maker.parameters())),
+               cores, conv_products(T, K) if kernels else math.nan, LAYERS)
+    mixer = afno.AFNO1D(C, form="state").to(device)
+    operand, core = random(B, T, mixer.sizes[0]), compiled(mixer.operator)
     # a chunk's scores and sum, of which a product makes half for nothing, what it sends and what it reads
-    cores.append(("form state", dict(form="state"), lambda: (afno.afno_triton.CHUNK + afno.AFNO1D.channels_per_head) * 2))
-    for name, options, products in cores:
-        mixer = afno.AFNO1D(C, **options).to(device)
-        operator, operand = mixer.operator, random(B, T, mixer.sizes[0])
-        core = torch.compile(operator, dynamic=False) if device.type == "cuda" else operator
-        yield (f"AFNO core, {name}", (operand, *operator.parameters()), lambda operand, *_, core=core: core(operand),
-               products() if kernels else math.nan)
+    products = (afno.afno_triton.CHUNK + afno.AFNO1D.channels_per_head) * 2 if kernels else math.nan
+    yield ("AFNO core, form state", (operand, *mixer.operator.parameters()), lambda operand, *_: core(operand), products, 1)
     mixer = afno.AFNO1D(C).to(device)
 
     def around(z, *_):
@@ -143,17 +154,21 @@ def operators(B: int, T: int, device, dtype):
         return afno.rmsnorm(z + mixer.direct.to(z.dtype) * z)
 
     yield ("short convolution, direct term and norm beside it", (u, *mixer.short_conv.parameters(), mixer.direct),
-           torch.compile(around, dynamic=False) if device.type == "cuda" else around, math.nan)
+           compiled(around), math.nan, 1)
+
+
+def outputs(y: torch.Tensor | list) -> list:
+    return y if isinstance(y, list) else [y]
 
 
 def measure_operators(B: int, T: int, only, device, dtype, runtime, part: str, emit):
-    for name, inputs, function, products in operators(B, T, device, dtype):
+    for name, inputs, function, products, layers in operators(B, T, device, dtype):
         if not only.search(name):
             continue
         row = dict(part=part, name=name, B=B, T=T)
         try:
             with runtime.autocast():
-                upstream = torch.randn_like(function(*inputs))
+                upstream = [torch.randn_like(y) for y in outputs(function(*inputs))]
 
             def forward():
                 with torch.no_grad(), runtime.autocast():
@@ -161,11 +176,11 @@ def measure_operators(B: int, T: int, only, device, dtype, runtime, part: str, e
 
             def both():
                 with runtime.autocast():
-                    y = function(*inputs)
+                    y = outputs(function(*inputs))
                 torch.autograd.grad(y, inputs, upstream, allow_unused=True)
 
-            row["forward_ms"], _, _ = measure(forward, device, graph=True)
-            row["ms"], row["range_ms"], row["memory_MB"] = measure(both, device, graph=True)
+            row["forward_ms"] = measure(forward, device, graph=True)[0] / layers
+            row |= {key: value / layers for key, value in zip(("ms", "range_ms", "memory_MB"), measure(both, device, graph=True))}
         except RuntimeError as error:  # a backend that does not run here, or too little memory: said, not hidden
             emit(dict(row, error=str(error).strip().splitlines()[0][:200]))
             continue
