@@ -37,26 +37,37 @@ GPU = "--model d12 --optimizer muon --learning_rate 0.0036 --batch_size 64 --gra
     "--sequence_length 1024 --row_order spread --save_every 0"
 CPU = "--device cpu --model d1 --batch_size 4 --grad_accumulation_steps 1 --sequence_length 256 --save_every 0 " \
     "--val_tokens 20480 --input_bin data/shakespeare/train_*.bin --input_val_bin data/shakespeare/val_*.bin"
-HYBRID, AFNO, ATTENTION = "--mixer afno --attn_layers 3,9", "--mixer afno", "--mixer attn"
-STATE = "--afno_form state"
-BEST = ("--embedding_norm 1", "--logit_softcap 15", "--embedding_residual 1")  # each helped alone (benchmark_results.md)
-RECIPE = f"{' '.join(BEST)} --residual_bf16 1 --warmdown_iters half"
-SAME_RECIPE = {
-    "attention": f"{ATTENTION} --mixer_scale 1 {RECIPE}",
-    "hybrid": f"{HYBRID} {RECIPE}",
-    "hybrid-silu": f"{HYBRID} {RECIPE} --afno_silu 1",
-    "afno": f"{AFNO} {RECIPE}",
-    "afno-silu-state-layers": f"{AFNO} {RECIPE} --afno_silu 1 --afno_state_layers 3,9",
-    "attention-6-heads": f"{ATTENTION} --n_head 6 --mixer_scale 1 {RECIPE}",  # of 128 channels: faster
+# what helped, one by one (benchmark_results.md): attention and AFNO have all of it in every study that does not say otherwise
+RECIPE = {
+    "embedding-norm": "--embedding_norm 1", "logit-softcap": "--logit_softcap 15", "embedding-residual": "--embedding_residual 1",
+    "qk-norm": "--qk_norm 1", "6-heads": "--n_head 6", "rest-lr": "--rest_lr 0.01", "residual-bf16": "--residual_bf16 1",
+    "long-warmdown": "--warmdown_iters half",
 }
-BASELINE = f"{ATTENTION} --optimizer adamw --learning_rate 0.0018 --grad_accumulation_steps 8"  # NoCap-Test's
+AFNO = "--mixer afno --afno_silu 1 --afno_short_conv 1"
+HYBRID, ATTENTION = f"{AFNO} --attn_layers 3,9", "--mixer attn --mixer_scale 1"
+STATE = "--afno_form state"
+MIXERS = {
+    "attention": ATTENTION,
+    "hybrid": HYBRID,
+    "hybrid-4": f"{AFNO} --attn_layers 2,5,8,11",
+    "hybrid-wide": f"{HYBRID} --mlp_ratio 5",  # with attention's parameters, but for 3%
+    "states": f"{AFNO} --afno_state_layers 3,9",
+}
+
+
+def recipe(without: str = "") -> str:
+    return " ".join(flag for name, flag in RECIPE.items() if name != without)
+
+
+BEST = f"{GPU} {recipe()}"
+BASELINE = "--mixer attn --optimizer adamw --learning_rate 0.0018 --grad_accumulation_steps 8"  # NoCap-Test's
 
 
 @dataclass
 class Study:
     about: str
     arms: dict[str, str]  # name: the trainer's flags, which win over the common ones; the first arm is the anchor
-    common: str = GPU  # flags of all arms
+    common: str = BEST  # flags of all arms
     tokens: float = 40e6  # that a run trains on
 
 
@@ -65,23 +76,23 @@ STUDIES = {
         "attention-3-9": HYBRID,
         "attention-none": AFNO,
         "attention-6": f"{AFNO} --attn_layers 6",
-        "attention-2-5-8-11": f"{AFNO} --attn_layers 2,5,8,11",
+        "attention-5-10": f"{AFNO} --attn_layers 5,10",
         "attention-0-1": f"{AFNO} --attn_layers 0,1",
         "attention-10-11": f"{AFNO} --attn_layers 10,11",
-        "attention-4-8": f"{AFNO} --attn_layers 4,8",
-        "attention-5-10": f"{AFNO} --attn_layers 5,10",
+        "attention-2-5-8-11": f"{AFNO} --attn_layers 2,5,8,11",
+        "attention-odd": f"{AFNO} --attn_layers 1,3,5,7,9,11",
+        "attention-all": ATTENTION,
+        "window-256": f"{HYBRID} --window 256",
         "taps-128": f"{HYBRID} --afno_filter_length 128",
-        "taps-256": f"{HYBRID} --afno_filter_length 256",
         "states-3-9": f"{AFNO} --afno_state_layers 3,9",
         "states-2-5-8-11": f"{AFNO} --afno_state_layers 2,5,8,11",
         "states-all": f"{AFNO} {STATE}",
-        "attention-all": f"{ATTENTION} --mixer_scale 1",
-    }, f"{GPU} {RECIPE}"),
+    }),
     "mixers": Study(
         "Attention in every layer, in two, in none. AFNO layers have fewer parameters than attention: arms called wide "
         "have MLPs of 5 C hidden channels instead of 4 C, which brings them to within 3% of attention's parameters.", {
             "hybrid": HYBRID,
-            "attention": f"{ATTENTION} --mixer_scale 1",
+            "attention": ATTENTION,
             "filter": AFNO,
             "analytic": f"{AFNO} --afno_form analytic",
             "hilbert": f"{AFNO} --afno_form hilbert",
@@ -90,68 +101,32 @@ STUDIES = {
             "filter-wide": f"{AFNO} --mlp_ratio 5",
             "analytic-wide": f"{AFNO} --afno_form analytic --mlp_ratio 5",
             "hilbert-wide": f"{AFNO} --afno_form hilbert --mlp_ratio 5",
-        }, f"{GPU} {RECIPE}"),
+        }),
     "context": Study(
         "Longer rows, with as many tokens a step. Every loss is at the arm's own length: compare hybrid with attention "
         "at one length.", {
-            "hybrid-1024": HYBRID,
-            "attention-1024": ATTENTION,
-            "hybrid-2048": f"{HYBRID} --sequence_length 2048 --batch_size 32",
-            "attention-2048": f"{ATTENTION} --sequence_length 2048 --batch_size 32",
-            "hybrid-4096": f"{HYBRID} --sequence_length 4096 --batch_size 16",
-            "attention-4096": f"{ATTENTION} --sequence_length 4096 --batch_size 16",
-        }),
-    "recipe": Study("One change of the model, its learning rates or its data order at a time; attention is the control.", {
-        "anchor": HYBRID,
-        "relu2": f"{HYBRID} --activation relu2",
-        "qk-norm": f"{HYBRID} --qk_norm 1",
-        "zero-init": f"{HYBRID} --zero_init 1",
-        "embedding-norm": f"{HYBRID} --embedding_norm 1",
-        "untied-head": f"{HYBRID} --tied_head 0",
-        "logit-softcap": f"{HYBRID} --logit_softcap 15",
-        "embedding-residual": f"{HYBRID} --embedding_residual 1",
-        "value-embeddings": f"{HYBRID} --value_embeddings 1",
-        "window-256": f"{HYBRID} --window 256",
-        "residual-bf16": f"{HYBRID} --residual_bf16 1",
-        "row-order-stream": f"{HYBRID} --row_order stream",
-        "mixer-scale-0.2": f"{HYBRID} --mixer_scale 0.204",  # the baseline's, 24^-0.5
-        "embedding-lr-3x": f"{HYBRID} --embedding_lr 0.0108",
-        "head-lr-third": f"{HYBRID} --tied_head 0 --head_lr 0.0012",  # a tied head has the embedding's
-        "rest-lr-half": f"{HYBRID} --rest_lr 0.0018",
-        "gate": f"{HYBRID} --afno_gate 1",
-        "attention": ATTENTION,
-        "attention-mixer-scale-1": f"{ATTENTION} --mixer_scale 1",
-        "attention-qk-norm": f"{ATTENTION} --qk_norm 1",
-    }),
-    "recipe-together": Study("The changes that helped alone, together; all but one of them; and one of the others beside them.", {
-        "all": f"{HYBRID} {RECIPE}",
-        **{f"without-{flag.split()[0].lstrip('-').replace('_', '-')}": f"{HYBRID} {RECIPE.replace(flag, '')}" for flag in BEST},
-        "warmdown-default": f"{HYBRID} {RECIPE.replace('--warmdown_iters half', '')}",
-        "with-lr-0.0025": f"{HYBRID} {RECIPE} --learning_rate 0.0025",
-        "with-lr-0.005": f"{HYBRID} {RECIPE} --learning_rate 0.005",
-        "with-silu": f"{HYBRID} {RECIPE} --afno_silu 1",
-        "with-rest-lr-0.01": f"{HYBRID} {RECIPE} --rest_lr 0.01",
-        "with-gate": f"{HYBRID} {RECIPE} --afno_gate 1",
-        "with-silu-and-gate": f"{HYBRID} {RECIPE} --afno_silu 1 --afno_gate 1",
-        "with-state": f"{HYBRID} {RECIPE} {STATE}",
-        "with-relu2": f"{HYBRID} {RECIPE} --activation relu2",
-        "with-qk-norm": f"{HYBRID} {RECIPE} --qk_norm 1",
-    }),
+            f"{name}-{T}": f"{flags} --sequence_length {T} --batch_size {65_536 // T}"
+            for T in (1024, 2048, 4096) for name, flags in (("hybrid", HYBRID), ("attention", ATTENTION))}),
+    "recipe": Study("The recipe of the hybrid less one thing, or with one more; the same for attention, the control.", {
+        "anchor": f"{HYBRID} {recipe()}",
+        **{f"without-{name}": f"{HYBRID} {recipe(without=name)}" for name in RECIPE},
+        **{f"with-{name}": f"{HYBRID} {recipe()} {flags}" for name, flags in {
+            "relu2": "--activation relu2", "zero-init": "--zero_init 1", "untied-head": "--tied_head 0 --zero_init 1",
+            "value-embeddings": "--value_embeddings 1", "gate": "--afno_gate 1", "short-conv": "--afno_short_conv 4"}.items()},
+        "without-silu": f"{HYBRID} {recipe()} --afno_silu 0",
+        "attention": f"{ATTENTION} {recipe()}",
+        **{f"attention-without-{name}": f"{ATTENTION} {recipe(without=name)}" for name in RECIPE},
+    }, GPU),
     "goals-baseline": Study("How much sooner the best recipe is where the baseline ends: A of 100M tokens, the others of 40M.", {
         "baseline": BASELINE,
-        **{arm: f"{flags} --num_iterations 610" for arm, flags in SAME_RECIPE.items()},
-    }, tokens=100e6),
-    "goals-mixer": Study("The mixer's own share: one recipe, with attention in every layer, in two, in none.", SAME_RECIPE),
+        **{arm: f"{flags} {recipe()} --num_iterations 610" for arm, flags in MIXERS.items()},
+    }, GPU, tokens=100e6),
+    "goals-mixer": Study("The mixer's own share: one recipe, with attention in every layer, in two, in none.", MIXERS),
     "goals-mixer-80M": Study("The same to twice the tokens: what leads at the beginning need not lead then.", {
-        **SAME_RECIPE,
-        "hybrid-4-silu": f"{AFNO} --attn_layers 2,5,8,11 {RECIPE} --afno_silu 1",
-        "hybrid-wide-silu": f"{HYBRID} {RECIPE} --afno_silu 1 --mlp_ratio 5",
-        "attention-narrow": f"{ATTENTION} --mixer_scale 1 {RECIPE} --mlp_ratio 3",
-    }, tokens=80e6),
+        **MIXERS, "attention-narrow": f"{ATTENTION} --mlp_ratio 3"}, tokens=80e6),
     "goals-mixer-4096": Study("The same with rows of 4096 tokens, and AFNO with as many taps.", {
-        **SAME_RECIPE,
-        "hybrid-4096-taps": f"{HYBRID} {RECIPE} --afno_filter_length 4096",
-    }, f"{GPU} --sequence_length 4096 --batch_size 16"),
+        **MIXERS, "hybrid-4096-taps": f"{HYBRID} --afno_filter_length 4096",
+    }, f"{BEST} --sequence_length 4096 --batch_size 16"),
     "schedule": Study("Length of rows, batch and learning rate over the run, all on as many tokens.", {
         "anchor": HYBRID,
         "curriculum": f"{HYBRID} --curriculum 256:0.3,512:0.3,1024:0.4",
@@ -159,11 +134,10 @@ STUDIES = {
         "batch-schedule": f"{HYBRID} --batch_size 32 --grad_accumulation_steps 2 --batch_schedule 0.5:0.46,1:0.54",
         "cooldown-sqrt": f"{HYBRID} --cooldown sqrt",
         "final-lr-0.1": f"{HYBRID} --final_lr_fraction 0.1",
-    }, f"{GPU} {RECIPE}"),
-    "sweep-lr": Study("Learning rates.", {
-        "lr-0.0036": HYBRID,
-        **{f"lr-{rate}": f"{HYBRID} --learning_rate {rate}" for rate in (0.0018, 0.0025, 0.005, 0.0072)},
     }),
+    "sweep-lr": Study("Learning rates, the same for attention.", {
+        f"{name}lr-{rate}": f"{flags} --learning_rate {rate}"
+        for name, flags in (("", HYBRID), ("attention-", ATTENTION)) for rate in (0.0036, 0.0018, 0.0025, 0.005, 0.0072)}),
     "sweep-warmup": Study("Steps of warmup; the anchor's are the trainer's share of all steps, 256/4768.", {
         "warmup-default": HYBRID,
         **{f"warmup-{steps}": f"{HYBRID} --warmup_iters {steps}" for steps in (64, 128, 256)},
@@ -182,8 +156,8 @@ STUDIES = {
         **{f"batch-{n / 8:g}": f"{HYBRID} --grad_accumulation_steps {n}" for n in (2, 4, 8, 32, 80)},
     }, tokens=8 * 80 * 65_536),  # eight of the largest steps
     "shakespeare": Study("AFNO against attention where no GPU is: 100 steps of one layer.", {
-        "afno": AFNO,
-        "attention": ATTENTION,
+        "afno": "--mixer afno",
+        "attention": "--mixer attn",
     }, CPU, 102_400),
 }
 
