@@ -83,7 +83,8 @@ case $preset in
     flags=(--input_bin "$here/data/fineweb10B/fineweb_train_*.bin" --input_val_bin "$here/data/fineweb10B/fineweb_val_*.bin"
       --model d12 --mixer afno --attn_layers 3,9 --sequence_length 4096 --batch_size 8 --grad_accumulation_steps 8
       --optimizer muon --learning_rate 0.0036 --num_iterations 6900 --row_order spread
-      --warmdown_iters 3450 --embedding_norm 1 --logit_softcap 15 --embedding_residual 1 --residual_bf16 1 --afno_silu 1)
+      --warmdown_iters 3450 --embedding_norm 1 --logit_softcap 15 --embedding_residual 1 --residual_bf16 1
+      --n_head 6 --qk_norm 1 --rest_lr 0.01 --afno_silu 1 --afno_short_conv 1)
     ;;
   shakespeare)
     data=("$here/data/shakespeare.py")
