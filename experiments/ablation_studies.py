@@ -50,7 +50,7 @@ MIXERS = {
     "attention": ATTENTION,
     "hybrid": HYBRID,
     "hybrid-4": f"{AFNO} --attn_layers 2,5,8,11",
-    "hybrid-wide": f"{HYBRID} --mlp_ratio 5",  # with attention's parameters, but for 3%
+    "hybrid-wide": f"{HYBRID} --mlp_ratio 5",  # with attention's parameters, but for 2%
     "states": f"{AFNO} --afno_state_layers 3,9",
 }
 
