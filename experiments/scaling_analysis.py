@@ -40,6 +40,7 @@ STEPS = {  # of d12; filters of T taps where nothing else is said
     "AFNO with attention in 3, 9": dict(mixer="afno", attn_layers=(3, 9)),
     "AFNO": dict(mixer="afno"),
     "AFNO with attention in 3, 9, 1024 taps": dict(mixer="afno", attn_layers=(3, 9), afno_filter_length=1024),
+    "AFNO with 6 heads of attention in 3, 9, default taps": dict(mixer="afno", attn_layers=(3, 9), n_head=6, afno_filter_length=None),
     "AFNO, 1024 taps": dict(mixer="afno", afno_filter_length=1024),
     "AFNO, --recompute 1": dict(mixer="afno", recompute=True),
     "AFNO, form state": dict(mixer="afno", afno_form="state"),
@@ -251,7 +252,7 @@ def measure_step(row: dict, options: dict, device, runtime, matmul_rate) -> dict
 def measure_steps(lengths, tokens, model_name, residual_bf16, only, device, runtime, matmul_rate, emit):
     for T in lengths:
         for name, options in STEPS.items():
-            if options.get("afno_filter_length", 0) >= T or not only.search(name):
+            if (options.get("afno_filter_length") or 0) >= T or not only.search(name):
                 continue  # the former has been measured: T taps are all there are
             options = dict(afno_filter_length=T, residual_bf16=residual_bf16) | options
             row = dict(part="step", name=step_name(name, residual_bf16), B=tokens // T, T=T, model=model_name)
@@ -403,8 +404,11 @@ def amdahl(operator: list[dict], steps: list[dict]) -> list[str]:
             attention = next((row for name, row in at.items() if name.endswith(f"of {heads}")), None)
             A = min((ms for name, ms in cores.items() if name.startswith("SDPA") and name.endswith(str(heads))),
                     default=math.nan)
-            for name, attention_layers, taps in (("AFNO with attention in 3, 9", 2, "T"), ("AFNO", 0, "T"),
-                                                 ("AFNO with attention in 3, 9, 1024 taps", 2, "1024"), ("AFNO, 1024 taps", 0, "1024")):
+            few = "1024" if T > 1024 else "T"
+            for name, attention_layers, taps in (
+                    *((("AFNO with attention in 3, 9", 2, "T"), ("AFNO with attention in 3, 9, 1024 taps", 2, few)) if heads == 64 else
+                      (("AFNO with 6 heads of attention in 3, 9, default taps", 2, few),)),
+                    ("AFNO", 0, "T"), ("AFNO, 1024 taps", 0, few)):
                 if attention is None or name not in at:
                     continue
                 M = cores.get(f"AFNO core, {taps} taps", math.nan) + beside
