@@ -7,7 +7,7 @@
 
 A study is a table of arms, STUDIES below; to make one of your own, copy one and change it. In
 experiments/studies/STUDY/ are a folder ARM-seedN with train.log and metrics.jsonl for every run, and table.md and
-curves.png made from these logs.
+curves.png made from these logs. A run of rows longer than 1024 tokens is also evaluated at 1024 (eval-1024.txt).
 Ctrl-C or SIGTERM stops the run in hand, which saves; the same command goes on from there and skips finished runs.
 """
 import argparse
@@ -165,6 +165,8 @@ STUDIES = {
 # runs and their flags
 
 OWN = ("--seed", "--output_dir", "--resume")  # flags that a study sets itself
+COMMON_LENGTH = 1024  # in tokens: losses at different lengths do not compare
+EVALUATION = f"eval-{COMMON_LENGTH}.txt"
 UNCOMPARED = ("--output_dir", "--resume", "--max_seconds", "--save_every")  # where and when, not what is trained
 
 
@@ -271,8 +273,33 @@ def train(flags: dict[str, str]) -> tuple[int, str]:
     return process.returncode, last
 
 
+def finish(flags: dict[str, str], keep_checkpoints: bool) -> int:
+    """A finished run's loss at COMMON_LENGTH, where its rows are longer; then its checkpoints go. Returns an exit status."""
+    folder, longer = folder_of(flags), integer(flags, "--sequence_length") / COMMON_LENGTH
+    if longer > 1 and any(folder.glob("state_step*.pt")) and not (folder / EVALUATION).is_file():
+        evaluation = dict(flags, **{"--sequence_length": str(COMMON_LENGTH),
+                                    "--val_batch_size": str(math.ceil(longer * integer(flags, "--batch_size")))})
+        asked = ("--output_dir", "--sequence_length", "--val_batch_size", "--device")
+        words = as_words({name: evaluation[name] for name in asked if name in evaluation})
+        part = folder / f"{EVALUATION}.part"
+        with part.open("w") as out:
+            status = subprocess.run([sys.executable, "train_gpt2_afno.py", "--eval_only", *words], cwd=ROOT, stdout=out).returncode
+        if status:
+            print(f"error: {folder.name}: not evaluated at {COMMON_LENGTH} tokens, exit status {status}", file=sys.stderr, flush=True)
+            return 1
+        part.replace(folder / EVALUATION)
+    for path in () if keep_checkpoints else folder.glob("state_step*.pt*"):
+        path.unlink()
+    return 0
+
+
 # -----------------------------------------------------------------------------
 # the table
+
+
+def loss_at_common_length(run: Run) -> float | None:
+    file = run.folder / EVALUATION
+    return float(re.search(r"val_loss:(\S+)", file.read_text(encoding="utf-8")).group(1)) if file.is_file() else None
 
 
 def speed(run: Run) -> float:
@@ -299,7 +326,7 @@ def sooner(run: Run, anchor: Run) -> tuple[float, float, float] | None:
 def table_row(arm: str, runs: dict[int, Run], anchors: dict[int, Run]) -> str:
     """Of an arm's finished runs, by seed; differences and times against the anchor's run of the same seed."""
     if not runs:
-        return f"| {arm} | not finished" + " |" * 10
+        return f"| {arm} | not finished" + " |" * 11
     final = {seed: run.curve[-1][2] for seed, run in runs.items()}
     both = [seed for seed in runs if seed in anchors]
     differences = [final[seed] - anchors[seed].curve[-1][2] for seed in both]
@@ -319,6 +346,7 @@ def table_row(arm: str, runs: dict[int, Run], anchors: dict[int, Run]) -> str:
         (f"{seconds:.1f}" if reached else "never" if times else "") +
         (f" ({len(reached)} of {len(times)} seeds)" if 0 < len(reached) < len(times) else ""),
         f"{ratio:.2f}, {with_compilation:.2f}" if reached else "",
+        f"{fmean(elsewhere):.4f}" if (elsewhere := [x for x in map(loss_at_common_length, runs.values()) if x]) else "",
     )
     return f"| {' | '.join(cells)} |"
 
@@ -334,11 +362,12 @@ def write_report(study: Study, folder: Path, runs: dict[tuple[str, int], Run], f
         f"# {folder.name}", "",
         f"{study.about} Made by experiments/ablation_studies.py from the runs' logs. Means over seeds; spread is the "
         f"largest less the smallest loss. The anchor is {anchor}; differences and seconds to its final loss are "
-        "against its run of the same seed, seconds linear between validations. Seconds are of training alone, the last "
-        "column is the anchor's over the arm's, without and with compilation; tokens/s from step 11 on.", "",
+        "against its run of the same seed, seconds linear between validations. Seconds are of training alone, times "
+        "sooner the anchor's over the arm's, without and with compilation; tokens/s from step 11 on.", "",
         f"Machine: {'; '.join(machines)}.", "",
         "| arm | val loss | spread | against the anchor | tokens/s | parameters | peak memory, GiB | tokens | "
-        "training seconds | seconds to the anchor's loss | times sooner |", "|" + "---|" * 11,
+        f"training seconds | seconds to the anchor's loss | times sooner | val loss at T = {COMMON_LENGTH}, of longer rows |",
+        "|" + "---|" * 12,
         *(table_row(arm, by_seed, by_arm[anchor]) for arm, by_seed in by_arm.items()), "",
         "```", *map(command, flags.values()), "```",
     ]
@@ -404,14 +433,14 @@ def main(argv: list[str]) -> int:
     for key, of_run in flags.items():
         name = folder_of(of_run).name
         if key in runs:
+            status |= finish(of_run, args.keep_checkpoints)
             print(f"{name}: finished before, skipped", flush=True)
             continue
         print(f"{name}: {command(of_run)}", flush=True)
         exit_status, last = train(of_run)
         if run := finished_run(of_run):
             runs[key] = run
-            for path in () if args.keep_checkpoints else folder_of(of_run).glob("state_step*.pt*"):
-                path.unlink()
+            status |= finish(of_run, args.keep_checkpoints)
             write_report(study, folder, runs, flags)
         else:
             print(f"error: {name}: not finished, exit status {exit_status}: {last}", file=sys.stderr, flush=True)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-import train_gpt2_afno
-from data.text_to_bin import InputError, ShardWriter, run_main
+import train_gpt2_afno as trainer
+from data.text_to_bin import InputError, ShardWriter, read_bin, run_main
 from experiments import ablation_studies, plot_runs
 from experiments.ablation_studies import STUDIES, Study, main
 from experiments.plot_runs import read_run, time_to_loss
 
-ROOT = Path(train_gpt2_afno.__file__).parent
+ROOT = Path(trainer.__file__).parent
 CURVE = [(0, 0.0, 8.0), (100, 10.0, 6.0), (200, 30.0, 5.0), (300, 40.0, 5.5), (400, 50.0, 4.0)]
 
 
@@ -164,6 +165,28 @@ def test_an_unfinished_run_is_resumed(pair, fake_trainer, tmp_path):
     assert ablation_studies.train({"--output_dir": "run"}) == (0, "['--resume', 'auto']")
 
 
+def test_a_run_of_longer_rows_is_evaluated_at_the_common_length(data, pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation_studies, "COMMON_LENGTH", 8)
+    argv = ["pair", "--data", str(data), "--output", str(tmp_path)]
+    assert main([*argv, "--keep_checkpoints"]) == 0
+    tokens = torch.from_numpy(read_bin(next(data.glob("val_*.bin"))).astype(np.int64))
+    for arm in ("one", "two"):
+        folder = tmp_path / "pair" / f"{arm}-seed1337"
+        state = torch.load(folder / "state_step000002.pt")
+        model = trainer.GPT(trainer.GPTConfig(**state["config"]))
+        model.load_state_dict(state["model"])
+        rows = [tokens[i : i + 9][None] for i in range(0, 39, 8)]  # 39 targets, each of them once
+        loss = sum(model(row[:, :-1], row[:, 1:])[1].item() * (row.size(1) - 1) for row in rows) / 39
+        said = re.search(r"sequence_length:8 val_tokens:39 val_loss:(\S+)", (folder / "eval-1024.txt").read_text())
+        assert float(said.group(1)) == pytest.approx(loss, abs=1e-3)
+    assert main(argv) == 0  # finished, evaluated: checkpoints go
+    assert not list(tmp_path.glob("pair/*/*.pt"))
+    (tmp_path / "pair/one-seed1337/state_step000002.pt").touch()  # not a checkpoint: cannot be evaluated
+    (tmp_path / "pair/one-seed1337/eval-1024.txt").unlink()
+    capsys.readouterr()
+    assert main(argv) == 1 and "error: one-seed1337: not evaluated at 8 tokens, exit status 2\n" in capsys.readouterr().err
+
+
 def test_a_stopped_study_stops_its_run(pair, fake_trainer, tmp_path, monkeypatch):
     """The run has time to save."""
     fake_trainer.write_text(
@@ -193,10 +216,12 @@ def test_means_and_differences_are_over_seeds(tmp_path):
     anchors = {1: run("a1", (9, 7, 5), 1.0), 2: run("a2", (9, 7, 6), 1.0)}
     runs = {1: run("b1", (9, 5, 4), 2.0), 2: run("b2", (9, 8, 7), 2.0)}
     assert ablation_studies.table_row("b", runs, anchors).split(" | ") == [
-        "| b", "5.5000", "3.0000", "+0.0000", "50", "1,000", "1.0", "200", "4.0", "2.0 (1 of 2 seeds)", "1.00, 0.75 |"]
-    assert ablation_studies.table_row("a", anchors, anchors).split(" | ")[-2:] == ["2.0", "1.00, 1.00 |"]
+        "| b", "5.5000", "3.0000", "+0.0000", "50", "1,000", "1.0", "200", "4.0", "2.0 (1 of 2 seeds)", "1.00, 0.75", " |"]
+    (runs[1].folder / "eval-1024.txt").write_text("step:2 sequence_length:1024 val_tokens:10 val_loss:4.5000\npositions 0-9: 4\n")
+    assert ablation_studies.table_row("b", runs, anchors).endswith(" | 1.00, 0.75 | 4.5000 |")
+    assert ablation_studies.table_row("a", anchors, anchors).split(" | ")[-3:] == ["2.0", "1.00, 1.00", " |"]
     assert ablation_studies.table_row("b", runs, {}).split(" | ")[3] == ""
-    assert ablation_studies.table_row("c", {}, anchors).count("|") == 12
+    assert ablation_studies.table_row("c", {}, anchors).count("|") == 13
 
 
 def test_a_warmdown_of_half_follows_the_steps(tmp_path):
