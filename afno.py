@@ -460,7 +460,8 @@ def response_at(turn: Tensor, mlp: SpectralMLP, router: Router) -> Complex:
 
 # -----------------------------------------------------------------------------
 # operators: (B, T, C) to the same, linear or not in u, all but the reference causal. `step` makes one token's output,
-# (B, C) to the same, from the state that the step before returned; the first one gets None.
+# (B, C) to the same, from the state that the step before returned; the first one gets None. The first operator's filters, which
+# need no data, come before it.
 
 
 class FilterTaps(nn.Module):

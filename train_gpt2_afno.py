@@ -1131,6 +1131,11 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     val_tokens = count_val_tokens(args, val_stream)
     loader = TrainLoader(stream, B, T, position, rank, world, device, args.row_order)
 
+    torch.manual_seed(args.seed)
+    model = GPT(config).to(device)
+    if saved:  # before the log is cut back to this step: weights that do not fit must cost nothing
+        load_weights(model, saved.pop("model"), output_dir)
+
     log = RunLog(output_dir, step if saved else None) if rank == 0 else None
     checkpoints = Checkpoints(output_dir)
 
@@ -1146,9 +1151,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     say(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {world} x {gpu}, "
         f"{torch.get_num_threads()} threads")
 
-    # model and optimizers
-    torch.manual_seed(args.seed)
-    model = GPT(config).to(device)
+    # optimizers
     for block in model.transformer.h:
         block.recompute = bool(args.recompute)
     optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay, args.embedding_lr,
@@ -1156,7 +1159,6 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]  # at a factor of 1
     train_time = compile_time = past_wall = 0.0
     if saved:
-        load_weights(model, saved.pop("model"), output_dir)
         for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
             decays = [group["weight_decay"] for group in optimizer.param_groups]
             if len(decays) != len(state["param_groups"]):
@@ -1189,6 +1191,8 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         f"warmdown {args.warmdown_iters}, weight decay {args.weight_decay}, grad clip {args.grad_clip}, "
         f"recompute {args.recompute}")
     recipe = {name: getattr(args, name) for name, usual in RECIPE.items() if getattr(args, name) != usual}
+    if args.rest_lr and args.optimizer == "adamw":
+        say(f"rest_lr {args.rest_lr} is for the blocks' projections, too: Muon, which would have them, is not the optimizer")
     say("recipe: " + (", ".join(f"{name} {value}" for name, value in recipe.items()) or "none of its flags"))
     say(f"device: {device.type}, {str(runtime.dtype).removeprefix('torch.')}, compile {int(runtime.compile)}; "
         f"output: {relative(str(output_dir))}")
@@ -1582,7 +1586,7 @@ def parse_flags(argv: list[str]) -> dict:
         help="factors of grad_accumulation_steps, each for a share of the steps, such as 0.25:0.3,1:0.7 (none)")
     add("--weight_decay", type=number(float, 0), metavar="X", help="on all weights (0.1)")
     add("--recompute", type=int, choices=(0, 1), help="1 keeps products, attention and long convolutions alone for backward and "
-        "computes what is between them again: less memory, a little slower (0)")
+        "computes what is between them again, filters apart: less memory, a little slower (0)")
     add("--grad_clip", type=number(float, 0), metavar="X", help="largest gradient norm; 0 does not clip (0)")
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add("--val_loss_every", type=number(int, 0), metavar="N", help="steps; 0: at the end only (128; CPU 60)")

@@ -279,7 +279,7 @@ def finish(flags: dict[str, str], keep_checkpoints: bool) -> int:
     if longer > 1 and any(folder.glob("state_step*.pt")) and not (folder / EVALUATION).is_file():
         evaluation = dict(flags, **{"--sequence_length": str(COMMON_LENGTH),
                                     "--val_batch_size": str(math.ceil(longer * integer(flags, "--batch_size")))})
-        asked = ("--output_dir", "--sequence_length", "--val_batch_size", "--device")
+        asked = ("--output_dir", "--sequence_length", "--val_batch_size", "--device", "--compile")
         words = as_words({name: evaluation[name] for name in asked if name in evaluation})
         part = folder / f"{EVALUATION}.part"
         with part.open("w") as out:
@@ -323,6 +323,10 @@ def sooner(run: Run, anchor: Run) -> tuple[float, float, float] | None:
     return found[0], wanted / found[0], (wanted + anchors) / (found[0] + compilation)
 
 
+def of_seeds(found, runs) -> str:
+    return f" ({len(found)} of {len(runs)} seeds)" if len(found) < len(runs) else ""
+
+
 def table_row(arm: str, runs: dict[int, Run], anchors: dict[int, Run]) -> str:
     """Of an arm's finished runs, by seed; differences and times against the anchor's run of the same seed."""
     if not runs:
@@ -332,6 +336,7 @@ def table_row(arm: str, runs: dict[int, Run], anchors: dict[int, Run]) -> str:
     differences = [final[seed] - anchors[seed].curve[-1][2] for seed in both]
     times = [sooner(runs[seed], anchors[seed]) for seed in both]
     reached = [time for time in times if time]
+    elsewhere = [loss for loss in map(loss_at_common_length, runs.values()) if loss is not None]
     seconds, ratio, with_compilation = map(fmean, zip(*reached)) if reached else (0, 0, 0)
     cells = (
         arm,
@@ -343,10 +348,9 @@ def table_row(arm: str, runs: dict[int, Run], anchors: dict[int, Run]) -> str:
         f"{max(run.summary['peak_memory_usage'] for run in runs.values()) / 2**30:.1f}",
         f"{fmean(run.curve[-1][0] for run in runs.values()):,.0f}",
         f"{fmean(run.summary['train_time_s'] for run in runs.values()):.1f}",
-        (f"{seconds:.1f}" if reached else "never" if times else "") +
-        (f" ({len(reached)} of {len(times)} seeds)" if 0 < len(reached) < len(times) else ""),
+        f"{seconds:.1f}{of_seeds(reached, times)}" if reached else "never" if times else "",
         f"{ratio:.2f}, {with_compilation:.2f}" if reached else "",
-        f"{fmean(elsewhere):.4f}" if (elsewhere := [x for x in map(loss_at_common_length, runs.values()) if x]) else "",
+        f"{fmean(elsewhere):.4f}{of_seeds(elsewhere, runs)}" if elsewhere else "",
     )
     return f"| {' | '.join(cells)} |"
 
@@ -401,7 +405,7 @@ def main(argv: list[str]) -> int:
     add("--tokens", type=trainer.number(float, above=0, below=1e15), metavar="N", help="of a run (the study's own)")
     add("--seeds", type=seeds, default="1337", metavar="N,N", help="(1337)")
     add("--output", type=Path, default=ROOT / "experiments/studies", metavar="DIR", help="(experiments/studies)")
-    add("--keep_checkpoints", action="store_true", help="else they are deleted once a run is finished")
+    add("--keep_checkpoints", action="store_true", help="else they are deleted once a run is finished, also in an earlier call")
     add("--dry_run", action="store_true", help="print the commands and check their flags")
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
@@ -434,6 +438,7 @@ def main(argv: list[str]) -> int:
         name = folder_of(of_run).name
         if key in runs:
             status |= finish(of_run, args.keep_checkpoints)
+            write_report(study, folder, runs, flags)
             print(f"{name}: finished before, skipped", flush=True)
             continue
         print(f"{name}: {command(of_run)}", flush=True)

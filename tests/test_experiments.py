@@ -179,8 +179,10 @@ def test_a_run_of_longer_rows_is_evaluated_at_the_common_length(data, pair, tmp_
         loss = sum(model(row[:, :-1], row[:, 1:])[1].item() * (row.size(1) - 1) for row in rows) / 39
         said = re.search(r"sequence_length:8 val_tokens:39 val_loss:(\S+)", (folder / "eval-1024.txt").read_text())
         assert float(said.group(1)) == pytest.approx(loss, abs=1e-3)
+    (tmp_path / "pair/two-seed1337/eval-1024.txt").unlink()  # as if the study had been stopped after the run
     assert main(argv) == 0  # finished, evaluated: checkpoints go
     assert not list(tmp_path.glob("pair/*/*.pt"))
+    assert f"| {said.group(1)} |" in (tmp_path / "pair/table.md").read_text()
     (tmp_path / "pair/one-seed1337/state_step000002.pt").touch()  # not a checkpoint: cannot be evaluated
     (tmp_path / "pair/one-seed1337/eval-1024.txt").unlink()
     capsys.readouterr()
@@ -218,7 +220,7 @@ def test_means_and_differences_are_over_seeds(tmp_path):
     assert ablation_studies.table_row("b", runs, anchors).split(" | ") == [
         "| b", "5.5000", "3.0000", "+0.0000", "50", "1,000", "1.0", "200", "4.0", "2.0 (1 of 2 seeds)", "1.00, 0.75", " |"]
     (runs[1].folder / "eval-1024.txt").write_text("step:2 sequence_length:1024 val_tokens:10 val_loss:4.5000\npositions 0-9: 4\n")
-    assert ablation_studies.table_row("b", runs, anchors).endswith(" | 1.00, 0.75 | 4.5000 |")
+    assert ablation_studies.table_row("b", runs, anchors).endswith(" | 1.00, 0.75 | 4.5000 (1 of 2 seeds) |")
     assert ablation_studies.table_row("a", anchors, anchors).split(" | ")[-3:] == ["2.0", "1.00, 1.00", " |"]
     assert ablation_studies.table_row("b", runs, {}).split(" | ")[3] == ""
     assert ablation_studies.table_row("c", {}, anchors).count("|") == 13

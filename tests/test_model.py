@@ -259,8 +259,9 @@ def test_filters_of_all_layers_at_once_change_nothing(options, layers):
         assert relative(ours, theirs) < 1e-12
 
 
-@pytest.mark.parametrize("options, layers", FILTER_LAYERS[:3])
-def test_gradients_of_compiled_filters_are_not_of_autocasts_dtype(options, layers):
+@pytest.mark.parametrize("options, layers, recompute", (
+    *((*case, False) for case in FILTER_LAYERS[:3]), (*FILTER_LAYERS[0], True)))
+def test_gradients_of_compiled_filters_are_not_of_autocasts_dtype(options, layers, recompute):
     model, idx = tiny(**options), random_tokens((2, 40), 97)
     parameters = [p for layer in layers for p in model.transformer.h[layer].mixer.operator.parameters()]
 
@@ -271,7 +272,8 @@ def test_gradients_of_compiled_filters_are_not_of_autocasts_dtype(options, layer
 
     eager = gradients()
     for block in model.transformer.h:
-        block.compile(dynamic=False, backend="aot_eager")
+        block.recompute = recompute
+        block.compile(dynamic=False, backend="aot_eager_decomp_partition" if recompute else "aot_eager")
     model.taps_at_once = torch.compile(model.taps_at_once, dynamic=False, fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(gradients(), eager):
         assert relative(ours, theirs) < 1e-5

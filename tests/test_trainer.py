@@ -627,9 +627,11 @@ def test_a_checkpoint_of_another_version_is_one_clear_line(data, tmp_path):
     state = torch.load(path)
     state["model"] = {key.replace("operator", "kernel"): value for key, value in state["model"].items()}
     torch.save(state, path)
+    metrics = (tmp_path / "run/metrics.jsonl").read_text()
     for more in (["--resume", "auto", *flags(data, tmp_path / "run")], ["--output_dir", str(tmp_path / "run"), "--eval_only"]):
         with pytest.raises(InputError, match=r"run: the checkpoint does not fit this version's model \(.*operator"):
             main(more)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == metrics  # the summary among them
 
 
 def test_a_run_is_not_overwritten(data, tmp_path):
