@@ -1191,9 +1191,9 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         f"warmdown {args.warmdown_iters}, weight decay {args.weight_decay}, grad clip {args.grad_clip}, "
         f"recompute {args.recompute}")
     recipe = {name: getattr(args, name) for name, usual in RECIPE.items() if getattr(args, name) != usual}
+    say("recipe: " + (", ".join(f"{name} {value}" for name, value in recipe.items()) or "none of its flags"))
     if args.rest_lr and args.optimizer == "adamw":
         say(f"rest_lr {args.rest_lr} is for the blocks' projections, too: Muon, which would have them, is not the optimizer")
-    say("recipe: " + (", ".join(f"{name} {value}" for name, value in recipe.items()) or "none of its flags"))
     say(f"device: {device.type}, {str(runtime.dtype).removeprefix('torch.')}, compile {int(runtime.compile)}; "
         f"output: {relative(str(output_dir))}")
 

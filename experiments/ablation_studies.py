@@ -165,9 +165,9 @@ STUDIES = {
 # runs and their flags
 
 OWN = ("--seed", "--output_dir", "--resume")  # flags that a study sets itself
+UNCOMPARED = ("--output_dir", "--resume", "--max_seconds", "--save_every")  # where and when, not what is trained
 COMMON_LENGTH = 1024  # in tokens: losses at different lengths do not compare
 EVALUATION = f"eval-{COMMON_LENGTH}.txt"
-UNCOMPARED = ("--output_dir", "--resume", "--max_seconds", "--save_every")  # where and when, not what is trained
 
 
 def as_dict(words: list[str]) -> dict[str, str]:
@@ -277,10 +277,9 @@ def finish(flags: dict[str, str], keep_checkpoints: bool) -> int:
     """A finished run's loss at COMMON_LENGTH, where its rows are longer; then its checkpoints go. Returns an exit status."""
     folder, longer = folder_of(flags), integer(flags, "--sequence_length") / COMMON_LENGTH
     if longer > 1 and any(folder.glob("state_step*.pt")) and not (folder / EVALUATION).is_file():
-        evaluation = dict(flags, **{"--sequence_length": str(COMMON_LENGTH),
-                                    "--val_batch_size": str(math.ceil(longer * integer(flags, "--batch_size")))})
-        asked = ("--output_dir", "--sequence_length", "--val_batch_size", "--device", "--compile")
-        words = as_words({name: evaluation[name] for name in asked if name in evaluation})
+        kept = {name: flags[name] for name in ("--output_dir", "--device", "--compile") if name in flags}
+        rows = math.ceil(longer * integer(flags, "--batch_size"))  # with as many tokens as before
+        words = as_words(kept | {"--sequence_length": str(COMMON_LENGTH), "--val_batch_size": str(rows)})
         part = folder / f"{EVALUATION}.part"
         with part.open("w") as out:
             status = subprocess.run([sys.executable, "train_gpt2_afno.py", "--eval_only", *words], cwd=ROOT, stdout=out).returncode
@@ -433,12 +432,12 @@ def main(argv: list[str]) -> int:
     for of_run in flags.values():  # all of them before any training
         refuse_other_flags(of_run)
     runs = {key: run for key, of_run in flags.items() if (run := finished_run(of_run))}
+    for key in runs:  # where the study was stopped after a run
+        status |= finish(flags[key], args.keep_checkpoints)
     write_report(study, folder, runs, flags)
     for key, of_run in flags.items():
         name = folder_of(of_run).name
         if key in runs:
-            status |= finish(of_run, args.keep_checkpoints)
-            write_report(study, folder, runs, flags)
             print(f"{name}: finished before, skipped", flush=True)
             continue
         print(f"{name}: {command(of_run)}", flush=True)

@@ -142,7 +142,8 @@ def operators(B: int, T: int, device, dtype):
             return [conv(u, taps) for u, taps in zip(inputs, all_taps)]
 
         yield (f"AFNO core, {'T' if K == T else K} taps",
-               (*(random(B, T, C) for _ in makers), *(p for maker in makers for p in maker.parameters())), cores, conv_products(T, K) if kernels else math.nan, LAYERS)
+               (*(random(B, T, C) for _ in makers), *(p for maker in makers for p in maker.parameters())),
+               cores, conv_products(T, K) if kernels else math.nan, LAYERS)
     mixer = afno.AFNO1D(C, form="state").to(device)
     operand, core = random(B, T, mixer.sizes[0]), compiled(mixer.operator)
     # a chunk's scores and sum, of which a product makes half for nothing, what it sends and what it reads
@@ -408,11 +409,11 @@ def amdahl(operator: list[dict], steps: list[dict]) -> list[str]:
             A = min((ms for name, ms in cores.items() if name.startswith("SDPA") and name.endswith(str(heads))),
                     default=math.nan)
             few = "1024" if T > 1024 else "T"
-            for name, attention_layers, taps in (
-                    *((("AFNO with attention in 3, 9", 2, "T"), ("AFNO with attention in 3, 9, 1024 taps", 2, few)) if heads == 64 else
-                      (("AFNO with 6 heads of attention in 3, 9, default taps", 2, few),)),
-                    ("AFNO", 0, "T"), ("AFNO, 1024 taps", 0, few)):
-                if attention is None or name not in at:
+            for name, attention_layers, own_heads, taps in (
+                    ("AFNO with attention in 3, 9", 2, 64, "T"), ("AFNO with attention in 3, 9, 1024 taps", 2, 64, few),
+                    ("AFNO with 6 heads of attention in 3, 9, default taps", 2, 128, few),
+                    ("AFNO", 0, heads, "T"), ("AFNO, 1024 taps", 0, heads, few)):
+                if attention is None or name not in at or own_heads != heads:
                     continue
                 M = cores.get(f"AFNO core, {taps} taps", math.nan) + beside
                 ratio = at[name]["tokens_per_s"] / attention["tokens_per_s"]
