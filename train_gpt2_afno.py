@@ -57,7 +57,6 @@ MODELS = {  # n_layer, n_head, n_embd; d12 to d48 are GPT-2's sizes, d1 and d4 a
 # and have 1e-5 of the energy at initialisation (experiments/benchmark_results.md).
 MOST_TAPS = 1024
 MIXERS, POSITIONS = ("attn", "afno"), ("none", "learned", "sinusoidal", "fourier")
-ACTIVATIONS = {"gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}  # relu2: So et al., 2021, "Primer"
 
 
 @dataclass
@@ -85,11 +84,8 @@ class GPTConfig:
     afno_silu: int = 0
     position: str = "none"  # rotary stays inside attention, whatever this says
     mlp_ratio: int = 4  # hidden channels of an MLP, in n_embd
-    activation: str = "gelu"
     qk_norm: int = 0
-    zero_init: int = 0
     embedding_norm: int = 0
-    tied_head: int = 1
     logit_softcap: float = 0.0  # 0: none
     embedding_residual: int = 0
     value_embeddings: int = 0
@@ -103,10 +99,8 @@ class GPTConfig:
             self.mixer_scale = (2 * self.n_layer) ** -0.5 if self.mixer == "attn" else 1.0
         if self.afno_filter_length is None:
             self.afno_filter_length = min(self.sequence_length, MOST_TAPS)
-        switches = ("qk_norm", "zero_init", "embedding_norm", "tied_head", "embedding_residual", "value_embeddings",
-                    "residual_bf16")
-        for name, allowed in (("mixer", MIXERS), ("position", POSITIONS), ("activation", ACTIVATIONS),
-                              *((name, (0, 1)) for name in switches)):
+        switches = ("qk_norm", "embedding_norm", "embedding_residual", "value_embeddings", "residual_bf16")
+        for name, allowed in (("mixer", MIXERS), ("position", POSITIONS), *((name, (0, 1)) for name in switches)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"--{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)}")
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "sequence_length", "mlp_ratio"):
@@ -213,10 +207,9 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=False)
-        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
+        return self.c_proj(F.gelu(self.c_fc(x)))
 
 
 # What is kept for backward with --recompute 1: results of matrix products, attention and convolution.
@@ -401,9 +394,7 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # one tensor, or two that begin alike, with nn.Linear's initialisation
-        weight = self.lm_head.weight
-        self.transformer.wte.weight = weight if config.tied_head else nn.Parameter(weight.detach().clone())
+        self.transformer.wte.weight = self.lm_head.weight  # one tensor, with nn.Linear's initialisation
         tables = []  # which begin as wte does
         if config.position == "learned":
             self.transformer.wpe = nn.Embedding(config.sequence_length, config.n_embd)
@@ -417,10 +408,6 @@ class GPT(nn.Module):
             tables += self.transformer.vte.values()
         for table in tables:
             nn.init.uniform_(table.weight, -config.n_embd**-0.5, config.n_embd**-0.5)
-        if config.zero_init:  # a tied head is no "lm_head" among the parameters, but the embedding
-            for name, p in self.named_parameters():
-                if name.endswith(("c_proj.weight", "lm_head.weight")):
-                    nn.init.zeros_(p)
         self.cross_entropy_chunk, self.taps_at_once = cross_entropy_chunk, taps_at_once
 
     def compile(self):
@@ -808,16 +795,16 @@ class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
 
 
 def embedding_tables(model: GPT) -> set[nn.Parameter]:
-    """Of tokens, positions, values; a tied head is among them."""
+    """Of tokens, which is the head's, too, positions, values."""
     return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
-def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float, embedding_lr: float | None = None,
-                    head_lr: float | None = None, rest_lr: float | None = None) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float,
+                    rest_lr: float | None = None) -> list[torch.optim.Optimizer]:
     """adamw: one AdamW for everything, the baseline. muon: Muon for the blocks' projections, AdamW for the rest.
 
     AFNO's MLPs, many small matrices, are among the rest: Muon brings them nothing and takes time (lessons.md).
-    Where one of AdamW's three learning rates is given, embeddings, an untied head and the rest are groups of their own.
+    With rest_lr what is neither Muon's nor an embedding is a group of its own, with that learning rate.
     """
     stacks = {}
     if name == "muon":
@@ -830,14 +817,12 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
     # poles, bands and thresholds are places and logarithms, for which zero is no neutral value, nor is it for the
     # residual's factor, which begins at one: they do not decay
     places = ("angle", "centre", "log_decay", "log_width", "log_threshold", "embedding_mix")
-    rates, tables, groups = dict(embedding=embedding_lr, head=head_lr, rest=rest_lr), embedding_tables(model), {}
+    tables, groups = embedding_tables(model), {}
     for key, p in rest.items():
-        kind = "rest"
-        if any(rates.values()):
-            kind = "embedding" if p in tables else "head" if p is model.lm_head.weight else "rest"
-        groups.setdefault((kind, key.endswith(places)), []).append(p)
-    groups = [dict(params=parameters, lr=rates[kind] or learning_rate, weight_decay=0.0 if is_place else weight_decay)
-              for (kind, is_place), parameters in groups.items()]
+        has_rest_lr = rest_lr is not None and p not in tables
+        groups.setdefault((has_rest_lr, key.endswith(places)), []).append(p)
+    groups = [dict(params=parameters, lr=rest_lr if has_rest_lr else learning_rate, weight_decay=0.0 if is_place else weight_decay)
+              for (has_rest_lr, is_place), parameters in groups.items()]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
     if stacks:
         optimizers.append(MatrixMuon(list(stacks.items()), lr=learning_rate, weight_decay=weight_decay))
@@ -930,6 +915,8 @@ class Checkpoints:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if missing := {"model", "optimizers", "step", "position", "config", "args", "rng"} - set(state):
             raise ValueError(f"not a checkpoint of this trainer, {min(missing)} is missing")
+        if gone := set(state["config"]) - {f.name for f in fields(GPTConfig)}:
+            raise ValueError(f"of another version of this trainer, which had --{min(gone)}; the run's train.log has its source")
         GPTConfig(**state["config"])
         return state
 
@@ -1154,16 +1141,15 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     # optimizers
     for block in model.transformer.h:
         block.recompute = bool(args.recompute)
-    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay, args.embedding_lr,
-                                 args.head_lr, args.rest_lr)
+    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay, args.rest_lr)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]  # at a factor of 1
     train_time = compile_time = past_wall = 0.0
     if saved:
         for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
             decays = [group["weight_decay"] for group in optimizer.param_groups]
             if len(decays) != len(state["param_groups"]):
-                raise InputError("--embedding_lr, --head_lr and --rest_lr make groups of parameters: give one from the "
-                                 f"first step on, or none; {relative(str(output_dir))} began otherwise")
+                raise InputError("--rest_lr makes groups of parameters: give it from the first step on, or never; "
+                                 f"{relative(str(output_dir))} began otherwise")
             optimizer.load_state_dict(state)
             for group, decay in zip(optimizer.param_groups, decays):
                 group["weight_decay"] = decay  # the flag's, not the checkpoint's
@@ -1442,10 +1428,9 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
 # command line
 
 RECIPE = dict(  # what else may be changed about the baseline; as it stands here, nothing is
-    mlp_ratio=4, activation="gelu", qk_norm=0, zero_init=0, embedding_norm=0, tied_head=1, logit_softcap=0.0,
-    embedding_residual=0, value_embeddings=0, window=0, mixer_scale=None, curriculum=None, batch_schedule=None,
-    cooldown="linear", final_lr_fraction=0.0, embedding_lr=None, head_lr=None, rest_lr=None, row_order="stream",
-    residual_bf16=0,
+    mlp_ratio=4, qk_norm=0, embedding_norm=0, logit_softcap=0.0, embedding_residual=0, value_embeddings=0, window=0,
+    mixer_scale=None, curriculum=None, batch_schedule=None, cooldown="linear", final_lr_fraction=0.0, rest_lr=None,
+    row_order="stream", residual_bf16=0,
 )
 DEFAULTS = dict(
     input_bin=None, input_val_bin=None, output_dir=None, model=None, n_head=None, mixer="afno", attn_layers=(),
@@ -1540,12 +1525,9 @@ def parse_flags(argv: list[str]) -> dict:
     add("--afno_silu", type=int, choices=(0, 1), help="SiLU after the short convolution, but in the form state (0)")
     add("--position", choices=POSITIONS, help="what is added to embeddings; attention has rotary anyway (none)")
     add("--mlp_ratio", type=number(int, 1), metavar="N", help="hidden channels of the MLPs, in n_embd (4)")
-    add("--activation", choices=ACTIVATIONS, help="the MLP's; relu2: squared ReLU (gelu)")
     for name, text in (
             ("qk_norm", "attention: rmsnorm of each head's query and key (0)"),
-            ("zero_init", "mixers' and MLPs' output projections and an untied head begin at zero (0)"),
             ("embedding_norm", "rmsnorm after embedding and position (0)"),
-            ("tied_head", "0: the head has its own weights, which begin as a copy of the embedding's, or at zero (1)"),
             ("embedding_residual", "each block takes a x + b embedding, learned, which begin at 1 and 0 (0)"),
             ("value_embeddings", "a table a layer of attention, added to its values; AFNO layers have none (0)"),
             ("residual_bf16", "the residual stream in autocast's dtype instead of fp32 (0)")):
@@ -1577,8 +1559,8 @@ def parse_flags(argv: list[str]) -> dict:
     add("--warmdown_iters", type=number(int, 0), metavar="N", help="falling (1024/4768 of num_iterations)")
     add("--cooldown", choices=COOLDOWNS, help="how it falls; sqrt: 1 - sqrt of the warmdown's share done (linear)")
     add("--final_lr_fraction", type=number(float, 0, below=1), metavar="X", help="of the learning rate, at the end (0)")
-    for name, of in (("embedding", "embeddings"), ("head", "an untied head"), ("rest", "all else but Muon's matrices")):
-        add(f"--{name}_lr", type=number(float, above=0), metavar="X", help=f"AdamW's for {of} (learning_rate)")
+    add("--rest_lr", type=number(float, above=0), metavar="X",
+        help="AdamW's for all but embeddings and Muon's matrices (learning_rate)")
     add("--curriculum", type=shares(int), metavar="T:SHARE,...",
         help="sequence lengths, each for a share of the steps, such as 256:0.5,1024:0.5; rows grow to the same tokens, "
         "the last one is --sequence_length (none)")
@@ -1687,8 +1669,6 @@ def main(argv: list[str]) -> int:
             raise InputError(f"--output_dir {relative(str(folder))} holds a run: add --resume auto, or name another")
     if config.mixer == "afno" and config.afno_form == "reference":
         raise InputError(f"--afno_form reference is not causal, choose one of {', '.join(FORMS[:-1])}")
-    if values["head_lr"] and config.tied_head:
-        raise InputError("--head_lr needs --tied_head 0: a tied head is the embedding, whose flag is --embedding_lr")
     shortest = min(length for length, _ in values["curriculum"] or ((config.sequence_length, 1.0),))
     if config.mixer == "afno" and config.afno_form == "dyadic" and shortest <= DyadicOperator.near_length:
         flag = "curriculum" if values["curriculum"] else "sequence_length"

@@ -44,14 +44,15 @@ RECIPE = {
     "long-warmdown": "--warmdown_iters half",
 }
 AFNO = "--mixer afno --afno_silu 1 --afno_short_conv 1"
-HYBRID, ATTENTION = f"{AFNO} --attn_layers 3,9", "--mixer attn --mixer_scale 1"
+HYBRID, ATTENTION = f"{AFNO} --attn_layers 5,10", "--mixer attn --mixer_scale 1"
 STATE = "--afno_form state"
+STATES = "--mixer afno --afno_silu 1 --afno_state_layers 5,10"  # and the short convolution, as it was measured
 MIXERS = {
     "attention": ATTENTION,
     "hybrid": HYBRID,
     "hybrid-4": f"{AFNO} --attn_layers 2,5,8,11",
     "hybrid-wide": f"{HYBRID} --mlp_ratio 5",  # with attention's parameters, but for 2%
-    "states": f"{AFNO} --afno_state_layers 3,9",
+    "states": STATES,
 }
 
 
@@ -73,10 +74,10 @@ class Study:
 
 STUDIES = {
     "layout": Study("Which layers keep attention or are of form state, and how many taps the others have.", {
-        "attention-3-9": HYBRID,
+        "attention-5-10": HYBRID,
         "attention-none": AFNO,
         "attention-6": f"{AFNO} --attn_layers 6",
-        "attention-5-10": f"{AFNO} --attn_layers 5,10",
+        "attention-3-9": f"{AFNO} --attn_layers 3,9",
         "attention-0-1": f"{AFNO} --attn_layers 0,1",
         "attention-10-11": f"{AFNO} --attn_layers 10,11",
         "attention-2-5-8-11": f"{AFNO} --attn_layers 2,5,8,11",
@@ -84,7 +85,7 @@ STUDIES = {
         "attention-all": ATTENTION,
         "window-256": f"{HYBRID} --window 256",
         "taps-128": f"{HYBRID} --afno_filter_length 128",
-        "states-3-9": f"{AFNO} --afno_state_layers 3,9",
+        "states-5-10": STATES,
         "states-2-5-8-11": f"{AFNO} --afno_state_layers 2,5,8,11",
         "states-all": f"{AFNO} {STATE}",
     }),
@@ -111,10 +112,12 @@ STUDIES = {
         "anchor": f"{HYBRID} {recipe()}",
         **{f"without-{name}": f"{HYBRID} {recipe(without=name)}" for name in RECIPE},
         **{f"with-{name}": f"{HYBRID} {recipe()} {flags}" for name, flags in {
-            "relu2": "--activation relu2", "zero-init": "--zero_init 1", "untied-head": "--tied_head 0 --zero_init 1",
-            "value-embeddings": "--value_embeddings 1", "gate": "--afno_gate 1", "short-conv": "--afno_short_conv 4"}.items()},
+            "value-embeddings": "--value_embeddings 1", "3-heads": "--n_head 3", "gate": "--afno_gate 1",
+            "short-conv": "--afno_short_conv 4"}.items()},
         "without-silu": f"{HYBRID} {recipe()} --afno_silu 0",
         "attention": f"{ATTENTION} {recipe()}",
+        "attention-with-value-embeddings": f"{ATTENTION} {recipe()} --value_embeddings 1",
+        "attention-with-3-heads": f"{ATTENTION} {recipe()} --n_head 3",
         **{f"attention-without-{name}": f"{ATTENTION} {recipe(without=name)}" for name in RECIPE},
     }, GPU),
     "goals-baseline": Study("How much sooner the best recipe is where the baseline ends: A of 100M tokens, the others of 40M.", {
