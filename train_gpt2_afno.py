@@ -821,7 +821,8 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
     for key, p in rest.items():
         has_rest_lr = rest_lr is not None and p not in tables
         groups.setdefault((has_rest_lr, key.endswith(places)), []).append(p)
-    groups = [dict(params=parameters, lr=rest_lr if has_rest_lr else learning_rate, weight_decay=0.0 if is_place else weight_decay)
+    groups = [dict(params=parameters, lr=rest_lr if has_rest_lr else learning_rate,
+                   weight_decay=0.0 if is_place else weight_decay)
               for (has_rest_lr, is_place), parameters in groups.items()]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
     if stacks:
