@@ -1,7 +1,7 @@
 """Run a study again: arms against an anchor, each with every seed, one training run after the other.
 
     python experiments/ablation_studies.py shakespeare                             # on a CPU, in minutes
-    python experiments/ablation_studies.py layout --data data/mixed                # on a GPU, ten runs of 40M tokens
+    python experiments/ablation_studies.py layout --data data/mixed                # on a GPU, 40M tokens an arm
     python experiments/ablation_studies.py sweep-lr --seeds 1337,2 --dry_run       # only says what it would run
     timeout 550 python experiments/ablation_studies.py context -- --val_tokens 100000    # more flags for every run
 
