@@ -1,7 +1,7 @@
 """Train a GPT-2 whose tokens are mixed by a causal AFNO (afno.py), or by attention: the NoCap-Test baseline.
 
     python train_gpt2_afno.py                                        # defaults for this device, said at start
-    torchrun --standalone --nproc_per_node=1 train_gpt2_afno.py --mixer afno --attn_layers 3,9 --sequence_length 4096
+    torchrun --standalone --nproc_per_node=1 train_gpt2_afno.py --mixer afno --attn_layers 5,10 --sequence_length 4096
     python train_gpt2_afno.py --output_dir runs/mine --resume auto   # goes on where it stopped
     python train_gpt2_afno.py --output_dir runs/mine --generate "To be, or not"
 
@@ -556,7 +556,8 @@ def refuse_leaks(hidden, T: int, B: int, vocab_size: int, device: torch.device):
 
 @contextlib.contextmanager
 def without_zeros(model: GPT):
-    """Weights that begin at zero would hide a leak: meanwhile they are random, from a generator of their own."""
+    """Weights that begin at zero, such as form state's decays by token, would hide a leak: meanwhile they are random, from a
+    generator of their own."""
     zeros = [p for p in model.parameters() if not p.any()]
     with torch.no_grad():
         for p in zeros:
@@ -795,7 +796,7 @@ class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
 
 
 def embedding_tables(model: GPT) -> set[nn.Parameter]:
-    """Of tokens, which is the head's, too, positions, values."""
+    """Weights of all embeddings: of tokens (the head's, too), of positions, of values."""
     return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
@@ -804,7 +805,7 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
     """adamw: one AdamW for everything, the baseline. muon: Muon for the blocks' projections, AdamW for the rest.
 
     AFNO's MLPs, many small matrices, are among the rest: Muon brings them nothing and takes time (lessons.md).
-    With rest_lr what is neither Muon's nor an embedding is a group of its own, with that learning rate.
+    With rest_lr what is neither Muon's nor an embedding has that learning rate.
     """
     stacks = {}
     if name == "muon":
@@ -813,12 +814,12 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
                 stacks[p] = len(p) // p.size(1)  # query, key and value; value and gate, or value, key and query
             elif key.endswith(".weight"):
                 stacks[p] = 1
-    rest = {name: p for name, p in model.named_parameters() if p not in stacks}
+    adamw = {name: p for name, p in model.named_parameters() if p not in stacks}
     # poles, bands and thresholds are places and logarithms, for which zero is no neutral value, nor is it for the
     # residual's factor, which begins at one: they do not decay
     places = ("angle", "centre", "log_decay", "log_width", "log_threshold", "embedding_mix")
     tables, groups = embedding_tables(model), {}
-    for key, p in rest.items():
+    for key, p in adamw.items():
         has_rest_lr = rest_lr is not None and p not in tables
         groups.setdefault((has_rest_lr, key.endswith(places)), []).append(p)
     groups = [dict(params=parameters, lr=rest_lr if has_rest_lr else learning_rate,
@@ -909,15 +910,16 @@ class Checkpoints:
 
     @staticmethod
     def load(path: Path) -> dict:
-        """Raises an exception of any kind if the file is not a whole and sound checkpoint of this trainer."""
+        """Raises InputError if the file is another version's, an exception of any kind if it is no whole and sound checkpoint."""
         with zipfile.ZipFile(path) as archive:
             if bad := archive.testzip():
                 raise ValueError(f"checksum of {bad} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if missing := {"model", "optimizers", "step", "position", "config", "args", "rng"} - set(state):
             raise ValueError(f"not a checkpoint of this trainer, {min(missing)} is missing")
-        if gone := set(state["config"]) - {f.name for f in fields(GPTConfig)}:
-            raise ValueError(f"of another version of this trainer, which had --{min(gone)}; the run's train.log has its source")
+        if gone := sorted(set(state["config"]) - {f.name for f in fields(GPTConfig)}):
+            raise InputError(f"{relative(str(path))} is of another version of this trainer, whose models had "
+                             f"{', '.join(gone)}: the run's train.log has its source")
         GPTConfig(**state["config"])
         return state
 
@@ -926,6 +928,8 @@ class Checkpoints:
         for path in self.paths():
             try:
                 return self.load(path)
+            except InputError:  # sound, but not for this version, nor are the ones before
+                raise
             except Exception as error:  # a truncated archive fails in many ways
                 log(f"warning: {path.name} cannot be read ({first_line(error)}): trying the one before")
         raise InputError(f"--resume: no readable checkpoint state_step*.pt in {self.folder}")
@@ -1032,9 +1036,9 @@ def flops_per_token(model: GPT, T: int) -> float:
     query of attention sees, T/2 on average without a window; convolutions are free."""
     config = model.config
     attention = sum(config.mixer_of(layer) == "attn" for layer in range(config.n_layer))
-    multiplied = {*model.parameters()} - embedding_tables(model) | {model.lm_head.weight}
+    looked_up = embedding_tables(model) - {model.lm_head.weight}
     W = min(config.window, T) or T
-    return 6 * sum(p.numel() for p in multiplied) + 12 * attention * config.n_embd * (W - W**2 / (2 * T))
+    return 6 * sum(p.numel() for p in {*model.parameters()} - looked_up) + 12 * attention * config.n_embd * (W - W**2 / (2 * T))
 
 
 # -----------------------------------------------------------------------------
@@ -1620,6 +1624,8 @@ def find_checkpoint(flags: dict, say) -> tuple[dict, Path]:
     if source != "auto":
         try:
             return Checkpoints.load(Path(source)), Path(flags.get("output_dir", Path(source).parent))
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(f"--resume {source}: no readable checkpoint ({first_line(error)})") from None
     if "output_dir" in flags:

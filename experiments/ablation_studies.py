@@ -43,16 +43,15 @@ RECIPE = {
     "qk-norm": "--qk_norm 1", "6-heads": "--n_head 6", "rest-lr": "--rest_lr 0.01", "residual-bf16": "--residual_bf16 1",
     "long-warmdown": "--warmdown_iters half",
 }
-AFNO = "--mixer afno --afno_silu 1 --afno_short_conv 1"
+AFNO = "--mixer afno --afno_silu 1 --afno_short_conv 1"  # one tap: no short convolution
 HYBRID, ATTENTION = f"{AFNO} --attn_layers 5,10", "--mixer attn --mixer_scale 1"
-STATE = "--afno_form state"
-STATES = "--mixer afno --afno_silu 1 --afno_state_layers 5,10"  # and the short convolution, as it was measured
+STATE = "--afno_form state --afno_short_conv 4"  # states were measured with the short convolution
 MIXERS = {
     "attention": ATTENTION,
     "hybrid": HYBRID,
     "hybrid-4": f"{AFNO} --attn_layers 2,5,8,11",
     "hybrid-wide": f"{HYBRID} --mlp_ratio 5",  # with attention's parameters, but for 2%
-    "states": STATES,
+    "states": f"{AFNO} --afno_state_layers 5,10 --afno_short_conv 4",
 }
 
 
@@ -73,7 +72,7 @@ class Study:
 
 
 STUDIES = {
-    "layout": Study("Which layers keep attention or are of form state, and how many taps the others have.", {
+    "layout": Study("Which layers keep attention, or are of form state beside a short convolution, and how many taps the others have.", {
         "attention-5-10": HYBRID,
         "attention-none": AFNO,
         "attention-6": f"{AFNO} --attn_layers 6",
@@ -85,12 +84,12 @@ STUDIES = {
         "attention-all": ATTENTION,
         "window-256": f"{HYBRID} --window 256",
         "taps-128": f"{HYBRID} --afno_filter_length 128",
-        "states-5-10": STATES,
-        "states-2-5-8-11": f"{AFNO} --afno_state_layers 2,5,8,11",
+        "states-5-10": f"{AFNO} --afno_state_layers 5,10 --afno_short_conv 4",
+        "states-2-5-8-11": f"{AFNO} --afno_state_layers 2,5,8,11 --afno_short_conv 4",
         "states-all": f"{AFNO} {STATE}",
     }),
     "mixers": Study(
-        "Attention in every layer, in two, in none. AFNO layers have fewer parameters than attention: arms called wide "
+        "Attention in every layer, in two, in none. AFNO layers, but for the form state, have fewer parameters than attention: arms called wide "
         "have MLPs of 5 C hidden channels instead of 4 C, which brings them to within 3% of attention's parameters.", {
             "hybrid": HYBRID,
             "attention": ATTENTION,
@@ -108,7 +107,7 @@ STUDIES = {
         "at one length.", {
             f"{name}-{T}": f"{flags} --sequence_length {T} --batch_size {65_536 // T}"
             for T in (1024, 2048, 4096) for name, flags in (("hybrid", HYBRID), ("attention", ATTENTION))}),
-    "recipe": Study("The recipe of the hybrid less one thing, or with one more; the same for attention, the control.", {
+    "recipe": Study("The recipe of the hybrid less one thing, or with one changed; the same for attention, the control.", {
         "anchor": f"{HYBRID} {recipe()}",
         **{f"without-{name}": f"{HYBRID} {recipe(without=name)}" for name in RECIPE},
         **{f"with-{name}": f"{HYBRID} {recipe()} {flags}" for name, flags in {
@@ -124,10 +123,10 @@ STUDIES = {
         "baseline": BASELINE,
         **{arm: f"{flags} {recipe()} --num_iterations 610" for arm, flags in MIXERS.items()},
     }, GPU, tokens=100e6),
-    "goals-mixer": Study("The mixer's own share: one recipe, with attention in every layer, in two, in none.", MIXERS),
+    "goals-mixer": Study("The mixer's own share: one recipe, with attention in every layer, in two or four, in none.", MIXERS),
     "goals-mixer-80M": Study("The same to twice the tokens: what leads at the beginning need not lead then.", {
         **MIXERS, "attention-narrow": f"{ATTENTION} --mlp_ratio 3"}, tokens=80e6),
-    "goals-mixer-4096": Study("The same with rows of 4096 tokens, and AFNO with as many taps.", {
+    "goals-mixer-4096": Study("The same with rows of 4096 tokens; one more arm has as many taps.", {
         **MIXERS, "hybrid-4096-taps": f"{HYBRID} --afno_filter_length 4096",
     }, f"{BEST} --sequence_length 4096 --batch_size 16"),
     "schedule": Study("Length of rows, batch and learning rate over the run, all on as many tokens.", {

@@ -1,6 +1,6 @@
 """Tokens/s of generation: token by token with states, and with the whole text computed again for every token.
 
-    python experiments/generation_speed.py [the trainer's flags]      # --model d12 --attn_layers 3,9 ...
+    python experiments/generation_speed.py [the trainer's flags]      # --model d12 --attn_layers 5,10 ...
 
 A model at initialisation (speed does not depend on weights) has read all but the last `--max_new_tokens` tokens of
 `--sequence_length` random ones; timed are the others, one by one, for a batch of one. Prints one line a method.

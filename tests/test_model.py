@@ -55,7 +55,8 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
     """Logits of the NoCap-Test model, head by head and position by position, from a state_dict in float64; or of
     RECIPE's."""
     norm = lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    x = x0 = norm(weights["transformer.wte.weight"][idx]) if recipe else weights["lm_head.weight"][idx]
+    x = weights["transformer.wte.weight"][idx]
+    x = x0 = norm(x) if recipe else x
     T, C = x.shape[1:]
     unseen = torch.ones(T, T).triu(1) + (torch.ones(T, T).tril(-7) if recipe else 0)
     d = C // n_head
@@ -105,10 +106,9 @@ def test_the_recipe_is_its_formulas():
     assert abs(loss - F.cross_entropy(expected.flatten(0, 1), idx.roll(-1, 1).flatten())) < 1e-12
 
 
-def test_initialisations_of_the_recipe():
-    plain, idx = tiny(), random_tokens((2, 24), 97)
-    mixed = tiny(embedding_residual=1)
-    assert torch.equal(mixed(idx)[0], plain(idx)[0])
+def test_the_embedding_in_the_residual_begins_as_nothing():
+    idx = random_tokens((2, 24), 97)
+    assert torch.equal(tiny(embedding_residual=1)(idx)[0], tiny()(idx)[0])
 
 
 def test_weights_that_begin_at_zero_are_random_during_the_check_alone():
