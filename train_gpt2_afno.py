@@ -920,7 +920,10 @@ class Checkpoints:
         if gone := sorted(set(state["config"]) - {f.name for f in fields(GPTConfig)}):
             raise InputError(f"{relative(str(path))} is of another version of this trainer, whose models had "
                              f"{', '.join(gone)}: the run's train.log has its source")
-        GPTConfig(**state["config"])
+        try:
+            GPTConfig(**state["config"])
+        except InputError as error:  # a choice that is gone
+            raise InputError(f"{relative(str(path))} is of another version of this trainer: {error}") from None
         return state
 
     def newest(self, log) -> dict:

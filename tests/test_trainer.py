@@ -295,7 +295,8 @@ def test_learning_rates_follow_one_schedule(data, tmp_path, monkeypatch):
     assert adamw == pytest.approx([factor * lr for lr in (0.0018, 0.003, 0.003)]) and muon == [factor * 0.0018]
     assert [line["lr"] for line in metrics(tmp_path / "run") if "train_loss" in line][-1] == factor * 0.0018
     main(flags(data, tmp_path / "run", "--resume auto --num_iterations 6 --rest_lr 0.02"))
-    assert [group["lr"] for group in made[-1][0].param_groups] == pytest.approx([factor * lr for lr in (0.0018, 0.02, 0.02)])  # the flag's, not the checkpoint's
+    resumed = [group["lr"] for group in made[-1][0].param_groups]
+    assert resumed == pytest.approx([factor * lr for lr in (0.0018, 0.02, 0.02)])  # the flag's, not the checkpoint's
 
 
 def test_a_learning_rate_of_the_rest_is_not_for_half_a_run(data, tmp_path):
@@ -633,8 +634,13 @@ def test_a_checkpoint_of_another_version_is_one_clear_line(data, tmp_path):
     state["config"]["tied_head"] = 1  # a flag that this version does not have
     torch.save(state, path)
     for more in (["--resume", "auto", *flags(data, tmp_path / "run")], ["--resume", str(path), "--eval_only"]):
-        with pytest.raises(InputError, match="is of another version of this trainer, whose models had tied_head: the run's train.log"):
+        with pytest.raises(InputError, match="is of another version of this trainer, whose models had tied_head: the run"):
             main(more)
+    state["config"] = {**state["config"], "afno_form": "wavelet"}
+    del state["config"]["tied_head"]
+    torch.save(state, path)
+    with pytest.raises(InputError, match=r"\.pt is of another version of this trainer: --afno_form must be one of"):
+        main(["--resume", "auto", *flags(data, tmp_path / "run")])
     assert (tmp_path / "run/metrics.jsonl").read_text() == metrics
 
 
