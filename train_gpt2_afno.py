@@ -88,8 +88,6 @@ class GPTConfig:
     embedding_norm: int = 0
     logit_softcap: float = 0.0  # 0: none
     embedding_residual: int = 0
-    value_embeddings: int = 0
-    window: int = 0  # of attention, in tokens; 0: all before
     residual_bf16: int = 0  # the residual stream in autocast's dtype; 0: fp32
     mixer_scale: float | None = None  # None: 1; in the baseline, attn in all layers, (2 n_layer)^-0.5
 
@@ -99,14 +97,14 @@ class GPTConfig:
             self.mixer_scale = (2 * self.n_layer) ** -0.5 if self.mixer == "attn" else 1.0
         if self.afno_filter_length is None:
             self.afno_filter_length = min(self.sequence_length, MOST_TAPS)
-        switches = ("qk_norm", "embedding_norm", "embedding_residual", "value_embeddings", "residual_bf16")
+        switches = ("qk_norm", "embedding_norm", "embedding_residual", "residual_bf16")
         for name, allowed in (("mixer", MIXERS), ("position", POSITIONS), *((name, (0, 1)) for name in switches)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"--{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)}")
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "sequence_length", "mlp_ratio"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("logit_softcap", "window", "mixer_scale"):
+        for name in ("logit_softcap", "mixer_scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name} must be finite and >= 0, got {getattr(self, name)}")
         if self.n_embd % (2 * self.n_head):
@@ -149,51 +147,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, -x1 * sin + x2 * cos), -1).type_as(x)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Every token attends to itself and to the window - 1 tokens before it, or with window 0 to all of them.
-
-    q, k, v: (B, n_head, T, head_dim) to the same. O(T window): queries of a block of `window` tokens need the keys of
-    their own block and of the one before.
-    """
-    T = q.size(2)
-    W = min(window, T) or T
-    first = F.scaled_dot_product_attention(q[:, :, :W], k[:, :, :W], v[:, :, :W], is_causal=True)
-    if W == T:
-        return first
-    q, k, v = (F.pad(x, (0, 0, 0, -T % W)).unflatten(2, (-1, W)).transpose(1, 2) for x in (q, k, v))
-    k, v = (torch.cat((x[:, :-1], x[:, 1:]), 3) for x in (k, v))  # (B, blocks - 1, n_head, 2 W, head_dim)
-    seen = torch.ones(W, 2 * W, dtype=torch.bool, device=q.device).triu(1).tril(W)  # query i: keys i + 1 ... i + W
-    y = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q[:, 1:], k, v)), attn_mask=seen)
-    y = y.unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2, 3)
-    return torch.cat((first, y), 2)[:, :, :T]
-
-
 class CausalSelfAttention(nn.Module):
-    """forward and step take v0, too: the tokens' value embeddings, (B, T, C) as x is, or None."""
-
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.qk_norm, self.window = config.n_head, config.qk_norm, config.window
+        self.n_head, self.qk_norm = config.n_head, config.qk_norm
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # query | key | value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, v0: Tensor | None = None) -> Tensor:
-        return self.output(causal_attention(*self.heads(x, cos, sin, v0), self.window))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.output(F.scaled_dot_product_attention(*self.heads(x, cos, sin), is_causal=True))
 
-    def step(self, x_t: Tensor, cos: Tensor, sin: Tensor, cache: tuple | None, window: int, v0: Tensor | None = None):
+    def step(self, x_t: Tensor, cos: Tensor, sin: Tensor, cache: tuple | None, window: int):
         """forward token by token, x_t (B, C) to the same; the cache, None at first, is of the last `window` keys and
-        values, or of as many as the model's own window has."""
-        window = min(window, self.window or window)
-        q, k, v = self.heads(x_t[:, None], cos, sin, v0)
+        values."""
+        q, k, v = self.heads(x_t[:, None], cos, sin)
         if cache is not None:
             k, v = (torch.cat((old, new), 2)[:, :, -window:] for old, new in zip(cache, (k, v)))
         return self.output(F.scaled_dot_product_attention(q, k, v))[:, 0], (k, v)
 
-    def heads(self, x: Tensor, cos: Tensor, sin: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.c_attn(x).chunk(3, -1)
-        if v0 is not None:
-            v = v + v0.type_as(v)
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, k, v))
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1))
         if self.qk_norm:
             q, k = rmsnorm(q), rmsnorm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
@@ -231,8 +204,7 @@ def keep_products():
 class Block(nn.Module):
     """Mixer, then MLP, each on the normed residual stream. The mixer is the config's for this layer.
 
-    With embedding_residual the stream comes in as a x + b x0, where x0 is the embedding; v0 is CausalSelfAttention's,
-    taps are AFNO1D's.
+    With embedding_residual the stream comes in as a x + b x0, where x0 is the embedding; taps are AFNO1D's.
     """
 
     recompute = False  # what is cheap to compute, in backward again instead of keeping it
@@ -247,27 +219,24 @@ class Block(nn.Module):
             self.mixer = AFNO1D(**config.afno_arguments(layer))
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None = None, v0: Tensor | None = None,
-                taps: Tensor | None = None):
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None = None, taps: Tensor | None = None):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.residual, x, rotary, x0, v0, taps, use_reentrant=False, preserve_rng_state=False,
+            return checkpoint(self.residual, x, rotary, x0, taps, use_reentrant=False, preserve_rng_state=False,
                               context_fn=keep_products)
-        return self.residual(x, rotary, x0, v0, taps)
+        return self.residual(x, rotary, x0, taps)
 
-    def residual(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None, v0: Tensor | None,
-                 taps: Tensor | None) -> Tensor:
+    def residual(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None, taps: Tensor | None) -> Tensor:
         x = self.input(x, x0)
         h = rmsnorm(x)
         attention = isinstance(self.mixer, CausalSelfAttention)
-        return self.output(x, self.mixer(h, *rotary, v0) if attention else self.mixer(h, taps))
+        return self.output(x, self.mixer(h, *rotary) if attention else self.mixer(h, taps))
 
-    def step(self, x_t: Tensor, rotary: tuple[Tensor, Tensor], state: tuple | None, window: int,
-             x0_t: Tensor | None = None, v0: Tensor | None = None):
-        """forward token by token: (x_t (B, C), state of the mixer, None at first) to the same; v0 is (B, 1, C)."""
+    def step(self, x_t: Tensor, rotary: tuple[Tensor, Tensor], state: tuple | None, window: int, x0_t: Tensor | None = None):
+        """forward token by token: (x_t (B, C), state of the mixer, None at first) to the same."""
         x_t = self.input(x_t, x0_t)
         h = rmsnorm(x_t)
         if isinstance(self.mixer, CausalSelfAttention):
-            h, state = self.mixer.step(h, *rotary, state, window, v0)
+            h, state = self.mixer.step(h, *rotary, state, window)
         else:
             h, state = self.mixer.step(h, state)
         return self.output(x_t, h), state
@@ -395,19 +364,11 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # one tensor, with nn.Linear's initialisation
-        tables = []  # which begin as wte does
         if config.position == "learned":
             self.transformer.wpe = nn.Embedding(config.sequence_length, config.n_embd)
-            tables.append(self.transformer.wpe)
+            nn.init.uniform_(self.transformer.wpe.weight, -config.n_embd**-0.5, config.n_embd**-0.5)  # as wte begins
         elif config.position == "fourier":
             self.transformer.wpe = FourierGate(config.n_embd)
-        if config.value_embeddings:
-            self.transformer.vte = nn.ModuleDict({
-                str(layer): nn.Embedding(config.vocab_size, config.n_embd)
-                for layer in range(config.n_layer) if config.mixer_of(layer) == "attn"})
-            tables += self.transformer.vte.values()
-        for table in tables:
-            nn.init.uniform_(table.weight, -config.n_embd**-0.5, config.n_embd**-0.5)
         self.cross_entropy_chunk, self.taps_at_once = cross_entropy_chunk, taps_at_once
 
     def compile(self):
@@ -447,12 +408,6 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x, rotary_tables(position, C // n_head)
 
-    def for_layer(self, layer: int, idx: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What block `layer` takes beside the stream: x0, the embeddings x, and v0, of the tokens idx (B, T)."""
-        x0 = x if self.config.embedding_residual else None
-        has_table = self.config.value_embeddings and self.config.mixer_of(layer) == "attn"
-        return x0, self.transformer.vte[str(layer)](idx) if has_table else None
-
     def taps(self) -> dict[int, Tensor]:
         """The filters of every layer that has some, (num_filters, filter_length) by layer, made at once, and outside of
         autocast and of the blocks' graphs: a compiled block would make their gradients with bf16 products."""
@@ -465,10 +420,10 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor) -> Tensor:
         """Normed hidden states before the head: idx (B, T) of tokens to (B, T, C)."""
-        embedding, rotary = self.embed(idx, 0)
-        x, taps = embedding, self.taps()
+        x, rotary = self.embed(idx, 0)
+        x0, taps = x if self.config.embedding_residual else None, self.taps()
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, rotary, *self.for_layer(layer, idx, embedding), taps.get(layer))
+            x = block(x, rotary, x0, taps.get(layer))
         return rmsnorm(x)
 
     @torch.no_grad()
@@ -479,11 +434,10 @@ class GPT(nn.Module):
         """
         t, states = state or (0, [None] * self.config.n_layer)
         embedding, rotary = self.embed(idx_t[:, None], t)
-        x = embedding = embedding[:, 0]
+        x = x0 = embedding[:, 0]
         states = list(states)
         for layer, block in enumerate(self.transformer.h):
-            beside = self.for_layer(layer, idx_t[:, None], embedding)
-            x, states[layer] = block.step(x, rotary, states[layer], window, *beside)
+            x, states[layer] = block.step(x, rotary, states[layer], window, x0)
         return rmsnorm(x), (t + 1, states)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True):
@@ -796,7 +750,7 @@ class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
 
 
 def embedding_tables(model: GPT) -> set[nn.Parameter]:
-    """Weights of all embeddings: of tokens (the head's, too), of positions, of values."""
+    """Weights of all embeddings: of tokens (the head's, too), of positions."""
     return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
@@ -831,19 +785,12 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
     return optimizers
 
 
-COOLDOWNS = {  # by the share of the warmdown that is left, r
-    "linear": lambda r: r,
-    "sqrt": lambda r: 1 - math.sqrt(1 - r),  # Haegele et al., 2024: steep first, flat at the end
-    "cosine": lambda r: (1 - math.cos(math.pi * r)) / 2,
-}
-
-
 def learning_rate_factor(step: int, num_iterations: int, warmup_iters: int, warmdown_iters: int,
-                         cooldown: str = "linear", final: float = 0.0) -> float:
+                         final: float = 0.0) -> float:
     """The factor for the update that follows `step` updates: rising to 1, constant, falling to `final`."""
     if step < warmup_iters:
         return (step + 1) / warmup_iters
-    return final + (1 - final) * COOLDOWNS[cooldown](min(1.0, (num_iterations - step) / max(warmdown_iters, 1)))
+    return final + (1 - final) * min(1.0, (num_iterations - step) / max(warmdown_iters, 1))
 
 
 def phase_at(phases: tuple[tuple, ...], step: int, num_iterations: int):
@@ -1036,12 +983,11 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def flops_per_token(model: GPT, T: int) -> float:
     """Forward and backward, as usual: 6 a parameter (tables that are only looked up have none) and 12 C a key that a
-    query of attention sees, T/2 on average without a window; convolutions are free."""
+    query of attention sees, T/2 on average; convolutions are free."""
     config = model.config
     attention = sum(config.mixer_of(layer) == "attn" for layer in range(config.n_layer))
     looked_up = embedding_tables(model) - {model.lm_head.weight}
-    W = min(config.window, T) or T
-    return 6 * sum(p.numel() for p in {*model.parameters()} - looked_up) + 12 * attention * config.n_embd * (W - W**2 / (2 * T))
+    return 6 * sum(p.numel() for p in {*model.parameters()} - looked_up) + 6 * attention * config.n_embd * T
 
 
 # -----------------------------------------------------------------------------
@@ -1345,7 +1291,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         grad_norm = torch.nn.utils.get_total_norm(grads)
         if args.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.grad_clip, grad_norm)
-        factor = learning_rate_factor(step, total_steps, args.warmup_iters, args.warmdown_iters, args.cooldown,
+        factor = learning_rate_factor(step, total_steps, args.warmup_iters, args.warmdown_iters,
                                       args.final_lr_fraction)
         for optimizer, full in zip(optimizers, rates):
             for group, rate in zip(optimizer.param_groups, full):
@@ -1436,9 +1382,8 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
 # command line
 
 RECIPE = dict(  # what else may be changed about the baseline; as it stands here, nothing is
-    mlp_ratio=4, qk_norm=0, embedding_norm=0, logit_softcap=0.0, embedding_residual=0, value_embeddings=0, window=0,
-    mixer_scale=None, curriculum=None, batch_schedule=None, cooldown="linear", final_lr_fraction=0.0, rest_lr=None,
-    row_order="stream", residual_bf16=0,
+    mlp_ratio=4, qk_norm=0, embedding_norm=0, logit_softcap=0.0, embedding_residual=0, mixer_scale=None,
+    curriculum=None, batch_schedule=None, final_lr_fraction=0.0, rest_lr=None, row_order="stream", residual_bf16=0,
 )
 DEFAULTS = dict(
     input_bin=None, input_val_bin=None, output_dir=None, model=None, n_head=None, mixer="afno", attn_layers=(),
@@ -1537,11 +1482,9 @@ def parse_flags(argv: list[str]) -> dict:
             ("qk_norm", "attention: rmsnorm of each head's query and key (0)"),
             ("embedding_norm", "rmsnorm after embedding and position (0)"),
             ("embedding_residual", "each block takes a x + b embedding, learned, which begin at 1 and 0 (0)"),
-            ("value_embeddings", "a table a layer of attention, added to its values; AFNO layers have none (0)"),
             ("residual_bf16", "the residual stream in autocast's dtype instead of fp32 (0)")):
         add(f"--{name}", type=int, choices=(0, 1), help=text)
     add("--logit_softcap", type=number(float, 0), metavar="X", help="logits are X tanh(logits / X); 0: as they are (0)")
-    add("--window", type=number(int, 0), metavar="W", help="tokens that attention sees, itself included; 0: all (0)")
     add("--mixer_scale", type=number(float, 0), metavar="X", help="factor of the mixer's output (1; with --mixer attn "
         "the baseline's (2 n_layer)^-0.5)")
     add = parser.add_argument_group("device").add_argument
@@ -1565,7 +1508,6 @@ def parse_flags(argv: list[str]) -> dict:
     add("--learning_rate", type=number(float, above=0), metavar="X", help="of AdamW and Muon alike (0.0018)")
     add("--warmup_iters", type=number(int, 0), metavar="N", help="rising (256/4768 of num_iterations)")
     add("--warmdown_iters", type=number(int, 0), metavar="N", help="falling (1024/4768 of num_iterations)")
-    add("--cooldown", choices=COOLDOWNS, help="how it falls; sqrt: 1 - sqrt of the warmdown's share done (linear)")
     add("--final_lr_fraction", type=number(float, 0, below=1), metavar="X", help="of the learning rate, at the end (0)")
     add("--rest_lr", type=number(float, above=0), metavar="X",
         help="AdamW's for all but embeddings and Muon's matrices (learning_rate)")

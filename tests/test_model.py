@@ -9,11 +9,10 @@ import test_causality
 from afno import rmsnorm
 from data.text_to_bin import InputError
 from train_gpt2_afno import (GPT, MODELS, POSITIONS, FallbackMuon, GPTConfig, LinearCrossEntropy, MatrixMuon, Runtime,
-                             causal_attention, cross_entropy_chunk, flops_per_token, learning_rate_factor,
+                             cross_entropy_chunk, flops_per_token, learning_rate_factor,
                              loss_by_position, make_optimizers, phase_at, random_tokens, rotary_tables, without_zeros)
 
-RECIPE = dict(mlp_ratio=3, qk_norm=1, embedding_norm=1, logit_softcap=2.0, embedding_residual=1, value_embeddings=1,
-              window=7, mixer_scale=0.8)
+RECIPE = dict(mlp_ratio=3, qk_norm=1, embedding_norm=1, logit_softcap=2.0, embedding_residual=1, mixer_scale=0.8)
 TINY = dict(vocab_size=97, n_layer=3, n_head=2, n_embd=16, sequence_length=24, afno_num_blocks=4)
 
 
@@ -58,7 +57,7 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
     x = weights["transformer.wte.weight"][idx]
     x = x0 = norm(x) if recipe else x
     T, C = x.shape[1:]
-    unseen = torch.ones(T, T).triu(1) + (torch.ones(T, T).tril(-7) if recipe else 0)
+    unseen = torch.ones(T, T).triu(1)
     d = C // n_head
     angle = torch.arange(T).double()[:, None] / 10000 ** (torch.arange(d // 2).double() * 2 / d)
 
@@ -72,8 +71,6 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
         if recipe:
             x = torch.stack((x, x0), -1) @ weights[f"transformer.h.{layer}.embedding_mix"]
         q, k, v = (norm(x) @ w["mixer.c_attn"].T).split(C, -1)
-        if recipe:
-            v = v + weights[f"transformer.vte.{layer}.weight"][idx]
         heads = []
         for head in range(n_head):
             part = slice(head * d, (head + 1) * d)
@@ -154,19 +151,6 @@ def test_the_recipe_recomputes():
         loss = model(idx, idx.roll(-1, 1), return_logits=False)[1]
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     assert all(relative(again, kept) < 1e-12 for again, kept in zip(*gradients))
-
-
-@pytest.mark.parametrize("window", (1, 4, 7, 30))
-def test_windowed_attention(window):
-    for T in (1, 4, 5, 20, 29):
-        generator = torch.Generator().manual_seed(T)
-        q, k, v, above = torch.randn(4, 2, 3, T, 8, dtype=torch.float64, generator=generator).requires_grad_()
-        distance = torch.arange(T)[:, None] - torch.arange(T)
-        scores = (q @ k.mT / math.sqrt(8)).masked_fill((distance < 0) | (distance >= window), -torch.inf)
-        expected, got = scores.softmax(-1) @ v, causal_attention(q, k, v, window)
-        assert relative(got, expected) < 1e-13
-        for a, b in zip(*(torch.autograd.grad(y, (q, k, v), above, retain_graph=True) for y in (got, expected))):
-            assert (a - b).norm() < 1e-12
 
 
 def test_a_block_scales_its_mixer_where_the_model_is_the_baseline():
@@ -301,7 +285,7 @@ def test_token_by_token_with_the_recipe(name):
     assert relative(torch.stack(hidden, 1), model.hidden(idx)) < 1e-10
     assert relative(model.logits(torch.stack(hidden, 1)), model(idx)[0]) < 1e-10
     keys = state[1][1][0]
-    assert keys.size(2) == (7 if "window" in options else 40)
+    assert keys.size(2) == 40
 
 
 def test_attention_looks_back_at_most_a_window():
@@ -333,7 +317,7 @@ def test_learned_positions_end_with_their_table():
     (dict(mlp_ratio=0), "--mlp_ratio must be >= 1, got 0"),
     (dict(qk_norm=2), "--qk_norm must be one of 0, 1, got 2"),
     (dict(logit_softcap=-1.0), "--logit_softcap must be finite and >= 0, got -1"),
-    (dict(window=-1), "--window must be finite and >= 0"), (dict(mixer_scale=math.nan), "--mixer_scale .* got nan"),
+    (dict(mixer_scale=math.nan), "--mixer_scale .* got nan"),
     (dict(afno_filter_length=0), "--afno_filter_length must be an integer >= 1"),
 ))
 def test_a_bad_config_names_the_flag(options, message):
@@ -488,10 +472,10 @@ def test_every_parameter_is_trained_once(name, attn_layers):
 
 @pytest.mark.parametrize("name", ("adamw", "muon"))
 def test_learning_rates_by_group(name):
-    model = tiny(attn_layers=(1,), position="learned", value_embeddings=1, embedding_residual=1)
+    model = tiny(attn_layers=(1,), position="learned", embedding_residual=1)
     optimizers = make_optimizers(model, name, 0.01, 0.1, rest_lr=0.3)
     rate = {p: (group["lr"], group["weight_decay"]) for group in optimizers[0].param_groups for p in group["params"]}
-    tables = "transformer.wte.weight", "transformer.wpe.weight", "transformer.vte.1.weight"
+    tables = "transformer.wte.weight", "transformer.wpe.weight"
     for key, p in model.named_parameters():
         if p in rate:
             assert rate.pop(p) == (0.01 if key in tables else 0.3, 0.0 if key.endswith("embedding_mix") else 0.1), key
@@ -525,11 +509,10 @@ def test_schedule_is_the_baselines():
     assert learning_rate_factor(0, 1, 0, 0) == 1
 
 
-@pytest.mark.parametrize("cooldown, middle", (("linear", 0.5), ("sqrt", 1 - 0.5**0.5), ("cosine", 0.5)))
-def test_cooldowns(cooldown, middle):
-    factor = lambda step, final=0.0: learning_rate_factor(step, 100, 10, 40, cooldown, final)
+def test_the_learning_rate_falls_to_its_final_fraction():
+    factor = lambda step, final=0.0: learning_rate_factor(step, 100, 10, 40, final)
     assert factor(0) == 0.1 and factor(9) == factor(60) == factor(30) == 1 and factor(100) == 0
-    assert abs(factor(80) - middle) < 1e-12 and abs(factor(80, 0.2) - (0.2 + 0.8 * middle)) < 1e-12
+    assert factor(80) == 0.5 and abs(factor(80, 0.2) - 0.6) < 1e-12
     assert factor(100, 0.2) == 0.2 and abs(factor(60, 0.2) - 1) < 1e-12
     assert all(factor(step) >= factor(step + 1) for step in range(9, 100))
 
@@ -540,8 +523,8 @@ def test_phases_share_out_the_steps():
     assert phase_at(((1, 1 / 3), (2, 1 / 3), (3, 1 / 3)), 99, 100) == 3 == phase_at(phases[:0] + ((3, 1.0),), 0, 1)
 
 
-def test_flops_of_the_recipe():
+def test_flops_count_the_keys_that_are_seen_and_no_table_that_is_looked_up():
     count = lambda T=100, **options: flops_per_token(tiny(mixer="attn", **options), T)
-    assert count(value_embeddings=1) == count(window=100) == count(window=200) == count()
-    seen = sum(min(t + 1, 10) for t in range(1000)) / 1000  # keys a query, on average
-    assert abs(count(T=1000) - count(T=1000, window=10) - 12 * 3 * 16 * (500 - seen)) < 12 * 3 * 16
+    assert count(position="learned") == count()
+    seen = sum(t + 1 for t in range(1000)) / 1000  # keys a query, on average
+    assert abs(count(T=1000) - count(T=0) - 12 * 3 * 16 * seen) < 12 * 3 * 16
