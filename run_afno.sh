@@ -78,9 +78,10 @@ case $preset in
   fineweb)
     data=("$here/data/cached_fineweb10B.py" 19)
     launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=1)
-    # 32,768 tokens a micro-batch take 13.2 GiB; 262,144 a step; 6900 steps are 1.81B tokens, 0.72 of the baseline's, and the warmdown
-    # is half of them: for the arithmetic see "The fineweb preset" in experiments/benchmark_results.md. Rows of 1024, because the loss to
-    # reach was measured on such. 6 heads, of 128, are for d12: another --model wants its --n_head
+    # 32,768 tokens a micro-batch took 13.2 GiB on an H100; 262,144 a step; 6900 steps are 1.81B tokens, 0.72 of the
+    # baseline's, and the warmdown is half of them: for the arithmetic see "The fineweb preset" in
+    # experiments/benchmark_results.md. Rows of 1024, because the loss to reach was measured on such. 6 heads, of 128, are for
+    # d12: another --model wants its --n_head (3, of 256, were better on an H100; how fast they are on a 4090 is not known)
     flags=(--input_bin "$here/data/fineweb10B/fineweb_train_*.bin" --input_val_bin "$here/data/fineweb10B/fineweb_val_*.bin"
       --model d12 --mixer afno --attn_layers 5,10 --sequence_length 1024 --batch_size 32 --grad_accumulation_steps 8
       --optimizer muon --learning_rate 0.0043 --num_iterations 6900 --row_order spread --warmdown_iters 3450

@@ -1,6 +1,6 @@
 """Causality gate: no output may depend on a later token. Run it before every training.
 
-    python test_causality.py [the trainer's flags]    # --model d12 --attn_layers 5,10 --sequence_length 4096 ...
+    python test_causality.py [the trainer's flags]    # --model d12 --attn_layers 5,10 ...
     pytest test_causality.py                          # the same on a small model
 
 For every mixer (attention, AFNO and the hybrid), an even and an odd T, at initialisation and with perturbed

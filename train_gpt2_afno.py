@@ -1,7 +1,7 @@
 """Train a GPT-2 whose tokens are mixed by a causal AFNO (afno.py), or by attention: the NoCap-Test baseline.
 
     python train_gpt2_afno.py                                        # defaults for this device, said at start
-    torchrun --standalone --nproc_per_node=1 train_gpt2_afno.py --mixer afno --attn_layers 5,10 --sequence_length 4096
+    torchrun --standalone --nproc_per_node=1 train_gpt2_afno.py --mixer afno --attn_layers 5,10
     python train_gpt2_afno.py --output_dir runs/mine --resume auto   # goes on where it stopped
     python train_gpt2_afno.py --output_dir runs/mine --generate "To be, or not"
 
@@ -148,6 +148,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class CausalSelfAttention(nn.Module):
+    """x: (B, T, C) to the same; cos, sin: (T, head_dim / 2), rotary_tables' of its positions."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.qk_norm = config.n_head, config.qk_norm
@@ -157,7 +159,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return self.output(F.scaled_dot_product_attention(*self.heads(x, cos, sin), is_causal=True))
 
-    def step(self, x_t: Tensor, cos: Tensor, sin: Tensor, cache: tuple | None, window: int):
+    def step(self, x_t: Tensor, cos: Tensor, sin: Tensor, cache: tuple | None, window: int) -> tuple[Tensor, tuple]:
         """forward token by token, x_t (B, C) to the same; the cache, None at first, is of the last `window` keys and
         values."""
         q, k, v = self.heads(x_t[:, None], cos, sin)
@@ -421,7 +423,8 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor) -> Tensor:
         """Normed hidden states before the head: idx (B, T) of tokens to (B, T, C)."""
         x, rotary = self.embed(idx, 0)
-        x0, taps = x if self.config.embedding_residual else None, self.taps()
+        x0 = x if self.config.embedding_residual else None  # only where it is used: it would make block 0 a graph of its own
+        taps = self.taps()
         for layer, block in enumerate(self.transformer.h):
             x = block(x, rotary, x0, taps.get(layer))
         return rmsnorm(x)
@@ -750,7 +753,7 @@ class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
 
 
 def embedding_tables(model: GPT) -> set[nn.Parameter]:
-    """Weights of all embeddings: of tokens (the head's, too), of positions."""
+    """Weights of all embeddings: of tokens (the head's, too) and of positions."""
     return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
@@ -785,8 +788,7 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
     return optimizers
 
 
-def learning_rate_factor(step: int, num_iterations: int, warmup_iters: int, warmdown_iters: int,
-                         final: float = 0.0) -> float:
+def learning_rate_factor(step: int, num_iterations: int, warmup_iters: int, warmdown_iters: int, final: float = 0.0) -> float:
     """The factor for the update that follows `step` updates: rising to 1, constant, falling to `final`."""
     if step < warmup_iters:
         return (step + 1) / warmup_iters
@@ -987,7 +989,7 @@ def flops_per_token(model: GPT, T: int) -> float:
     config = model.config
     attention = sum(config.mixer_of(layer) == "attn" for layer in range(config.n_layer))
     looked_up = embedding_tables(model) - {model.lm_head.weight}
-    return 6 * sum(p.numel() for p in {*model.parameters()} - looked_up) + 6 * attention * config.n_embd * T
+    return 6 * sum(p.numel() for p in {*model.parameters()} - looked_up) + 12 * attention * config.n_embd * T / 2
 
 
 # -----------------------------------------------------------------------------
@@ -1123,8 +1125,8 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             say(f"state: {kernel_path(device, runtime.dtype, 'state')[1]}")
     say(f"softmax of the loss: {loss_path(device, runtime.dtype)[1]}")
     passes = sum(phase_at(accumulation, i, total_steps) for i in range(step, total_steps)) * world * B * T / len(stream)
-    say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens, {passes:.3g} passes to come; validation: {relative(args.input_val_bin)}, "
-        f"{val_tokens:,} targets of {len(val_stream) - 1:,}")
+    say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens, {passes:.3g} passes to come; "
+        f"validation: {relative(args.input_val_bin)}, {val_tokens:,} targets of {len(val_stream) - 1:,}")
     accumulated = args.grad_accumulation_steps
     say(f"steps: {total_steps} of {accumulated * B * T:,} tokens ({accumulated} x {B} x {T}); "
         f"optimizer {args.optimizer}, learning rate {args.learning_rate}, warmup {args.warmup_iters}, "
@@ -1291,8 +1293,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         grad_norm = torch.nn.utils.get_total_norm(grads)
         if args.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.grad_clip, grad_norm)
-        factor = learning_rate_factor(step, total_steps, args.warmup_iters, args.warmdown_iters,
-                                      args.final_lr_fraction)
+        factor = learning_rate_factor(step, total_steps, args.warmup_iters, args.warmdown_iters, args.final_lr_fraction)
         for optimizer, full in zip(optimizers, rates):
             for group, rate in zip(optimizer.param_groups, full):
                 group["lr"] = factor * rate

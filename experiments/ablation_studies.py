@@ -72,7 +72,8 @@ class Study:
 
 
 STUDIES = {
-    "layout": Study("Which layers keep attention, or are of form state beside a short convolution, and how many taps the others have.", {
+    "layout": Study("Which layers keep attention, or are of form state beside a short convolution, and how many taps the "
+                    "others have.", {
         "attention-5-10": HYBRID,
         "attention-none": AFNO,
         "attention-6": f"{AFNO} --attn_layers 6",
@@ -88,15 +89,16 @@ STUDIES = {
         "states-all": f"{AFNO} {STATE}",
     }),
     "mixers": Study(
-        "Attention in every layer, in two, in none. AFNO layers, but for the form state, have fewer parameters than attention: arms called wide "
-        "have MLPs of 5 C hidden channels instead of 4 C, which brings them to within 3% of attention's parameters.", {
+        "Attention in every layer, in two, in none. AFNO layers, but for the form state, have fewer parameters than attention: "
+        "arms called wide have MLPs of 5 C hidden channels instead of 4 C, which brings them to within 3% of attention's "
+        "parameters.", {
             "hybrid": HYBRID,
             "attention": ATTENTION,
             "filter": AFNO,
             "analytic": f"{AFNO} --afno_form analytic",
             "hilbert": f"{AFNO} --afno_form hilbert",
             "state": f"{AFNO} {STATE}",
-            "hybrid-wide": f"{HYBRID} --mlp_ratio 5",
+            "hybrid-wide": MIXERS["hybrid-wide"],
             "filter-wide": f"{AFNO} --mlp_ratio 5",
             "analytic-wide": f"{AFNO} --afno_form analytic --mlp_ratio 5",
             "hilbert-wide": f"{AFNO} --afno_form hilbert --mlp_ratio 5",
@@ -121,12 +123,15 @@ STUDIES = {
         **{arm: f"{flags} {recipe()} --num_iterations 610" for arm, flags in MIXERS.items()},
     }, GPU, tokens=100e6),
     "goals-mixer": Study("The mixer's own share: one recipe, with attention in every layer, in two or four, in none.", MIXERS),
-    "goals-mixer-92M": Study("The same to 2.3 times the tokens, in heads of 256: what leads at the beginning need not lead then.",
-                             MIXERS, f"{BEST} --n_head 3", tokens=1400 * 65_536),
-    "goals-mixer-4096": Study("The same with rows that grow to 4096 tokens, and with all of 4096; one more arm has as many taps.", {
+    "goals-mixer-92M": Study(
+        "goals-mixer with 3 heads and 2.3 times the tokens: what leads at the beginning need not lead then.",
+        MIXERS, f"{BEST} --n_head 3", tokens=1400 * 65_536),
+    "goals-mixer-4096": Study(
+        "goals-mixer with rows that grow to 4096 tokens, and as many tokens as goals-mixer-92M; arms called all-4096 have such "
+        "rows from the first step, hybrid-4096-taps has as many taps.", {
         **MIXERS, "hybrid-4096-taps": f"{HYBRID} --afno_filter_length 4096",
         "hybrid-all-4096": f"{HYBRID} --curriculum 4096:1", "attention-all-4096": f"{ATTENTION} --curriculum 4096:1",
-    }, f"{BEST} --sequence_length 4096 --batch_size 16 --curriculum 512:0.3,1024:0.3,4096:0.4"),
+    }, f"{BEST} --sequence_length 4096 --batch_size 16 --curriculum 512:0.3,1024:0.3,4096:0.4", tokens=1400 * 65_536),
     "schedule": Study("Length of rows and batch over the run, all on as many tokens.", {
         "anchor": HYBRID,
         "curriculum": f"{HYBRID} --curriculum 256:0.3,512:0.3,1024:0.4",
@@ -135,7 +140,8 @@ STUDIES = {
     }),
     "sweep-lr": Study("Learning rates, the same for attention.", {
         f"{name}lr-{rate}": f"{flags} --learning_rate {rate}"
-        for name, flags in (("", HYBRID), ("attention-", ATTENTION)) for rate in (0.0043, 0.0018, 0.0025, 0.0036, 0.005, 0.0072)}),
+        for name, flags in (("", HYBRID), ("attention-", ATTENTION))
+        for rate in (0.0043, 0.0018, 0.0025, 0.0036, 0.005, 0.0072)}),  # the anchor's first
     "sweep-warmup": Study("Steps of warmup; the anchor's are the trainer's share of all steps, 256/4768.", {
         "warmup-default": HYBRID,
         **{f"warmup-{steps}": f"{HYBRID} --warmup_iters {steps}" for steps in (64, 128, 256)},
@@ -280,9 +286,11 @@ def finish(flags: dict[str, str], keep_checkpoints: bool) -> int:
         words = as_words(kept | {"--sequence_length": str(COMMON_LENGTH), "--val_batch_size": str(rows)})
         part = folder / f"{EVALUATION}.part"
         with part.open("w") as out:
-            status = subprocess.run([sys.executable, "train_gpt2_afno.py", "--eval_only", *words], cwd=ROOT, stdout=out).returncode
+            status = subprocess.run(
+                [sys.executable, "train_gpt2_afno.py", "--eval_only", *words], cwd=ROOT, stdout=out).returncode
         if status:
-            print(f"error: {folder.name}: not evaluated at {COMMON_LENGTH} tokens, exit status {status}", file=sys.stderr, flush=True)
+            print(f"error: {folder.name}: not evaluated at {COMMON_LENGTH} tokens, exit status {status}",
+                  file=sys.stderr, flush=True)
             return 1
         part.replace(folder / EVALUATION)
     for path in () if keep_checkpoints else folder.glob("state_step*.pt*"):
@@ -421,7 +429,9 @@ def main(argv: list[str]) -> int:
         for (arm, _), of_run in flags.items():
             print(command(of_run), flush=True)
             try:
-                trainer.GPTConfig(**trainer.model_fields(trainer.parse_flags(as_words(of_run))))
+                values = trainer.DEFAULTS | trainer.parse_flags(as_words(of_run))
+                config = trainer.GPTConfig(**trainer.model_fields(values))
+                trainer.schedules(argparse.Namespace(**values), config.sequence_length, world=1)
             except InputError as error:
                 print(f"error: {arm}: {error}", file=sys.stderr, flush=True)
                 status = 1

@@ -41,7 +41,8 @@ STEPS = {  # of d12; filters of T taps where nothing else is said
     "AFNO with attention in 3, 9": dict(mixer="afno", attn_layers=(3, 9)),
     "AFNO": dict(mixer="afno"),
     "AFNO with attention in 3, 9, 1024 taps": dict(mixer="afno", attn_layers=(3, 9), afno_filter_length=1024),
-    "AFNO with 6 heads of attention in 3, 9, default taps": dict(mixer="afno", attn_layers=(3, 9), n_head=6, afno_filter_length=None),
+    "AFNO with 6 heads of attention in 3, 9, default taps": dict(
+        mixer="afno", attn_layers=(3, 9), n_head=6, afno_filter_length=None),
     "AFNO, 1024 taps": dict(mixer="afno", afno_filter_length=1024),
     "AFNO, --recompute 1": dict(mixer="afno", recompute=True),
     "AFNO, form state": dict(mixer="afno", afno_form="state"),
@@ -274,7 +275,8 @@ def step_name(name: str, residual_bf16: int) -> str:
 
 KERNELS = (  # (what, pattern of kernel names), the first that fits
     ("attention", r"flash|fmha|sdpa|attention"),
-    ("convolution", r"^(toeplitz|short|transform|mix|long|tiles_gradient|response_gradient|fold|depthwise\w*|sent|state\w*)_kernel"),
+    ("convolution",
+     r"^(toeplitz|short|transform|mix|long|tiles_gradient|response_gradient|fold|depthwise\w*|sent|state\w*)_kernel"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|addmm|matmul"),
     ("AdamW", r"adam|multi_tensor"),
     ("loss", r"log_softmax|scatter|gather|cross_entropy"),
@@ -397,8 +399,8 @@ def write_tables(rows: list[dict], folder: Path):
 def amdahl(operator: list[dict], steps: list[dict]) -> list[str]:
     """What the ratio of steps could be: (D + 12 A) / (D - saved + n A + (12 - n) M), D - saved read off the AFNO step."""
     lines = ["## Ratio of tokens/s to all attention's, and the Amdahl bound", "",
-             "A: attention's core a layer, the fastest backend; M: AFNO's core and what is beside it. D, the rest of the step, is "
-             "all attention's step less 12 A; AFNO's has one projection of C x 2C less a layer, counted at the matmul rate.",
+             "A: attention's core a layer, the fastest backend; M: AFNO's core and what is beside it. D, the rest of the step, "
+             "is all attention's step less 12 A; AFNO's has one projection of C x 2C less a layer, counted at the matmul rate.",
              "", "| T | against | mixers | ratio | bound | share |", "|---|---|---|---|---|---|"]
     for T in sorted({row["T"] for row in steps}):
         at = {row["name"]: row for row in steps if row["T"] == T and "tokens_per_s" in row}

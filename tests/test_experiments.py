@@ -243,6 +243,13 @@ def test_every_arm_of_a_dry_run_has_flags_that_the_trainer_takes(name, capsys):
     assert status == 0 and not said.err
 
 
+def test_a_dry_run_refuses_what_the_trainer_would(pair, capsys):
+    for flags, message in (("--curriculum 8:1", "--curriculum must end with --sequence_length 16, got 8"),
+                           ("--attn_layers 7", "--attn_layers must be in 0 ... 3, got 7")):
+        assert main(["pair", "--dry_run", "--", *flags.split()]) == 1
+        assert capsys.readouterr().err.splitlines() == [f"error: {arm}: {message}" for arm in ("one", "two")]
+
+
 @pytest.mark.parametrize("name", ("context", "sweep-batch", "schedule"))
 def test_arms_train_on_equally_many_tokens(name, capsys):
     main([name, "--dry_run"])

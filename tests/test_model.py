@@ -9,8 +9,8 @@ import test_causality
 from afno import rmsnorm
 from data.text_to_bin import InputError
 from train_gpt2_afno import (GPT, MODELS, POSITIONS, FallbackMuon, GPTConfig, LinearCrossEntropy, MatrixMuon, Runtime,
-                             cross_entropy_chunk, flops_per_token, learning_rate_factor,
-                             loss_by_position, make_optimizers, phase_at, random_tokens, rotary_tables, without_zeros)
+                             cross_entropy_chunk, flops_per_token, learning_rate_factor, loss_by_position, make_optimizers,
+                             phase_at, random_tokens, rotary_tables, without_zeros)
 
 RECIPE = dict(mlp_ratio=3, qk_norm=1, embedding_norm=1, logit_softcap=2.0, embedding_residual=1, mixer_scale=0.8)
 TINY = dict(vocab_size=97, n_layer=3, n_head=2, n_embd=16, sequence_length=24, afno_num_blocks=4)
@@ -57,7 +57,7 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
     x = weights["transformer.wte.weight"][idx]
     x = x0 = norm(x) if recipe else x
     T, C = x.shape[1:]
-    unseen = torch.ones(T, T).triu(1)
+    unseen = torch.ones(T, T).triu(1).bool()
     d = C // n_head
     angle = torch.arange(T).double()[:, None] / 10000 ** (torch.arange(d // 2).double() * 2 / d)
 
@@ -76,8 +76,7 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
             part = slice(head * d, (head + 1) * d)
             q_head, k_head = (norm(z[..., part]) if recipe else z[..., part] for z in (q, k))
             scores = rotary(q_head) @ rotary(k_head).mT / math.sqrt(d)
-            scores = scores.masked_fill(unseen.bool(), -torch.inf)
-            heads.append(scores.softmax(-1) @ v[..., part])
+            heads.append(scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v[..., part])
         x = x + torch.cat(heads, -1) @ w["mixer.c_proj"].T * (0.8 if recipe else 1 / math.sqrt(2 * n_layer))
         hidden = norm(x) @ w["mlp.c_fc"].T
         x = x + hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))) @ w["mlp.c_proj"].T
@@ -284,8 +283,8 @@ def test_token_by_token_with_the_recipe(name):
         hidden.append(h_t)
     assert relative(torch.stack(hidden, 1), model.hidden(idx)) < 1e-10
     assert relative(model.logits(torch.stack(hidden, 1)), model(idx)[0]) < 1e-10
-    keys = state[1][1][0]
-    assert keys.size(2) == 40
+    _, state = model.step(idx[:, 0], state, window=6)
+    assert state[1][1][0].size(2) == 6  # keys of the layer of attention
 
 
 def test_attention_looks_back_at_most_a_window():
@@ -308,7 +307,8 @@ def test_learned_positions_end_with_their_table():
     (dict(mixer="fft"), "--mixer must be one of attn, afno"), (dict(position="rotary"), "--position must be one of"),
     (dict(attn_layers=(3,)), "--attn_layers must be in 0 ... 2, got 3"), (dict(attn_layers=(-1,)), "--attn_layers"),
     (dict(afno_state_layers=(3,)), "--afno_state_layers must be in 0 ... 2, got 3"),
-    (dict(attn_layers=(0, 1), afno_state_layers=(1, 2)), "--afno_state_layers and --attn_layers must be different .* got 1 in both"),
+    (dict(attn_layers=(0, 1), afno_state_layers=(1, 2)),
+     "--afno_state_layers and --attn_layers must be different .* got 1 in both"),
     (dict(afno_num_blocks=5), "--afno_num_blocks must divide the 16 channels, got 5"),
     (dict(afno_num_experts=0), "--afno_num_experts must be an integer >= 1, got 0"),
     (dict(afno_routing="data"), "--afno_routing must be one of frequency, position, got data"),
@@ -480,7 +480,7 @@ def test_learning_rates_by_group(name):
         if p in rate:
             assert rate.pop(p) == (0.01 if key in tables else 0.3, 0.0 if key.endswith("embedding_mix") else 0.1), key
     assert not rate
-    if name == "muon":  # query, key, value and output; value and output; two of the MLP: nothing of what is new
+    if name == "muon":  # query, key, value and output; value and output; two of the MLP: no embedding, no embedding_mix
         (group,) = optimizers[1].param_groups
         assert len(group["params"]) == 4 + 2 * 2 + 3 * 2 and group["lr"] == 0.01
 

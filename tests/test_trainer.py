@@ -1,8 +1,10 @@
 """The trainer as its users run it: logs, validation, checkpoints, signals, ranks, bad input, generation."""
+import argparse
 import json
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -229,6 +231,17 @@ def test_every_field_of_the_recipe_is_off_by_default():
         assert train_gpt2_afno.DEFAULTS[name] == value
         assert name == "mixer_scale" or getattr(config, name, value) == value
     assert config.mixer_scale == 1 and GPTConfig(mixer="attn").mixer_scale == 24**-0.5
+
+
+def test_the_presets_of_run_afno_have_flags_that_the_trainer_takes():
+    script = (train_gpt2_afno.ROOT / "run_afno.sh").read_text(encoding="utf-8")
+    presets = [shlex.split(flags) for flags in re.findall(r"^    flags=\((.*?)\)$", script, re.MULTILINE | re.DOTALL)]
+    assert len(presets) == 2
+    for words in presets:
+        values = train_gpt2_afno.DEFAULTS | train_gpt2_afno.parse_flags(words)
+        config = GPTConfig(**train_gpt2_afno.model_fields(values))
+        train_gpt2_afno.schedules(argparse.Namespace(**values), config.sequence_length, world=1)
+        assert values["warmdown_iters"] is None or values["warmdown_iters"] <= values["num_iterations"]
 
 
 # -----------------------------------------------------------------------------
