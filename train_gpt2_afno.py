@@ -859,13 +859,18 @@ class Checkpoints:
 
     @staticmethod
     def load(path: Path) -> dict:
-        """Raises InputError if the file is another version's, an exception of any kind if it is no whole and sound checkpoint."""
+        """Raises an exception of any kind if the file is not a whole and sound checkpoint of this trainer, of any version."""
         with zipfile.ZipFile(path) as archive:
             if bad := archive.testzip():
                 raise ValueError(f"checksum of {bad} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if missing := {"model", "optimizers", "step", "position", "config", "args", "rng"} - set(state):
             raise ValueError(f"not a checkpoint of this trainer, {min(missing)} is missing")
+        return state
+
+    @staticmethod
+    def of_this_version(state: dict, path: Path) -> dict:
+        """state, which load read from path; raises InputError if its model is not one of this version's."""
         if gone := sorted(set(state["config"]) - {f.name for f in fields(GPTConfig)}):
             raise InputError(f"{relative(str(path))} is of another version of this trainer, whose models had "
                              f"{', '.join(gone)}: the run's train.log has its source")
@@ -879,11 +884,11 @@ class Checkpoints:
         """The newest one that can be read; says which ones cannot."""
         for path in self.paths():
             try:
-                return self.load(path)
-            except InputError:  # sound, but not for this version, nor are the ones before
-                raise
+                state = self.load(path)
             except Exception as error:  # a truncated archive fails in many ways
                 log(f"warning: {path.name} cannot be read ({first_line(error)}): trying the one before")
+            else:  # if it is not for this version, the ones before are not either
+                return self.of_this_version(state, path)
         raise InputError(f"--resume: no readable checkpoint state_step*.pt in {self.folder}")
 
 
@@ -1568,12 +1573,12 @@ def find_checkpoint(flags: dict, say) -> tuple[dict, Path]:
     """(state, folder of the run) that --resume, --eval_only or --generate ask for."""
     source = flags.get("resume", "auto")
     if source != "auto":
+        path = Path(source)
         try:
-            return Checkpoints.load(Path(source)), Path(flags.get("output_dir", Path(source).parent))
-        except InputError:
-            raise
+            state = Checkpoints.load(path)
         except Exception as error:
             raise InputError(f"--resume {source}: no readable checkpoint ({first_line(error)})") from None
+        return Checkpoints.of_this_version(state, path), Path(flags.get("output_dir", path.parent))
     if "output_dir" in flags:
         folder = Path(flags["output_dir"])
     else:

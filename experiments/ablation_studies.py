@@ -129,9 +129,9 @@ STUDIES = {
     "goals-mixer-4096": Study(
         "goals-mixer with rows that grow to 4096 tokens, and as many tokens as goals-mixer-92M; arms called all-4096 have such "
         "rows from the first step, hybrid-4096-taps has as many taps.", {
-        **MIXERS, "hybrid-4096-taps": f"{HYBRID} --afno_filter_length 4096",
-        "hybrid-all-4096": f"{HYBRID} --curriculum 4096:1", "attention-all-4096": f"{ATTENTION} --curriculum 4096:1",
-    }, f"{BEST} --sequence_length 4096 --batch_size 16 --curriculum 512:0.3,1024:0.3,4096:0.4", tokens=1400 * 65_536),
+            **MIXERS, "hybrid-4096-taps": f"{HYBRID} --afno_filter_length 4096",
+            "hybrid-all-4096": f"{HYBRID} --curriculum 4096:1", "attention-all-4096": f"{ATTENTION} --curriculum 4096:1",
+        }, f"{BEST} --sequence_length 4096 --batch_size 16 --curriculum 512:0.3,1024:0.3,4096:0.4", tokens=1400 * 65_536),
     "schedule": Study("Length of rows and batch over the run, all on as many tokens.", {
         "anchor": HYBRID,
         "curriculum": f"{HYBRID} --curriculum 256:0.3,512:0.3,1024:0.4",

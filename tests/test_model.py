@@ -283,8 +283,9 @@ def test_token_by_token_with_the_recipe(name):
         hidden.append(h_t)
     assert relative(torch.stack(hidden, 1), model.hidden(idx)) < 1e-10
     assert relative(model.logits(torch.stack(hidden, 1)), model(idx)[0]) < 1e-10
+    assert state[1][1][0].size(2) == 40  # keys of the layer of attention
     _, state = model.step(idx[:, 0], state, window=6)
-    assert state[1][1][0].size(2) == 6  # keys of the layer of attention
+    assert state[1][1][0].size(2) == 6
 
 
 def test_attention_looks_back_at_most_a_window():
