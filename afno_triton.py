@@ -483,12 +483,13 @@ def soft_cap(logits, CAP: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, vocab_size, columns, CAP: tl.constexpr,
-                         GRADIENT: tl.constexpr, BV: tl.constexpr):
-    """The loss of a row of logits, (rows, columns); with GRADIENT, d loss / d logits in the logits' place. The row is read
-    from memory once, the second time it is still in the cache, if not too many rows are under way."""
+def cross_entropy_kernel(logits_ptr, gradient_ptr, targets_ptr, losses_ptr, vocab_size, columns, CAP: tl.constexpr,
+                         GRADIENT: tl.constexpr, SCALE: tl.constexpr, BV: tl.constexpr):
+    """The loss of a row of logits, (rows, columns); with GRADIENT, d loss / d logits times SCALE, which may take the logits'
+    place. The row is read from memory once, the second time it is still in the cache, if not too many rows are under way."""
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * columns
+    gradient_ptr += row.to(tl.int64) * columns
     target = tl.load(targets_ptr + row).to(tl.int32)
     at_target = soft_cap(tl.load(logits_ptr + target), CAP)
     # Lanes of 8 columns, 16 bytes, in one thread each: it has their maximum and sum without the others until the end. Loads
@@ -515,7 +516,16 @@ def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, vocab_size, column
             if CAP > 0:
                 gradient *= 1 - (z * (1 / CAP)) * (z * (1 / CAP))
             gradient = tl.where(k < vocab_size - first, gradient, 0.0)  # of padding
-            tl.store(logits_ptr + first + k, gradient.to(logits_ptr.dtype.element_ty), mask=k < columns - first)
+            tl.store(gradient_ptr + first + k, (gradient * SCALE).to(gradient_ptr.dtype.element_ty), mask=k < columns - first)
+
+
+@triton.jit
+def transpose_kernel(x_ptr, y_ptr, M, N, BLOCK: tl.constexpr):
+    """y (N, M) of x (M, N), both dense."""
+    m = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + m[:, None] * N + n[None, :], mask=(m[:, None] < M) & (n[None, :] < N), other=0)
+    tl.store(y_ptr + n[:, None] * M + m[None, :], tl.trans(x), mask=(n[:, None] < N) & (m[None, :] < M))
 
 
 # -----------------------------------------------------------------------------
@@ -669,13 +679,24 @@ def half_transform(device: torch.device, dtype: torch.dtype, size: int) -> Tenso
     return forward[:, : size // 2].to(dtype).contiguous()
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool, cap: float = 0.0):
-    """As train_gpt2_afno.cross_entropy_chunk, but that the gradient takes the place of the logits, (rows, columns)."""
+def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool, cap: float = 0.0,
+                  fp8_scale: float = 0.0):
+    """As train_gpt2_afno.cross_entropy_chunk, but that a gradient in the logits' dtype takes their place, (rows, columns)."""
     losses = logits.new_empty(len(logits), dtype=torch.float32)
+    gradient = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8_scale else logits
     with torch.cuda.device_of(logits):
-        cross_entropy_kernel[(len(logits),)](logits, targets, losses, vocab_size, logits.size(1), CAP=float(cap),
-                                             GRADIENT=with_gradient, **SOFTMAX)
-    return losses, logits if with_gradient else None
+        cross_entropy_kernel[(len(logits),)](logits, gradient, targets, losses, vocab_size, logits.size(1), CAP=float(cap),
+                                             GRADIENT=with_gradient, SCALE=float(fp8_scale or 1), **SOFTMAX)
+    return losses, gradient if with_gradient else None
+
+
+def transposed(x: Tensor) -> Tensor:
+    """(M, N) of one byte a number, dense, to (N, M): many times faster than torch's copy."""
+    (M, N), y = x.shape, x.new_empty(x.shape[::-1])
+    with torch.cuda.device_of(x):
+        transpose_kernel[triton.cdiv(N, 128), triton.cdiv(M, 128)](x.view(torch.int8), y.view(torch.int8), M, N, BLOCK=128,
+                                                                   num_warps=8)
+    return y
 
 
 # -----------------------------------------------------------------------------

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from afno import (AFNO1D, DyadicOperator, FilterOperator, FORMS, RELUS, ROUTINGS, afno_triton, kernel_path, rmsnorm,
-                  taps_at_once)
+from afno import (AFNO1D, DyadicOperator, FilterOperator, FORMS, RELUS, ROUTINGS, ShortConv, afno_triton, kernel_path,
+                  rmsnorm, taps_at_once)
 from data.text_to_bin import InputError, gpt2_encoding, read_bin
 
 START = time.perf_counter()
@@ -85,6 +85,8 @@ class GPTConfig:
     position: str = "none"  # rotary stays inside attention, whatever this says
     mlp_ratio: int = 4  # hidden channels of an MLP, in n_embd
     qk_norm: int = 0
+    attn_short_conv: int = 1  # taps; 1: none
+    attn_gate: int = 0
     embedding_norm: int = 0
     logit_softcap: float = 0.0  # 0: none
     embedding_residual: int = 0
@@ -97,11 +99,11 @@ class GPTConfig:
             self.mixer_scale = (2 * self.n_layer) ** -0.5 if self.mixer == "attn" else 1.0
         if self.afno_filter_length is None:
             self.afno_filter_length = min(self.sequence_length, MOST_TAPS)
-        switches = ("qk_norm", "embedding_norm", "embedding_residual", "residual_bf16")
+        switches = ("qk_norm", "attn_gate", "embedding_norm", "embedding_residual", "residual_bf16")
         for name, allowed in (("mixer", MIXERS), ("position", POSITIONS), *((name, (0, 1)) for name in switches)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"--{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)}")
-        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "sequence_length", "mlp_ratio"):
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "sequence_length", "mlp_ratio", "attn_short_conv"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be >= 1, got {getattr(self, name)}")
         for name in ("logit_softcap", "mixer_scale"):
@@ -148,32 +150,51 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class CausalSelfAttention(nn.Module):
-    """x: (B, T, C) to the same; cos, sin: (T, head_dim / 2), rotary_tables' of its positions."""
+    """x: (B, T, C) to the same; cos, sin: (T, head_dim / 2), rotary_tables' of its positions.
+
+    With attn_short_conv > 1 query, key and value are convolved with so many taps, channel by channel, which begin as the
+    identity (So et al., 2021, "Primer"). With attn_gate a head's output is multiplied by 2 sigmoid(w x), where w reads the
+    first gate_channels of x and begins as zero (Qiu et al., 2025, "Gated attention for large language models").
+    """
+
+    gate_channels = 32  # at most
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.qk_norm = config.n_head, config.qk_norm
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # query | key | value
+        self.short_conv = ShortConv(3 * config.n_embd, config.attn_short_conv) if config.attn_short_conv > 1 else None
+        gate_channels = min(self.gate_channels, config.n_embd)
+        self.gate = nn.Parameter(torch.zeros(config.n_head, gate_channels)) if config.attn_gate else None
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self.output(F.scaled_dot_product_attention(*self.heads(x, cos, sin), is_causal=True))
+        z = self.c_attn(x)
+        q, k, v = self.heads(z if self.short_conv is None else self.short_conv(z), cos, sin)
+        return self.output(F.scaled_dot_product_attention(q, k, v, is_causal=True), x)
 
     def step(self, x_t: Tensor, cos: Tensor, sin: Tensor, cache: tuple | None, window: int) -> tuple[Tensor, tuple]:
         """forward token by token, x_t (B, C) to the same; the cache, None at first, is of the last `window` keys and
-        values."""
-        q, k, v = self.heads(x_t[:, None], cos, sin)
+        values, and the short convolution's."""
+        z, inputs = self.c_attn(x_t), None
+        if self.short_conv is not None:
+            z, inputs = self.short_conv.step(z, None if cache is None else cache[2])
+        q, k, v = self.heads(z[:, None], cos, sin)
         if cache is not None:
             k, v = (torch.cat((old, new), 2)[:, :, -window:] for old, new in zip(cache, (k, v)))
-        return self.output(F.scaled_dot_product_attention(q, k, v))[:, 0], (k, v)
+        return self.output(F.scaled_dot_product_attention(q, k, v), x_t[:, None])[:, 0], (k, v, inputs)
 
-    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1))
+    def heads(self, z: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in z.chunk(3, -1))
         if self.qk_norm:
             q, k = rmsnorm(q), rmsnorm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def output(self, y: Tensor) -> Tensor:
+    def output(self, y: Tensor, x: Tensor) -> Tensor:
+        """From heads y (B, n_head, T, head_dim)."""
+        if self.gate is not None:
+            gate = 2 * torch.sigmoid(F.linear(x[..., : self.gate.size(1)], self.gate))  # (B, T, n_head)
+            y = y * gate.mT.unsqueeze(-1).type_as(y)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -257,11 +278,13 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(full / cap) if cap else full
 
 
-def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool, cap: float = 0.0):
+def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool, cap: float = 0.0,
+                        fp8_scale: float = 0.0):
     """Losses of some rows, (rows,), and d loss / d logits, which is softmax(logits) minus one at the target, times the
     slope of soft_cap.
 
-    logits: (rows, >= vocab_size), columns beyond are padding; targets: (rows,).
+    logits: (rows, >= vocab_size), columns beyond are padding; targets: (rows,). The gradient comes in the logits' dtype, or,
+    where fp8_scale > 0, multiplied by that in float8_e5m2.
     """
     capped = soft_cap(logits[:, :vocab_size], cap)
     log_prob, targets = F.log_softmax(capped, -1), targets[:, None]
@@ -275,7 +298,8 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int, with_g
     gradient = gradient.to(logits.dtype)
     if padding := logits.size(1) - vocab_size:
         gradient = F.pad(gradient, (0, padding))
-    return -hit[:, 0], gradient.scatter_(1, targets, at_target.to(logits.dtype))
+    gradient.scatter_(1, targets, at_target.to(logits.dtype))
+    return -hit[:, 0], (gradient * fp8_scale).to(torch.float8_e5m2) if fp8_scale else gradient
 
 
 @functools.cache
@@ -298,17 +322,100 @@ def loss_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     return True, f"Triton's kernel on {torch.cuda.get_device_name(device)}, found to agree with the plain path"
 
 
+class HeadProducts:
+    """The three products of rows `part` of hidden states x (N, C) with the head w (V, C), all of one dtype: logits, and the
+    gradients of x and w from those of the logits."""
+
+    gradient_scale = 0.0  # of the latter: none
+
+    def __init__(self, x: Tensor, w: Tensor):
+        self.x, self.w = x, w
+
+    def logits(self, part: slice) -> Tensor:
+        return self.x[part] @ self.w.T
+
+    def gradients(self, part: slice, dlogits: Tensor) -> tuple[Tensor, Tensor]:
+        return dlogits @ self.w, dlogits.T @ self.x[part]
+
+
+class Fp8HeadProducts(HeadProducts):
+    """The same in fp8, twice as fast on GPUs that have it (Micikevicius et al., 2022, "FP8 formats for deep learning"): x and w
+    in float8_e4m3fn, gradients in float8_e5m2, sums in fp32.
+
+    x: root mean square of a row at most 1, as rmsnorm makes it, so no number exceeds sqrt(C). That and the gradients'
+    bound of 1 set their scales; a scale from the largest number in a batch would be a leak, if of rounding only.
+    """
+
+    gradient_scale = 2.0**15  # float8_e5m2 has numbers from 2^-16 to 57,344
+
+    def __init__(self, x: Tensor, w: Tensor):
+        top = torch.finfo(torch.float8_e4m3fn).max
+        up = top / math.sqrt(x.size(1))
+        self.dtype = x.dtype
+        self.x_scale, self.g_scale = (torch.full((), 1 / factor, device=x.device) for factor in (up, self.gradient_scale))
+        self.w_scale = w.abs().amax().float().clamp(min=1e-12) / top
+        self.x, self.w = (x * up).to(torch.float8_e4m3fn), (w / self.w_scale).to(torch.float8_e4m3fn)
+        self.w_columns = self.columns(self.w)
+
+    def logits(self, part: slice) -> Tensor:
+        return self.product(self.x[part], self.w.T, self.x_scale, self.w_scale, use_fast_accum=True)
+
+    def gradients(self, part: slice, dlogits: Tensor) -> tuple[Tensor, Tensor]:
+        dx = self.product(dlogits, self.w_columns, self.g_scale, self.w_scale)
+        return dx, self.product(self.columns(dlogits).T, self.columns(self.x[part]), self.g_scale, self.x_scale)
+
+    def product(self, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, use_fast_accum: bool = False) -> Tensor:
+        """a b times both scales: a lies in memory by rows, b by columns, the one order that all tensor cores take."""
+        if a.is_cuda:
+            return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=self.dtype, use_fast_accum=use_fast_accum)
+        with torch.autocast(a.device.type, enabled=False):  # for tests: torch 2.13's on CPUs takes e5m2 for e4m3
+            return (a.float() @ b.float() * (a_scale * b_scale)).to(self.dtype)
+
+    @staticmethod
+    def columns(x: Tensor) -> Tensor:
+        """x, by columns in memory."""
+        return (afno_triton.transposed(x) if x.is_cuda else x.T.contiguous()).T
+
+
+@functools.cache
+def fp8_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether Fp8HeadProducts run here, and why."""
+    (triton, why), usual = loss_path(device, dtype), str(dtype).removeprefix("torch.")
+    if not triton:
+        return False, f"in {usual}, as fp8 goes with Triton's kernel for the softmax of the loss, which is {why}"
+    name = torch.cuda.get_device_name(device)
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return False, f"in {usual}, as fp8 wants compute capability 8.9, {name} has less"
+    generator = torch.Generator().manual_seed(0)
+    x, w = rmsnorm(torch.randn(64, 128, generator=generator)), 0.1 * torch.randn(1000, 128, generator=generator)
+    targets = torch.randint(1000, (64,), generator=generator)
+    results = []
+    try:
+        for where, fp8 in (("cpu", False), (device, True)):
+            inputs = [z.to(where, dtype if fp8 else torch.float64, copy=True).requires_grad_() for z in (x, w)]
+            with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                mean, losses = LinearCrossEntropy.apply(*inputs, targets.to(where), cross_entropy_chunk, True, 15.0, fp8)
+            results.append([z.detach().cpu().double() for z in (losses, *torch.autograd.grad(mean, inputs))])
+        off = max(((a - b).norm() / b.norm()).item() for a, b in zip(*reversed(results)))
+    except Exception as error:  # whatever a library, a driver or a launch may raise
+        return False, f"in {usual}, as fp8 does not work here: {first_line(error)[:200]}"
+    if not off < 8e-2:
+        return False, f"in {usual}, as fp8 is {off:.1e} off here"
+    return True, f"in fp8 on {name}, found to agree with float64 but for {off:.1e}; in validation in {usual}"
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """cross-entropy(soft_cap(x @ weight.T), targets) in chunks of rows: the (N, vocab_size) logits never exist at once.
 
     x: (N, C); weight: (vocab_size, C); targets: (N,), -1 does not count. Returns the mean, and the loss of every row,
     (N,), without gradient. The gradient of a mean cross-entropy needs nothing from above but one factor, so forward
     computes it along with the loss and backward only scales it.
-    Products are in autocast's dtype where it is on, the softmax in fp32 (float64 for float64).
+    Products are in autocast's dtype where it is on, the softmax in fp32 (float64 for float64); fp8: see Fp8HeadProducts, for
+    every 16 rows.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk_function, with_gradient, cap=0.0):
+    def forward(ctx, x, weight, targets, chunk_function, with_gradient, cap=0.0, fp8=False):
         on_gpu, vocab_size = x.is_cuda, weight.size(0)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         if loss_path(x.device, dtype)[0]:
@@ -320,14 +427,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         w = F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
         losses = torch.empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         counts = (targets >= 0).to(losses.dtype)[:, None]  # (N, 1), a factor of 0 for targets that do not count
+        # rows that do not count are zeros: so they add nothing to the gradient of w
+        products = (Fp8HeadProducts if fp8 else HeadProducts)((x * counts.to(x.dtype)).to(dtype), w)
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradient else (None, None)
         for i in range(0, x.size(0), rows):
             part = slice(i, i + rows)
-            h = x[part].to(dtype)
-            losses[part], dlogits = chunk_function(h @ w.T, targets[part].clamp(min=0), vocab_size, with_gradient, cap)
+            losses[part], dlogits = chunk_function(products.logits(part), targets[part].clamp(min=0), vocab_size, with_gradient,
+                                                   cap, products.gradient_scale)
             if with_gradient:
-                dx[part] = (dlogits @ w) * counts[part]
-                dw += (dlogits.T @ (h * counts[part].to(dtype)))[:vocab_size]
+                dx_part, dw_part = products.gradients(part, dlogits)
+                dx[part] = dx_part * counts[part]
+                dw += dw_part[:vocab_size]
         count = counts.sum().clamp(min=1)
         if with_gradient:
             ctx.save_for_backward(dx.div_(count), dw.div_(count))
@@ -338,7 +448,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         dx, dw = ctx.saved_tensors
-        return dx * gradient, dw * gradient, None, None, None, None
+        return dx * gradient, dw * gradient, None, None, None, None, None
 
 
 class FourierGate(nn.Module):
@@ -371,7 +481,7 @@ class GPT(nn.Module):
             nn.init.uniform_(self.transformer.wpe.weight, -config.n_embd**-0.5, config.n_embd**-0.5)  # as wte begins
         elif config.position == "fourier":
             self.transformer.wpe = FourierGate(config.n_embd)
-        self.cross_entropy_chunk, self.taps_at_once = cross_entropy_chunk, taps_at_once
+        self.cross_entropy_chunk, self.taps_at_once, self.fp8_head = cross_entropy_chunk, taps_at_once, False
 
     def compile(self):
         """Compile block by block (alike layers share one compilation, so it takes seconds), the filters and the loss."""
@@ -456,9 +566,10 @@ class GPT(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss, and every target's, (B, T), without gradient: of hidden states (B, T, C), targets (B, T)."""
+        training = torch.is_grad_enabled()
         mean, losses = LinearCrossEntropy.apply(x.view(-1, x.size(-1)), self.lm_head.weight, targets.reshape(-1),
-                                                self.cross_entropy_chunk, torch.is_grad_enabled(),
-                                                self.config.logit_softcap)
+                                                self.cross_entropy_chunk, training, self.config.logit_softcap,
+                                                self.fp8_head and training)
         return mean, losses.view(targets.shape)
 
 
@@ -1047,6 +1158,9 @@ def schedules(args, T: int, world: int) -> tuple[tuple, tuple]:
     """phase_at's phases: sequence lengths, and how many micro-batches a rank adds up in a step. Raises InputError."""
     B, total = args.batch_size, args.grad_accumulation_steps
     lengths, factors = args.curriculum or ((T, 1.0),), args.batch_schedule or ((1.0, 1.0),)
+    if args.fp8_head and B * T % 16:
+        raise InputError(f"--fp8_head: a micro-batch must be of a multiple of 16 tokens, got {B * T} (--batch_size {B} x "
+                         f"--sequence_length {T})")
     if total % world:
         raise InputError(f"--grad_accumulation_steps must be a multiple of the {world} ranks, got {total}")
     if lengths[-1][0] != T:
@@ -1129,6 +1243,9 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         if config.afno_form == "state" or config.afno_state_layers:
             say(f"state: {kernel_path(device, runtime.dtype, 'state')[1]}")
     say(f"softmax of the loss: {loss_path(device, runtime.dtype)[1]}")
+    if args.fp8_head:
+        model.fp8_head, why = fp8_path(device, runtime.dtype)
+        say(f"products of the head: {why}")
     passes = sum(phase_at(accumulation, i, total_steps) for i in range(step, total_steps)) * world * B * T / len(stream)
     say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens, {passes:.3g} passes to come; "
         f"validation: {relative(args.input_val_bin)}, {val_tokens:,} targets of {len(val_stream) - 1:,}")
@@ -1388,8 +1505,9 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
 # command line
 
 RECIPE = dict(  # what else may be changed about the baseline; as it stands here, nothing is
-    mlp_ratio=4, qk_norm=0, embedding_norm=0, logit_softcap=0.0, embedding_residual=0, mixer_scale=None,
-    curriculum=None, batch_schedule=None, final_lr_fraction=0.0, rest_lr=None, row_order="stream", residual_bf16=0,
+    mlp_ratio=4, qk_norm=0, attn_short_conv=1, attn_gate=0, embedding_norm=0, logit_softcap=0.0, embedding_residual=0,
+    mixer_scale=None, curriculum=None, batch_schedule=None, final_lr_fraction=0.0, rest_lr=None, row_order="stream",
+    residual_bf16=0, fp8_head=0,
 )
 DEFAULTS = dict(
     input_bin=None, input_val_bin=None, output_dir=None, model=None, n_head=None, mixer="afno", attn_layers=(),
@@ -1486,10 +1604,15 @@ def parse_flags(argv: list[str]) -> dict:
     add("--mlp_ratio", type=number(int, 1), metavar="N", help="hidden channels of the MLPs, in n_embd (4)")
     for name, text in (
             ("qk_norm", "attention: rmsnorm of each head's query and key (0)"),
+            ("attn_gate", "attention: each head's output is multiplied by a gate computed from the token (0)"),
             ("embedding_norm", "rmsnorm after embedding and position (0)"),
             ("embedding_residual", "each block takes a x + b embedding, learned, which begin at 1 and 0 (0)"),
-            ("residual_bf16", "the residual stream in autocast's dtype instead of fp32 (0)")):
+            ("residual_bf16", "the residual stream in autocast's dtype instead of fp32 (0)"),
+            ("fp8_head", "in training the head's products in fp8, where the GPU has it; a micro-batch must be of a multiple of 16 "
+             "tokens (0)")):
         add(f"--{name}", type=int, choices=(0, 1), help=text)
+    add("--attn_short_conv", type=number(int, 1), metavar="K",
+        help="attention: taps of a convolution of query, key and value, channel by channel; 1: none (1)")
     add("--logit_softcap", type=number(float, 0), metavar="X", help="logits are X tanh(logits / X); 0: as they are (0)")
     add("--mixer_scale", type=number(float, 0), metavar="X", help="factor of the mixer's output (1; with --mixer attn "
         "the baseline's (2 n_layer)^-0.5)")

@@ -74,10 +74,12 @@ def main() -> int:
         shared.append(compile(kernels.sent_kernel, STATE, dict(state, FROM_START=from_start), {}))
     shared.append(compile(kernels.state_kernel, STATE, state, {}))
     shared.append(compile(kernels.state_gradient_kernel, STATE, state, kernels.STATE_GRADIENT))
-    for cap in (0.0, 15.0):
-        shared.append(compile(kernels.cross_entropy_kernel, dict(logits_ptr="*bf16", targets_ptr="*i64", losses_ptr="*fp32"),
-                              dict(CAP=cap, GRADIENT=True, BV=kernels.SOFTMAX["BV"]),
+    for cap, dtype, scale in ((0.0, "bf16", 1.0), (15.0, "bf16", 1.0), (15.0, "fp8e5", 32768.0)):
+        pointers = dict(logits_ptr="*bf16", gradient_ptr=f"*{dtype}", targets_ptr="*i64", losses_ptr="*fp32")
+        shared.append(compile(kernels.cross_entropy_kernel, pointers,
+                              dict(CAP=cap, GRADIENT=True, SCALE=scale, BV=kernels.SOFTMAX["BV"]),
                               dict(num_warps=kernels.SOFTMAX["num_warps"])))
+    shared.append(compile(kernels.transpose_kernel, dict(x_ptr="*i8", y_ptr="*i8"), dict(BLOCK=128), dict(num_warps=8)))
     print(f"at most {max(shared)} of {SHARED} bytes")
     return int(max(shared) > SHARED)
 

@@ -12,7 +12,8 @@ from train_gpt2_afno import (GPT, MODELS, POSITIONS, FallbackMuon, GPTConfig, Li
                              cross_entropy_chunk, flops_per_token, learning_rate_factor, loss_by_position, make_optimizers,
                              phase_at, random_tokens, rotary_tables, without_zeros)
 
-RECIPE = dict(mlp_ratio=3, qk_norm=1, embedding_norm=1, logit_softcap=2.0, embedding_residual=1, mixer_scale=0.8)
+RECIPE = dict(mlp_ratio=3, qk_norm=1, attn_short_conv=3, attn_gate=1, embedding_norm=1, logit_softcap=2.0, embedding_residual=1,
+              mixer_scale=0.8)
 TINY = dict(vocab_size=97, n_layer=3, n_head=2, n_embd=16, sequence_length=24, afno_num_blocks=4)
 
 
@@ -70,13 +71,19 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
              for name in ("mixer.c_attn", "mixer.c_proj", "mlp.c_fc", "mlp.c_proj")}
         if recipe:
             x = torch.stack((x, x0), -1) @ weights[f"transformer.h.{layer}.embedding_mix"]
-        q, k, v = (norm(x) @ w["mixer.c_attn"].T).split(C, -1)
+        z = norm(x) @ w["mixer.c_attn"].T
+        if recipe:
+            taps, gate = (weights[f"transformer.h.{layer}.mixer.{name}"] for name in ("short_conv.taps", "gate"))
+            z = torch.stack([sum(taps[lag] * z[:, t - lag] for lag in range(min(3, t + 1))) for t in range(T)], 1)
+        q, k, v = z.split(C, -1)
         heads = []
         for head in range(n_head):
             part = slice(head * d, (head + 1) * d)
             q_head, k_head = (norm(z[..., part]) if recipe else z[..., part] for z in (q, k))
             scores = rotary(q_head) @ rotary(k_head).mT / math.sqrt(d)
             heads.append(scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v[..., part])
+            if recipe:
+                heads[-1] = heads[-1] * 2 / (1 + torch.exp(-(norm(x) @ gate[head]))[..., None])
         x = x + torch.cat(heads, -1) @ w["mixer.c_proj"].T * (0.8 if recipe else 1 / math.sqrt(2 * n_layer))
         hidden = norm(x) @ w["mlp.c_fc"].T
         x = x + hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))) @ w["mlp.c_proj"].T
@@ -102,9 +109,24 @@ def test_the_recipe_is_its_formulas():
     assert abs(loss - F.cross_entropy(expected.flatten(0, 1), idx.roll(-1, 1).flatten())) < 1e-12
 
 
-def test_the_embedding_in_the_residual_begins_as_nothing():
-    idx = random_tokens((2, 24), 97)
-    assert torch.equal(tiny(embedding_residual=1)(idx)[0], tiny()(idx)[0])
+@pytest.mark.parametrize("flag, value", (("embedding_residual", 1), ("attn_short_conv", 4), ("attn_gate", 1)))
+def test_what_the_recipe_adds_begins_as_nothing(flag, value):
+    plain, model, idx = tiny(mixer="attn"), tiny(mixer="attn", **{flag: value}), random_tokens((2, 24), 97)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    assert len(model.state_dict()) > len(plain.state_dict()) and torch.equal(model(idx)[0], plain(idx)[0])
+
+
+def test_the_gate_reads_at_most_32_channels():
+    attention = tiny(mixer="attn", attn_gate=1, n_embd=64).transformer.h[0].mixer
+    assert attention.gate.shape == (2, 32)
+    with torch.no_grad():
+        attention.gate.normal_()
+    x, y = torch.randn(1, 5, 64), torch.ones(1, 2, 5, 32)
+    gated = attention.output(y, x)
+    x[..., 32:] += 1
+    assert torch.equal(attention.output(y, x), gated)
+    x[..., 31] += 1
+    assert not torch.equal(attention.output(y, x), gated)
 
 
 def test_weights_that_begin_at_zero_are_random_during_the_check_alone():
@@ -316,6 +338,8 @@ def test_learned_positions_end_with_their_table():
     (dict(afno_sparsity_threshold=-1.0), r"--afno_sparsity_threshold must be in \[0, 1e6\]"),
     (dict(afno_hard_thresholding_fraction=2.0), r"--afno_hard_thresholding_fraction must be in \(0, 1\]"),
     (dict(mlp_ratio=0), "--mlp_ratio must be >= 1, got 0"),
+    (dict(attn_short_conv=0), "--attn_short_conv must be >= 1, got 0"),
+    (dict(attn_gate=2), "--attn_gate must be one of 0, 1, got 2"),
     (dict(qk_norm=2), "--qk_norm must be one of 0, 1, got 2"),
     (dict(logit_softcap=-1.0), "--logit_softcap must be finite and >= 0, got -1"),
     (dict(mixer_scale=math.nan), "--mixer_scale .* got nan"),
@@ -360,6 +384,39 @@ def test_soft_capped_loss_and_gradients(dtype, bound):
     assert abs(loss - expected) <= 10 * bound
     for got, wanted in zip(torch.autograd.grad(3 * loss, (x, weight)), torch.autograd.grad(3 * expected, (x, weight))):
         assert (got - wanted).norm() <= bound * wanted.norm()
+
+
+def fp8_loss(x, weight, targets, fp8=True):
+    loss, losses = LinearCrossEntropy.apply(x, weight, targets, cross_entropy_chunk, True, 15.0, fp8)
+    return loss.detach(), losses, *torch.autograd.grad(loss, (x, weight))
+
+
+def test_fp8_head_is_near_the_exact_loss_and_gradients():
+    torch.manual_seed(0)
+    x, weight, targets = rmsnorm(torch.randn(320, 64)), 0.1 * torch.randn(97, 64), random_tokens((320,), 97)
+    targets[:5] = -1
+    logits = [z.double().requires_grad_() for z in (x, weight)]
+    expected = F.cross_entropy(15 * torch.tanh(logits[0] @ logits[1].T / 15), targets, ignore_index=-1)
+    wanted = torch.autograd.grad(expected, logits)
+    for fp8, bound in ((True, 6e-2), (False, 1e-5)):
+        loss, _, *gradients = fp8_loss(x.requires_grad_(), weight.requires_grad_(), targets, fp8)
+        assert abs(loss - expected) < bound / 10
+        off = [relative(got, oracle) for got, oracle in zip(gradients, wanted)]
+        assert max(off) < bound and (not fp8 or min(off) > 1e-3), off  # fp8 it is
+    assert not gradients[0][:5].any()
+
+
+def test_fp8_head_rounds_a_row_by_itself():
+    """A scale made from all rows would let a later token change the rounding of an earlier one."""
+    torch.manual_seed(0)
+    x, weight, targets = rmsnorm(torch.randn(64, 32)), 0.1 * torch.randn(97, 32), random_tokens((64,), 97)
+    x[32] = 0
+    x[32, 0] = 32**0.5  # the largest number that a normed row can have
+    other = x.clone()
+    other[32:] = 0.01 * torch.randn(32, 32)
+    results = [fp8_loss(z.requires_grad_(), weight.requires_grad_(), targets) for z in (x, other)]
+    for a, b in zip(*(result[1:3] for result in results)):
+        assert torch.equal(a[:32], b[:32]) and not torch.equal(a[32:], b[32:]) and a.isfinite().all()
 
 
 def test_loss_is_summed_in_fp32_under_autocast():
@@ -455,7 +512,7 @@ def test_graphed_muon_makes_the_eager_updates():
 @pytest.mark.parametrize("name", ("adamw", "muon"))
 @pytest.mark.parametrize("attn_layers", ((), (1,)))
 def test_every_parameter_is_trained_once(name, attn_layers):
-    model, idx = tiny(attn_layers=attn_layers, position="learned"), random_tokens((2, 24), 97)
+    model, idx = tiny(attn_layers=attn_layers, position="learned", attn_short_conv=4, attn_gate=1), random_tokens((2, 24), 97)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     optimizers = make_optimizers(model, name, 0.01, 0.1)
     assert len(optimizers) == (2 if name == "muon" else 1)
@@ -473,7 +530,7 @@ def test_every_parameter_is_trained_once(name, attn_layers):
 
 @pytest.mark.parametrize("name", ("adamw", "muon"))
 def test_learning_rates_by_group(name):
-    model = tiny(attn_layers=(1,), position="learned", embedding_residual=1)
+    model = tiny(attn_layers=(1,), position="learned", embedding_residual=1, attn_short_conv=4, attn_gate=1)
     optimizers = make_optimizers(model, name, 0.01, 0.1, rest_lr=0.3)
     rate = {p: (group["lr"], group["weight_decay"]) for group in optimizers[0].param_groups for p in group["params"]}
     tables = "transformer.wte.weight", "transformer.wpe.weight"

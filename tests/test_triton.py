@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 import afno  # noqa: E402
 import afno_triton  # noqa: E402
+import train_gpt2_afno  # noqa: E402
 from test_afno import inputs, relative, toeplitz_sum  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -220,6 +221,38 @@ def test_cross_entropy(cap, vocab_size, columns):
             assert not gradient[:, vocab_size:].any()
         else:
             assert gradient is None and torch.equal(ours.cpu()[:, :vocab_size], logits[:, :vocab_size])
+
+
+@pytest.mark.parametrize("scale", (1.0, 2.0**15))
+def test_cross_entropys_gradient_in_a_place_of_its_own(scale):
+    """As fp8 has it; here in the logits' dtype, as the interpreter's conversion to fp8 is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(3, 64, generator=generator).to(DEVICE, DTYPE), torch.tensor([0, 20, 49]).to(DEVICE)
+    apart, losses = torch.full_like(logits, float("nan")), torch.empty(3, device=DEVICE)
+    afno_triton.cross_entropy_kernel[(3,)](logits, apart, targets, losses, 50, 64, CAP=15.0, GRADIENT=True, SCALE=scale,
+                                           **afno_triton.SOFTMAX)
+    exact = logits.clone()
+    expected, gradient = afno_triton.cross_entropy(exact, targets, 50, True, 15.0)
+    assert torch.equal(losses, expected) and relative(apart / scale, gradient) < BOUND and not torch.equal(logits, gradient)
+    if CUDA:
+        _, gradient8 = afno_triton.cross_entropy(logits.clone(), targets, 50, True, 15.0, scale)
+        assert gradient8.dtype == torch.float8_e5m2
+        assert relative(gradient8.float() / scale, gradient.float()) < 0.1
+
+
+@pytest.mark.parametrize("shape", ((1, 1), (128, 256), (200, 300)))
+def test_transposed(shape):
+    x = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    y = afno_triton.transposed(x.view(torch.float8_e5m2))
+    assert torch.equal(y.view(torch.uint8), x.T) and y.is_contiguous()
+
+
+@pytest.mark.skipif(not CUDA, reason="products in fp8 need a GPU")
+def test_fp8_head_on_a_gpu():
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no fp8")
+    chosen, why = train_gpt2_afno.fp8_path(torch.device("cuda"), torch.bfloat16)
+    assert chosen, why
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # of exp in the soft cap, whose reciprocal is the zero that is wanted
