@@ -1,11 +1,13 @@
 """The model and its optimizers: the baseline written down a second time, parameter counts, loss, Muon, schedule."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import test_causality
+import train_gpt2_afno
 from afno import rmsnorm
 from data.text_to_bin import InputError
 from train_gpt2_afno import (GPT, MODELS, POSITIONS, FallbackMuon, GPTConfig, LinearCrossEntropy, MatrixMuon, Runtime,
@@ -417,6 +419,40 @@ def test_fp8_head_rounds_a_row_by_itself():
     results = [fp8_loss(z.requires_grad_(), weight.requires_grad_(), targets) for z in (x, other)]
     for a, b in zip(*(result[1:3] for result in results)):
         assert torch.equal(a[:32], b[:32]) and not torch.equal(a[32:], b[32:]) and a.isfinite().all()
+
+
+def test_fp8_head_is_for_training_alone():
+    model, idx = tiny(logit_softcap=15.0, embedding_norm=1), random_tokens((2, 16), 97)
+    losses = []
+    for fp8 in (False, True):
+        model.fp8_head = fp8
+        with torch.no_grad():
+            validation = model(idx, idx.roll(-1, 1))[1]
+        losses.append((model(idx, idx.roll(-1, 1))[1].item(), validation.item()))
+    (plain, plain_validation), (rounded, validation) = losses
+    assert rounded != plain and abs(rounded - plain) < 1e-2 and validation == plain_validation
+
+
+def fp8_where_a_gpu_is(monkeypatch, capability=(8, 9), **changes):
+    """fp8_path's answer on a CPU that it takes for a GPU, with Fp8HeadProducts changed."""
+    monkeypatch.setattr(train_gpt2_afno, "loss_path", lambda *_: (True, ""))
+    monkeypatch.setattr(train_gpt2_afno, "afno_triton", SimpleNamespace(cross_entropy=cross_entropy_chunk))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    for name, value in changes.items():
+        monkeypatch.setattr(train_gpt2_afno.Fp8HeadProducts, name, value)
+    return train_gpt2_afno.fp8_path.__wrapped__(torch.device("cpu"), torch.bfloat16)
+
+
+def test_fp8_is_tried_before_it_is_trusted(monkeypatch):
+    products, gradients = (getattr(train_gpt2_afno.Fp8HeadProducts, name) for name in ("product", "gradients"))
+    assert fp8_where_a_gpu_is(monkeypatch)[0]
+    assert not fp8_where_a_gpu_is(monkeypatch, capability=(8, 0))[0]
+    for changes in (dict(product=lambda *a, **k: 1.05 * products(*a, **k)),
+                    dict(product=products, gradients=lambda *a: tuple(math.nan * part for part in gradients(*a))),
+                    dict(gradients=lambda *a: 1 / 0)):
+        chosen, why = fp8_where_a_gpu_is(monkeypatch, **changes)
+        assert not chosen and why.startswith("in bfloat16, as fp8 "), changes
 
 
 def test_loss_is_summed_in_fp32_under_autocast():

@@ -561,6 +561,7 @@ def test_two_ranks_give_one_processs_losses(data, tmp_path):
     ("--no_such_flag 1", "unrecognized arguments: --no_such_flag 1"),
     ("--seed 99999999999999999999", "--seed: must be an integer >= 0 and < 9223372036854775808, got 9"),
     ("--qk_norm 2", "--qk_norm: invalid choice: 2"),
+    ("--fp8_head 1 --batch_size 1 --sequence_length 9", "--fp8_head: a micro-batch must be of a multiple of 16 tokens, got 9"),
     ("--logit_softcap -1", "--logit_softcap: must be a finite number >= 0, got -1"),
     ("--mixer_scale nan", "--mixer_scale: must be a finite number >= 0, got nan"),
     ("--final_lr_fraction 1", "--final_lr_fraction: must be a finite number >= 0 and < 1, got 1"),
