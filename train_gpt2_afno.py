@@ -302,6 +302,11 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int, with_g
     return -hit[:, 0], (gradient * fp8_scale).to(torch.float8_e5m2) if fp8_scale else gradient
 
 
+def largest_error(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Of (got, exact), relative to the norm of what is exact; NaN if any is."""
+    return torch.stack([(got - exact).norm() / exact.norm() for got, exact in pairs]).max()
+
+
 @functools.cache
 def loss_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether afno_triton.cross_entropy takes cross_entropy_chunk's place for logits of this dtype, and why."""
@@ -314,7 +319,7 @@ def loss_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
         try:
             exact = cross_entropy_chunk(logits.to(dtype).double(), targets, 10_000, True, cap)
             ours = afno_triton.cross_entropy(logits.to(device, dtype), targets.to(device), 10_000, True, cap)
-            off = torch.stack([(a.cpu().double() - b).norm() / b.norm() for a, b in zip(ours, exact)]).max()  # NaN if any is
+            off = largest_error([(a.cpu().double(), b) for a, b in zip(ours, exact)])
         except Exception as error:  # whatever a compiler, a driver or a launch may raise
             return False, f"plain, Triton's kernel does not work here: {type(error).__name__}"
         if not off < 1e-2:
@@ -397,7 +402,7 @@ def fp8_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
                 mean, losses = LinearCrossEntropy.apply(*inputs, targets.to(where), cross_entropy_chunk, True, 15.0, fp8)
             results.append([z.detach().cpu().double() for z in (losses, *torch.autograd.grad(mean, inputs))])
         pairs = list(zip(*reversed(results)))
-        off = torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max()  # NaN if any is
+        off = largest_error(pairs)
         scale = torch.stack([((a - b) * b).sum().abs() / b.square().sum() for a, b in pairs]).max()  # rounding leaves it alone
     except Exception as error:  # whatever a library, a driver or a launch may raise
         return False, f"in {usual}, as fp8 does not work here: {first_line(error)[:200]}"
@@ -437,12 +442,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             losses[part], dlogits = chunk_function(products.logits(part), targets[part].clamp(min=0), vocab_size, with_gradient,
                                                    cap, products.gradient_scale)
             if with_gradient:
-                dx_part, dw_part = products.gradients(part, dlogits)
-                dx[part] = dx_part * counts[part]
+                dx[part], dw_part = products.gradients(part, dlogits)
                 dw += dw_part[:vocab_size]
         count = counts.sum().clamp(min=1)
         if with_gradient:
-            ctx.save_for_backward(dx.div_(count), dw.div_(count))
+            ctx.save_for_backward(dx.mul_(counts).div_(count), dw.div_(count))
         losses *= counts[:, 0]  # no product of matrices for the sum: autocast would round that to bf16
         ctx.mark_non_differentiable(losses)
         return losses.sum() / count, losses
