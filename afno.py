@@ -759,7 +759,8 @@ class AFNO1D(nn.Module):
         y     = operator(value) + direct value
         out   = W_out rmsnorm(y)              with a gate: W_out( silu(gate) * rmsnorm(y) ), gate made as value is
 
-    With silu, value = silu(short_conv(W_in x)).
+    With silu, value = silu(short_conv(W_in x)). What forward is given as added_value is added to the part of W_in x that becomes
+    the value.
 
     In the form `state` the operator takes two more of what is made as value is, its y is normed by heads, there is no SiLU
     (measured: it loses), and the MLP has as many blocks as divide both num_blocks and the heads.
@@ -848,20 +849,34 @@ class AFNO1D(nn.Module):
         if form == "reference" and num_experts > 1:
             raise ValueError(f"num_experts must be 1 where form is reference, the paper's layer, got {num_experts}")
 
-    def forward(self, x: Tensor, taps: Tensor | None = None) -> Tensor:
-        """taps: see FilterOperator; the other forms have none to be given."""
-        operand, gate = self.operand_and_gate(self.short_conv(self.c_in(x)))
+    def forward(self, x: Tensor, taps: Tensor | None = None, added_value: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+        """taps: see FilterOperator; the other forms have none to be given. added_value: (B, T, hidden_size). z: what project(x)
+        makes, where that has been done already."""
+        operand, gate = self.operand_and_gate(self.short_conv(self.input(x, added_value, z)))
         return self.output(operand, gate, self.operator(operand) if taps is None else self.operator(operand, taps))
 
+    def project(self, x: Tensor) -> Tensor:
+        return self.c_in(x)
+
+    def value(self, z: Tensor) -> Tensor:
+        """The part of project's z that added_value is added to, (..., hidden_size)."""
+        return z[..., : len(self.direct)]
+
+    def input(self, x: Tensor, added_value: Tensor | None, z: Tensor | None) -> Tensor:
+        z = self.project(x) if z is None else z
+        return z if added_value is None else z + F.pad(added_value, (0, z.size(-1) - added_value.size(-1)))
+
     @torch.no_grad()
-    def step(self, x_t: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
-        """forward token by token, for generation: x_t (B, hidden_size) to the same, and the state for the next one.
+    def step(self, x_t: Tensor, state: tuple | None = None, added_value: Tensor | None = None,
+             z: Tensor | None = None) -> tuple[Tensor, tuple]:
+        """forward token by token, for generation: x_t (B, hidden_size) to the same, and the state for the next one; added_value
+        and z likewise.
 
         The first token's state is None. A state is used once: some of its tensors are changed in place. The weights
         must stay as they are. Costs: see the operators' step. The reference form, not causal, has none.
         """
         window, operator_state = state or (None, None)
-        z, window = self.short_conv.step(self.c_in(x_t), window)
+        z, window = self.short_conv.step(self.input(x_t, added_value, z), window)
         operand, gate = self.operand_and_gate(z)
         y, operator_state = self.operator.step(operand, operator_state)
         return self.output(operand, gate, y), (window, operator_state)

@@ -87,6 +87,8 @@ class GPTConfig:
     qk_norm: int = 0
     attn_short_conv: int = 1  # taps; 1: none
     attn_gate: int = 0
+    half_rotary: int = 0
+    value_residual: int = 0
     embedding_norm: int = 0
     logit_softcap: float = 0.0  # 0: none
     embedding_residual: int = 0
@@ -99,7 +101,8 @@ class GPTConfig:
             self.mixer_scale = (2 * self.n_layer) ** -0.5 if self.mixer == "attn" else 1.0
         if self.afno_filter_length is None:
             self.afno_filter_length = min(self.sequence_length, MOST_TAPS)
-        switches = ("qk_norm", "attn_gate", "embedding_norm", "embedding_residual", "residual_bf16")
+        switches = ("qk_norm", "attn_gate", "half_rotary", "value_residual", "embedding_norm", "embedding_residual",
+                    "residual_bf16")
         for name, allowed in (("mixer", MIXERS), ("position", POSITIONS), *((name, (0, 1)) for name in switches)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"--{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)}")
@@ -136,9 +139,16 @@ class GPTConfig:
 # model
 
 
-def rotary_tables(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, (T, size / 2) each, of positions (T,) at log-spaced frequencies, base 10000 (Su et al., 2021)."""
+def rotary_tables(position: Tensor, size: int, half: bool = False) -> tuple[Tensor, Tensor]:
+    """cos and sin, (T, size / 2) each, of positions (T,) at log-spaced frequencies, base 10000 (Su et al., 2021).
+
+    With half, half of them go from 1 to 1/1024, and the others are 0: what does not turn compares contents wherever they are
+    (modded-nanogpt, Jordan et al., 2024).
+    """
     frequency = 10000.0 ** -(torch.arange(0, size, 2, device=position.device, dtype=position.dtype) / size)
+    if half:
+        frequency[: size // 4] = 1024.0 ** -torch.linspace(0, 1, size // 4, device=position.device, dtype=position.dtype)
+        frequency[size // 4 :] = 0
     angle = torch.outer(position, frequency)
     return angle.cos(), angle.sin()
 
@@ -150,7 +160,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class CausalSelfAttention(nn.Module):
-    """x: (B, T, C) to the same; cos, sin: (T, head_dim / 2), rotary_tables' of its positions.
+    """x: (B, T, C) to the same; cos, sin: (T, head_dim / 2), rotary_tables' of its positions; added_value, (B, T, C) or None, is
+    added to the value; z is what project(x) makes, where that has been done already.
 
     With attn_short_conv > 1 query, key and value are convolved with so many taps, channel by channel, which begin as the
     identity (So et al., 2021, "Primer"). With attn_gate a head's output is multiplied by 2 sigmoid(w x), where w reads the
@@ -168,24 +179,34 @@ class CausalSelfAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(config.n_head, gate_channels)) if config.attn_gate else None
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        z = self.c_attn(x)
-        q, k, v = self.heads(z if self.short_conv is None else self.short_conv(z), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, added_value: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+        z = self.project(x) if z is None else z
+        q, k, v = self.heads(z if self.short_conv is None else self.short_conv(z), cos, sin, added_value)
         return self.output(F.scaled_dot_product_attention(q, k, v, is_causal=True), x)
 
-    def step(self, x_t: Tensor, cos: Tensor, sin: Tensor, cache: tuple | None, window: int) -> tuple[Tensor, tuple]:
-        """forward token by token, x_t (B, C) to the same; the cache, None at first, is of the last `window` keys and
-        values, and the short convolution's."""
-        z, inputs = self.c_attn(x_t), None
+    def project(self, x: Tensor) -> Tensor:
+        return self.c_attn(x)
+
+    def value(self, z: Tensor) -> Tensor:
+        """The value before its convolution, (..., C), of project's z."""
+        return z.chunk(3, -1)[2]
+
+    def step(self, x_t: Tensor, cos: Tensor, sin: Tensor, cache: tuple | None, window: int,
+             added_value: Tensor | None = None, z: Tensor | None = None) -> tuple[Tensor, tuple]:
+        """forward token by token, x_t and added_value (B, C) to the same; the cache, None at first, is of the last `window`
+        keys and values, and the short convolution's."""
+        z, inputs = self.project(x_t) if z is None else z, None
         if self.short_conv is not None:
             z, inputs = self.short_conv.step(z, None if cache is None else cache[2])
-        q, k, v = self.heads(z[:, None], cos, sin)
+        q, k, v = self.heads(z[:, None], cos, sin, None if added_value is None else added_value[:, None])
         if cache is not None:
             k, v = (torch.cat((old, new), 2)[:, :, -window:] for old, new in zip(cache, (k, v)))
         return self.output(F.scaled_dot_product_attention(q, k, v), x_t[:, None])[:, 0], (k, v, inputs)
 
-    def heads(self, z: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in z.chunk(3, -1))
+    def heads(self, z: Tensor, cos: Tensor, sin: Tensor, added_value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = z.chunk(3, -1)
+        v = v if added_value is None else v + added_value
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, k, v))
         if self.qk_norm:
             q, k = rmsnorm(q), rmsnorm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
@@ -227,7 +248,9 @@ def keep_products():
 class Block(nn.Module):
     """Mixer, then MLP, each on the normed residual stream. The mixer is the config's for this layer.
 
-    With embedding_residual the stream comes in as a x + b x0, where x0 is the embedding; taps are AFNO1D's.
+    With embedding_residual the stream comes in as a x + b x0, where x0 is the embedding. With value_residual each mixer's value
+    is its own plus c v0, where v0 is the first mixer's, which its block makes where it is given none (Zhou et al., 2024, "Value
+    residual learning"). a, b and c are learned and begin at 1, 0, 0; taps are AFNO1D's.
     """
 
     recompute = False  # what is cheap to compute, in backward again instead of keeping it
@@ -236,36 +259,46 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_scale = config.mixer_scale
         self.embedding_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_residual else None  # a, b
+        self.value_mix = nn.Parameter(torch.zeros(())) if config.value_residual else None  # c
         if config.mixer_of(layer) == "attn":
             self.mixer = CausalSelfAttention(config)
         else:
             self.mixer = AFNO1D(**config.afno_arguments(layer))
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None = None, taps: Tensor | None = None):
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None = None, v0: Tensor | None = None,
+                taps: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(x, v0) of this layer to those of the next."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.residual, x, rotary, x0, taps, use_reentrant=False, preserve_rng_state=False,
+            return checkpoint(self.residual, x, rotary, x0, v0, taps, use_reentrant=False, preserve_rng_state=False,
                               context_fn=keep_products)
-        return self.residual(x, rotary, x0, taps)
+        return self.residual(x, rotary, x0, v0, taps)
 
-    def residual(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None, taps: Tensor | None) -> Tensor:
-        x = self.input(x, x0)
-        h = rmsnorm(x)
+    def residual(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None, v0: Tensor | None, taps: Tensor | None):
+        x, h, z, v0, added_value = self.input(x, x0, v0)
         attention = isinstance(self.mixer, CausalSelfAttention)
-        return self.output(x, self.mixer(h, *rotary) if attention else self.mixer(h, taps))
+        return self.output(x, self.mixer(h, *(rotary if attention else (taps,)), added_value, z)), v0
 
-    def step(self, x_t: Tensor, rotary: tuple[Tensor, Tensor], state: tuple | None, window: int, x0_t: Tensor | None = None):
-        """forward token by token: (x_t (B, C), state of the mixer, None at first) to the same."""
-        x_t = self.input(x_t, x0_t)
-        h = rmsnorm(x_t)
+    def step(self, x_t: Tensor, rotary: tuple[Tensor, Tensor], state: tuple | None, window: int, x0_t: Tensor | None = None,
+             v0_t: Tensor | None = None):
+        """forward token by token: x_t, x0_t, v0_t (B, C), state of the mixer, None at first, to (x_t, state, v0_t)."""
+        x_t, h, z, v0_t, added_value = self.input(x_t, x0_t, v0_t)
         if isinstance(self.mixer, CausalSelfAttention):
-            h, state = self.mixer.step(h, *rotary, state, window)
+            h, state = self.mixer.step(h, *rotary, state, window, added_value, z)
         else:
-            h, state = self.mixer.step(h, state)
-        return self.output(x_t, h), state
+            h, state = self.mixer.step(h, state, added_value, z)
+        return self.output(x_t, h), state, v0_t
 
-    def input(self, x: Tensor, x0: Tensor | None) -> Tensor:
-        return x if self.embedding_mix is None else self.embedding_mix[0] * x + self.embedding_mix[1] * x0
+    def input(self, x: Tensor, x0: Tensor | None, v0: Tensor | None):
+        """(x, its norm, the mixer's projection of that, v0, what is added to the mixer's value)."""
+        if self.embedding_mix is not None:
+            x = self.embedding_mix[0] * x + self.embedding_mix[1] * x0
+        h = rmsnorm(x)
+        z = self.mixer.project(h)
+        if self.value_mix is None:
+            return x, h, z, None, None
+        v0 = self.mixer.value(z) if v0 is None else v0
+        return x, h, z, v0, self.value_mix * v0
 
     def output(self, x: Tensor, h: Tensor) -> Tensor:
         x = x + self.mixer_scale * h
@@ -524,7 +557,7 @@ class GPT(nn.Module):
             x = rmsnorm(x)
         if self.config.residual_bf16 and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return x, rotary_tables(position, C // n_head)
+        return x, rotary_tables(position, C // n_head, bool(self.config.half_rotary))
 
     def taps(self) -> dict[int, Tensor]:
         """The filters of every layer that has some, (num_filters, filter_length) by layer, made at once, and outside of
@@ -540,9 +573,9 @@ class GPT(nn.Module):
         """Normed hidden states before the head: idx (B, T) of tokens to (B, T, C)."""
         x, rotary = self.embed(idx, 0)
         x0 = x if self.config.embedding_residual else None  # only where it is used: it would make block 0 a graph of its own
-        taps = self.taps()
+        v0, taps = None, self.taps()
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, rotary, x0, taps.get(layer))
+            x, v0 = block(x, rotary, x0, v0, taps.get(layer))
         return rmsnorm(x)
 
     @torch.no_grad()
@@ -554,9 +587,9 @@ class GPT(nn.Module):
         t, states = state or (0, [None] * self.config.n_layer)
         embedding, rotary = self.embed(idx_t[:, None], t)
         x = x0 = embedding[:, 0]
-        states = list(states)
+        states, v0 = list(states), None
         for layer, block in enumerate(self.transformer.h):
-            x, states[layer] = block.step(x, rotary, states[layer], window, x0)
+            x, states[layer], v0 = block.step(x, rotary, states[layer], window, x0, v0)
         return rmsnorm(x), (t + 1, states)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True):
@@ -778,95 +811,50 @@ def loss_by_position(total: Tensor, val_tokens: int) -> list[tuple[int, int, flo
 # optimizers
 
 
-class FallbackMuon(torch.optim.Optimizer):
-    """torch.optim.Muon's updates, for torch 2.8, which does not have it (Jordan et al., 2024, "Muon").
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024, "Muon") over views of parameters: stacked projections are orthogonalised one by one.
 
-    lr is scaled by 0.2 sqrt(max(rows, columns)), so that an update has AdamW's usual size (Moonshot AI, 2025).
+    torch.optim.Muon's updates (torch 2.8 has none), but that all matrices of a shape are one batch, as one by one their products
+    are too small to fill a GPU. lr is scaled by 0.2 sqrt(max(rows, columns)), so that an update has AdamW's usual size (Moonshot
+    AI, 2025).
     """
 
-    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95, adjust_lr_fn="match_rms_adamw"):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-
-    @staticmethod
-    def orthogonalize(G: Tensor) -> Tensor:
-        """Newton-Schulz: U V^T of the singular value decomposition of G, roughly, in bf16."""
-        X = G.bfloat16()
-        X = X.T if G.size(0) > G.size(1) else X
-        X = X / X.norm().clamp(min=1e-7)
-        for _ in range(5):
-            A = X @ X.T
-            X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
-        return X.T if G.size(0) > G.size(1) else X
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
-                average.lerp_(p.grad, 1 - group["momentum"])
-                update = self.orthogonalize(p.grad.lerp(average, group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
-
-
-class MatrixMuon(getattr(torch.optim, "Muon", FallbackMuon)):
-    """Muon over views of parameters: stacked projections are orthogonalised one by one.
-
-    On a GPU the second step is recorded as a CUDA graph, which the later ones replay: thousands of small kernels,
-    launched one by one, would take the host longer than forward and backward pass take the GPU. The graph has BRANCHES
-    that run side by side, as one matrix's products are too small to fill a GPU. A graph's numbers are fixed, but the
-    update is affine in the learning rate: the graph makes the step for a learning rate of 1 and goes the fraction lr of
-    that way.
-    """
-
-    BRANCHES = 3
-
-    def __init__(self, stacks: list[tuple[nn.Parameter, int]], **options):
+    def __init__(self, stacks: list[tuple[nn.Parameter, int]], lr: float, weight_decay: float, momentum: float):
         """stacks: (parameter, how many equal matrices are stacked along its rows)."""
         self.stacks = [(p, p.detach().chunk(n)) for p, n in stacks]
         super().__init__([matrix for _, matrices in self.stacks for matrix in matrices],
-                         adjust_lr_fn="match_rms_adamw", **options)
-        self.steps, self.graph, self.fraction = 0, None, torch.zeros((), device=stacks[0][0].device)
+                         dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @staticmethod
+    def orthogonalize(G: Tensor) -> Tensor:
+        """Newton-Schulz: of each G (n, rows, columns), bf16, U V^T of its singular value decomposition, roughly."""
+        tall = G.size(1) > G.size(2)
+        X = G.mT if tall else G
+        X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(5):
+            A = X @ X.mT
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+        return X.mT.contiguous() if tall else X
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        self.steps += 1
-        if self.steps == 1 or not self.fraction.is_cuda:  # the first step also makes the state that a graph needs
-            for p, matrices in self.stacks:
-                for matrix, gradient in zip(matrices, p.grad.chunk(len(matrices))):
-                    matrix.grad = gradient
-            super().step()
-            return
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # the loader's thread goes on
-                self.record()
-        self.fraction.fill_(group["lr"])
-        self.graph.replay()
-
-    def record(self):
-        """What a graph repeats, in BRANCHES streams that begin and end in the current one."""
-        trunk, (group,) = torch.cuda.current_stream(), self.param_groups
-        branches = [torch.cuda.Stream() for _ in range(self.BRANCHES)]
-        for i, branch in enumerate(branches):
-            branch.wait_stream(trunk)
-            with torch.cuda.stream(branch):
-                stacks = self.stacks[i :: self.BRANCHES]
-                begin = [p.clone() for p, _ in stacks]
-                self.param_groups = [group | dict(lr=1.0, params=[matrix for _, matrices in stacks for matrix in matrices])]
-                super().step()
-                for p_begin, (p, _) in zip(begin, stacks):
-                    p.copy_(p_begin.lerp_(p, self.fraction))
-        for branch in branches:
-            trunk.wait_stream(branch)
-        self.param_groups = [group]
+        by_shape = {}
+        for p, matrices in self.stacks:
+            for matrix, gradient in zip(matrices, p.grad.chunk(len(matrices))):
+                average = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                by_shape.setdefault(matrix.shape, []).append((matrix, gradient, average))
+        for shape, batch in by_shape.items():
+            matrices, gradients, averages = map(list, zip(*batch))
+            torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+            updates = torch.stack(torch._foreach_lerp(gradients, averages, group["momentum"])).bfloat16()
+            updates = self.orthogonalize(updates).float().unbind()
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, updates, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
     def zero_grad(self):
         for p, _ in self.stacks:
-            p.grad.zero_()  # in place: a graph reads its inputs where they were
+            p.grad = None
 
 
 def embedding_tables(model: GPT) -> set[nn.Parameter]:
@@ -874,12 +862,12 @@ def embedding_tables(model: GPT) -> set[nn.Parameter]:
     return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
-def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float,
-                    rest_lr: float | None = None) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float, rest_lr: float | None = None,
+                    betas: tuple[float, float] = (0.9, 0.95), momentum: float = 0.95) -> list[torch.optim.Optimizer]:
     """adamw: one AdamW for everything, the baseline. muon: Muon for the blocks' projections, AdamW for the rest.
 
     AFNO's MLPs, many small matrices, are among the rest: Muon brings them nothing and takes time (lessons.md).
-    With rest_lr what is neither Muon's nor an embedding has that learning rate.
+    With rest_lr what is neither Muon's nor an embedding has that learning rate. betas are AdamW's, momentum is Muon's.
     """
     stacks = {}
     if name == "muon":
@@ -890,8 +878,8 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
                 stacks[p] = 1
     adamw = {name: p for name, p in model.named_parameters() if p not in stacks}
     # poles, bands and thresholds are places and logarithms, for which zero is no neutral value, nor is it for the
-    # residual's factor, which begins at one: they do not decay
-    places = ("angle", "centre", "log_decay", "log_width", "log_threshold", "embedding_mix")
+    # residual's factor, which begins at one: they do not decay, nor do the other factors
+    places = ("angle", "centre", "log_decay", "log_width", "log_threshold", "embedding_mix", "value_mix")
     tables, groups = embedding_tables(model), {}
     for key, p in adamw.items():
         has_rest_lr = rest_lr is not None and p not in tables
@@ -899,9 +887,9 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
     groups = [dict(params=parameters, lr=rest_lr if has_rest_lr else learning_rate,
                    weight_decay=0.0 if is_place else weight_decay)
               for (has_rest_lr, is_place), parameters in groups.items()]
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
+    optimizers = [torch.optim.AdamW(groups, betas=betas, fused=True)]
     if stacks:
-        optimizers.append(MatrixMuon(list(stacks.items()), lr=learning_rate, weight_decay=weight_decay))
+        optimizers.append(Muon(list(stacks.items()), learning_rate, weight_decay, momentum))
     return optimizers
 
 
@@ -1160,10 +1148,9 @@ def caught_signals():
             signal.signal(signum, handler)
 
 
-def schedules(args, T: int, world: int) -> tuple[tuple, tuple]:
-    """phase_at's phases: sequence lengths, and how many micro-batches a rank adds up in a step. Raises InputError."""
-    B, total = args.batch_size, args.grad_accumulation_steps
-    lengths, factors = args.curriculum or ((T, 1.0),), args.batch_schedule or ((1.0, 1.0),)
+def length_phases(args, T: int, world: int) -> tuple[tuple[int, float], ...]:
+    """phase_at's phases of the sequence length. Raises InputError where they and the batch do not fit each other."""
+    B, total, lengths = args.batch_size, args.grad_accumulation_steps, args.curriculum or ((T, 1.0),)
     if args.fp8_head and B * T % 16:
         raise InputError(f"--fp8_head: a micro-batch must be of a multiple of 16 tokens, got {B * T} (--batch_size {B} x "
                          f"--sequence_length {T})")
@@ -1174,12 +1161,7 @@ def schedules(args, T: int, world: int) -> tuple[tuple, tuple]:
     if uneven := [length for length, _ in lengths if B * T % length]:
         raise InputError(f"--curriculum: lengths must divide the {B * T} tokens of a micro-batch (--batch_size {B} x "
                          f"--sequence_length {T}), got {uneven[0]}")
-    counts = tuple((round(factor * total / world), share) for factor, share in factors)
-    for (factor, _), (count, _) in zip(factors, counts):
-        if count < 1 or not math.isclose(count * world, factor * total):
-            raise InputError(f"--batch_schedule: factor x --grad_accumulation_steps must be {world}, {2 * world}, "
-                             f"{3 * world}, ... (of {world} ranks each as many), got {factor:g} x {total}")
-    return lengths, counts
+    return lengths
 
 
 def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_dir: Path, signals: list[int]) -> int:
@@ -1188,7 +1170,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
 
     device, rank, world = runtime.device, runtime.rank, runtime.world
     B, T, total_steps = args.batch_size, config.sequence_length, args.num_iterations
-    lengths, accumulation = schedules(args, T, world)
+    lengths, accumulation = length_phases(args, T, world), args.grad_accumulation_steps // world  # of each rank
     step, position = (saved["step"], saved["position"]) if saved else (0, 0)  # updates done, tokens consumed
     if step > total_steps:
         raise InputError(f"--num_iterations must be >= {step}, the step of the checkpoint, got {total_steps}")
@@ -1222,18 +1204,19 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     # optimizers
     for block in model.transformer.h:
         block.recompute = bool(args.recompute)
-    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay, args.rest_lr)
+    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay, args.rest_lr,
+                                 (args.beta1, args.beta2), args.momentum)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]  # at a factor of 1
     train_time = compile_time = past_wall = 0.0
     if saved:
         for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
-            decays = [group["weight_decay"] for group in optimizer.param_groups]
-            if len(decays) != len(state["param_groups"]):
+            options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+            if len(options) != len(state["param_groups"]):
                 raise InputError("--rest_lr makes groups of parameters: give it from the first step on, or never; "
                                  f"{relative(str(output_dir))} began otherwise")
             optimizer.load_state_dict(state)
-            for group, decay in zip(optimizer.param_groups, decays):
-                group["weight_decay"] = decay  # the flag's, not the checkpoint's
+            for group, chosen in zip(optimizer.param_groups, options):
+                group.update(chosen)  # the flags', not the checkpoint's
         torch.set_rng_state(saved["rng"]["cpu"])
         if device.type == "cuda" and saved["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng"]["cuda"])
@@ -1252,7 +1235,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     if args.fp8_head:
         model.fp8_head, why = fp8_path(device, runtime.dtype)
         say(f"products of the head: {why}")
-    passes = sum(phase_at(accumulation, i, total_steps) for i in range(step, total_steps)) * world * B * T / len(stream)
+    passes = (total_steps - step) * args.grad_accumulation_steps * B * T / len(stream)
     say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens, {passes:.3g} passes to come; "
         f"validation: {relative(args.input_val_bin)}, {val_tokens:,} targets of {len(val_stream) - 1:,}")
     accumulated = args.grad_accumulation_steps
@@ -1405,7 +1388,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         batches = []
         if not last and reached is None:
             try:  # all of the step's data before any of its work
-                batches = [loader.next() for _ in range(phase_at(accumulation, step, total_steps))]
+                batches = [loader.next() for _ in range(accumulation)]
             except InputError as bad_data:
                 error = bad_data
         late = args.max_seconds is not None and time.perf_counter() - START > args.max_seconds
@@ -1512,8 +1495,8 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
 
 RECIPE = dict(  # what else may be changed about the baseline; as it stands here, nothing is
     mlp_ratio=4, qk_norm=0, attn_short_conv=1, attn_gate=0, embedding_norm=0, logit_softcap=0.0, embedding_residual=0,
-    mixer_scale=None, curriculum=None, batch_schedule=None, final_lr_fraction=0.0, rest_lr=None, row_order="stream",
-    residual_bf16=0, fp8_head=0,
+    mixer_scale=None, curriculum=None, final_lr_fraction=0.0, rest_lr=None, row_order="stream", residual_bf16=0, fp8_head=0,
+    half_rotary=0, value_residual=0, momentum=0.95, beta1=0.9, beta2=0.95,
 )
 DEFAULTS = dict(
     input_bin=None, input_val_bin=None, output_dir=None, model=None, n_head=None, mixer="afno", attn_layers=(),
@@ -1561,20 +1544,17 @@ def layers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"must be layer numbers such as 3,9, got {text}") from None
 
 
-def shares(kind):
-    """An argparse type: value:share,value:share,... to ((value, share of the steps), ...)."""
-    def parse(text: str):
-        try:
-            parts = [part.split(":") for part in text.split(",")]
-            found = tuple((number(kind, above=0)(value), number(float, above=0)(share)) for value, share in parts)
-        except (ValueError, argparse.ArgumentTypeError):
-            found = ()
-        if not math.isclose(sum(share for _, share in found), 1, abs_tol=1e-6):
-            raise argparse.ArgumentTypeError(f"must be value:share,value:share,... with {kind.__name__} values > 0 and "
-                                             f"shares of the steps > 0 that sum to 1, got {text}")
-        return found
-
-    return parse
+def shares(text: str) -> tuple[tuple[int, float], ...]:
+    """length:share,length:share,... to ((length, share of the steps), ...)."""
+    try:
+        parts = [part.split(":") for part in text.split(",")]
+        found = tuple((number(int, above=0)(length), number(float, above=0)(share)) for length, share in parts)
+    except (ValueError, argparse.ArgumentTypeError):
+        found = ()
+    if not math.isclose(sum(share for _, share in found), 1, abs_tol=1e-6):
+        raise argparse.ArgumentTypeError(f"must be length:share,length:share,... with integer lengths > 0 and shares of the "
+                                         f"steps > 0 that sum to 1, got {text}")
+    return found
 
 
 class Parser(argparse.ArgumentParser):
@@ -1611,6 +1591,8 @@ def parse_flags(argv: list[str]) -> dict:
     for name, text in (
             ("qk_norm", "attention: rmsnorm of each head's query and key (0)"),
             ("attn_gate", "attention: each head's output is multiplied by a gate computed from the token (0)"),
+            ("half_rotary", "attention: half of the rotary frequencies, the slow ones, are 0 (0)"),
+            ("value_residual", "each mixer's value is its own plus a learned share of the first mixer's (0)"),
             ("embedding_norm", "rmsnorm after embedding and position (0)"),
             ("embedding_residual", "each block takes a x + b embedding, learned, which begin at 1 and 0 (0)"),
             ("residual_bf16", "the residual stream in autocast's dtype instead of fp32 (0)"),
@@ -1644,13 +1626,14 @@ def parse_flags(argv: list[str]) -> dict:
     add("--warmup_iters", type=number(int, 0), metavar="N", help="rising (256/4768 of num_iterations)")
     add("--warmdown_iters", type=number(int, 0), metavar="N", help="falling (1024/4768 of num_iterations)")
     add("--final_lr_fraction", type=number(float, 0, below=1), metavar="X", help="of the learning rate, at the end (0)")
+    add("--momentum", type=number(float, 0, below=1), metavar="X", help="Muon's (0.95)")
+    add("--beta1", type=number(float, 0, below=1), metavar="X", help="AdamW's, of gradients (0.9)")
+    add("--beta2", type=number(float, 0, below=1), metavar="X", help="AdamW's, of their squares (0.95)")
     add("--rest_lr", type=number(float, above=0), metavar="X",
         help="AdamW's for all but embeddings and Muon's matrices (learning_rate)")
-    add("--curriculum", type=shares(int), metavar="T:SHARE,...",
+    add("--curriculum", type=shares, metavar="T:SHARE,...",
         help="sequence lengths, each for a share of the steps, such as 256:0.5,1024:0.5; rows grow to the same tokens, "
         "the last one is --sequence_length (none)")
-    add("--batch_schedule", type=shares(float), metavar="X:SHARE,...",
-        help="factors of grad_accumulation_steps, each for a share of the steps, such as 0.25:0.3,1:0.7 (none)")
     add("--weight_decay", type=number(float, 0), metavar="X", help="on all weights (0.1)")
     add("--recompute", type=int, choices=(0, 1), help="1 keeps products, attention and long convolutions alone for backward and "
         "computes what is between them again, filters apart: less memory, a little slower (0)")

@@ -41,6 +41,8 @@ CPU = "--device cpu --model d1 --batch_size 4 --grad_accumulation_steps 1 --sequ
 RECIPE = {
     "embedding-norm": "--embedding_norm 1", "logit-softcap": "--logit_softcap 15", "embedding-residual": "--embedding_residual 1",
     "qk-norm": "--qk_norm 1", "attn-short-conv": "--attn_short_conv 4", "attn-gate": "--attn_gate 1", "fp8-head": "--fp8_head 1",
+    "half-rotary": "--half_rotary 1", "value-residual": "--value_residual 1",
+    "short-averages": "--momentum 0.9 --beta1 0.7 --beta2 0.98",
     "6-heads": "--n_head 6", "rest-lr": "--rest_lr 0.01", "residual-bf16": "--residual_bf16 1",
     "long-warmdown": "--warmdown_iters half", "final-lr": "--final_lr_fraction 0.1",
 }
@@ -133,12 +135,15 @@ STUDIES = {
             **MIXERS, "hybrid-4096-taps": f"{HYBRID} --afno_filter_length 4096",
             "hybrid-all-4096": f"{HYBRID} --curriculum 4096:1", "attention-all-4096": f"{ATTENTION} --curriculum 4096:1",
         }, f"{BEST} --sequence_length 4096 --batch_size 16 --curriculum 512:0.3,1024:0.3,4096:0.4", tokens=1400 * 65_536),
-    "schedule": Study("Length of rows and batch over the run, all on as many tokens.", {
+    "schedule": Study("Length of rows over the run, all on as many tokens.", {
         "anchor": HYBRID,
         "curriculum": f"{HYBRID} --curriculum 256:0.3,512:0.3,1024:0.4",
-        # half of the anchor's batch for the first 12 of 40M tokens
-        "batch-schedule": f"{HYBRID} --batch_size 32 --grad_accumulation_steps 2 --batch_schedule 0.5:0.46,1:0.54",
     }),
+    "sweep-momentum": Study("Momentum of Muon, averages of AdamW; the same for attention.", {
+        f"{name}{arm}": f"{flags} {change}"
+        for name, flags in (("", HYBRID), ("attention-", ATTENTION))
+        for arm, change in (("anchor", ""), ("momentum-0.85", "--momentum 0.85"), ("momentum-0.95", "--momentum 0.95"),
+                            ("beta1-0.8", "--beta1 0.8"), ("beta1-0.9", "--beta1 0.9"), ("beta2-0.95", "--beta2 0.95"))}),
     "sweep-lr": Study("Learning rates, the same for attention.", {
         f"{name}lr-{rate}": f"{flags} --learning_rate {rate}"
         for name, flags in (("", HYBRID), ("attention-", ATTENTION))
@@ -197,15 +202,6 @@ def integer(flags: dict[str, str], name: str) -> int:
     return int(text)
 
 
-def mean_batch(flags: dict[str, str]) -> float:
-    """Of the factors of --batch_schedule X:SHARE,..., each for a share of the steps."""
-    text = flags.get("--batch_schedule", "1:1")
-    try:
-        return sum(factor * share for factor, share in trainer.shares(float)(text))
-    except argparse.ArgumentTypeError:
-        raise InputError(f"--batch_schedule must be X:SHARE,... with numbers > 0, got {text}") from None
-
-
 def data_flags(data: str) -> dict[str, str]:
     """Patterns of the shards in a folder, or that begin with a prefix."""
     found, start = {}, f"{data}/*" if os.path.isdir(data) else data
@@ -220,8 +216,7 @@ def data_flags(data: str) -> dict[str, str]:
 def flags_of(study: Study, arm: str, seed: int, folder: Path, tokens: float, more: dict[str, str]) -> dict[str, str]:
     """All flags of a run: its steps follow from the tokens, from the steps its validations, about ten, and a warmdown of half."""
     flags = as_dict(shlex.split(study.common)) | as_dict(shlex.split(study.arms[arm])) | more
-    step = mean_batch(flags) * math.prod(
-        integer(flags, name) for name in ("--batch_size", "--grad_accumulation_steps", "--sequence_length"))
+    step = math.prod(integer(flags, name) for name in ("--batch_size", "--grad_accumulation_steps", "--sequence_length"))
     flags.setdefault("--num_iterations", str(max(1, round(tokens / step))))
     steps = integer(flags, "--num_iterations")
     flags.setdefault("--val_loss_every", str(math.ceil(steps / 10)))
@@ -432,7 +427,7 @@ def main(argv: list[str]) -> int:
             try:
                 values = trainer.DEFAULTS | trainer.parse_flags(as_words(of_run))
                 config = trainer.GPTConfig(**trainer.model_fields(values))
-                trainer.schedules(argparse.Namespace(**values), config.sequence_length, world=1)
+                trainer.length_phases(argparse.Namespace(**values), config.sequence_length, world=1)
             except InputError as error:
                 print(f"error: {arm}: {error}", file=sys.stderr, flush=True)
                 status = 1

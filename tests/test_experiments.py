@@ -257,9 +257,7 @@ def test_arms_train_on_equally_many_tokens(name, capsys):
         steps, batch, accumulation, length = (
             int(re.search(rf"--{flag} (\d+)", line).group(1))
             for flag in ("num_iterations", "batch_size", "grad_accumulation_steps", "sequence_length"))
-        schedule = re.search(r"--batch_schedule (\S+)", line)
-        mean_batch = sum(math.prod(map(float, part.split(":"))) for part in schedule.group(1).split(",")) if schedule else 1
-        assert abs(steps * batch * accumulation * length * mean_batch / STUDIES[name].tokens - 1) < 0.01, line
+        assert abs(steps * batch * accumulation * length / STUDIES[name].tokens - 1) < 0.01, line
 
 
 @pytest.mark.parametrize("argv, message", (
@@ -267,7 +265,6 @@ def test_arms_train_on_equally_many_tokens(name, capsys):
     (["pair", "--tokens", "0"], "--tokens: must be a finite number > 0"),
     (["pair", "--data", "nowhere/x"], "--data nowhere/x: .*no file nowhere/xtrain_"),
     (["pair", "--", "--batch_size", "0"], "--batch_size must be an integer >= 1, got 0"),
-    (["pair", "--", "--batch_schedule", "1"], "--batch_schedule must be X:SHARE,... with numbers > 0, got 1"),
     (["pair", "--", "--eval_only"], "must be pairs --name value, got --eval_only"),
     (["pair", "--", "--seed", "3"], "--seed is the study's to set"),
     (["other"], "study: invalid choice: 'other'"),

@@ -171,9 +171,12 @@ def test_schedule_clip_and_decay_reach_every_optimizer(data, tmp_path, monkeypat
     main(flags(data, tmp_path / "run", "--optimizer muon --num_iterations 4 --save_every 1"))
     for optimizer in made[-1]:  # the last update of a warmdown of two
         assert [group["lr"] for group in optimizer.param_groups] == [0.0018 / 2]
-    main(flags(data, tmp_path / "run", "--optimizer muon --resume auto --num_iterations 8 --weight_decay 0.3"))
+    assert made[-1][0].param_groups[0]["betas"] == (0.9, 0.95) and made[-1][1].param_groups[0]["momentum"] == 0.95
+    main(flags(data, tmp_path / "run", "--optimizer muon --resume auto --num_iterations 8 --weight_decay 0.3 --momentum 0.8 "
+               "--beta1 0.7 --beta2 0.98"))  # the flags', not the checkpoint's
     for optimizer in made[-1]:
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3]
+    assert made[-1][0].param_groups[0]["betas"] == (0.7, 0.98) and made[-1][1].param_groups[0]["momentum"] == 0.8
 
 
 def test_gradients_are_clipped(data, tmp_path, monkeypatch):
@@ -240,7 +243,7 @@ def test_the_presets_of_run_afno_have_flags_that_the_trainer_takes():
     for words in presets:
         values = train_gpt2_afno.DEFAULTS | train_gpt2_afno.parse_flags(words)
         config = GPTConfig(**train_gpt2_afno.model_fields(values))
-        train_gpt2_afno.schedules(argparse.Namespace(**values), config.sequence_length, world=1)
+        train_gpt2_afno.length_phases(argparse.Namespace(**values), config.sequence_length, world=1)
         assert values["warmdown_iters"] is None or values["warmdown_iters"] <= values["num_iterations"]
 
 
@@ -248,9 +251,9 @@ def test_the_presets_of_run_afno_have_flags_that_the_trainer_takes():
 # the recipe's schedules
 
 RECIPE = "--mlp_ratio 3 --qk_norm 1 --attn_short_conv 4 --attn_gate 1 --fp8_head 1 --embedding_norm 1 --logit_softcap 15 " \
-         "--embedding_residual 1 --mixer_scale 1 --final_lr_fraction 0.1 --rest_lr 0.003 --row_order spread --residual_bf16 1"
-PHASES = "--num_iterations 10 --grad_accumulation_steps 2 --curriculum 4:0.3,8:0.3,16:0.4 " \
-         "--batch_schedule 0.5:0.4,1:0.6"
+         "--embedding_residual 1 --mixer_scale 1 --final_lr_fraction 0.1 --rest_lr 0.003 --row_order spread --residual_bf16 1 " \
+         "--half_rotary 1 --value_residual 1 --momentum 0.9 --beta1 0.7 --beta2 0.98"
+PHASES = "--num_iterations 10 --grad_accumulation_steps 2 --curriculum 4:0.3,8:0.3,16:0.4"
 
 
 def recorded(monkeypatch, stop_at: int | None = None) -> list:
@@ -267,30 +270,30 @@ def recorded(monkeypatch, stop_at: int | None = None) -> list:
     return batches
 
 
-def test_schedules_read_every_token_once_and_in_order(data, tmp_path, monkeypatch):
+def test_a_curriculum_reads_every_token_once_and_in_order(data, tmp_path, monkeypatch):
     batches = recorded(monkeypatch)
     main(flags(data, tmp_path / "run", PHASES))
-    counts, lengths = [1] * 4 + [2] * 6, [4] * 3 + [8] * 3 + [16] * 4
-    assert [x.shape for x, _ in batches] == [(32 // T, T) for T, count in zip(lengths, counts) for _ in range(count)]
+    lengths = [4] * 3 + [8] * 3 + [16] * 4
+    assert [x.shape for x, _ in batches] == [(32 // T, T) for T in lengths for _ in range(2)]
     x, y = (torch.cat([batch[part].flatten() for batch in batches]) for part in range(2))
     stream = TokenStream(f"{data}/train_*.bin", 50257, "input_bin")
-    assert torch.equal(x, stream.read(0, 512)) and torch.equal(y, stream.read(1, 512))
+    assert torch.equal(x, stream.read(0, 640)) and torch.equal(y, stream.read(1, 640))
     lines = [line for line in metrics(tmp_path / "run") if "train_loss" in line]
-    assert [line["tokens"] for line in lines] == (32 * np.cumsum(counts)).tolist()
+    assert [line["tokens"] for line in lines] == list(range(64, 641, 64))
     assert [line["sequence_length"] for line in lines] == lengths
-    assert [line["tokens"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [0, 96, 256, 448, 512]
-    assert newest(tmp_path / "run")["position"] == 512
-    assert "1.17 passes to come" in (tmp_path / "run/train.log").read_text()
+    assert [line["tokens"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [0, 192, 384, 576, 640]
+    assert newest(tmp_path / "run")["position"] == 640
+    assert "1.46 passes to come" in (tmp_path / "run/train.log").read_text()
 
 
 def test_a_run_stopped_between_phases_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatch):
     options = f"{RECIPE} {PHASES} --optimizer muon --attn_layers 0,1"
     main(flags(data, tmp_path / "whole", options))
     with monkeypatch.context() as patch:
-        recorded(patch, stop_at=7)  # the 6th step, the last one of length 8
+        recorded(patch, stop_at=11)  # the 6th step, the last one of length 8
         assert main(flags(data, tmp_path / "run", options)) == 128 + signal.SIGTERM
     stopped = newest(tmp_path / "run")
-    assert stopped["step"] in (5, 6) and stopped["position"] == 32 * (6 if stopped["step"] == 5 else 8)
+    assert stopped["step"] in (5, 6) and stopped["position"] == 64 * stopped["step"]
     batches = recorded(monkeypatch)
     main(["--output_dir", str(tmp_path / "run"), "--resume", "auto", "--device", "cpu"])
     assert batches[0][0].size(1) == (8 if stopped["step"] == 5 else 16)
@@ -318,7 +321,7 @@ def test_a_learning_rate_of_the_rest_is_not_for_half_a_run(data, tmp_path):
 
 
 def test_every_phase_is_checked_before_the_first_step(data, tmp_path, monkeypatch):
-    def leaks_at_8(mixer, x, taps):  # behind weights that begin at zero
+    def leaks_at_8(mixer, x, taps, added_value, z):  # behind weights that begin at zero
         return x + mixer.operator.taps.mlp.b2.sum() * x.roll(-1, 1) if x.size(1) == 8 else x
 
     monkeypatch.setattr(AFNO1D, "forward", leaks_at_8)
@@ -566,14 +569,14 @@ def test_two_ranks_give_one_processs_losses(data, tmp_path):
     ("--mixer_scale nan", "--mixer_scale: must be a finite number >= 0, got nan"),
     ("--final_lr_fraction 1", "--final_lr_fraction: must be a finite number >= 0 and < 1, got 1"),
     ("--rest_lr 0", "--rest_lr: must be a finite number > 0, got 0"),
-    ("--curriculum 8:0.5,16", "--curriculum: must be value:share,.* sum to 1, got 8:0.5,16"),
-    ("--curriculum 8:0.5,16:0.6", "--curriculum: must be .* with int values > 0 and shares .* that sum to 1"),
-    ("--curriculum 0:0.5,16:0.5", "--curriculum: must be .* with int values > 0"),
+    ("--curriculum 8:0.5,16", "--curriculum: must be length:share,.* sum to 1, got 8:0.5,16"),
+    ("--curriculum 8:0.5,16:0.6", "--curriculum: must be .* with integer lengths > 0 and shares .* that sum to 1"),
+    ("--curriculum 0:0.5,16:0.5", "--curriculum: must be .* with integer lengths > 0"),
     ("--curriculum 8:0.5,12:0.5", "--curriculum must end with --sequence_length 16, got 12"),
     ("--curriculum 7:0.5,16:0.5", r"--curriculum: lengths must divide the 32 tokens of a micro-batch \(.*\), got 7"),
     ("--curriculum 8:0.5,128:0.5 --afno_form dyadic --sequence_length 128", "--curriculum must be > 64 .*, got 8"),
-    ("--batch_schedule nan:1", "--batch_schedule: must be value:share,.* got nan:1"),
-    ("--batch_schedule 0.5:0.5,1:0.5", r"--batch_schedule: factor x --grad_accumulation_steps must be 1, 2, .* 0.5 x 1"),
+    ("--momentum 1", "--momentum: must be a finite number >= 0 and < 1, got 1"),
+    ("--beta2 -0.1", "--beta2: must be a finite number >= 0 and < 1, got -0.1"),
     ("--resume auto", "--resume: no readable checkpoint"),
     ("--resume nothing.pt", "--resume nothing.pt: no readable checkpoint"),
 ))
@@ -685,7 +688,7 @@ def test_out_of_memory_names_the_flag(monkeypatch, capsys):
 
 
 def test_a_leaking_model_is_not_trained(data, tmp_path, monkeypatch):
-    def looks_ahead(mixer, x, taps):
+    def looks_ahead(mixer, x, taps, added_value, z):
         return F.pad(causal_conv(x, taps), (0, 0, 0, 1))[:, 1:]
 
     monkeypatch.setattr(AFNO1D, "forward", looks_ahead)
