@@ -856,6 +856,7 @@ class AFNO1D(nn.Module):
         return self.output(operand, gate, self.operator(operand) if taps is None else self.operator(operand, taps))
 
     def project(self, x: Tensor) -> Tensor:
+        """W_in x: (..., hidden_size) to the same, with a gate or in the form state to more."""
         return self.c_in(x)
 
     def value(self, z: Tensor) -> Tensor:

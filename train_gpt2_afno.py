@@ -975,10 +975,13 @@ class Checkpoints:
 
     @staticmethod
     def of_this_version(state: dict, path: Path) -> dict:
-        """state, which load read from path; raises InputError if its model is not one of this version's."""
-        if gone := sorted(set(state["config"]) - {f.name for f in fields(GPTConfig)}):
-            raise InputError(f"{relative(str(path))} is of another version of this trainer, whose models had "
-                             f"{', '.join(gone)}: the run's train.log has its source")
+        """state, which load read from path; raises InputError if its model or its training is not one of this version's."""
+        gone = set(state["config"]) - {f.name for f in fields(GPTConfig)}
+        known = DEFAULTS.keys() | DEVICE_DEFAULTS["cpu"].keys()
+        gone |= {name for name, value in state["args"].items() if name not in known and value}  # flags that were in use
+        if gone:
+            raise InputError(f"{relative(str(path))} is of another version of this trainer, which had "
+                             f"{', '.join(sorted(gone))}: the run's train.log has its source")
         try:
             GPTConfig(**state["config"])
         except InputError as error:  # a choice that is gone

@@ -649,10 +649,15 @@ def test_a_checkpoint_of_another_version_is_one_clear_line(data, tmp_path):
     state["config"]["tied_head"] = 1  # a flag that this version does not have
     torch.save(state, path)
     for more in (["--resume", "auto", *flags(data, tmp_path / "run")], ["--resume", str(path), "--eval_only"]):
-        with pytest.raises(InputError, match="is of another version of this trainer, whose models had tied_head: the run"):
+        with pytest.raises(InputError, match="is of another version of this trainer, which had tied_head: the run"):
             main(more)
-    state["config"] = {**state["config"], "afno_form": "wavelet"}
     del state["config"]["tied_head"]
+    state["args"] |= dict(batch_schedule=None, cooldown="sqrt")  # flags that are gone, of which one was in use
+    torch.save(state, path)
+    with pytest.raises(InputError, match="is of another version of this trainer, which had cooldown: the run"):
+        main(["--resume", "auto", *flags(data, tmp_path / "run")])
+    del state["args"]["cooldown"]
+    state["config"] = {**state["config"], "afno_form": "wavelet"}
     torch.save(state, path)
     with pytest.raises(InputError, match=r"\.pt is of another version of this trainer: --afno_form must be one of"):
         main(["--resume", "auto", *flags(data, tmp_path / "run")])
