@@ -165,6 +165,7 @@ def test_hybrids_are_causal():
     for gate in (0, 1):
         assert_causal(mixer="afno", attn_layers=(1,), afno_gate=gate)
     assert_causal(mixer="afno", afno_state_layers=(1,), afno_silu=1)
+    assert_causal(mixer="afno", attn_layers=(1,), afno_state_layers=(2,), value_residual=1, half_rotary=1)
 
 
 if __name__ == "__main__":

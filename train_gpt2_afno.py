@@ -142,13 +142,14 @@ class GPTConfig:
 def rotary_tables(position: Tensor, size: int, half: bool = False) -> tuple[Tensor, Tensor]:
     """cos and sin, (T, size / 2) each, of positions (T,) at log-spaced frequencies, base 10000 (Su et al., 2021).
 
-    With half, half of them go from 1 to 1/1024, and the others are 0: what does not turn compares contents wherever they are
-    (modded-nanogpt, Jordan et al., 2024).
+    With half, half of them, rounded up, go from 1 to 1/1024, and the others are 0: what does not turn compares contents
+    wherever they are (modded-nanogpt, Jordan et al., 2024).
     """
     frequency = 10000.0 ** -(torch.arange(0, size, 2, device=position.device, dtype=position.dtype) / size)
     if half:
-        frequency[: size // 4] = 1024.0 ** -torch.linspace(0, 1, size // 4, device=position.device, dtype=position.dtype)
-        frequency[size // 4 :] = 0
+        turning = (size // 2 + 1) // 2
+        frequency[:turning] = 1024.0 ** -torch.linspace(0, 1, turning, device=position.device, dtype=position.dtype)
+        frequency[turning:] = 0
     angle = torch.outer(position, frequency)
     return angle.cos(), angle.sin()
 
@@ -268,7 +269,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], x0: Tensor | None = None, v0: Tensor | None = None,
                 taps: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(x, v0) of this layer to those of the next."""
+        """x, v0 (B, T, C) of this layer to those of the next; x0 (B, T, C)."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.residual, x, rotary, x0, v0, taps, use_reentrant=False, preserve_rng_state=False,
                               context_fn=keep_products)
@@ -289,8 +290,8 @@ class Block(nn.Module):
             h, state = self.mixer.step(h, state, added_value, z)
         return self.output(x_t, h), state, v0_t
 
-    def input(self, x: Tensor, x0: Tensor | None, v0: Tensor | None):
-        """(x, its norm, the mixer's projection of that, v0, what is added to the mixer's value)."""
+    def input(self, x: Tensor, x0: Tensor | None, v0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(x, its norm h, what the mixer's project makes of h, v0, c v0); all (..., C) but the third."""
         if self.embedding_mix is not None:
             x = self.embedding_mix[0] * x + self.embedding_mix[1] * x0
         h = rmsnorm(x)
@@ -572,7 +573,7 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor) -> Tensor:
         """Normed hidden states before the head: idx (B, T) of tokens to (B, T, C)."""
         x, rotary = self.embed(idx, 0)
-        x0 = x if self.config.embedding_residual else None  # only where it is used: it would make block 0 a graph of its own
+        x0 = x if self.config.embedding_residual else None  # only where it is used: it may make block 0 a graph of its own
         v0, taps = None, self.taps()
         for layer, block in enumerate(self.transformer.h):
             x, v0 = block(x, rotary, x0, v0, taps.get(layer))
@@ -664,11 +665,11 @@ def refuse_leaks(hidden, T: int, B: int, vocab_size: int, device: torch.device):
 @contextlib.contextmanager
 def without_zeros(model: GPT):
     """Weights that begin at zero, such as form state's decays by token, would hide a leak: meanwhile they are random, from a
-    generator of their own."""
+    generator of their own, and single numbers, such as the share of the first value, 0.5."""
     zeros = [p for p in model.parameters() if not p.any()]
     with torch.no_grad():
         for p in zeros:
-            p.copy_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1234)))
+            p.copy_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1234)) if p.ndim else torch.tensor(0.5))
     yield
     with torch.no_grad():
         for p in zeros:
@@ -842,13 +843,14 @@ class Muon(torch.optim.Optimizer):
         by_shape = {}
         for p, matrices in self.stacks:
             for matrix, gradient in zip(matrices, p.grad.chunk(len(matrices))):
-                average = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
-                by_shape.setdefault(matrix.shape, []).append((matrix, gradient, average))
+                if not self.state[matrix]:
+                    self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+                by_shape.setdefault(matrix.shape, []).append((matrix, gradient, self.state[matrix]["momentum_buffer"]))
         for shape, batch in by_shape.items():
             matrices, gradients, averages = map(list, zip(*batch))
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-            updates = torch.stack(torch._foreach_lerp(gradients, averages, group["momentum"])).bfloat16()
-            updates = self.orthogonalize(updates).float().unbind()
+            nesterov = torch._foreach_lerp(gradients, averages, group["momentum"])
+            updates = self.orthogonalize(torch.stack([part.bfloat16() for part in nesterov])).float().unbind()
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(matrices, updates, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
@@ -900,14 +902,14 @@ def learning_rate_factor(step: int, num_iterations: int, warmup_iters: int, warm
     return final + (1 - final) * min(1.0, (num_iterations - step) / max(warmdown_iters, 1))
 
 
-def phase_at(phases: tuple[tuple, ...], step: int, num_iterations: int):
-    """What holds for the update that follows `step` updates: phases are (value, share of the steps), in their order."""
+def length_at(phases: tuple[tuple[int, float], ...], step: int, num_iterations: int) -> int:
+    """Of the rows of the update that follows `step` updates: phases are (length, share of the steps), in their order."""
     end = 0.0
-    for value, share in phases:
+    for length, share in phases:
         end += share
         if step < round(end * num_iterations):
             break
-    return value
+    return length
 
 
 # -----------------------------------------------------------------------------
@@ -1152,7 +1154,7 @@ def caught_signals():
 
 
 def length_phases(args, T: int, world: int) -> tuple[tuple[int, float], ...]:
-    """phase_at's phases of the sequence length. Raises InputError where they and the batch do not fit each other."""
+    """length_at's phases. Raises InputError where they and the batch do not fit each other."""
     B, total, lengths = args.batch_size, args.grad_accumulation_steps, args.curriculum or ((T, 1.0),)
     if args.fp8_head and B * T % 16:
         raise InputError(f"--fp8_head: a micro-batch must be of a multiple of 16 tokens, got {B * T} (--batch_size {B} x "
@@ -1241,8 +1243,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     passes = (total_steps - step) * args.grad_accumulation_steps * B * T / len(stream)
     say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens, {passes:.3g} passes to come; "
         f"validation: {relative(args.input_val_bin)}, {val_tokens:,} targets of {len(val_stream) - 1:,}")
-    accumulated = args.grad_accumulation_steps
-    say(f"steps: {total_steps} of {accumulated * B * T:,} tokens ({accumulated} x {B} x {T}); "
+    say(f"steps: {total_steps} of {args.grad_accumulation_steps * B * T:,} tokens ({args.grad_accumulation_steps} x {B} x {T}); "
         f"optimizer {args.optimizer}, learning rate {args.learning_rate}, warmup {args.warmup_iters}, "
         f"warmdown {args.warmdown_iters}, weight decay {args.weight_decay}, grad clip {args.grad_clip}, "
         f"recompute {args.recompute}")
@@ -1250,6 +1251,8 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     say("recipe: " + (", ".join(f"{name} {value}" for name, value in recipe.items()) or "none of its flags"))
     if args.rest_lr and args.optimizer == "adamw":
         say(f"rest_lr {args.rest_lr} is for the blocks' projections, too: Muon, which would have them, is not the optimizer")
+    if args.momentum != RECIPE["momentum"] and args.optimizer == "adamw":
+        say(f"momentum {args.momentum} is Muon's and does nothing here: AdamW is the optimizer")
     say(f"device: {device.type}, {str(runtime.dtype).removeprefix('torch.')}, compile {int(runtime.compile)}; "
         f"output: {relative(str(output_dir))}")
 
@@ -1257,7 +1260,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
     begin = time.perf_counter()
     if runtime.compile:
         model.compile()
-    to_come = dict.fromkeys(phase_at(lengths, i, total_steps) for i in range(step, total_steps + 1))
+    to_come = dict.fromkeys(length_at(lengths, i, total_steps) for i in range(step, total_steps + 1))
     for length in to_come:  # with gradients and, where it is compiled, in the shape that trains: on that very graph
         with without_zeros(model), runtime.autocast():
             refuse_leaks(model.hidden, length, B * T // length if runtime.compile else 1, config.vocab_size, device)
@@ -1399,7 +1402,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
             save()
             break
 
-        length = phase_at(lengths, step, total_steps)
+        length = length_at(lengths, step, total_steps)
         losses = forward_backward(batches, length)
         if losses is None:
             continue
@@ -1594,7 +1597,7 @@ def parse_flags(argv: list[str]) -> dict:
     for name, text in (
             ("qk_norm", "attention: rmsnorm of each head's query and key (0)"),
             ("attn_gate", "attention: each head's output is multiplied by a gate computed from the token (0)"),
-            ("half_rotary", "attention: half of the rotary frequencies, the slow ones, are 0 (0)"),
+            ("half_rotary", "attention: half of the rotary frequencies go from 1 to 1/1024, the others are 0 (0)"),
             ("value_residual", "each mixer's value is its own plus a learned share of the first mixer's (0)"),
             ("embedding_norm", "rmsnorm after embedding and position (0)"),
             ("embedding_residual", "each block takes a x + b embedding, learned, which begin at 1 and 0 (0)"),

@@ -1,6 +1,5 @@
 """Studies and plots: reading of metrics, skipped and refused runs, failures, tables and pictures, every arm's flags."""
 import json
-import math
 import re
 import sys
 from pathlib import Path

@@ -11,7 +11,7 @@ import train_gpt2_afno
 from afno import FORMS, rmsnorm
 from data.text_to_bin import InputError
 from train_gpt2_afno import (GPT, MODELS, POSITIONS, GPTConfig, LinearCrossEntropy, Muon, Runtime, cross_entropy_chunk,
-                             flops_per_token, learning_rate_factor, loss_by_position, make_optimizers, phase_at, random_tokens,
+                             flops_per_token, learning_rate_factor, loss_by_position, make_optimizers, length_at, random_tokens,
                              rotary_tables, without_zeros)
 
 RECIPE = dict(mlp_ratio=3, qk_norm=1, attn_short_conv=3, attn_gate=1, embedding_norm=1, logit_softcap=2.0, embedding_residual=1,
@@ -28,12 +28,11 @@ def relative(a, b) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("compile", (False, True))
-def test_recomputing_changes_memory_and_no_gradient(compile):
-    model, idx = tiny(attn_layers=(1,), n_embd=32), random_tokens((3, 24), 97)
-    if compile:
-        for block in model.transformer.h:
-            block.compile(dynamic=False, backend="aot_eager_decomp_partition")
+@pytest.mark.parametrize("compile, options", ((False, {}), (True, {}), (True, dict(value_residual=1, embedding_residual=1))))
+def test_recomputing_changes_memory_and_no_gradient(compile, options):
+    model, idx = tiny(attn_layers=(1,), n_embd=32, **options), random_tokens((3, 24), 97)
+    test_causality.perturb(model)
+    torch._dynamo.reset()  # or variants of other tests count, and what comes after too many of them runs without compilation
 
     def step(recompute):
         kept = []
@@ -41,11 +40,17 @@ def test_recomputing_changes_memory_and_no_gradient(compile):
             block.recompute = recompute
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
             hidden = model.hidden(idx)
-        inner = {x.data_ptr(): x.nbytes for x in kept if isinstance(x, torch.Tensor) and x.shape[0] in (3, 72)}
-        return torch.autograd.grad(hidden.square().sum(), list(model.parameters())), sum(inner.values())
+        inner = {x.data_ptr(): x.nbytes for x in kept if isinstance(x, torch.Tensor) and x.shape[:1] in ((3,), (72,))}
+        upstream = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
+        return torch.autograd.grad(hidden, list(model.parameters()), upstream), sum(inner.values())
 
+    eager, _ = step(False)
+    if compile:
+        for block in model.transformer.h:
+            block.compile(dynamic=False, backend="aot_eager_decomp_partition")
     (plain, much), (again, little) = step(False), step(True)
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(plain, again))
+    # the first layer's share of its own value scales what is normed later: its gradient is rounding, hence atol
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for gradients in (plain, again) for a, b in zip(gradients, eager))
     assert little < 0.75 * much
 
 
@@ -172,7 +177,7 @@ def test_weights_that_begin_at_zero_are_random_during_the_check_alone():
     model, state = tiny(**RECIPE), torch.get_rng_state()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with without_zeros(model):
-        assert all(p.any() for p in model.parameters())
+        assert all(p.any() for p in model.parameters()) and all(block.value_mix == 0.5 for block in model.transformer.h)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert torch.equal(state, torch.get_rng_state())
 
@@ -347,6 +352,25 @@ def test_token_by_token_with_the_recipe(name):
     assert state[1][1][0].size(2) == 40  # keys of the layer of attention
     _, state = model.step(idx[:, 0], state, window=6)
     assert state[1][1][0].size(2) == 6
+
+
+@pytest.mark.parametrize("form", FORMS[:-1])
+def test_token_by_token_with_values_of_the_first_layer(form):
+    model = tiny(attn_layers=(1,), afno_form=form, afno_gate=1, value_residual=1).double()
+    idx, state, hidden = random_tokens((2, 70), 97), None, []
+    test_causality.perturb(model)
+    for t in range(idx.size(1)):
+        h_t, state = model.step(idx[:, t], state, window=150)
+        hidden.append(h_t)
+    assert relative(torch.stack(hidden, 1), model.hidden(idx)) < 1e-10
+
+
+def test_half_of_the_rotary_frequencies_turn():
+    position = torch.arange(5.0).double()
+    for size, frequencies in ((2, [1]), (4, [1, 0]), (6, [1, 1 / 1024, 0]), (12, [1, 1 / 32, 1 / 1024, 0, 0, 0])):
+        angle = position[:, None] * torch.tensor(frequencies).double()
+        cos, sin = rotary_tables(position, size, half=True)
+        assert (cos - angle.cos()).abs().max() < 1e-12 and (sin - angle.sin()).abs().max() < 1e-12
 
 
 def test_attention_looks_back_at_most_a_window():
@@ -535,24 +559,43 @@ def step_all(optimizer, parameters, seed):
     optimizer.step()
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon to compare with")
+def muon_step(matrix, gradient, average, lr, weight_decay, momentum):
+    """One matrix's update as torch.optim.Muon makes it with match_rms_adamw; torch 2.8 has none to compare with."""
+    average.copy_(momentum * average + (1 - momentum) * gradient)
+    X = (momentum * average + (1 - momentum) * gradient).bfloat16()
+    X = X.T if len(matrix) > matrix.size(1) else X
+    X = X / X.norm().clamp(min=1e-7)
+    for _ in range(5):
+        A = X @ X.T
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+    update = X.T if len(matrix) > matrix.size(1) else X
+    matrix.copy_((1 - lr * weight_decay) * matrix - lr * 0.2 * math.sqrt(max(matrix.shape)) * update)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("momentum", (0.95, 0.8))
-def test_muon_makes_torchs_updates_of_every_stacked_matrix(momentum):
+def test_muon_updates_every_stacked_matrix_by_itself(momentum):
     stacks = [(torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed))), n)
               for seed, (shape, n) in enumerate((((8, 8), 1), ((18, 6), 3), ((6, 20), 1), ((20, 6), 1), ((6, 6), 1), ((20, 6), 1)))]
-    parts = [torch.nn.Parameter(part.detach().clone()) for p, n in stacks for part in p.chunk(n)]
+    parts = [part.clone() for p, n in stacks for part in p.chunk(n)]
+    averages = [torch.zeros_like(part) for part in parts]
+    library = [torch.nn.Parameter(part.clone()) for part in parts]
     ours = Muon(stacks, lr=0.02, weight_decay=0.1, momentum=momentum)
-    theirs = torch.optim.Muon(parts, lr=0.02, weight_decay=0.1, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon(library, lr=0.02, weight_decay=0.1, momentum=momentum, adjust_lr_fn="match_rms_adamw") \
+        if hasattr(torch.optim, "Muon") else None
     for seed in range(5):
         step_all(ours, [p for p, _ in stacks], seed)
-        gradients = [part for p, n in stacks for part in p.grad.chunk(n)]
-        for part, gradient in zip(parts, gradients, strict=True):
-            part.grad = gradient.clone()
-        theirs.step()
+        gradients = [part.clone() for p, n in stacks for part in p.grad.chunk(n)]
+        for part, gradient, average, p in zip(parts, gradients, averages, library, strict=True):
+            muon_step(part, gradient, average, 0.02, 0.1, momentum)
+            p.grad = gradient
+        if theirs is not None:
+            theirs.step()
         ours.zero_grad()
         assert all(p.grad is None for p, _ in stacks)
-    for part, expected in zip((part for p, n in stacks for part in p.chunk(n)), parts, strict=True):
-        assert relative(part, expected) < 1e-5
+    for part, expected, p in zip((part for p, n in stacks for part in p.chunk(n)), parts, library, strict=True):
+        assert relative(part, expected) < 1e-2  # bf16 rounds a last bit to either side
+        assert theirs is None or relative(part, p) < 1e-5
 
 
 def test_muon_orthogonalises():
@@ -634,8 +677,8 @@ def test_the_learning_rate_falls_to_its_final_fraction():
 
 def test_phases_share_out_the_steps():
     phases = ((512, 0.3), (1024, 0.3), (4096, 0.4))
-    assert [phase_at(phases, step, 10) for step in range(11)] == [512] * 3 + [1024] * 3 + [4096] * 5
-    assert phase_at(((1, 1 / 3), (2, 1 / 3), (3, 1 / 3)), 99, 100) == 3 == phase_at(phases[:0] + ((3, 1.0),), 0, 1)
+    assert [length_at(phases, step, 10) for step in range(11)] == [512] * 3 + [1024] * 3 + [4096] * 5
+    assert length_at(((1, 1 / 3), (2, 1 / 3), (3, 1 / 3)), 99, 100) == 3 == length_at(phases[:0] + ((3, 1.0),), 0, 1)
 
 
 def test_flops_count_the_keys_that_are_seen_and_no_table_that_is_looked_up():
