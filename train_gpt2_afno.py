@@ -145,11 +145,12 @@ def rotary_tables(position: Tensor, size: int, half: bool = False) -> tuple[Tens
     With half, half of them, rounded up, go from 1 to 1/1024, and the others are 0: what does not turn compares contents
     wherever they are (modded-nanogpt, Jordan et al., 2024).
     """
-    frequency = 10000.0 ** -(torch.arange(0, size, 2, device=position.device, dtype=position.dtype) / size)
+    like = dict(device=position.device, dtype=position.dtype)
     if half:
         turning = (size // 2 + 1) // 2
-        frequency[:turning] = 1024.0 ** -torch.linspace(0, 1, turning, device=position.device, dtype=position.dtype)
-        frequency[turning:] = 0
+        frequency = F.pad(1024.0 ** -torch.linspace(0, 1, turning, **like), (0, size // 2 - turning))
+    else:
+        frequency = 10000.0 ** -(torch.arange(0, size, 2, **like) / size)
     angle = torch.outer(position, frequency)
     return angle.cos(), angle.sin()
 

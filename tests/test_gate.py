@@ -14,7 +14,7 @@ CONFIG = GPTConfig(**test_causality.SMALL, sequence_length=96)
 CPU = torch.device("cpu")
 
 
-def padded_afno(mixer, x, taps, added_value, z):
+def padded_afno(mixer, x, taps, *_):
     """The original AFNO (Guibas et al., 2022) on a sequence padded to 2T and cut back to T: MLP and shrink on data."""
     B, T, C = x.shape
     blocks, size = mixer.operator.taps.mlp.w1.size(1), C // mixer.operator.taps.mlp.w1.size(1)
@@ -26,14 +26,14 @@ def padded_afno(mixer, x, taps, added_value, z):
     return torch.fft.irfft(X, n=2 * T, dim=1, norm="ortho")[:, :T] + x
 
 
-def learned_response(mixer, x, taps, added_value, z):
+def learned_response(mixer, x, taps, *_):
     """A learned response at all 2T frequencies with padding: a kernel of both signs of lag."""
     T = x.size(1)
     response = torch.view_as_complex(torch.randn(T + 1, x.size(2), 2, generator=torch.Generator().manual_seed(1)).to(x))
     return torch.fft.irfft(torch.fft.rfft(x, n=2 * T, dim=1) * response, n=2 * T, dim=1)[:, :T]
 
 
-def low_frequencies_only(mixer, x, taps, added_value, z):
+def low_frequencies_only(mixer, x, taps, *_):
     """A causal kernel whose high frequencies are cut."""
     T = x.size(1)
     response = torch.fft.rfft(F.pad(taps[:, :T], (0, 2 * T - min(T, taps.size(1)))), dim=1)
@@ -42,23 +42,23 @@ def low_frequencies_only(mixer, x, taps, added_value, z):
     return torch.fft.irfft(torch.fft.rfft(x, n=2 * T, dim=1) * response, n=2 * T, dim=1)[:, :T]
 
 
-def block_summary(mixer, x, taps, added_value, z):
+def block_summary(mixer, x, taps, *_):
     """The mean of 8 tokens, told to all of them."""
     B, T, C = x.shape
     padded = F.pad(x, (0, 0, 0, -T % 8)).view(B, -1, 8, C)
     return x + padded.mean(2, keepdim=True).expand_as(padded).reshape(B, -1, C)[:, :T]
 
 
-def off_by_one(mixer, x, taps, added_value, z):
+def off_by_one(mixer, x, taps, *_):
     return F.pad(causal_conv(x, taps), (0, 0, 0, 1))[:, 1:]
 
 
-def rolled(mixer, x, taps, added_value, z):
+def rolled(mixer, x, taps, *_):
     """Rolling the sequence: the last token comes first."""
     return x + x.roll(1, 1)
 
 
-def norm_over_time(mixer, x, taps, added_value, z):
+def norm_over_time(mixer, x, taps, *_):
     return x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
 
 
@@ -84,7 +84,7 @@ def test_gate_reports_every_known_leak(monkeypatch, leak):
 def test_a_whole_sequence_fft_is_causal_but_not_bitwise(monkeypatch):
     """Rounding is a leak, too: float64 passes its bound, the training dtype is refused (design: blocks, not one FFT)."""
 
-    def whole_sequence_fft(mixer, x, taps, added_value, z):
+    def whole_sequence_fft(mixer, x, taps, *_):
         T = x.size(1)
         response = torch.fft.rfft(taps[:, :T], n=2 * T, dim=1).repeat_interleave(2, 0).T
         return torch.fft.irfft(torch.fft.rfft(x, n=2 * T, dim=1) * response, n=2 * T, dim=1)[:, :T]
@@ -118,7 +118,7 @@ def test_a_leak_through_the_first_value_is_found(monkeypatch, mixer):
 
 
 def test_nan_is_a_leak(monkeypatch):
-    assert failures(monkeypatch, lambda mixer, x, taps, added_value, z: x * torch.nan)
+    assert failures(monkeypatch, lambda mixer, x, taps, *_: x * torch.nan)
 
 
 @pytest.mark.parametrize("mixer, form, status", ((AFNO1D.forward, "filter", 0), (AFNO1D.forward, "dyadic", 0),

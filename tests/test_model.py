@@ -11,7 +11,7 @@ import train_gpt2_afno
 from afno import FORMS, rmsnorm
 from data.text_to_bin import InputError
 from train_gpt2_afno import (GPT, MODELS, POSITIONS, GPTConfig, LinearCrossEntropy, Muon, Runtime, cross_entropy_chunk,
-                             flops_per_token, learning_rate_factor, loss_by_position, make_optimizers, length_at, random_tokens,
+                             flops_per_token, learning_rate_factor, length_at, loss_by_position, make_optimizers, random_tokens,
                              rotary_tables, without_zeros)
 
 RECIPE = dict(mlp_ratio=3, qk_norm=1, attn_short_conv=3, attn_gate=1, embedding_norm=1, logit_softcap=2.0, embedding_residual=1,
@@ -326,16 +326,21 @@ def test_any_length_runs_and_agrees_on_the_prefix(position):
         assert relative(model(idx[:, :T])[0], whole[:, :T]) < 1e-10
 
 
+def token_by_token(model, idx):
+    """hidden states of idx (B, T), made by step, and the last state."""
+    state, hidden = None, []
+    for t in range(idx.size(1)):
+        h_t, state = model.step(idx[:, t], state, window=150)
+        hidden.append(h_t)
+    return torch.stack(hidden, 1), state
+
+
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("options", (dict(mixer="attn"), dict(attn_layers=(1,)), dict(afno_form="dyadic", attn_layers=(1,)),
                                      dict(afno_silu=1, afno_state_layers=(1,))))
 def test_token_by_token_gives_the_same_hidden_states(position, options):
     model, idx = tiny(position=position, **options).double(), random_tokens((2, 24 if position == "learned" else 150), 97)
-    state, hidden = None, []
-    for t in range(idx.size(1)):
-        h_t, state = model.step(idx[:, t], state, window=150)
-        hidden.append(h_t)
-    assert relative(torch.stack(hidden, 1), model.hidden(idx)) < 1e-10
+    assert relative(token_by_token(model, idx)[0], model.hidden(idx)) < 1e-10
 
 
 @pytest.mark.parametrize("name", (*RECIPE, "all"))
@@ -343,12 +348,9 @@ def test_token_by_token_with_the_recipe(name):
     options = RECIPE if name == "all" else {name: RECIPE[name]}
     model, idx = tiny(attn_layers=(1,), **options).double(), random_tokens((2, 40), 97)
     test_causality.perturb(model)
-    state, hidden = None, []
-    for t in range(idx.size(1)):
-        h_t, state = model.step(idx[:, t], state, window=150)
-        hidden.append(h_t)
-    assert relative(torch.stack(hidden, 1), model.hidden(idx)) < 1e-10
-    assert relative(model.logits(torch.stack(hidden, 1)), model(idx)[0]) < 1e-10
+    hidden, state = token_by_token(model, idx)
+    assert relative(hidden, model.hidden(idx)) < 1e-10
+    assert relative(model.logits(hidden), model(idx)[0]) < 1e-10
     assert state[1][1][0].size(2) == 40  # keys of the layer of attention
     _, state = model.step(idx[:, 0], state, window=6)
     assert state[1][1][0].size(2) == 6
@@ -357,12 +359,9 @@ def test_token_by_token_with_the_recipe(name):
 @pytest.mark.parametrize("form", FORMS[:-1])
 def test_token_by_token_with_values_of_the_first_layer(form):
     model = tiny(attn_layers=(1,), afno_form=form, afno_gate=1, value_residual=1).double()
-    idx, state, hidden = random_tokens((2, 70), 97), None, []
+    idx = random_tokens((2, 70), 97)
     test_causality.perturb(model)
-    for t in range(idx.size(1)):
-        h_t, state = model.step(idx[:, t], state, window=150)
-        hidden.append(h_t)
-    assert relative(torch.stack(hidden, 1), model.hidden(idx)) < 1e-10
+    assert relative(token_by_token(model, idx)[0], model.hidden(idx)) < 1e-10
 
 
 def test_half_of_the_rotary_frequencies_turn():

@@ -321,7 +321,7 @@ def test_a_learning_rate_of_the_rest_is_not_for_half_a_run(data, tmp_path):
 
 
 def test_every_phase_is_checked_before_the_first_step(data, tmp_path, monkeypatch):
-    def leaks_at_8(mixer, x, taps, added_value, z):  # behind weights that begin at zero
+    def leaks_at_8(mixer, x, taps, *_):  # behind weights that begin at zero
         return x + mixer.operator.taps.mlp.b2.sum() * x.roll(-1, 1) if x.size(1) == 8 else x
 
     monkeypatch.setattr(AFNO1D, "forward", leaks_at_8)
@@ -694,7 +694,7 @@ def test_out_of_memory_names_the_flag(monkeypatch, capsys):
 
 
 def test_a_leaking_model_is_not_trained(data, tmp_path, monkeypatch):
-    def looks_ahead(mixer, x, taps, added_value, z):
+    def looks_ahead(mixer, x, taps, *_):
         return F.pad(causal_conv(x, taps), (0, 0, 0, 1))[:, 1:]
 
     monkeypatch.setattr(AFNO1D, "forward", looks_ahead)
