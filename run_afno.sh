@@ -86,8 +86,8 @@ case $preset in
       --model d12 --mixer afno --attn_layers 5,10 --sequence_length 1024 --batch_size 32 --grad_accumulation_steps 8
       --optimizer muon --learning_rate 0.0043 --num_iterations 6900 --row_order spread --warmdown_iters 3450
       --final_lr_fraction 0.1 --embedding_norm 1 --logit_softcap 15 --embedding_residual 1 --residual_bf16 1
-      --n_head 6 --qk_norm 1 --attn_short_conv 4 --attn_gate 1 --half_rotary 1 --value_residual 1 --fp8_head 1 --rest_lr 0.01
-      --momentum 0.9 --beta1 0.7 --beta2 0.98 --afno_silu 1 --afno_short_conv 1)
+      --n_head 6 --qk_norm 1 --attn_short_conv 4 --attn_gate 1 --half_rotary 1 --value_residual 1 --swiglu 1 --fp8_head 1
+      --rest_lr 0.01 --momentum 0.9 --beta1 0.7 --beta2 0.98 --afno_silu 1 --afno_short_conv 1)
     ;;
   shakespeare)
     data=("$here/data/shakespeare.py")

@@ -83,7 +83,8 @@ class GPTConfig:
     afno_gate: int = 0
     afno_silu: int = 0
     position: str = "none"  # rotary stays inside attention, whatever this says
-    mlp_ratio: int = 4  # hidden channels of an MLP, in n_embd
+    mlp_ratio: int = 4  # hidden channels of an MLP, in n_embd; with swiglu two thirds of them
+    swiglu: int = 0
     qk_norm: int = 0
     attn_short_conv: int = 1  # taps; 1: none
     attn_gate: int = 0
@@ -101,7 +102,7 @@ class GPTConfig:
             self.mixer_scale = (2 * self.n_layer) ** -0.5 if self.mixer == "attn" else 1.0
         if self.afno_filter_length is None:
             self.afno_filter_length = min(self.sequence_length, MOST_TAPS)
-        switches = ("qk_norm", "attn_gate", "half_rotary", "value_residual", "embedding_norm", "embedding_residual",
+        switches = ("swiglu", "qk_norm", "attn_gate", "half_rotary", "value_residual", "embedding_norm", "embedding_residual",
                     "residual_bf16")
         for name, allowed in (("mixer", MIXERS), ("position", POSITIONS), *((name, (0, 1)) for name in switches)):
             if getattr(self, name) not in allowed:
@@ -161,24 +162,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, -x1 * sin + x2 * cos), -1).type_as(x)
 
 
+class Gates(nn.Module):
+    """Factors 2 sigmoid(w h), (..., number), of the first 32 channels of h, (..., C); w begins as zero, they as 1."""
+
+    channels = 32  # at most
+
+    def __init__(self, number: int, n_embd: int):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(number, min(self.channels, n_embd)))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(F.linear(h[..., : self.w.size(1)], self.w))
+
+
 class CausalSelfAttention(nn.Module):
     """x: (B, T, C) to the same; cos, sin: (T, head_dim / 2), rotary_tables' of its positions; added_value, (B, T, C) or None, is
     added to the value; z is what project(x) makes, where that has been done already.
 
     With attn_short_conv > 1 query, key and value are convolved with so many taps, channel by channel, which begin as the
-    identity (So et al., 2021, "Primer"). With attn_gate a head's output is multiplied by 2 sigmoid(w x), where w reads the
-    first gate_channels of x and begins as zero (Qiu et al., 2025, "Gated attention for large language models").
+    identity (So et al., 2021, "Primer"). With attn_gate Gates of x multiply the heads' outputs (Qiu et al., 2025, "Gated attention
+    for large language models").
     """
-
-    gate_channels = 32  # at most
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.qk_norm = config.n_head, config.qk_norm
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # query | key | value
         self.short_conv = ShortConv(3 * config.n_embd, config.attn_short_conv) if config.attn_short_conv > 1 else None
-        gate_channels = min(self.gate_channels, config.n_embd)
-        self.gate = nn.Parameter(torch.zeros(config.n_head, gate_channels)) if config.attn_gate else None
+        self.gate = Gates(config.n_head, config.n_embd) if config.attn_gate else None
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, added_value: Tensor | None = None, z: Tensor | None = None) -> Tensor:
@@ -216,19 +227,25 @@ class CausalSelfAttention(nn.Module):
     def output(self, y: Tensor, x: Tensor) -> Tensor:
         """From heads y (B, n_head, T, head_dim)."""
         if self.gate is not None:
-            gate = 2 * torch.sigmoid(F.linear(x[..., : self.gate.size(1)], self.gate))  # (B, T, n_head)
-            y = y * gate.mT.unsqueeze(-1).type_as(y)
+            y = y * self.gate(x).mT.unsqueeze(-1).type_as(y)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
+    """W2 gelu(W1 x); with swiglu W2 (silu(W1 x) V x), of two thirds of the hidden channels, so of as many parameters (Shazeer,
+    2020, "GLU variants improve transformer"). W1 | V are c_fc, W2 is c_proj."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=False)
+        self.swiglu, hidden = bool(config.swiglu), config.mlp_ratio * config.n_embd
+        if self.swiglu:
+            hidden = math.ceil(hidden / 12) * 8  # a multiple of 8, as tensor cores want it
+        self.c_fc = nn.Linear(config.n_embd, (1 + self.swiglu) * hidden, bias=False)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        hidden, *value = self.c_fc(x).chunk(1 + self.swiglu, -1)
+        return self.c_proj(F.silu(hidden) * value[0] if value else F.gelu(hidden))
 
 
 # What is kept for backward with --recompute 1: results of matrix products, attention and convolution.
@@ -251,17 +268,21 @@ class Block(nn.Module):
     """Mixer, then MLP, each on the normed residual stream. The mixer is the config's for this layer.
 
     With embedding_residual the stream comes in as a x + b x0, where x0 is the embedding. With value_residual each mixer's value
-    is its own plus c v0, where v0 is the first mixer's, which its block makes where it is given none (Zhou et al., 2024, "Value
-    residual learning"). a, b and c are learned and begin at 1, 0, 0; taps are AFNO1D's.
+    is its own plus c g v0, where v0 is the first mixer's, which its block makes where it is given none (Zhou et al., 2024, "Value
+    residual learning"), and g are Gates of what the mixer reads, one for value_channels channels. a, b and c are learned and
+    begin at 1, 0, 0; taps are AFNO1D's.
     """
 
     recompute = False  # what is cheap to compute, in backward again instead of keeping it
+    value_channels = 64  # at most: the largest power of two that divides the channels
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.mixer_scale = config.mixer_scale
         self.embedding_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_residual else None  # a, b
         self.value_mix = nn.Parameter(torch.zeros(())) if config.value_residual else None  # c
+        groups = config.n_embd // math.gcd(self.value_channels, config.n_embd)
+        self.value_gate = Gates(groups, config.n_embd) if config.value_residual else None  # g
         if config.mixer_of(layer) == "attn":
             self.mixer = CausalSelfAttention(config)
         else:
@@ -292,7 +313,7 @@ class Block(nn.Module):
         return self.output(x_t, h), state, v0_t
 
     def input(self, x: Tensor, x0: Tensor | None, v0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(x, its norm h, what the mixer's project makes of h, v0, c v0); all (..., C) but the third."""
+        """(x, its norm h, what the mixer's project makes of h, v0, c g v0); all (..., C) but the third."""
         if self.embedding_mix is not None:
             x = self.embedding_mix[0] * x + self.embedding_mix[1] * x0
         h = rmsnorm(x)
@@ -300,7 +321,8 @@ class Block(nn.Module):
         if self.value_mix is None:
             return x, h, z, None, None
         v0 = self.mixer.value(z) if v0 is None else v0
-        return x, h, z, v0, self.value_mix * v0
+        gate = self.value_gate(h).type_as(v0)
+        return x, h, z, v0, self.value_mix * (gate.unsqueeze(-1) * v0.unflatten(-1, (gate.size(-1), -1))).flatten(-2)
 
     def output(self, x: Tensor, h: Tensor) -> Tensor:
         x = x + self.mixer_scale * h
@@ -877,6 +899,8 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
         for key, p in model.transformer.h.named_parameters():
             if key.endswith((".c_attn.weight", ".c_in.weight")):
                 stacks[p] = len(p) // p.size(1)  # query, key and value; value and gate, or value, key and query
+            elif key.endswith(".c_fc.weight"):
+                stacks[p] = 1 + model.config.swiglu
             elif key.endswith(".weight"):
                 stacks[p] = 1
     adamw = {name: p for name, p in model.named_parameters() if p not in stacks}
@@ -1501,7 +1525,7 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
 # command line
 
 RECIPE = dict(  # what else may be changed about the baseline; as it stands here, nothing is
-    mlp_ratio=4, qk_norm=0, attn_short_conv=1, attn_gate=0, embedding_norm=0, logit_softcap=0.0, embedding_residual=0,
+    mlp_ratio=4, swiglu=0, qk_norm=0, attn_short_conv=1, attn_gate=0, embedding_norm=0, logit_softcap=0.0, embedding_residual=0,
     mixer_scale=None, curriculum=None, final_lr_fraction=0.0, rest_lr=None, row_order="stream", residual_bf16=0, fp8_head=0,
     half_rotary=0, value_residual=0, momentum=0.95, beta1=0.9, beta2=0.95,
 )
@@ -1596,10 +1620,11 @@ def parse_flags(argv: list[str]) -> dict:
     add("--position", choices=POSITIONS, help="what is added to embeddings; attention has rotary anyway (none)")
     add("--mlp_ratio", type=number(int, 1), metavar="N", help="hidden channels of the MLPs, in n_embd (4)")
     for name, text in (
+            ("swiglu", "MLPs of silu(W1 x) V x, with two thirds of the hidden channels, instead of gelu(W1 x) (0)"),
             ("qk_norm", "attention: rmsnorm of each head's query and key (0)"),
             ("attn_gate", "attention: each head's output is multiplied by a gate computed from the token (0)"),
             ("half_rotary", "attention: half of the rotary frequencies go from 1 to 1/1024, the others are 0 (0)"),
-            ("value_residual", "each mixer's value is its own plus a learned share of the first mixer's (0)"),
+            ("value_residual", "each mixer's value is its own plus a learned and gated share of the first mixer's (0)"),
             ("embedding_norm", "rmsnorm after embedding and position (0)"),
             ("embedding_residual", "each block takes a x + b embedding, learned, which begin at 1 and 0 (0)"),
             ("residual_bf16", "the residual stream in autocast's dtype instead of fp32 (0)"),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import test_causality
 from afno import AFNO1D, causal_conv, complex_linear, complex_relu, complex_soft_shrink
 from data.text_to_bin import InputError
-from train_gpt2_afno import GPT, CausalSelfAttention, GPTConfig, Runtime, refuse_leaks, without_zeros
+from train_gpt2_afno import GPT, CausalSelfAttention, Gates, GPTConfig, Runtime, refuse_leaks, without_zeros
 
 CONFIG = GPTConfig(**test_causality.SMALL, sequence_length=96)
 CPU = torch.device("cpu")
@@ -109,6 +109,18 @@ def test_a_leak_through_the_first_value_is_found(monkeypatch, mixer):
     value = mixer.value
     monkeypatch.setattr(mixer, "value", lambda self, z: value(self, z) + 0.01 * value(self, z).roll(-1, 1))
     config = dataclasses.replace(CONFIG, value_residual=1, mixer="attn" if mixer is CausalSelfAttention else "afno")
+    table = test_causality.check(config, [Runtime(CPU, torch.float32, compile=False)])
+    found = {what for weights, _, what, *_, passed in table if weights == "perturbed" and not passed}
+    assert found == {"float32", "float64", "float64 gradients"}
+    model = GPT(config)
+    with without_zeros(model), torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="the model leaks"):
+        refuse_leaks(model.hidden, 96, 1, config.vocab_size, CPU)
+
+
+def test_a_leak_through_gates_is_found(monkeypatch):
+    forward = Gates.forward
+    monkeypatch.setattr(Gates, "forward", lambda self, h: forward(self, h.roll(-1, 1)))
+    config = dataclasses.replace(CONFIG, value_residual=1)
     table = test_causality.check(config, [Runtime(CPU, torch.float32, compile=False)])
     found = {what for weights, _, what, *_, passed in table if weights == "perturbed" and not passed}
     assert found == {"float32", "float64", "float64 gradients"}

@@ -14,7 +14,7 @@ from train_gpt2_afno import (GPT, MODELS, POSITIONS, GPTConfig, LinearCrossEntro
                              flops_per_token, learning_rate_factor, length_at, loss_by_position, make_optimizers, random_tokens,
                              rotary_tables, without_zeros)
 
-RECIPE = dict(mlp_ratio=3, qk_norm=1, attn_short_conv=3, attn_gate=1, embedding_norm=1, logit_softcap=2.0, embedding_residual=1,
+RECIPE = dict(mlp_ratio=3, swiglu=1, qk_norm=1, attn_short_conv=3, attn_gate=1, embedding_norm=1, logit_softcap=2.0, embedding_residual=1,
               mixer_scale=0.8, half_rotary=1, value_residual=1)
 TINY = dict(vocab_size=97, n_layer=3, n_head=2, n_embd=16, sequence_length=24, afno_num_blocks=4)
 
@@ -83,12 +83,13 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
         z = norm(x) @ w["mixer.c_attn"].T
         if recipe:
             own_value = z[..., 2 * C :]
-            taps, gate = (weights[f"transformer.h.{layer}.mixer.{name}"] for name in ("short_conv.taps", "gate"))
+            taps, gate = (weights[f"transformer.h.{layer}.mixer.{name}"] for name in ("short_conv.taps", "gate.w"))
             z = torch.stack([sum(taps[lag] * z[:, t - lag] for lag in range(min(3, t + 1))) for t in range(T)], 1)
         q, k, v = z.split(C, -1)
         if recipe:
             first_value = own_value if layer == 0 else first_value
-            v = v + weights[f"transformer.h.{layer}.value_mix"] * first_value
+            mix, value_gate = (weights[f"transformer.h.{layer}.{name}"] for name in ("value_mix", "value_gate.w"))
+            v = v + mix * 2 / (1 + torch.exp(-norm(x) @ value_gate.T)) * first_value  # 16 channels: one gate
         heads = []
         for head in range(n_head):
             part = slice(head * d, (head + 1) * d)
@@ -99,7 +100,11 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
                 heads[-1] = heads[-1] * 2 / (1 + torch.exp(-(norm(x) @ gate[head]))[..., None])
         x = x + torch.cat(heads, -1) @ w["mixer.c_proj"].T * (0.8 if recipe else 1 / math.sqrt(2 * n_layer))
         hidden = norm(x) @ w["mlp.c_fc"].T
-        x = x + hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))) @ w["mlp.c_proj"].T
+        if recipe:  # two thirds of 48
+            active = hidden[..., :32] / (1 + torch.exp(-hidden[..., :32])) * hidden[..., 32:]
+        else:
+            active = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        x = x + active @ w["mlp.c_proj"].T
     logits = norm(x) @ weights["lm_head.weight"].T
     return 2 * torch.tanh(logits / 2) if recipe else logits
 
@@ -145,16 +150,18 @@ def test_an_added_value_is_more_of_the_projection(options):
 
 
 def test_values_of_the_first_layer_go_on_to_all_others():
-    model, idx = tiny(attn_layers=(1,), value_residual=1).double(), random_tokens((2, 24), 97)
+    model, idx = tiny(attn_layers=(1,), value_residual=1, n_embd=96, n_head=3).double(), random_tokens((2, 24), 97)
     blocks = model.transformer.h
     with torch.no_grad():
         for i, block in enumerate(blocks):
             block.value_mix.fill_(0.3 + i)
+            block.value_gate.w.normal_()
     x, rotary = model.embed(idx, 0)
     v0 = rmsnorm(x) @ blocks[0].mixer.c_in.weight.T
     for i, block in enumerate(blocks):
-        added = (0.3 + i) * v0
         h = rmsnorm(x)
+        gate = 2 / (1 + torch.exp(-h[..., :32] @ block.value_gate.w.T))  # three, for 32 channels each
+        added = (0.3 + i) * gate.repeat_interleave(32, -1) * v0
         x = x + (block.mixer(h, *rotary, added) if i == 1 else block.mixer(h, None, added))
         x = x + block.mlp(rmsnorm(x))
     assert relative(model.hidden(idx), rmsnorm(x)) < 1e-12
@@ -162,9 +169,9 @@ def test_values_of_the_first_layer_go_on_to_all_others():
 
 def test_the_gate_reads_at_most_32_channels():
     attention = tiny(mixer="attn", attn_gate=1, n_embd=64).transformer.h[0].mixer
-    assert attention.gate.shape == (2, 32)
+    assert attention.gate.w.shape == (2, 32)
     with torch.no_grad():
-        attention.gate.normal_()
+        attention.gate.w.normal_()
     x, y = torch.randn(1, 5, 64), torch.ones(1, 2, 5, 32)
     gated = attention.output(y, x)
     x[..., 32:] += 1
@@ -259,6 +266,7 @@ def test_parameter_counts():
             assert n_embd // n_head == 64
         wider = GPT(GPTConfig(mixer="attn", mlp_ratio=5))  # two matrices of d12's n_embd squared more a layer
         assert sum(p.numel() for p in wider.parameters()) == counts["d12"] + 12 * 2 * 768**2
+        assert sum(p.numel() for p in GPT(GPTConfig(mixer="attn", swiglu=1)).parameters()) == counts["d12"]
     assert counts["d12"] == 123_532_032
 
 
@@ -405,6 +413,7 @@ def test_learned_positions_end_with_their_table():
     (dict(half_rotary=2), "--half_rotary must be one of 0, 1, got 2"),
     (dict(value_residual=2), "--value_residual must be one of 0, 1, got 2"),
     (dict(qk_norm=2), "--qk_norm must be one of 0, 1, got 2"),
+    (dict(swiglu=2), "--swiglu must be one of 0, 1, got 2"),
     (dict(logit_softcap=-1.0), "--logit_softcap must be finite and >= 0, got -1"),
     (dict(mixer_scale=math.nan), "--mixer_scale .* got nan"),
     (dict(afno_filter_length=0), "--afno_filter_length must be an integer >= 1"),
@@ -609,14 +618,15 @@ def test_muon_orthogonalises():
 @pytest.mark.parametrize("name", ("adamw", "muon"))
 @pytest.mark.parametrize("attn_layers", ((), (1,)))
 def test_every_parameter_is_trained_once(name, attn_layers):
-    model = tiny(attn_layers=attn_layers, position="learned", attn_short_conv=4, attn_gate=1, value_residual=1)
+    model = tiny(attn_layers=attn_layers, position="learned", attn_short_conv=4, attn_gate=1, value_residual=1, swiglu=1)
     idx = random_tokens((2, 24), 97)
+    test_causality.perturb(model)  # a share of zero would keep its gates from their gradient
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     optimizers = make_optimizers(model, name, 0.01, 0.1)
     assert len(optimizers) == (2 if name == "muon" else 1)
-    if name == "muon":  # attention: query, key, value, output; AFNO: value, output; MLP: two
+    if name == "muon":  # attention: query, key, value, output; AFNO: value, output; MLP with swiglu: three
         matrices = sum(len(group["params"]) for group in optimizers[1].param_groups)
-        assert matrices == sum((4 if layer in attn_layers else 2) + 2 for layer in range(3))
+        assert matrices == sum((4 if layer in attn_layers else 2) + 3 for layer in range(3))
     assert sum(p.numel() for o in optimizers for group in o.param_groups for p in group["params"]) == sum(
         p.numel() for p in model.parameters())
     model(idx, idx, return_logits=False)[1].backward()
