@@ -269,8 +269,8 @@ class Block(nn.Module):
 
     With embedding_residual the stream comes in as a x + b x0, where x0 is the embedding. With value_residual each mixer's value
     is its own plus c g v0, where v0 is the first mixer's, which its block makes where it is given none (Zhou et al., 2024, "Value
-    residual learning"), and g are Gates of what the mixer reads, one for value_channels channels. a, b and c are learned and
-    begin at 1, 0, 0; taps are AFNO1D's.
+    residual learning"), and g are Gates of what the mixer reads, one for value_channels channels (as nanochat, Karpathy, 2025,
+    has them for value embeddings). a, b and c are learned and begin at 1, 0, 0; taps are AFNO1D's.
     """
 
     recompute = False  # what is cheap to compute, in backward again instead of keeping it
