@@ -78,7 +78,7 @@ case $preset in
   fineweb)
     data=("$here/data/cached_fineweb10B.py" 19)
     launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=1)
-    # 32,768 tokens a micro-batch took 14.9 GB on an H100; 262,144 a step; 6900 steps are 1.81B tokens, 0.72 of the
+    # 32,768 tokens a micro-batch took some 15 GB on an H100; 262,144 a step; 6900 steps are 1.81B tokens, 0.72 of the
     # baseline's, and the warmdown is half of them: for the arithmetic see "The fineweb preset" in
     # experiments/benchmark_results.md. Rows of 1024, because the loss to reach was measured on such. 6 heads, of 128, are for
     # d12: another --model wants its --n_head (3, of 256, were better on an H100; how fast they are on a 4090 is not known)

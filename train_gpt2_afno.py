@@ -163,13 +163,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Gates(nn.Module):
-    """Factors 2 sigmoid(w h), (..., number), of the first 32 channels of h, (..., C); w begins as zero, they as 1."""
+    """h (..., C) to gates (..., number): 2 sigmoid of w times the first channels of h. w begins as zero, so all gates as 1."""
 
     channels = 32  # at most
 
     def __init__(self, number: int, n_embd: int):
         super().__init__()
-        self.w = nn.Parameter(torch.zeros(number, min(self.channels, n_embd)))
+        self.w = nn.Parameter(torch.zeros(number, min(self.channels, n_embd)))  # not called weight: those are Muon's
 
     def forward(self, h: Tensor) -> Tensor:
         return 2 * torch.sigmoid(F.linear(h[..., : self.w.size(1)], self.w))
@@ -227,25 +227,29 @@ class CausalSelfAttention(nn.Module):
     def output(self, y: Tensor, x: Tensor) -> Tensor:
         """From heads y (B, n_head, T, head_dim)."""
         if self.gate is not None:
-            y = y * self.gate(x).mT.unsqueeze(-1).type_as(y)
+            y = y * self.gate(x).mT.unsqueeze(-1)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """W2 gelu(W1 x); with swiglu W2 (silu(W1 x) V x), of two thirds of the hidden channels, so of as many parameters (Shazeer,
-    2020, "GLU variants improve transformer"). W1 | V are c_fc, W2 is c_proj."""
+    """x (..., C) to the same: W2 gelu(W1 x). With swiglu W2 (silu(W1 x) V x), of two thirds of the hidden channels, so of about
+    as many parameters (Shazeer, 2020, "GLU variants improve transformer"). W1 | V are c_fc, W2 is c_proj."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.swiglu, hidden = bool(config.swiglu), config.mlp_ratio * config.n_embd
+        self.swiglu = config.swiglu
+        hidden = config.mlp_ratio * config.n_embd
         if self.swiglu:
-            hidden = math.ceil(hidden / 12) * 8  # a multiple of 8, as tensor cores want it
-        self.c_fc = nn.Linear(config.n_embd, (1 + self.swiglu) * hidden, bias=False)
+            hidden = math.ceil(hidden / 24) * 16  # a multiple of 16, as tensor cores want it
+        self.c_fc = nn.Linear(config.n_embd, 2 * hidden if self.swiglu else hidden, bias=False)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden, *value = self.c_fc(x).chunk(1 + self.swiglu, -1)
-        return self.c_proj(F.silu(hidden) * value[0] if value else F.gelu(hidden))
+        hidden = self.c_fc(x)
+        if self.swiglu:
+            gate, hidden = hidden.chunk(2, -1)
+            return self.c_proj(F.silu(gate) * hidden)
+        return self.c_proj(F.gelu(hidden))
 
 
 # What is kept for backward with --recompute 1: results of matrix products, attention and convolution.
@@ -274,7 +278,7 @@ class Block(nn.Module):
     """
 
     recompute = False  # what is cheap to compute, in backward again instead of keeping it
-    value_channels = 64  # at most: the largest power of two that divides the channels
+    value_channels = 64  # that share a gate; fewer where n_embd is no multiple: the largest power of two that divides it
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -321,8 +325,9 @@ class Block(nn.Module):
         if self.value_mix is None:
             return x, h, z, None, None
         v0 = self.mixer.value(z) if v0 is None else v0
-        gate = self.value_gate(h).type_as(v0)
-        return x, h, z, v0, self.value_mix * (gate.unsqueeze(-1) * v0.unflatten(-1, (gate.size(-1), -1))).flatten(-2)
+        gate = self.value_gate(h)
+        gated = gate.unsqueeze(-1) * v0.unflatten(-1, (gate.size(-1), -1))
+        return x, h, z, v0, self.value_mix * gated.flatten(-2)
 
     def output(self, x: Tensor, h: Tensor) -> Tensor:
         x = x + self.mixer_scale * h
@@ -1618,9 +1623,10 @@ def parse_flags(argv: list[str]) -> dict:
     add("--afno_gate", type=int, choices=(0, 1), help="whether the token gates the mixed signal (0)")
     add("--afno_silu", type=int, choices=(0, 1), help="SiLU after the short convolution, but in the form state (0)")
     add("--position", choices=POSITIONS, help="what is added to embeddings; attention has rotary anyway (none)")
-    add("--mlp_ratio", type=number(int, 1), metavar="N", help="hidden channels of the MLPs, in n_embd (4)")
+    add("--mlp_ratio", type=number(int, 1), metavar="N",
+        help="hidden channels of the MLPs, in n_embd; with --swiglu two thirds of them (4)")
     for name, text in (
-            ("swiglu", "MLPs of silu(W1 x) V x, with two thirds of the hidden channels, instead of gelu(W1 x) (0)"),
+            ("swiglu", "MLPs of silu(W1 x) V x instead of gelu(W1 x) (0)"),
             ("qk_norm", "attention: rmsnorm of each head's query and key (0)"),
             ("attn_gate", "attention: each head's output is multiplied by a gate computed from the token (0)"),
             ("half_rotary", "attention: half of the rotary frequencies go from 1 to 1/1024, the others are 0 (0)"),

@@ -93,8 +93,7 @@ STUDIES = {
     }),
     "mixers": Study(
         "Attention in every layer, in two, in none. AFNO layers, but for the form state, have fewer parameters than attention: "
-        "arms called wide have MLPs of 5 C hidden channels instead of 4 C, which brings them to within 3% of attention's "
-        "parameters.", {
+        "arms called wide have --mlp_ratio 5 instead of 4, which brings them to within 3% of attention's parameters.", {
             "hybrid": HYBRID,
             "attention": ATTENTION,
             "filter": AFNO,

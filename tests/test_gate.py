@@ -103,30 +103,29 @@ def test_a_mixer_that_ignores_its_input_tests_nothing(monkeypatch):
     assert test_causality.prefix_leaks(model.hidden, 8, config.vocab_size, CPU)[0][0] == float("inf")
 
 
+def refused_by_gate_and_trainer(**options) -> bool:
+    config = dataclasses.replace(CONFIG, **options)
+    table = test_causality.check(config, [Runtime(CPU, torch.float32, compile=False)])
+    found = {what for weights, _, what, *_, passed in table if weights == "perturbed" and not passed}
+    model = GPT(config)
+    with without_zeros(model), torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="the model leaks"):
+        refuse_leaks(model.hidden, 96, 1, config.vocab_size, CPU)
+    return found == {"float32", "float64", "float64 gradients"}
+
+
 @pytest.mark.parametrize("mixer", (AFNO1D, CausalSelfAttention))
 def test_a_leak_through_the_first_value_is_found(monkeypatch, mixer):
     """Only what goes on to the other layers leaks; its share begins at zero."""
     value = mixer.value
     monkeypatch.setattr(mixer, "value", lambda self, z: value(self, z) + 0.01 * value(self, z).roll(-1, 1))
-    config = dataclasses.replace(CONFIG, value_residual=1, mixer="attn" if mixer is CausalSelfAttention else "afno")
-    table = test_causality.check(config, [Runtime(CPU, torch.float32, compile=False)])
-    found = {what for weights, _, what, *_, passed in table if weights == "perturbed" and not passed}
-    assert found == {"float32", "float64", "float64 gradients"}
-    model = GPT(config)
-    with without_zeros(model), torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="the model leaks"):
-        refuse_leaks(model.hidden, 96, 1, config.vocab_size, CPU)
+    assert refused_by_gate_and_trainer(value_residual=1, mixer="attn" if mixer is CausalSelfAttention else "afno")
 
 
-def test_a_leak_through_gates_is_found(monkeypatch):
+@pytest.mark.parametrize("options", (dict(value_residual=1), dict(mixer="attn", attn_gate=1)))
+def test_a_leak_through_gates_is_found(monkeypatch, options):
     forward = Gates.forward
     monkeypatch.setattr(Gates, "forward", lambda self, h: forward(self, h.roll(-1, 1)))
-    config = dataclasses.replace(CONFIG, value_residual=1)
-    table = test_causality.check(config, [Runtime(CPU, torch.float32, compile=False)])
-    found = {what for weights, _, what, *_, passed in table if weights == "perturbed" and not passed}
-    assert found == {"float32", "float64", "float64 gradients"}
-    model = GPT(config)
-    with without_zeros(model), torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="the model leaks"):
-        refuse_leaks(model.hidden, 96, 1, config.vocab_size, CPU)
+    assert refused_by_gate_and_trainer(**options)
 
 
 def test_nan_is_a_leak(monkeypatch):

@@ -14,8 +14,8 @@ from train_gpt2_afno import (GPT, MODELS, POSITIONS, GPTConfig, LinearCrossEntro
                              flops_per_token, learning_rate_factor, length_at, loss_by_position, make_optimizers, random_tokens,
                              rotary_tables, without_zeros)
 
-RECIPE = dict(mlp_ratio=3, swiglu=1, qk_norm=1, attn_short_conv=3, attn_gate=1, embedding_norm=1, logit_softcap=2.0, embedding_residual=1,
-              mixer_scale=0.8, half_rotary=1, value_residual=1)
+RECIPE = dict(mlp_ratio=3, swiglu=1, qk_norm=1, attn_short_conv=3, attn_gate=1, embedding_norm=1, logit_softcap=2.0,
+              embedding_residual=1, mixer_scale=0.8, half_rotary=1, value_residual=1)
 TINY = dict(vocab_size=97, n_layer=3, n_head=2, n_embd=16, sequence_length=24, afno_num_blocks=4)
 
 
@@ -28,7 +28,8 @@ def relative(a, b) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("compile, options", ((False, {}), (True, {}), (True, dict(value_residual=1, embedding_residual=1))))
+@pytest.mark.parametrize("compile, options", ((False, {}), (True, {}), (True, dict(
+    value_residual=1, embedding_residual=1, swiglu=1, attn_gate=1))))
 def test_recomputing_changes_memory_and_no_gradient(compile, options):
     model, idx = tiny(attn_layers=(1,), n_embd=32, **options), random_tokens((3, 24), 97)
     test_causality.perturb(model)
@@ -149,8 +150,9 @@ def test_an_added_value_is_more_of_the_projection(options):
     assert relative(added, mixer(x, *rotary)) < 1e-12
 
 
-def test_values_of_the_first_layer_go_on_to_all_others():
-    model, idx = tiny(attn_layers=(1,), value_residual=1, n_embd=96, n_head=3).double(), random_tokens((2, 24), 97)
+@pytest.mark.parametrize("n_embd, shared", ((96, 32), (192, 64)))
+def test_values_of_the_first_layer_go_on_to_all_others(n_embd, shared):
+    model, idx = tiny(attn_layers=(1,), value_residual=1, n_embd=n_embd, n_head=3).double(), random_tokens((2, 24), 97)
     blocks = model.transformer.h
     with torch.no_grad():
         for i, block in enumerate(blocks):
@@ -160,8 +162,8 @@ def test_values_of_the_first_layer_go_on_to_all_others():
     v0 = rmsnorm(x) @ blocks[0].mixer.c_in.weight.T
     for i, block in enumerate(blocks):
         h = rmsnorm(x)
-        gate = 2 / (1 + torch.exp(-h[..., :32] @ block.value_gate.w.T))  # three, for 32 channels each
-        added = (0.3 + i) * gate.repeat_interleave(32, -1) * v0
+        gate = 2 / (1 + torch.exp(-h[..., :32] @ block.value_gate.w.T))  # three
+        added = (0.3 + i) * gate.repeat_interleave(shared, -1) * v0
         x = x + (block.mixer(h, *rotary, added) if i == 1 else block.mixer(h, None, added))
         x = x + block.mlp(rmsnorm(x))
     assert relative(model.hidden(idx), rmsnorm(x)) < 1e-12
@@ -211,6 +213,15 @@ def test_the_residual_stream_in_bf16():
     assert set(streams) == {torch.bfloat16}
     assert 1e-4 < (rounded - exact).norm() / exact.norm() < 3e-2
     assert (rounded - usual).norm() / exact.norm() > 1e-4
+
+
+@pytest.mark.parametrize("options", (dict(mixer="attn"), {}))
+def test_values_and_shares_are_in_bf16_under_autocast(options):
+    for on in (0, 1):
+        model, idx = tiny(residual_bf16=on, value_residual=1, **options), random_tokens((2, 24), 97)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, _, *products = model.transformer.h[0].input(model.embed(idx, 0)[0], None, None)
+        assert [x.dtype for x in products] == [torch.bfloat16] * 3
 
 
 def test_the_recipe_recomputes():
@@ -267,6 +278,8 @@ def test_parameter_counts():
         wider = GPT(GPTConfig(mixer="attn", mlp_ratio=5))  # two matrices of d12's n_embd squared more a layer
         assert sum(p.numel() for p in wider.parameters()) == counts["d12"] + 12 * 2 * 768**2
         assert sum(p.numel() for p in GPT(GPTConfig(mixer="attn", swiglu=1)).parameters()) == counts["d12"]
+    for mlp_ratio, hidden in ((3, 32), (2, 32), (4, 48)):  # two thirds of 48, 32, 64, up to a multiple of 16
+        assert tiny(mlp_ratio=mlp_ratio, swiglu=1).transformer.h[0].mlp.c_proj.in_features == hidden
     assert counts["d12"] == 123_532_032
 
 
@@ -620,7 +633,9 @@ def test_muon_orthogonalises():
 def test_every_parameter_is_trained_once(name, attn_layers):
     model = tiny(attn_layers=attn_layers, position="learned", attn_short_conv=4, attn_gate=1, value_residual=1, swiglu=1)
     idx = random_tokens((2, 24), 97)
-    test_causality.perturb(model)  # a share of zero would keep its gates from their gradient
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.value_mix.fill_(0.5)  # a share of zero would keep its gates from their gradient
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     optimizers = make_optimizers(model, name, 0.01, 0.1)
     assert len(optimizers) == (2 if name == "muon" else 1)
