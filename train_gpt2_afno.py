@@ -231,9 +231,57 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
+# Products in fp8, twice as fast on GPUs that have it (Micikevicius et al., 2022, "FP8 formats for deep learning"): activations
+# and weights in float8_e4m3fn, gradients in float8_e5m2, sums in fp32. Scales are constants or the weight's: one from the
+# largest number in a batch would be a leak, if of rounding only.
+
+
+def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, C) in fp8, and what that is to be multiplied by. A row's root mean square is at most 1, as rmsnorm makes it, so that no
+    number exceeds sqrt(C)."""
+    up = torch.finfo(torch.float8_e4m3fn).max / math.sqrt(x.size(1))
+    return (x * up).to(torch.float8_e4m3fn), torch.full((), 1 / up, device=x.device)
+
+
+def fp8_weight(w: Tensor) -> tuple[Tensor, Tensor]:
+    scale = w.abs().amax().float().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (w / scale).to(torch.float8_e4m3fn), scale
+
+
+def fp8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, use_fast_accum: bool = False) -> Tensor:
+    """a b times both scales, in dtype: a lies in memory by rows, b by columns, the one order that all tensor cores take."""
+    if a.is_cuda:
+        return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=use_fast_accum)
+    with torch.autocast(a.device.type, enabled=False):  # for tests: torch 2.13's on CPUs takes e5m2 for e4m3
+        return (a.float() @ b.float() * (a_scale * b_scale)).to(dtype)
+
+
+class Fp8Linear(torch.autograd.Function):
+    """x (N, C), rows as fp8_rows wants them, @ w (M, C).T in x's dtype: this and the gradient of x in fp8, the gradient of w in x's
+    dtype, as fp8 would want both its operands transposed."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        (x8, x_scale), (w8, w_scale) = fp8_rows(x), fp8_weight(w)
+        ctx.save_for_backward(x, w8, w_scale)
+        ctx.w_dtype = w.dtype
+        return fp8_product(x8, w8.T, x_scale, w_scale, x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w8, w_scale = ctx.saved_tensors
+        # times the tokens of a mean loss, gradients are some 1e-3, the largest some 0.05; fp8 has numbers from 2^-16 to 57,344
+        up, top = 1024.0 * len(x), torch.finfo(torch.float8_e5m2).max
+        g8, g_scale = (g.float() * up).clamp(-top, top).to(torch.float8_e5m2), torch.full((), 1 / up, device=g.device)
+        return fp8_product(g8, w8.T.contiguous().T, g_scale, w_scale, x.dtype), (g.T @ x).to(ctx.w_dtype)
+
+
 class MLP(nn.Module):
     """x (..., C) to the same: W2 gelu(W1 x). With swiglu W2 (silu(W1 x) V x), of two thirds of the hidden channels, so of about
-    as many parameters (Shazeer, 2020, "GLU variants improve transformer"). W1 | V are c_fc, W2 is c_proj."""
+    as many parameters (Shazeer, 2020, "GLU variants improve transformer"). W1 | V are c_fc, W2 is c_proj. With fp8, in training,
+    W1 x and V x are Fp8Linear's, for rows x of root mean square at most 1."""
+
+    fp8 = False
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -245,7 +293,13 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.c_fc(x)
+        if self.fp8 and torch.is_grad_enabled():
+            rows = x.flatten(0, -2)
+            if torch.is_autocast_enabled(x.device.type):
+                rows = rows.to(torch.get_autocast_dtype(x.device.type))
+            hidden = Fp8Linear.apply(rows, self.c_fc.weight).unflatten(0, x.shape[:-1])
+        else:
+            hidden = self.c_fc(x)
         if self.swiglu:
             gate, hidden = hidden.chunk(2, -1)
             return self.c_proj(F.silu(gate) * hidden)
@@ -254,7 +308,7 @@ class MLP(nn.Module):
 
 # What is kept for backward with --recompute 1: results of matrix products, attention and convolution.
 KEPT = {getattr(torch.ops.aten, name).default for name in (
-    "mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+    "mm", "addmm", "bmm", "_scaled_mm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")}
 if afno_triton is not None:
     KEPT |= {torch.ops.afno.block_conv.default, torch.ops.afno.state_scan.default}
@@ -406,37 +460,22 @@ class HeadProducts:
 
 
 class Fp8HeadProducts(HeadProducts):
-    """The same in fp8, twice as fast on GPUs that have it (Micikevicius et al., 2022, "FP8 formats for deep learning"): x and w
-    in float8_e4m3fn, gradients in float8_e5m2, sums in fp32.
-
-    x: root mean square of a row at most 1, as rmsnorm makes it, so no number exceeds sqrt(C). That and the gradients'
-    bound of 1 set their scales; a scale from the largest number in a batch would be a leak, if of rounding only.
-    """
+    """The same in fp8, for rows x of root mean square at most 1; gradients of logits are at most 1."""
 
     gradient_scale = 2.0**15  # float8_e5m2 has numbers from 2^-16 to 57,344
 
     def __init__(self, x: Tensor, w: Tensor):
-        top = torch.finfo(torch.float8_e4m3fn).max
-        up = top / math.sqrt(x.size(1))
         self.dtype = x.dtype
-        self.x_scale, self.g_scale = (torch.full((), 1 / factor, device=x.device) for factor in (up, self.gradient_scale))
-        self.w_scale = w.abs().amax().float().clamp(min=1e-12) / top
-        self.x, self.w = (x * up).to(torch.float8_e4m3fn), (w / self.w_scale).to(torch.float8_e4m3fn)
+        (self.x, self.x_scale), (self.w, self.w_scale) = fp8_rows(x), fp8_weight(w)
+        self.g_scale = torch.full((), 1 / self.gradient_scale, device=x.device)
         self.w_columns = self.columns(self.w)
 
     def logits(self, part: slice) -> Tensor:
-        return self.product(self.x[part], self.w.T, self.x_scale, self.w_scale, use_fast_accum=True)
+        return fp8_product(self.x[part], self.w.T, self.x_scale, self.w_scale, self.dtype, use_fast_accum=True)
 
     def gradients(self, part: slice, dlogits: Tensor) -> tuple[Tensor, Tensor]:
-        dx = self.product(dlogits, self.w_columns, self.g_scale, self.w_scale)
-        return dx, self.product(self.columns(dlogits).T, self.columns(self.x[part]), self.g_scale, self.x_scale)
-
-    def product(self, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, use_fast_accum: bool = False) -> Tensor:
-        """a b times both scales: a lies in memory by rows, b by columns, the one order that all tensor cores take."""
-        if a.is_cuda:
-            return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=self.dtype, use_fast_accum=use_fast_accum)
-        with torch.autocast(a.device.type, enabled=False):  # for tests: torch 2.13's on CPUs takes e5m2 for e4m3
-            return (a.float() @ b.float() * (a_scale * b_scale)).to(self.dtype)
+        dx = fp8_product(dlogits, self.w_columns, self.g_scale, self.w_scale, self.dtype)
+        return dx, fp8_product(self.columns(dlogits).T, self.columns(self.x[part]), self.g_scale, self.x_scale, self.dtype)
 
     @staticmethod
     def columns(x: Tensor) -> Tensor:
@@ -446,7 +485,7 @@ class Fp8HeadProducts(HeadProducts):
 
 @functools.cache
 def fp8_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether Fp8HeadProducts run here, and why."""
+    """Whether Fp8HeadProducts and Fp8Linear run here, and why."""
     (triton, why), usual = loss_path(device, dtype), str(dtype).removeprefix("torch.")
     if not triton:
         return False, f"in {usual}, as fp8 goes with Triton's kernel for the softmax of the loss, which is {why}"
@@ -455,14 +494,17 @@ def fp8_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
         return False, f"in {usual}, as fp8 wants compute capability 8.9, {name} has less"
     generator = torch.Generator().manual_seed(0)
     x, w = rmsnorm(torch.randn(64, 128, generator=generator)), 0.1 * torch.randn(1000, 128, generator=generator)
-    targets = torch.randint(1000, (64,), generator=generator)
+    targets, slope = torch.randint(1000, (64,), generator=generator), 1e-3 * torch.randn(64, 992, generator=generator)
     results = []
     try:
         for where, fp8 in (("cpu", False), (device, True)):
             inputs = [z.to(where, dtype if fp8 else torch.float64, copy=True).requires_grad_() for z in (x, w)]
             with torch.enable_grad(), torch.autocast(device.type, enabled=False):
                 mean, losses = LinearCrossEntropy.apply(*inputs, targets.to(where), cross_entropy_chunk, True, 15.0, fp8)
-            results.append([z.detach().cpu().double() for z in (losses, *torch.autograd.grad(mean, inputs))])
+                rows, matrix = inputs[0], inputs[1][:992]
+                y = Fp8Linear.apply(rows, matrix) if fp8 else rows @ matrix.T
+                gradients = torch.autograd.grad(mean, inputs) + torch.autograd.grad(y, inputs, slope.to(y) / len(y))
+            results.append([z.detach().cpu().double() for z in (losses, y, *gradients)])
         pairs = list(zip(*reversed(results)))
         off = largest_error(pairs)
         scale = torch.stack([((a - b) * b).sum().abs() / b.square().sum() for a, b in pairs]).max()  # rounding leaves it alone
@@ -1267,9 +1309,13 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, output_
         if config.afno_form == "state" or config.afno_state_layers:
             say(f"state: {kernel_path(device, runtime.dtype, 'state')[1]}")
     say(f"softmax of the loss: {loss_path(device, runtime.dtype)[1]}")
-    if args.fp8_head:
-        model.fp8_head, why = fp8_path(device, runtime.dtype)
-        say(f"products of the head: {why}")
+    if args.fp8_head or args.fp8_mlp:
+        fp8, why = fp8_path(device, runtime.dtype)
+        model.fp8_head = fp8 and bool(args.fp8_head)
+        for block in model.transformer.h:
+            block.mlp.fp8 = fp8 and bool(args.fp8_mlp)
+        names = [name for name, chosen in (("the head", args.fp8_head), ("the MLPs' first layers", args.fp8_mlp)) if chosen]
+        say(f"products of {' and of '.join(names)}: {why}")
     passes = (total_steps - step) * args.grad_accumulation_steps * B * T / len(stream)
     say(f"data: {relative(args.input_bin)}, {len(stream):,} tokens, {passes:.3g} passes to come; "
         f"validation: {relative(args.input_val_bin)}, {val_tokens:,} targets of {len(val_stream) - 1:,}")
@@ -1532,7 +1578,7 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
 RECIPE = dict(  # what else may be changed about the baseline; as it stands here, nothing is
     mlp_ratio=4, swiglu=0, qk_norm=0, attn_short_conv=1, attn_gate=0, embedding_norm=0, logit_softcap=0.0, embedding_residual=0,
     mixer_scale=None, curriculum=None, final_lr_fraction=0.0, rest_lr=None, row_order="stream", residual_bf16=0, fp8_head=0,
-    half_rotary=0, value_residual=0, momentum=0.95, beta1=0.9, beta2=0.95,
+    fp8_mlp=0, half_rotary=0, value_residual=0, momentum=0.95, beta1=0.9, beta2=0.95,
 )
 DEFAULTS = dict(
     input_bin=None, input_val_bin=None, output_dir=None, model=None, n_head=None, mixer="afno", attn_layers=(),
@@ -1635,7 +1681,8 @@ def parse_flags(argv: list[str]) -> dict:
             ("embedding_residual", "each block takes a x + b embedding, learned, which begin at 1 and 0 (0)"),
             ("residual_bf16", "the residual stream in autocast's dtype instead of fp32 (0)"),
             ("fp8_head", "in training the head's products in fp8, where the GPU has it; a micro-batch must be of a multiple of 16 "
-             "tokens (0)")):
+             "tokens (0)"),
+            ("fp8_mlp", "in training the MLPs' first product in fp8, where the GPU has it (0)")):
         add(f"--{name}", type=int, choices=(0, 1), help=text)
     add("--attn_short_conv", type=number(int, 1), metavar="K",
         help="attention: taps of a convolution of query, key and value, channel by channel; 1: none (1)")

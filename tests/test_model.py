@@ -10,7 +10,7 @@ import test_causality
 import train_gpt2_afno
 from afno import FORMS, rmsnorm
 from data.text_to_bin import InputError
-from train_gpt2_afno import (GPT, MODELS, POSITIONS, GPTConfig, LinearCrossEntropy, Muon, Runtime, cross_entropy_chunk,
+from train_gpt2_afno import (GPT, MODELS, POSITIONS, Fp8Linear, GPTConfig, LinearCrossEntropy, Muon, Runtime, cross_entropy_chunk,
                              flops_per_token, learning_rate_factor, length_at, loss_by_position, make_optimizers, random_tokens,
                              rotary_tables, without_zeros)
 
@@ -28,11 +28,13 @@ def relative(a, b) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("compile, options", ((False, {}), (True, {}), (True, dict(
-    value_residual=1, embedding_residual=1, swiglu=1, attn_gate=1))))
-def test_recomputing_changes_memory_and_no_gradient(compile, options):
+@pytest.mark.parametrize("compile, fp8, options", ((False, False, {}), (True, False, {}), (True, False, dict(
+    value_residual=1, embedding_residual=1, swiglu=1, attn_gate=1)), (False, True, {}), (True, True, dict(swiglu=1))))
+def test_recomputing_changes_memory_and_no_gradient(compile, fp8, options):
     model, idx = tiny(attn_layers=(1,), n_embd=32, **options), random_tokens((3, 24), 97)
     test_causality.perturb(model)
+    for block in model.transformer.h:
+        block.mlp.fp8 = fp8
     torch._dynamo.reset()  # or variants of other tests count, and what comes after too many of them runs without compilation
 
     def step(recompute):
@@ -517,24 +519,75 @@ def test_fp8_head_is_for_training_alone():
     assert rounded != plain and abs(rounded - plain) < 1e-2 and validation == plain_validation
 
 
+def fp8_linear(x, w, slope):
+    y = Fp8Linear.apply(x.requires_grad_(), w.requires_grad_())
+    return y.detach(), *torch.autograd.grad(y, (x, w), slope)
+
+
+def test_fp8_linear_is_near_the_exact_product_and_gradients():
+    torch.manual_seed(0)
+    x, w, slope = rmsnorm(torch.randn(300, 64)), 0.1 * torch.randn(96, 64), 1e-3 / 300 * torch.randn(300, 96)
+    exact = [z.double() for z in (x, w, slope)]
+    wanted = exact[0] @ exact[1].T, exact[2] @ exact[1], exact[2].T @ exact[0]
+    y, dx, dw = fp8_linear(x, w, slope)
+    for got, oracle, least, bound in zip((y, dx, dw), wanted, (1e-3, 1e-3, 0), (6e-2, 8e-2, 1e-5)):  # dw is not in fp8
+        assert got.dtype == torch.float32 and least <= relative(got, oracle) < bound
+        assert abs(((got - oracle) * oracle).sum()) < 5e-3 * oracle.square().sum()  # rounding leaves the scale alone
+    for huge in (1e3, 1e9):  # gradients beyond what fp8 has are its largest, not infinite
+        assert all(z.isfinite().all() for z in fp8_linear(x, w, huge * slope))
+
+
+def test_fp8_linear_rounds_a_row_by_itself():
+    torch.manual_seed(0)
+    x, w, slope = rmsnorm(torch.randn(64, 32)), 0.1 * torch.randn(48, 32), torch.randn(64, 48) / 64
+    x[32] = 0
+    x[32, 0] = 32**0.5
+    other = x.clone()
+    other[32:] = 0.01 * torch.randn(32, 32)
+    a, b = (fp8_linear(z, w, slope)[0] for z in (x, other))
+    assert torch.equal(a[:32], b[:32]) and not torch.equal(a[32:], b[32:]) and a.isfinite().all()
+
+
+@pytest.mark.parametrize("swiglu", (0, 1))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_fp8_mlp_is_for_training_alone(swiglu, dtype):
+    """Near what it stands for, in autocast's dtype where that is on, with gradients for all parameters, and gone in validation."""
+    model, idx = tiny(n_embd=32, swiglu=swiglu, embedding_norm=1), random_tokens((2, 16), 97)
+    results = []
+    for fp8 in (False, True):
+        for block in model.transformer.h:
+            block.mlp.fp8 = fp8
+        losses = []
+        for training in (False, True):
+            with torch.set_grad_enabled(training), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                losses.append(model(idx, idx.roll(-1, 1))[1])
+        validation, loss = losses
+        results.append((validation, loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))))
+    for name, a, b in zip(("validation", "loss", *dict(model.named_parameters())), *results):
+        assert torch.equal(a, b) == (name == "validation") or not a.any(), name
+        assert relative(b, a.double()) < (0.01 if name in ("validation", "loss") else 0.2), (name, relative(b, a.double()))
+
+
 def fp8_where_a_gpu_is(monkeypatch, capability=(8, 9), **changes):
-    """fp8_path's answer on a CPU that it takes for a GPU, with Fp8HeadProducts changed."""
+    """fp8_path's answer on a CPU that it takes for a GPU, with what is in fp8 changed: by name, in the module or of a class."""
     monkeypatch.setattr(train_gpt2_afno, "loss_path", lambda *_: (True, ""))
     monkeypatch.setattr(train_gpt2_afno, "afno_triton", SimpleNamespace(cross_entropy=cross_entropy_chunk))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     for name, value in changes.items():
-        monkeypatch.setattr(train_gpt2_afno.Fp8HeadProducts, name, value)
+        monkeypatch.setattr(f"train_gpt2_afno.{name.replace('__', '.')}", value)
     return train_gpt2_afno.fp8_path.__wrapped__(torch.device("cpu"), torch.bfloat16)
 
 
 def test_fp8_is_tried_before_it_is_trusted(monkeypatch):
-    products, gradients = (getattr(train_gpt2_afno.Fp8HeadProducts, name) for name in ("product", "gradients"))
+    product, gradients = train_gpt2_afno.fp8_product, train_gpt2_afno.Fp8HeadProducts.gradients
+    backward = Fp8Linear.backward
     assert fp8_where_a_gpu_is(monkeypatch)[0]
     assert not fp8_where_a_gpu_is(monkeypatch, capability=(8, 0))[0]
-    for changes in (dict(product=lambda *a, **k: 1.05 * products(*a, **k)),
-                    dict(product=products, gradients=lambda *a: tuple(math.nan * part for part in gradients(*a))),
-                    dict(gradients=lambda *a: 1 / 0)):
+    for changes in (dict(fp8_product=lambda *a, **k: 1.05 * product(*a, **k)),
+                    dict(fp8_product=product, Fp8HeadProducts__gradients=lambda *a: tuple(math.nan * z for z in gradients(*a))),
+                    dict(Fp8HeadProducts__gradients=lambda *a: 1 / 0),
+                    dict(Fp8HeadProducts__gradients=gradients, Fp8Linear__backward=lambda *a: [2 * z for z in backward(*a)])):
         chosen, why = fp8_where_a_gpu_is(monkeypatch, **changes)
         assert not chosen and why.startswith("in bfloat16, as fp8 "), changes
 

@@ -250,7 +250,7 @@ def test_the_presets_of_run_afno_have_flags_that_the_trainer_takes():
 # -----------------------------------------------------------------------------
 # the recipe's schedules
 
-RECIPE = "--mlp_ratio 3 --swiglu 1 --qk_norm 1 --attn_short_conv 4 --attn_gate 1 --fp8_head 1 --embedding_norm 1 " \
+RECIPE = "--mlp_ratio 3 --swiglu 1 --qk_norm 1 --attn_short_conv 4 --attn_gate 1 --fp8_head 1 --fp8_mlp 1 --embedding_norm 1 " \
          "--logit_softcap 15 --embedding_residual 1 --mixer_scale 1 --final_lr_fraction 0.1 --rest_lr 0.003 --row_order spread " \
          "--residual_bf16 1 --half_rotary 1 --value_residual 1 --momentum 0.9 --beta1 0.7 --beta2 0.98"
 PHASES = "--num_iterations 10 --grad_accumulation_steps 2 --curriculum 4:0.3,8:0.3,16:0.4"
