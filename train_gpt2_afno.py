@@ -244,6 +244,7 @@ def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fp8_weight(w: Tensor) -> tuple[Tensor, Tensor]:
+    """w in fp8, its largest number as fp8's largest, and what that is to be multiplied by."""
     scale = w.abs().amax().float().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
     return (w / scale).to(torch.float8_e4m3fn), scale
 
@@ -270,7 +271,8 @@ class Fp8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, w8, w_scale = ctx.saved_tensors
-        # times the tokens of a mean loss, gradients are some 1e-3, the largest some 0.05; fp8 has numbers from 2^-16 to 57,344
+        # times the tokens of a mean loss, gradients are some 1e-3, the largest 0.2 (a d4's first 50 steps); fp8 has numbers from
+        # 2^-16 to 57,344, which leaves room for --grad_accumulation_steps, by which they are smaller
         up, top = 1024.0 * len(x), torch.finfo(torch.float8_e5m2).max
         g8, g_scale = (g.float() * up).clamp(-top, top).to(torch.float8_e5m2), torch.full((), 1 / up, device=g.device)
         return fp8_product(g8, w8.T.contiguous().T, g_scale, w_scale, x.dtype), (g.T @ x).to(ctx.w_dtype)
@@ -502,7 +504,7 @@ def fp8_path(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
             with torch.enable_grad(), torch.autocast(device.type, enabled=False):
                 mean, losses = LinearCrossEntropy.apply(*inputs, targets.to(where), cross_entropy_chunk, True, 15.0, fp8)
                 rows, matrix = inputs[0], inputs[1][:992]
-                y = Fp8Linear.apply(rows, matrix) if fp8 else rows @ matrix.T
+                y = Fp8Linear.apply(rows, matrix.float()) if fp8 else rows @ matrix.T  # weights are fp32, as in training
                 gradients = torch.autograd.grad(mean, inputs) + torch.autograd.grad(y, inputs, slope.to(y) / len(y))
             results.append([z.detach().cpu().double() for z in (losses, y, *gradients)])
         pairs = list(zip(*reversed(results)))
@@ -1682,7 +1684,7 @@ def parse_flags(argv: list[str]) -> dict:
             ("residual_bf16", "the residual stream in autocast's dtype instead of fp32 (0)"),
             ("fp8_head", "in training the head's products in fp8, where the GPU has it; a micro-batch must be of a multiple of 16 "
              "tokens (0)"),
-            ("fp8_mlp", "in training the MLPs' first product in fp8, where the GPU has it (0)")):
+            ("fp8_mlp", "in training the MLPs' first product, and its input's gradient, in fp8, where the GPU has it (0)")):
         add(f"--{name}", type=int, choices=(0, 1), help=text)
     add("--attn_short_conv", type=number(int, 1), metavar="K",
         help="attention: taps of a convolution of query, key and value, channel by channel; 1: none (1)")
@@ -1887,7 +1889,9 @@ def run(main_function) -> None:
     except KeyboardInterrupt:  # outside training, which saves first
         status = 130
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+        # a compiler's errors are RuntimeErrors, too, also where they hold that memory ran out
+        ran_out = any(text in str(error) for text in ("can't allocate memory", "out of memory"))
+        if not (ran_out or isinstance(error, (torch.OutOfMemoryError, MemoryError))):
             raise
         message, status = "out of memory: lower --batch_size (and raise --grad_accumulation_steps to match), or " \
             f"--val_batch_size, --sequence_length or --model ({first_line(error)})", 2

@@ -301,6 +301,18 @@ def test_a_run_stopped_between_phases_and_resumed_equals_uninterrupted(data, tmp
     assert_same(newest(tmp_path / "run"), newest(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("head, mlp", ((0, 1), (1, 0), (1, 1)))
+def test_fp8_is_where_it_was_asked_for(data, tmp_path, monkeypatch, head, mlp):
+    """On a CPU that is taken for a GPU with fp8, whose products are emulated."""
+    models, make = [], train_gpt2_afno.make_optimizers
+    monkeypatch.setattr(train_gpt2_afno, "make_optimizers", lambda *given: models.append(given[0]) or make(*given))
+    monkeypatch.setattr(train_gpt2_afno, "fp8_path", lambda *_: (True, "tried"))
+    main(flags(data, tmp_path / "run", f"--fp8_head {head} --fp8_mlp {mlp} --num_iterations 2"))
+    assert models[0].fp8_head == head and all(block.mlp.fp8 == mlp for block in models[0].transformer.h)
+    named = " and of ".join(["the head"] * head + ["the MLPs' first layers"] * mlp)
+    assert f"products of {named}: tried\n" in (tmp_path / "run" / "train.log").read_text()
+
+
 def test_learning_rates_follow_one_schedule(data, tmp_path, monkeypatch):
     made, make = [], train_gpt2_afno.make_optimizers
     monkeypatch.setattr(train_gpt2_afno, "make_optimizers", lambda *given: made.append(make(*given)) or made[-1])
