@@ -162,6 +162,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, -x1 * sin + x2 * cos), -1).type_as(x)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Of a product with x: autocast's where it is on, else x's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class Gates(nn.Module):
     """h (..., C) to gates (..., number): 2 sigmoid of w times the first channels of h. w begins as zero, so all gates as 1."""
 
@@ -296,9 +302,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fp8 and torch.is_grad_enabled():
-            rows = x.flatten(0, -2)
-            if torch.is_autocast_enabled(x.device.type):
-                rows = rows.to(torch.get_autocast_dtype(x.device.type))
+            rows = x.flatten(0, -2).to(product_dtype(x))
             hidden = Fp8Linear.apply(rows, self.c_fc.weight).unflatten(0, x.shape[:-1])
         else:
             hidden = self.c_fc(x)
@@ -530,7 +534,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, chunk_function, with_gradient, cap=0.0, fp8=False):
         on_gpu, vocab_size = x.is_cuda, weight.size(0)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = product_dtype(x)
         if loss_path(x.device, dtype)[0]:
             chunk_function = afno_triton.cross_entropy
         # The stored vocabulary is not padded, the operand is: tensor cores want rows of aligned length.
@@ -628,8 +632,8 @@ class GPT(nn.Module):
                 x = x + g * math.sqrt(2 / (3 * C))  # sines have mean square 1/2, embeddings at initialisation 1/(3C)
         if self.config.embedding_norm:
             x = rmsnorm(x)
-        if self.config.residual_bf16 and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.config.residual_bf16:
+            x = x.to(product_dtype(x))
         return x, rotary_tables(position, C // n_head, bool(self.config.half_rotary))
 
     def taps(self) -> dict[int, Tensor]:

@@ -494,15 +494,21 @@ def test_fp8_head_is_near_the_exact_loss_and_gradients():
     assert not gradients[0][:5].any()
 
 
-def test_fp8_head_rounds_a_row_by_itself():
-    """A scale made from all rows would let a later token change the rounding of an earlier one."""
+def rows_of_another_size():
+    """Normed rows, (64, 32), and the same with much smaller ones from row 32 on: a scale made from all rows would let a later
+    token change the rounding of an earlier one."""
     torch.manual_seed(0)
-    x, weight, targets = rmsnorm(torch.randn(64, 32)), 0.1 * torch.randn(97, 32), random_tokens((64,), 97)
+    x = rmsnorm(torch.randn(64, 32))
     x[32] = 0
     x[32, 0] = 32**0.5  # the largest number that a normed row can have
     other = x.clone()
     other[32:] = 0.01 * torch.randn(32, 32)
-    results = [fp8_loss(z.requires_grad_(), weight.requires_grad_(), targets) for z in (x, other)]
+    return x, other
+
+
+def test_fp8_head_rounds_a_row_by_itself():
+    pair, weight, targets = rows_of_another_size(), 0.1 * torch.randn(97, 32), random_tokens((64,), 97)
+    results = [fp8_loss(z.requires_grad_(), weight.requires_grad_(), targets) for z in pair]
     for a, b in zip(*(result[1:3] for result in results)):
         assert torch.equal(a[:32], b[:32]) and not torch.equal(a[32:], b[32:]) and a.isfinite().all()
 
@@ -541,13 +547,8 @@ def test_fp8_linear_is_near_the_exact_product_and_gradients():
 
 
 def test_fp8_linear_rounds_a_row_by_itself():
-    torch.manual_seed(0)
-    x, w, slope = rmsnorm(torch.randn(64, 32)), 0.1 * torch.randn(48, 32), torch.randn(64, 48) / 64
-    x[32] = 0
-    x[32, 0] = 32**0.5
-    other = x.clone()
-    other[32:] = 0.01 * torch.randn(32, 32)
-    a, b = (fp8_linear(z, w, slope)[0] for z in (x, other))
+    pair, w, slope = rows_of_another_size(), 0.1 * torch.randn(48, 32), torch.randn(64, 48) / 64
+    a, b = (fp8_linear(z, w, slope)[0] for z in pair)
     assert torch.equal(a[:32], b[:32]) and not torch.equal(a[32:], b[32:]) and a.isfinite().all()
 
 
@@ -571,32 +572,30 @@ def test_fp8_mlp_is_for_training_alone(swiglu, dtype):
         assert relative(b, a.double()) < (0.01 if name in ("validation", "loss") else 0.2), (name, relative(b, a.double()))
 
 
-def fp8_where_a_gpu_is(monkeypatch, capability=(8, 9), **changes):
-    """fp8_path's answer on a CPU that it takes for a GPU, with what is in fp8 changed: by name, a class's after two underscores."""
-    monkeypatch.setattr(train_gpt2_afno, "loss_path", lambda *_: (True, ""))
-    monkeypatch.setattr(train_gpt2_afno, "afno_triton", SimpleNamespace(cross_entropy=cross_entropy_chunk))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    for name, value in changes.items():
-        monkeypatch.setattr(f"train_gpt2_afno.{name.replace('__', '.')}", value)
-    return train_gpt2_afno.fp8_path.__wrapped__(torch.device("cpu"), torch.bfloat16)
+def fp8_where_a_gpu_is(monkeypatch, changes=(), capability=(8, 9)):
+    """fp8_path's answer on a CPU that it takes for a GPU, with what is in fp8 changed: (name, value) of each."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2_afno, "loss_path", lambda *_: (True, ""))
+        patch.setattr(train_gpt2_afno, "afno_triton", SimpleNamespace(cross_entropy=cross_entropy_chunk))
+        patch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+        patch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        for name, value in changes:
+            patch.setattr(f"train_gpt2_afno.{name}", value)
+        return train_gpt2_afno.fp8_path.__wrapped__(torch.device("cpu"), torch.bfloat16)
 
 
 def test_fp8_is_tried_before_it_is_trusted(monkeypatch):
-    product, gradients = train_gpt2_afno.fp8_product, train_gpt2_afno.Fp8HeadProducts.gradients
-    backward = Fp8Linear.backward
-    assert fp8_where_a_gpu_is(monkeypatch)[0]
-    assert not fp8_where_a_gpu_is(monkeypatch, capability=(8, 0))[0]
-
     def times(factor, f):
         return lambda *a: tuple(factor * z for z in f(*a))
 
-    for reason, changes in (("its scale 5", dict(fp8_product=lambda *a, **k: 1.05 * product(*a, **k))),
-                            ("nan off", dict(fp8_product=product, Fp8HeadProducts__gradients=times(math.nan, gradients))),
-                            ("division by zero", dict(Fp8HeadProducts__gradients=lambda *a: 1 / 0)),
-                            ("its scale 1.0e+00", dict(Fp8HeadProducts__gradients=gradients,
-                                                       Fp8Linear__backward=times(2, backward)))):
-        chosen, why = fp8_where_a_gpu_is(monkeypatch, **changes)
+    product, gradients = train_gpt2_afno.fp8_product, train_gpt2_afno.Fp8HeadProducts.gradients
+    assert fp8_where_a_gpu_is(monkeypatch)[0]
+    assert not fp8_where_a_gpu_is(monkeypatch, capability=(8, 0))[0]
+    for reason, *change in (("its scale 5", "fp8_product", lambda *a, **k: 1.05 * product(*a, **k)),
+                            ("nan off", "Fp8HeadProducts.gradients", times(math.nan, gradients)),
+                            ("division by zero", "Fp8HeadProducts.gradients", lambda *a: 1 / 0),
+                            ("its scale 1.0e+00", "Fp8Linear.backward", times(2, Fp8Linear.backward))):
+        chosen, why = fp8_where_a_gpu_is(monkeypatch, [change])
         assert not chosen and why.startswith("in bfloat16, as fp8 ") and reason in why, why
 
 

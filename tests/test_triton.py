@@ -248,7 +248,7 @@ def test_transposed(shape):
 
 
 @pytest.mark.skipif(not CUDA, reason="products in fp8 need a GPU")
-def test_fp8_head_on_a_gpu():
+def test_fp8_on_a_gpu():
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no fp8")
     chosen, why = train_gpt2_afno.fp8_path(torch.device("cuda"), torch.bfloat16)
