@@ -12,8 +12,10 @@ pytest.importorskip("triton")
 
 import afno  # noqa: E402
 import afno_triton  # noqa: E402
+import test_causality  # noqa: E402
 import train_gpt2_afno  # noqa: E402
 from test_afno import inputs, relative, toeplitz_sum  # noqa: E402
+from test_model import random_tokens, tiny  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE, BOUND = ("cuda", torch.bfloat16, 1e-2) if CUDA else ("cpu", torch.float32, 2e-6)
@@ -247,12 +249,35 @@ def test_transposed(shape):
     assert torch.equal(y.view(torch.uint8), x.T) and y.is_contiguous()
 
 
-@pytest.mark.skipif(not CUDA, reason="products in fp8 need a GPU")
+needs_fp8 = pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() < (8, 9),
+                               reason="products in fp8 need a GPU of compute capability 8.9")
+
+
+@needs_fp8
 def test_fp8_on_a_gpu():
-    if torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("this GPU has no fp8")
     chosen, why = train_gpt2_afno.fp8_path(torch.device("cuda"), torch.bfloat16)
     assert chosen, why
+
+
+@needs_fp8
+@pytest.mark.parametrize("recompute", (False, True))
+def test_fp8_mlp_in_compiled_blocks(recompute):
+    """Near the same in bf16 and without compilation, loss and all gradients."""
+    model, idx = tiny(n_embd=64, swiglu=1).to(DEVICE), random_tokens((2, 64), 97).to(DEVICE)
+    test_causality.perturb(model)
+    torch._dynamo.reset()  # or variants of other tests count, and what comes after too many of them runs without compilation
+
+    def step():
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = model(idx, idx.roll(-1, 1))[1]
+        return loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))
+
+    expected = step()
+    for block in model.transformer.h:
+        block.mlp.fp8, block.recompute = True, recompute
+        block.compile(dynamic=False)
+    for name, got, wanted in zip(("loss", *dict(model.named_parameters())), step(), expected):
+        assert not wanted.any() or 0 < relative(got, wanted) < (0.01 if name == "loss" else 0.2), name
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # of exp in the soft cap, whose reciprocal is the zero that is wanted
