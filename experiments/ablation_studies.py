@@ -41,7 +41,7 @@ CPU = "--device cpu --model d1 --batch_size 4 --grad_accumulation_steps 1 --sequ
 RECIPE = {
     "embedding-norm": "--embedding_norm 1", "logit-softcap": "--logit_softcap 15", "embedding-residual": "--embedding_residual 1",
     "qk-norm": "--qk_norm 1", "attn-short-conv": "--attn_short_conv 4", "attn-gate": "--attn_gate 1", "fp8-head": "--fp8_head 1",
-    "half-rotary": "--half_rotary 1", "value-residual": "--value_residual 1", "swiglu": "--swiglu 1",
+    "fp8-mlp": "--fp8_mlp 1", "half-rotary": "--half_rotary 1", "value-residual": "--value_residual 1", "swiglu": "--swiglu 1",
     "short-averages": "--momentum 0.9 --beta1 0.7 --beta2 0.98",
     "6-heads": "--n_head 6", "rest-lr": "--rest_lr 0.01", "residual-bf16": "--residual_bf16 1",
     "long-warmdown": "--warmdown_iters half", "final-lr": "--final_lr_fraction 0.1",
