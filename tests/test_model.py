@@ -30,12 +30,11 @@ def relative(a, b) -> float:
 
 @pytest.mark.parametrize("compile, fp8, options", ((False, False, {}), (True, False, {}), (True, False, dict(
     value_residual=1, embedding_residual=1, swiglu=1, attn_gate=1)), (False, True, {}), (True, True, dict(swiglu=1))))
-def test_recomputing_changes_memory_and_no_gradient(compile, fp8, options):
+def test_recomputing_changes_memory_and_no_gradient(fresh_compiler, compile, fp8, options):
     model, idx = tiny(attn_layers=(1,), n_embd=32, **options), random_tokens((3, 24), 97)
     test_causality.perturb(model)
     for block in model.transformer.h:
         block.mlp.fp8 = fp8
-    torch._dynamo.reset()  # or variants of other tests count, and what comes after too many of them runs without compilation
 
     def step(recompute):
         kept = []

@@ -261,11 +261,10 @@ def test_fp8_on_a_gpu():
 
 @needs_fp8
 @pytest.mark.parametrize("recompute", (False, True))
-def test_fp8_mlp_in_compiled_blocks(recompute):
+def test_fp8_mlp_in_compiled_blocks(fresh_compiler, recompute):
     """Near the same in bf16 and without compilation, loss and all gradients."""
     model, idx = tiny(n_embd=64, swiglu=1).to(DEVICE), random_tokens((2, 64), 97).to(DEVICE)
     test_causality.perturb(model)
-    torch._dynamo.reset()  # or variants of other tests count, and what comes after too many of them runs without compilation
 
     def step():
         with torch.autocast(DEVICE, torch.bfloat16):
