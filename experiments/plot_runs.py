@@ -1,7 +1,8 @@
 """Loss curves of any runs, from their metrics.jsonl: against tokens and against training seconds. Needs matplotlib.
 
     python experiments/plot_runs.py runs/mine runs/other                 # writes curves.png
-    python experiments/plot_runs.py experiments/logs/forms/* --x seconds --output forms.png
+    python experiments/archive.py restore 2026-11-26-goals --output runs         # runs of the tables
+    python experiments/plot_runs.py runs/2026-11-26-goals/[bc]-92 --x seconds --output goals.png
 
 Points are validation losses, thin lines are training losses, each the mean of the last fiftieth of its run's steps.
 Training seconds are the trainer's: without compilation, validation and saving.

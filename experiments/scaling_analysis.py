@@ -1,6 +1,6 @@
 """Speed and memory against length and batch: the operator, a whole training step, and where a step's time goes.
 
-    python experiments/scaling_analysis.py                              # all parts, into experiments/scaling/
+    python experiments/scaling_analysis.py                              # all parts, into runs/speed/
     python experiments/scaling_analysis.py --parts operator --lengths 1024,4096
 
 Parts: operator (u to y, as attention's core is q, k, v to o, at constant tokens; AFNO's cores are the mean of twelve layers,
@@ -466,7 +466,7 @@ def main() -> int:
                         help="of operator, batch and step: rows with such names")
     parser.add_argument("--residual_bf16", type=int, choices=(0, 1), default=1, help="the trainer's, of step and profile")
     parser.add_argument("--compile", type=int, choices=(0, 1), default=1)
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "scaling")
+    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "runs/speed")
     args = parser.parse_args()
     parts = [part for part in args.parts.split(",") if part != "none"]
     if unknown := set(parts) - set(PARTS):

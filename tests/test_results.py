@@ -1,0 +1,157 @@
+"""Results: every file can be restored, tables are up to date, and experiments/ stays small."""
+import gzip
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from experiments import archive, results
+
+HERE = Path(results.__file__).parent
+LOG = archive.RULE + b"a.py\n" + archive.RULE + b"x = 1\n" + archive.RULE + b"step:0/1\n"
+
+
+@pytest.fixture(scope="module")
+def restored(tmp_path_factory) -> Path:
+    """Return a folder with every file of every archive."""
+    folder = tmp_path_factory.mktemp("restored")
+    for name in archive.archives():
+        archive.restore(name, folder)
+    return folder
+
+
+@pytest.fixture
+def packed(tmp_path) -> Path:
+    """Return a folder of archives with one of one run."""
+    run = tmp_path / "2026-01-02-question/run"
+    archive.write(run / "train.log", LOG)
+    archive.write(run / "metrics.jsonl", b"{}\n")
+    archive.write(run / "state_step000001.pt", b"a checkpoint")
+    assert archive.pack(run.parent, tmp_path / "runs") == 2
+    return tmp_path / "runs"
+
+
+def test_every_file_is_restored_byte_for_byte(restored):
+    files = {path.relative_to(restored).as_posix(): path
+             for path in restored.rglob("*") if path.is_file()}
+    manifest = archive.read_manifest()
+    assert files.keys() == manifest.keys() and len(files) >= 971
+    for name, path in files.items():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == manifest[name], name
+
+
+def test_restored_log_is_sources_and_readable_log(restored):
+    logs = [path for path in archive.RUNS.glob("2*/**/train.log")]
+    assert len(logs) >= sum(len(names) for _, _, names in results.ROWS)
+    for log in logs:
+        text, wanted = log.read_bytes(), b""
+        while text.startswith(b"source: "):
+            line, text = text.split(b"\n", 1)
+            _, name, _, digest = line.split()
+            source = archive.RUNS / f"sources/{digest[:12].decode()}.py.gz"
+            wanted += archive.RULE + name + b"\n" + archive.RULE
+            wanted += gzip.decompress(source.read_bytes())
+        wanted += archive.RULE + text
+        assert wanted == (restored / log.relative_to(archive.RUNS)).read_bytes(), log
+
+
+def test_archives_and_readable_files_are_what_the_manifest_says():
+    assert archive.verify() >= 971
+    readable = [path.relative_to(archive.RUNS).as_posix() for path in archive.RUNS.rglob("*")
+                if path.is_file() and path.parent.name not in ("archive", "sources")]
+    assert set(readable) <= archive.read_manifest().keys()
+
+
+def test_sources_have_the_names_of_their_sha256():
+    for path in archive.RUNS.glob("sources/*"):
+        digest = hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
+        assert path.name == f"{digest[:12]}.py.gz"
+
+
+def test_pages_are_up_to_date():
+    for path, page in results.pages().items():
+        assert page == path.read_text(), f"{path.name}: run python experiments/results.py"
+
+
+def test_tree_is_small_and_has_no_old_code():
+    made_here = {"__pycache__", "studies"}  # by Python and by ablation_studies.py, not in git
+    paths = [path for path in HERE.rglob("*") if path.is_file()
+             and not made_here & {*path.relative_to(HERE).parts}]
+    assert sum(path.stat().st_size for path in paths) < 22_000_000
+    assert not [path for path in paths if path.suffix == ".py" and path.parent != HERE]
+    assert len([path for path in paths if path.suffix == ".png"]) <= 6  # five of runs, causality's
+
+
+@pytest.mark.parametrize("name", ("README.md", "benchmark_results.md"))
+def test_pages_have_no_words_of_the_workshop(name):
+    assert "sitting" not in (HERE / name).read_text().lower()
+
+
+def test_links_lead_somewhere():
+    for page in (HERE / "README.md", HERE / "benchmark_results.md"):
+        for link in results.re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert (HERE / link).exists(), f"{page.name}: {link}"
+
+
+def test_archive_round_trip_and_what_it_refuses(packed, tmp_path):
+    digest = hashlib.sha256(b"x = 1\n").hexdigest()
+    kept = archive.keep("2026-01-02-question/run", packed)
+    assert kept.read_bytes() == b"source: a.py sha256 %s\nstep:0/1\n" % digest.encode()
+    assert archive.verify(packed) == 3
+    assert archive.restore("2026-01-02-question", tmp_path / "out", packed) == 2
+    assert (tmp_path / "out/2026-01-02-question/run/train.log").read_bytes() == LOG
+    with pytest.raises(archive.ArchiveError, match="exists"):
+        archive.pack(tmp_path / "2026-01-02-question", packed)
+    with pytest.raises(archive.ArchiveError, match="<date>-<question>"):
+        archive.pack(tmp_path / "out", packed)
+    with pytest.raises(archive.ArchiveError, match="no archive has"):
+        archive.keep("2026-01-02-question/other", packed)
+    with pytest.raises(archive.ArchiveError, match="no archive 2026"):
+        archive.restore("2026-01-03-other", tmp_path / "out", packed)
+
+
+def test_verify_finds_a_changed_log_source_and_manifest(packed):
+    log = archive.keep("2026-01-02-question/run", packed)
+    manifest, old = packed / "archive/MANIFEST", log.read_bytes()
+    log.write_bytes(old.replace(b"step:0", b"step:1"))
+    with pytest.raises(archive.ArchiveError, match="not what its archive has"):
+        archive.verify(packed)
+    log.write_bytes(old)
+    entries = manifest.read_text()
+    manifest.write_text(entries + "0  2026-01-02-question/run/lost.txt\n")
+    with pytest.raises(archive.ArchiveError, match="lacks .*lost.txt"):
+        archive.verify(packed)
+    manifest.write_text(entries)
+    next(packed.glob("sources/*")).write_bytes(gzip.compress(b"x = 2\n"))
+    with pytest.raises(archive.ArchiveError, match="not what MANIFEST says"):
+        archive.verify(packed)
+
+
+def test_times_to_the_same_loss():
+    one = dict(machine="H100", with_compilation=30.0)
+    slow = results.Run("f/slow", curve=[(0, 0.0, 8.0), (10, 20.0, 4.0)], seconds=20.0, **one)
+    fast = results.Run("f/fast", curve=[(0, 0.0, 8.0), (10, 10.0, 5.0)], seconds=10.0, **one)
+    other = results.Run("f/other", curve=[(0, 0.0, 8.0), (10, 99.0, 3.0)], machine="H200")
+    assert results.times_faster([fast], [slow]) == pytest.approx(15 / 10)
+    assert results.times_faster([fast], [slow], compilation=True) == pytest.approx(25 / 30)
+    assert results.times_faster([slow], [fast]) == pytest.approx(10 / 15)
+    assert results.mean_curve([fast, other]) == [(0.0, 8.0), (10.0, 4.0)]
+
+
+def test_run_is_read_from_its_log():
+    run = results.read_log("f/run", "\n".join((
+        "command: train.py --seed 2 --n_head 6 --n_head 3 --eval_only",
+        "torch 2.11.0, 1 x NVIDIA H100 80GB HBM3, CUDA 13.0",
+        "model: d12, 112,016,568 parameters, mixers afno attn afno afno, 3 heads",
+        "afno layers of form state: 2",
+        "steps: 10 of 65,536 tokens (1 x 64 x 1024); optimizer muon",
+        "step:0/10 val_loss:10.6 train_time:0.0s step_avg:0.0ms",
+        "step:10/10 val_loss:3.5 train_time:1.5s step_avg:1.0ms",
+        "tokens/s: 492,457  peak_memory_usage: 2,048 MiB  "
+        "train_time: 1.5 s, 2.5 s with compilation",
+    )))
+    assert run.flags == {"seed": "2", "n_head": "3", "eval_only": ""} and run.seed == "2"
+    assert run.mixers == "AFNO x2; attention in 1; state in 2" and run.machine == "H100"
+    assert (run.length, run.steps, run.tokens, run.loss) == (1024, 10, 655360, 3.5)
+    assert (run.speed, run.seconds, run.with_compilation, run.peak) == (492457, 1.5, 2.5, 2.0)
+    assert results.read_log("f/empty", "").loss is None
