@@ -26,7 +26,7 @@ NAME = re.compile(r"\d{4}-\d\d-\d\d(-[a-z0-9]+)+")
 
 
 class ArchiveError(Exception):
-    """What is wrong with an archive, or with what was asked of it."""
+    """Say what is wrong with an archive, or with what was asked of it."""
 
 
 def sha256(data: bytes) -> str:

@@ -39,7 +39,7 @@ NOT_SAID = {  # flags that the table of all runs says in other words, or that ch
 
 @dataclass
 class Run:
-    """What a run's log says; empty where it says nothing."""
+    """Hold what a run's log says; empty where it says nothing."""
     name: str  # folder/run
     flags: dict[str, str] = field(default_factory=dict)
     mixers: str = ""

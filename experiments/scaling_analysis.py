@@ -466,7 +466,8 @@ def main() -> int:
                         help="of operator, batch and step: rows with such names")
     parser.add_argument("--residual_bf16", type=int, choices=(0, 1), default=1, help="the trainer's, of step and profile")
     parser.add_argument("--compile", type=int, choices=(0, 1), default=1)
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "runs/speed")
+    parser.add_argument("--output", type=Path,
+                        default=Path(__file__).resolve().parent.parent / "runs/speed")
     args = parser.parse_args()
     parts = [part for part in args.parts.split(",") if part != "none"]
     if unknown := set(parts) - set(PARTS):

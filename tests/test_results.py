@@ -1,6 +1,7 @@
-"""Results: every file can be restored, tables are up to date, and experiments/ stays small."""
+"""Check that every file of every run can be restored and that the tables are up to date."""
 import gzip
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -88,8 +89,8 @@ def test_pages_have_no_words_of_the_workshop(name):
 
 
 def test_links_lead_somewhere():
-    for page in (HERE / "README.md", HERE / "benchmark_results.md"):
-        for link in results.re.findall(r"\]\(([^)#]+)", page.read_text()):
+    for page in map(HERE.joinpath, ("README.md", "LOG.md", "benchmark_results.md")):
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert (HERE / link).exists(), f"{page.name}: {link}"
 
 
