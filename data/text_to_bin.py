@@ -25,11 +25,17 @@ import numpy as np
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 END_OF_TEXT = 50256
-GPT2_DIR = Path(__file__).resolve().parent / "gpt2"  # vocab.bpe and encoder.json, where tiktoken cannot download them
+ROOT = Path(__file__).resolve().parent.parent  # the repository
+GPT2_DIR = ROOT / "data" / "gpt2"  # vocab.bpe and encoder.json, where tiktoken cannot download them
 
 
 class InputError(ValueError):
     """Bad input from the user: the message is the one line that they get; the exit status is 2."""
+
+
+def relative(text: str) -> str:
+    """Return paths inside the repository relative to it, so that a log reads the same everywhere."""
+    return text.replace(f"{ROOT}{os.sep}", "")
 
 
 # -----------------------------------------------------------------------------

@@ -1,7 +1,14 @@
-"""python tests/compile_kernels.py ARCH: compiles afno_triton's kernels for compute capability ARCH, with no GPU, as they are
-launched in bf16 at 64 channels a filter. Prints what each takes; exits 1 where that is more than the GPU has."""
+"""python tests/compile_kernels.py ARCH: compile the kernels for capability ARCH, without a GPU.
+
+They are compiled as they are launched in bf16 at 64 channels a filter. Prints a line a kernel:
+shared memory, tensor core instructions, and, where Triton brings ptxas, registers and spills. Exits
+1 where one takes more shared memory than the GPU has.
+"""
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -11,77 +18,102 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-import afno_triton as kernels  # noqa: E402
+from kernels import convolution as conv, softmax, state  # noqa: E402
 
-ARCH = int(sys.argv[1])
-SHAPES, SHARED = (kernels.SMALL, 99 * 1024) if ARCH in (86, 89) else (kernels.LARGE, 163 * 1024)
-BF16 = dict.fromkeys(("x_ptr", "y_ptr", "u_ptr", "dy_ptr", "dm_ptr", "tiles_ptr", "near_ptr", "mixed_ptr",
-                       "half_ptr", "out_ptr"), "*bf16")
-FP32 = dict(BF16, response_ptr="*fp32")
-PRODUCTS = (kernels.short_kernel, kernels.transform_kernel, kernels.mix_kernel, kernels.long_kernel,
-            kernels.tiles_gradient_kernel, kernels.response_gradient_kernel, kernels.sent_kernel, kernels.state_kernel,
-            kernels.state_gradient_kernel)
-STATE = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "state_ptr", "dsent_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), "*bf16")
-STATE |= dict(BF16, log_a_ptr="*fp32", dlog_a_ptr="*fp32")
-UNALIGNED = ("num_blocks", "num_lags", "blocks", "splits", "units", "together", "units_each", "K",
-             "tile_step", "row_step", "sign", "vocab_size", "T")
+HALF = ("x_ptr y_ptr u_ptr dy_ptr dm_ptr tiles_ptr near_ptr mixed_ptr half_ptr out_ptr q_ptr k_ptr "
+        "v_ptr state_ptr dsent_ptr dq_ptr dk_ptr dv_ptr logits_ptr gradient_ptr")
+FULL = "response_ptr taps_ptr log_a_ptr dlog_a_ptr losses_ptr"
+POINTERS = dict.fromkeys(HALF.split(), "*bf16") | dict.fromkeys(FULL.split(), "*fp32")
+POINTERS["targets_ptr"] = "*i64"
+UNALIGNED = ("num_blocks num_lags blocks splits units together units_each K tile_step row_step "
+             "sign vocab_size T").split()
+NO_PRODUCTS = (conv.toeplitz_kernel, conv.fold_kernel, conv.depthwise_kernel,
+               conv.depthwise_gradient_kernel, softmax.cross_entropy_kernel,
+               softmax.transpose_kernel)
 
 
-def compile(kernel, pointers: dict, constants: dict, options: dict) -> int:
+def build(arch: int, kernel, constants: dict, options: dict, pointers: dict):
+    """Return the compiled kernel; pointers: types that are not those of POINTERS."""
     names = [p.name for p in kernel.params]
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    types = POINTERS | pointers
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32")
+                 for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
                if name not in constants and name not in UNALIGNED}
-    built = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
-                           target=GPUTarget("cuda", ARCH, 32), options=options)
-    ptx = built.asm["ptx"]
-    print(f"{kernel.__name__} {constants}: {built.metadata.shared} bytes of shared memory, tensor core instructions "
-          f"{ptx.count('wgmma.mma_async') + ptx.count('mma.sync')}", flush=True)
-    assert "mma" in ptx or kernel not in PRODUCTS
-    assert kernel is not kernels.cross_entropy_kernel or "ld.global.v4" in ptx  # 16 bytes, though vocab_size is odd
-    return built.metadata.shared
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(arch: int, ptx: str) -> str:
+    """Return registers and spills of a kernel in words, "" without ptxas."""
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    if not ptxas.exists():
+        return ""
+    name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder) / "kernel.ptx").write_text(ptx)
+        done = subprocess.run([ptxas, "-v", f"--gpu-name={name}", file, "-o", "/dev/null"],
+                              capture_output=True, text=True)
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    if not registers or not spills:
+        return ""
+    return f", {registers[1]} registers, spills {spills[1]} + {spills[2]} bytes"
+
+
+def launches(arch: int):
+    """Yield (kernel, constants, options, pointers) of all that is launched on this architecture."""
+    shapes = conv.SMALL if arch in (86, 89) else conv.LARGE
+    tile = {name: shapes[name] for name in ("BN", "BK")}
+    options = {name: value for name, value in shapes.items() if name not in tile}
+    near, far, full = dict(W=64, NEAR=conv.NEAR), dict(W=64, FAR=conv.FAR), dict(out_ptr="*fp32")
+    for transposed in (False, True):
+        yield conv.short_kernel, dict(near, TRANSPOSED=transposed, **tile), options, {}
+        yield conv.mix_kernel, dict(far, TRANSPOSED=transposed, **conv.MIX), {}, {}
+    for kernel in (conv.transform_kernel, conv.long_kernel):
+        yield kernel, dict(far, **tile), options, {}
+    for lags in {1, tile["BN"] // conv.NEAR}:
+        yield conv.tiles_gradient_kernel, dict(near, LAGS=lags, BK=tile["BK"]), options, full
+    for BI, BK in conv.RESPONSE.items():
+        yield conv.response_gradient_kernel, dict(far, BI=BI, BK=BK), {}, full
+    for columns in (conv.NEAR, conv.FAR):
+        yield conv.toeplitz_kernel, dict(ROWS=conv.NEAR, COLUMNS=columns, BP=16), {}, {}
+    for size in (16, 64, conv.NEAR):
+        yield (conv.fold_kernel, dict(LAGS=1, SIZE=size, BP=min(size, 32)), {},
+               dict(full, tiles_ptr="*fp32"))
+    few = dict(BT=32, BC=128)
+    for variant in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 1, 1)):
+        flags = dict(zip(("TRANSPOSED", "SILU", "GRADIENT"), map(bool, variant)))
+        yield conv.depthwise_kernel, dict(few, LENGTH=4, **flags), {}, {}
+    yield conv.depthwise_gradient_kernel, few, {}, full
+    chunk = dict(L=state.CHUNK, DP=128, WP=128)
+    for from_start in (False, True):
+        yield state.sent_kernel, dict(chunk, FROM_START=from_start), {}, {}
+    yield state.state_kernel, chunk, {}, {}
+    yield state.state_gradient_kernel, chunk, state.STATE_GRADIENT, {}
+    width, warps = ({name: softmax.SOFTMAX[name]} for name in ("BV", "num_warps"))
+    for cap, dtype, scale in ((0.0, "bf16", 1.0), (15.0, "bf16", 1.0), (15.0, "fp8e5", 32768.0)):
+        constants = dict(width, CAP=cap, GRADIENT=True, SCALE=scale)
+        yield softmax.cross_entropy_kernel, constants, warps, dict(gradient_ptr=f"*{dtype}")
+    bytes_alone = dict(x_ptr="*i8", y_ptr="*i8")
+    yield softmax.transpose_kernel, dict(BLOCK=128), dict(num_warps=8), bytes_alone
 
 
 def main() -> int:
-    shapes = {name: SHAPES[name] for name in ("BN", "BK")}
-    options = {name: value for name, value in SHAPES.items() if name not in shapes}
-    gradient = dict(FP32, out_ptr="*fp32")
-    shared = []
-    far = dict(W=64, FAR=kernels.FAR)
-    for transposed in (False, True):
-        shared.append(compile(kernels.short_kernel, BF16, dict(W=64, NEAR=kernels.NEAR, TRANSPOSED=transposed, **shapes),
-                              options))
-        shared.append(compile(kernels.mix_kernel, FP32, dict(far, TRANSPOSED=transposed, **kernels.MIX), {}))
-    for kernel in (kernels.transform_kernel, kernels.long_kernel):
-        shared.append(compile(kernel, BF16, dict(far, **shapes), options))
-    for lags in {1, SHAPES["BN"] // kernels.NEAR}:
-        shared.append(compile(kernels.tiles_gradient_kernel, gradient,
-                              dict(W=64, NEAR=kernels.NEAR, LAGS=lags, BK=SHAPES["BK"]), options))
-    for BI, BK in kernels.RESPONSE.items():
-        shared.append(compile(kernels.response_gradient_kernel, gradient, dict(far, BI=BI, BK=BK), {}))
-    for shape in ((kernels.NEAR, kernels.NEAR), (kernels.NEAR, kernels.FAR)):
-        shared.append(compile(kernels.toeplitz_kernel, dict(FP32, taps_ptr="*fp32"),
-                              dict(ROWS=shape[0], COLUMNS=shape[1], BP=16), {}))
-    for size in (16, 64, kernels.NEAR):
-        shared.append(compile(kernels.fold_kernel, dict(gradient, tiles_ptr="*fp32"),
-                              dict(LAGS=1, SIZE=size, BP=min(size, 32)), {}))
-    for transposed, silu, is_gradient in ((False, False, False), (True, False, False), (False, True, False), (False, True, True)):
-        shared.append(compile(kernels.depthwise_kernel, dict(BF16, taps_ptr="*fp32"), dict(
-            LENGTH=4, TRANSPOSED=transposed, SILU=silu, GRADIENT=is_gradient, BT=32, BC=128), {}))
-    shared.append(compile(kernels.depthwise_gradient_kernel, gradient, dict(BT=32, BC=128), {}))
-    state = dict(L=kernels.CHUNK, DP=128, WP=128)
-    for from_start in (False, True):
-        shared.append(compile(kernels.sent_kernel, STATE, dict(state, FROM_START=from_start), {}))
-    shared.append(compile(kernels.state_kernel, STATE, state, {}))
-    shared.append(compile(kernels.state_gradient_kernel, STATE, state, kernels.STATE_GRADIENT))
-    for cap, dtype, scale in ((0.0, "bf16", 1.0), (15.0, "bf16", 1.0), (15.0, "fp8e5", 32768.0)):
-        pointers = dict(logits_ptr="*bf16", gradient_ptr=f"*{dtype}", targets_ptr="*i64", losses_ptr="*fp32")
-        shared.append(compile(kernels.cross_entropy_kernel, pointers,
-                              dict(CAP=cap, GRADIENT=True, SCALE=scale, BV=kernels.SOFTMAX["BV"]),
-                              dict(num_warps=kernels.SOFTMAX["num_warps"])))
-    shared.append(compile(kernels.transpose_kernel, dict(x_ptr="*i8", y_ptr="*i8"), dict(BLOCK=128), dict(num_warps=8)))
-    print(f"at most {max(shared)} of {SHARED} bytes")
-    return int(max(shared) > SHARED)
+    arch = int(sys.argv[1])
+    limit, shared = (99 if arch in (86, 89) else 163) * 1024, []
+    for kernel, constants, options, pointers in launches(arch):
+        built = build(arch, kernel, constants, options, pointers)
+        ptx = built.asm["ptx"]
+        tensor_cores = ptx.count("wgmma.mma_async") + ptx.count("mma.sync")
+        shared.append(built.metadata.shared)
+        print(f"{kernel.__name__} {constants}: {shared[-1]} bytes of shared memory, tensor core "
+              f"instructions {tensor_cores}{resources(arch, ptx)}", flush=True)
+        assert tensor_cores or kernel in NO_PRODUCTS
+        # 16 bytes at a time, though vocab_size is odd
+        assert kernel is not softmax.cross_entropy_kernel or "ld.global.v4" in ptx
+    print(f"at most {max(shared)} of {limit} bytes")
+    return int(max(shared) > limit)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""Read training rows and validation tokens from .bin shards."""
+import glob
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.text_to_bin import InputError, read_bin, relative
+
+
+class TokenStream:
+    """All shards that match a pattern, as one memory-mapped sequence without beginning or end."""
+
+    def __init__(self, pattern: str, vocab_size: int, flag: str):
+        self.paths, self.vocab_size = sorted(glob.glob(pattern)), vocab_size
+        if not self.paths:
+            raise InputError(f"--{flag}: no shard matches {relative(pattern)} (data/shakespeare.py, "
+                             "data/cached_fineweb10B.py and data/text_to_bin.py make some)")
+        self.shards = [read_bin(path) for path in self.paths]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return (number of the shard, offset of the token in it)."""
+        position %= len(self)
+        shard = int(np.searchsorted(self.starts, position, side="right")) - 1
+        return shard, position - int(self.starts[shard])
+
+    def where(self, position: int) -> str:
+        shard, offset = self.locate(position)
+        return f"{self.paths[shard]}, token {offset}"
+
+    def read(self, position: int, count: int) -> Tensor:
+        """Return tokens position ... position + count - 1, int64, from the end to the beginning."""
+        parts, begin = [], position
+        while count > 0:
+            shard, offset = self.locate(begin)
+            parts.append(self.shards[shard][offset : offset + count].astype(np.int64))
+            begin, count = begin + len(parts[-1]), count - len(parts[-1])
+        tokens = np.concatenate(parts)
+        if tokens.max() >= self.vocab_size:
+            at = int((tokens >= self.vocab_size).argmax())
+            raise InputError(f"{self.where(position + at)}: token {tokens[at]}, "
+                             f"the vocabulary has {self.vocab_size}")
+        return torch.from_numpy(tokens)
+
+
+def to_device(tokens: Tensor, device: torch.device) -> Tensor:
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
+
+
+class TrainLoader:
+    """Endless micro-batches (B, T) of inputs and targets, read one ahead in a thread.
+
+    `position` counts the tokens dealt out before; it is a multiple of T. Rows go to micro-batches,
+    and these to ranks, in turn: any number of ranks sees the same tokens in a step. In the order
+    `stream` rows come as they stand. In the order `spread` they come from all over the stream, so
+    that neighbours in a batch are not of one document: steps of 0.618 of the stream keep them as far
+    apart as can be for a batch of any size, and meet each row once a pass.
+    """
+
+    def __init__(self, stream: TokenStream, B: int, T: int, position: int, rank: int, world: int,
+                 device, order: str = "stream"):
+        if len(stream) < world * B * T + 1:
+            raise InputError(
+                f"--input_bin holds {len(stream)} tokens, fewer than one micro-batch and its last "
+                f"target: {world * B * T + 1} (--batch_size {B} x --sequence_length {T} x {world} "
+                "ranks + 1)")
+        self.stream, self.B, self.T, self.device = stream, B, T, device
+        self.position, self.rank, self.stride = position, rank, world * B * T
+        self.rows = (len(stream) - 1) // T if order == "spread" else None  # in a pass
+        if self.rows:
+            self.step = next(n for n in range(round(0.618 * self.rows), 2 * self.rows)
+                             if math.gcd(n, self.rows) == 1)
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead = self.thread.submit(self.load, position)
+
+    def start(self, row: int) -> int:
+        """Return where in the stream a row begins, counted from the first one dealt out."""
+        return (row * self.step % self.rows if self.rows else row) * self.T
+
+    def where(self, position: int) -> str:
+        return self.stream.where(self.start(position // self.T))
+
+    def load(self, position: int) -> tuple[Tensor, Tensor]:
+        first = position // self.T
+        # all ranks' tokens, though only a part is used: so a bad one stops every rank alike
+        tokens = torch.stack([self.stream.read(self.start(row), self.T + 1)
+                              for row in range(first, first + self.stride // self.T)])
+        tokens = tokens[self.rank * self.B :][: self.B]
+        return tuple(to_device(part.contiguous(), self.device)
+                     for part in (tokens[:, :-1], tokens[:, 1:]))
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        batch = self.ahead.result()
+        self.position += self.stride
+        self.ahead = self.thread.submit(self.load, self.position)
+        return batch
+
+
+def count_val_tokens(wanted: int | None, val_stream: TokenStream) -> int:
+    """Return how many targets to evaluate: every token but the first can be one."""
+    most = len(val_stream) - 1
+    if most < 1:
+        raise InputError("--input_val_bin holds one token, validation needs two")
+    if wanted is not None and wanted > most:
+        raise InputError(f"--val_tokens must be <= {most}, the targets in --input_val_bin, "
+                         f"got {wanted}")
+    count = wanted or min(1_048_576, most)
+    for begin in range(0, count, 1 << 20):  # a bad token should not wait for the first validation
+        val_stream.read(begin, min(1 << 20, count + 1 - begin))
+    return count

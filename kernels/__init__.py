@@ -1,0 +1,95 @@
+"""Everything in Triton. Skip this when you read: plain PyTorch computes the same sums, only slower.
+
+    blocks.py         mathematics that the plain paths of afno.py use, too; no Triton
+    convolution.py    causal_conv and short_conv
+    state.py          state_scan
+    softmax.py        the softmax of the loss, a transpose
+    loss.py           linear_cross_entropy, and what fp8 is; imports without Triton
+    trials.py         every kernel against float64, before it is trusted
+
+This file imports without Triton. `usable` says whether a kernel may be used, and why.
+"""
+import functools
+
+import torch
+
+
+def installed() -> bool:
+    """Return whether Triton can be imported here."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def operators() -> set:
+    """Return the operators that recomputing should not run again; without Triton there are none."""
+    if not installed():
+        return set()
+    from kernels import convolution, state  # noqa: F401 (registers them)
+
+    return {torch.ops.afno.block_conv.default, torch.ops.afno.state_scan.default}
+
+
+@torch.compiler.assume_constant_result
+def usable(what: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Return whether kernels serve operands of this dtype on this device, and why, in one line.
+
+    what: convolution (causal_conv and short_conv), state, loss (its softmax), or fp8 (products of
+    the head and of Fp8Linear; dtype is the one that they replace). The first call for a device
+    tries the kernels there; the answer is kept.
+    """
+    return probe(what, device, dtype)
+
+
+@functools.cache
+def probe(what: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Return usable's answer, which is found here once."""
+    if what == "fp8":
+        return probe_fp8(device, dtype)
+    if missing := missing_condition(device, dtype):
+        return False, f"plain PyTorch: {missing}"
+    from kernels import trials
+
+    if fault := trials.find_fault(what, device, dtype, trials.BOUNDS[what]):
+        return False, f"plain PyTorch: Triton kernels do not work here: {fault}"
+    return True, f"Triton kernels on {torch.cuda.get_device_name(device)}, agree with float64"
+
+
+def missing_condition(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return what this device or dtype lacks for every kernel, or None."""
+    if device.type != "cuda":
+        return f"Triton kernels need a CUDA device, this is {device.type}"
+    if not installed():
+        return "Triton is not installed"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return (f"Triton kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} "
+                f"has {capability[0]}.{capability[1]}")
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"Triton kernels need half precision, this is {name_of(dtype)}"
+    return None
+
+
+def probe_fp8(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Return whether products in fp8 work here, and why."""
+    usual = f"{name_of(dtype)} products"
+    softmax, why = usable("loss", device, dtype)
+    if not softmax:
+        return False, f"{usual}: fp8 needs the Triton kernel of the loss, which is not used ({why})"
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        return False, (f"{usual}: fp8 needs compute capability 8.9, {name} has "
+                       f"{capability[0]}.{capability[1]}")
+    from kernels import trials
+
+    fault, off = trials.try_fp8(device, dtype)
+    if fault:
+        return False, f"{usual}: fp8 {fault}"
+    return True, (f"fp8 products on {name}, within {off:.1e} of float64; validation in "
+                  f"{name_of(dtype)}")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name without `torch.`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,292 @@
+"""The scan S_t = a_t S_(t-1) + k_t v_t^T, y_t = q_t S_t as Triton kernels, with gradients.
+
+`state_scan(q, k, v, log_a)` is bitwise causal. This file needs Triton; afno.py computes the same
+sums without. A row is cut into chunks of CHUNK = 64 tokens; a program works for one chunk of one
+head. Three steps make the output:
+
+    sent_kernel     sent_j, what the tokens of chunk j add to the state, as it is at the chunk's end
+    a product       state_i, the state where chunk i begins: the sum of remains[i, j] sent_j, j < i
+    state_kernel    y: attention without a softmax inside the chunk, and what state_i adds to it
+
+The matrix `remains` (blocks.chunks_remaining), where a_j is what chunk j leaves of a state:
+
+                  sent_0    sent_1    sent_2    sent_3
+      state_0       0         0         0         0
+      state_1       1         0         0         0
+      state_2      a_1        1         0         0
+      state_3    a_1 a_2     a_2        1         0
+
+Inside a chunk a token's share is masked by exact zeros for later tokens. The backward pass runs
+the same chain from the other end: dsent is the gradient of what was sent.
+
+What remains of a number from token s to token t is exp(log_a_(s+1) + ... + log_a_t). `since` and
+`until` are the sums, in fp32, from the chunk's beginning to each token, and from each token to the
+chunk's end.
+"""
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.blocks import chunks_remaining
+
+CHUNK = 64  # tokens
+
+
+def heads_dense(x: Tensor) -> Tensor:
+    """Return x (B, T, G, size), or a copy where heads are not side by side in memory."""
+    return x if x.stride()[2:] == (x.size(3), 1) else x.contiguous()
+
+
+def launch(kernel, q: Tensor, v: Tensor, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...],
+           **options):
+    """Run a program for every chunk of every head of every row.
+
+    The kernel is told the first two strides of what is in `strided`.
+    """
+    (B, T, G, D), W = q.shape, v.size(3)
+    DP, WP = (max(16, triton.next_power_of_2(size)) for size in (D, W))
+    strides = [stride for x in strided for stride in x.stride()[:2]]
+    kernel[triton.cdiv(T, CHUNK), G, B](
+        *pointers, T, *strides, D, W, L=CHUNK, DP=DP, WP=WP, **options)
+
+
+# -----------------------------------------------------------------------------
+# loads that the kernels share
+
+
+@triton.jit
+def load_heads(x_ptr, g, b, t, T, first, size, stride_b, stride_t, SIZE: tl.constexpr):
+    """x[b, t, g, first:] of x (B, T, G, size), heads side by side: (tokens, SIZE), zero beyond."""
+    d = first + tl.arange(0, SIZE)
+    x_ptr += b.to(tl.int64) * stride_b + g * size
+    return tl.load(x_ptr + t.to(tl.int64)[:, None] * stride_t + d[None, :],
+                   mask=(t < T)[:, None] & (d < size)[None, :], other=0.0)
+
+
+@triton.jit
+def state_places(x_ptr, ahead, first, D, W, DP: tl.constexpr, WP: tl.constexpr):
+    """Pointers (DP, WP), and which are valid, to the state `ahead` chunks after the program's own.
+
+    States are (B, G, chunks, D, W); columns from `first` on.
+    """
+    chunk = tl.program_id(0) + ahead
+    n = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    n = n * tl.num_programs(0) + chunk
+    d, w = tl.arange(0, DP), first + tl.arange(0, WP)
+    inside = (d < D)[:, None] & (w < tl.where(chunk < tl.num_programs(0), W, 0))[None, :]
+    return x_ptr + n * D * W + d[:, None] * W + w[None, :], inside
+
+
+@triton.jit
+def load_state(x_ptr, ahead, first, D, W, DP: tl.constexpr, WP: tl.constexpr):
+    """The numbers at state_places, zero beyond."""
+    places, inside = state_places(x_ptr, ahead, first, D, W, DP, WP)
+    return tl.load(places, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_log_a(log_a_ptr, g, b, t, T):
+    """(since, until): logarithms of what remains.
+
+    since: of the chunk's beginning at each token; until: of each token at the chunk's end.
+    """
+    place = (b.to(tl.int64) * T + t) * tl.num_programs(1) + g
+    log_a = tl.load(log_a_ptr + place, mask=t < T, other=0.0)
+    since = tl.cumsum(log_a, 0)
+    return since, tl.sum(log_a, 0) - since
+
+
+@triton.jit
+def remains_inside(since, t):
+    """What remains of token s at token t of the chunk, (t, s), exact zeros for s > t."""
+    between = since[:, None] - since[None, :]
+    return tl.exp(tl.where(t[:, None] >= t[None, :], between, -float("inf")))
+
+
+# -----------------------------------------------------------------------------
+# forward
+
+
+@triton.jit
+def sent_kernel(x_ptr, y_ptr, log_a_ptr, out_ptr, T, x_stride_b, x_stride_t, y_stride_b,
+                y_stride_t, D, W, FROM_START: tl.constexpr, L: tl.constexpr, DP: tl.constexpr,
+                WP: tl.constexpr):
+    """out[b, g, chunk] = sum over the chunk's tokens of decay x y^T.
+
+    decay is what remains of the token at the chunk's end; FROM_START: of the chunk's beginning at
+    the token. x: (B, T, G, D); y: (B, T, G, W); log_a: (B, T, G), fp32; out: (B, G, chunks, D, W).
+    """
+    g, b = tl.program_id(1), tl.program_id(2)
+    t = tl.program_id(0) * L + tl.arange(0, L)
+    since, until = load_log_a(log_a_ptr, g, b, t, T)
+    x = load_heads(x_ptr, g, b, t, T, 0, D, x_stride_b, x_stride_t, DP)
+    y = load_heads(y_ptr, g, b, t, T, 0, W, y_stride_b, y_stride_t, WP)
+    x = (x * tl.exp(since if FROM_START else until)[:, None]).to(y.dtype)
+    out = tl.dot(tl.trans(x), y, input_precision="ieee")
+    places, inside = state_places(out_ptr, 0, 0, D, W, DP, WP)
+    tl.store(places, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def remaining(log_a: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return chunks_remaining of log_a (B, T, G), (B, G, n, n)."""
+    n = triton.cdiv(log_a.size(1), CHUNK)
+    padded = F.pad(log_a, (0, 0, 0, n * CHUNK - log_a.size(1)))
+    return chunks_remaining(padded.unflatten(1, (n, CHUNK)).sum(2).mT).to(dtype)
+
+
+def chunk_states(x: Tensor, y: Tensor, log_a: Tensor, remains: Tensor, transposed: bool) -> Tensor:
+    """Return of k and v the states where chunks begin, (B, G, n, D, W), from what each chunk sends.
+
+    transposed: of q and dy, the gradient of what was sent, from the states'.
+    """
+    (B, T, G, D), W = x.shape, y.size(3)
+    sent = y.new_empty(B, G, triton.cdiv(T, CHUNK), D, W)
+    launch(sent_kernel, x, y, (x, y, log_a, sent), (x, y), FROM_START=transposed)
+    return ((remains.mT if transposed else remains) @ sent.flatten(3)).view_as(sent)
+
+
+@triton.jit
+def state_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, y_ptr, T, q_stride_b, q_stride_t,
+                 k_stride_b, k_stride_t, v_stride_b, v_stride_t, D, W, L: tl.constexpr,
+                 DP: tl.constexpr, WP: tl.constexpr):
+    """y_t = sum over s <= t of the chunk of remains[t, s] (q_t k_s) v_s + begin_t q_t state.
+
+    begin_t is what remains of the chunk's beginning.
+    state: (B, G, chunks, D, W), where chunks begin; y: (B, T, G, W).
+    """
+    g, b = tl.program_id(1), tl.program_id(2)
+    t = tl.program_id(0) * L + tl.arange(0, L)
+    since, _ = load_log_a(log_a_ptr, g, b, t, T)
+    q = load_heads(q_ptr, g, b, t, T, 0, D, q_stride_b, q_stride_t, DP)
+    k = load_heads(k_ptr, g, b, t, T, 0, D, k_stride_b, k_stride_t, DP)
+    v = load_heads(v_ptr, g, b, t, T, 0, W, v_stride_b, v_stride_t, WP)
+    state = load_state(state_ptr, 0, 0, D, W, DP, WP)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * remains_inside(since, t)
+    y = tl.dot(q, state, input_precision="ieee") * tl.exp(since)[:, None]
+    y = tl.dot(scores.to(v.dtype), v, y, input_precision="ieee")
+    w = tl.arange(0, WP)
+    y_ptr += ((b.to(tl.int64) * T + t) * tl.num_programs(1) + g)[:, None] * W + w[None, :]
+    tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None] & (w < W)[None, :])
+
+
+# -----------------------------------------------------------------------------
+# backward
+
+# Columns of values and states at a time, for sums and products to fit into registers and shared
+# memory
+VALUES = tl.constexpr(32)
+# Its sums and products would not fit into the registers of four warps; no second copy of what a
+# loop loads
+STATE_GRADIENT = dict(num_warps=8, num_stages=1)
+
+
+@triton.jit
+def state_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, dsent_ptr, dq_ptr,
+                          dk_ptr, dv_ptr, dlog_a_ptr, T, dy_stride_b, dy_stride_t, q_stride_b,
+                          q_stride_t, k_stride_b, k_stride_t, v_stride_b, v_stride_t, D, W,
+                          L: tl.constexpr, DP: tl.constexpr, WP: tl.constexpr):
+    """Gradients of q, k, v and log_a; dsent: (B, G, chunks, D, W).
+
+    That of the sum of log_a up to a token is q dq - k dk: the sum is in what the token reads with
+    this sign, in what it writes with the other. A token's own log_a is in the sums of all tokens
+    from it on: of its chunk's, and of the later ones', which all go through the state where the
+    next chunk begins, whose gradient is dsent.
+    """
+    g, b = tl.program_id(1), tl.program_id(2)
+    t = tl.program_id(0) * L + tl.arange(0, L)
+    since, until = load_log_a(log_a_ptr, g, b, t, T)
+    remains = remains_inside(since, t)
+    since, until = tl.exp(since)[:, None], tl.exp(until)[:, None]
+    place = (b.to(tl.int64) * T + t) * tl.num_programs(1) + g
+    dtype = dq_ptr.dtype.element_ty
+    WB: tl.constexpr = WP if WP < VALUES else VALUES
+    dscores = tl.zeros((L, L), tl.float32)
+    for first in range(0, WP, WB):
+        dy = load_heads(dy_ptr, g, b, t, T, first, W, dy_stride_b, dy_stride_t, WB)
+        v = load_heads(v_ptr, g, b, t, T, first, W, v_stride_b, v_stride_t, WB)
+        dscores = tl.dot(dy, tl.trans(v), dscores, input_precision="ieee")
+    dscores = (dscores * remains).to(dtype)
+    q = load_heads(q_ptr, g, b, t, T, 0, D, q_stride_b, q_stride_t, DP)
+    k = load_heads(k_ptr, g, b, t, T, 0, D, k_stride_b, k_stride_t, DP)
+    scores = (tl.dot(q, tl.trans(k), input_precision="ieee") * remains).to(dtype)
+    dq, dk = tl.zeros((L, DP), tl.float32), tl.zeros((L, DP), tl.float32)
+    later = tl.zeros((DP,), tl.float32)
+    for first in range(0, WP, WB):
+        dy = load_heads(dy_ptr, g, b, t, T, first, W, dy_stride_b, dy_stride_t, WB)
+        state = load_state(state_ptr, 0, first, D, W, DP, WB)
+        dq = tl.dot(dy, tl.trans(state), dq, input_precision="ieee")
+        v = load_heads(v_ptr, g, b, t, T, first, W, v_stride_b, v_stride_t, WB)
+        dsent = load_state(dsent_ptr, 0, first, D, W, DP, WB)
+        dk = tl.dot(v, tl.trans(dsent), dk, input_precision="ieee")
+        dv = tl.dot(k, dsent, input_precision="ieee") * until
+        dv = tl.dot(tl.trans(scores), dy, dv, input_precision="ieee")
+        w = first + tl.arange(0, WB)
+        inside = (t < T)[:, None] & (w < W)[None, :]
+        tl.store(dv_ptr + place[:, None] * W + w[None, :], dv.to(dtype), mask=inside)
+        next_state = load_state(state_ptr, 1, first, D, W, DP, WB)
+        later += tl.sum(next_state.to(tl.float32) * dsent.to(tl.float32), 1)
+    dq = tl.dot(dscores, k, dq * since, input_precision="ieee")
+    dk = tl.dot(tl.trans(dscores), q, dk * until, input_precision="ieee")
+    d = tl.arange(0, DP)
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    tl.store(dq_ptr + place[:, None] * D + d[None, :], dq.to(dtype), mask=inside)
+    tl.store(dk_ptr + place[:, None] * D + d[None, :], dk.to(dtype), mask=inside)
+    dlog_a = tl.sum(later, 0) + tl.cumsum(tl.sum(q * dq - k * dk, 1), 0, reverse=True)
+    tl.store(dlog_a_ptr + place, dlog_a, mask=t < T)
+
+
+# -----------------------------------------------------------------------------
+# the operator, opaque to torch.compile
+
+
+@torch.library.custom_op("afno::state_scan", mutates_args=())
+def state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
+    """Return y (B, T, G, W), contiguous, in v's dtype.
+
+    q, k: (B, T, G, D) and v: (B, T, G, W) in bf16, fp16 or fp32, any strides; log_a: (B, T, G) in
+    fp32, at most zero.
+    """
+    with torch.cuda.device_of(v):
+        (q, k, v), log_a = map(heads_dense, (q, k, v)), log_a.contiguous()
+        y = v.new_empty(v.shape)
+        state = chunk_states(k, v, log_a, remaining(log_a, v.dtype), transposed=False)
+        launch(state_kernel, q, v, (q, k, v, log_a, state, y), (q, k, v))
+        return y
+
+
+@state_scan.register_fake
+def _(q, k, v, log_a):
+    return v.new_empty(v.shape)
+
+
+@torch.library.custom_op("afno::state_scan_backward", mutates_args=())
+def state_scan_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor,
+                        log_a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v and log_a."""
+    with torch.cuda.device_of(v):
+        (dy, q, k, v), log_a = map(heads_dense, (dy, q, k, v)), log_a.contiguous()
+        remains = remaining(log_a, v.dtype)
+        state = chunk_states(k, v, log_a, remains, transposed=False)
+        dsent = chunk_states(q, dy, log_a, remains, transposed=True)
+        gradients = tuple(x.new_empty(x.shape) for x in (q, k, v, log_a))
+        launch(state_gradient_kernel, q, v, (dy, q, k, v, log_a, state, dsent, *gradients),
+               (dy, q, k, v), **STATE_GRADIENT)
+        return gradients
+
+
+@state_scan_backward.register_fake
+def _(dy, q, k, v, log_a):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, log_a))
+
+
+def save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def backward(ctx, dy):
+    return state_scan_backward(dy, *ctx.saved_tensors)
+
+
+state_scan.register_autograd(backward, setup_context=save_inputs)

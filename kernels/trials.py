@@ -1,0 +1,200 @@
+"""Every kernel is tried on its device before it is trusted: values and gradients, against float64.
+
+Compilers differ between machines and versions, and a wrong sum would train, only worse. The exact
+sums are written here a second time, on the CPU, by other means than the kernels and than afno.py's
+plain paths. This file needs Triton, except for try_fp8.
+"""
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Relative error that a kernel may have, and that fp8 products may have; rounding leaves a scale
+# alone.
+BOUNDS = dict(convolution=2e-2, state=2e-2, loss=1e-2)
+FP8_BOUND, FP8_SCALE_BOUND = 8e-2, 2e-2
+# Channels of a filter and of a head, as models have them (AFNO1D's)
+CHANNELS, HEAD = 64, 128
+
+
+def exact_conv(u: Tensor, taps: Tensor) -> Tensor:
+    """Return u (B, T, C) convolved with taps (G, K), by one FFT of 2 T points."""
+    T, width = u.size(1), u.size(2) // len(taps)
+    taps = taps[:, :T].repeat_interleave(width, 0)
+    spectrum = torch.fft.rfft(u.mT, 2 * T) * torch.fft.rfft(taps, 2 * T)
+    return torch.fft.irfft(spectrum, 2 * T)[..., :T].mT
+
+
+def exact_short_conv(x: Tensor, taps: Tensor, silu: bool) -> Tensor:
+    """Return x (B, T, C) convolved with taps (length, C), by shifts; silu: SiLU of that."""
+    T = x.size(1)
+    y = sum(tap * F.pad(x, (0, 0, lag, 0))[:, :T] for lag, tap in enumerate(taps))
+    return y / (1 + torch.exp(-y)) if silu else y
+
+
+def exact_state(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
+    """Return the state's output as one masked sum over all pairs of tokens, O(T^2)."""
+    T, total = v.size(1), log_a.cumsum(1)
+    past = torch.ones(T, T, dtype=torch.bool).tril()[..., None]
+    between = total[:, :, None] - total[:, None]  # (B, t, s, G)
+    remains = between.masked_fill(~past, -math.inf).exp()
+    return torch.einsum("btgd,bsgd,btsg,bsgw->btgw", q, k, remains, v)
+
+
+def exact_cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Return every row's cross-entropy of cap tanh(logits / cap); a cap of 0 is none."""
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """Return |got - exact| / |exact|."""
+    return ((got.detach().cpu().double() - exact.detach()).norm() / exact.detach().norm()).item()
+
+
+def with_gradients(run, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
+    """Return run(*inputs) and its gradients of all inputs, for dy from above."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    y = run(*inputs)
+    return [y, *torch.autograd.grad(y, inputs, dy)]
+
+
+class Trials:
+    """Try kernels on a device with random numbers; `bound`: what their relative error may be."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, bound: float):
+        self.device, self.dtype, self.bound = device, dtype, bound
+        self.generator = torch.Generator().manual_seed(0)
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def half(self, *shape: int) -> Tensor:
+        return self.random(*shape).to(self.dtype)
+
+    def compare(self, kernel, exact, what: str, **inputs: Tensor) -> str | None:
+        """Return in words what of the output and the gradients is off, or None."""
+        dy = self.half(*next(iter(inputs.values())).shape)
+        wanted = with_gradients(exact, [x.double() for x in inputs.values()], dy.double())
+        ours = [x.to(self.device) for x in inputs.values()]
+        got = with_gradients(kernel, ours, dy.to(self.device))
+        names = ("output", *(f"gradient of {name}" for name in inputs))
+        for name, *pair in zip(names, got, wanted):
+            if fault := self.check(f"{name} of {what}", *pair):
+                return fault
+        return None
+
+    def check(self, what: str, got: Tensor, wanted: Tensor) -> str | None:
+        off = relative_error(got, wanted)
+        return None if off < self.bound else f"{what} is {off:.1e} off, more than {self.bound:g}"
+
+    def convolution(self) -> str | None:
+        """Try the short convolution, a short and a long filter."""
+        from kernels import convolution
+
+        for silu in (False, True):
+            if fault := self.compare(lambda x, taps: convolution.short_conv(x, taps, silu),
+                                     lambda x, taps: exact_short_conv(x, taps, silu),
+                                     "the short convolution", x=self.half(2, 300, 32),
+                                     taps=self.random(4, 32)):
+                return fault
+        # two filters as wide as models have; 33 blocks: more than one tile of blocks to mix
+        far = convolution.FAR
+        for T, K in ((300, far - 5), (33 * far - 5, 33 * far)):
+            if fault := self.compare(convolution.causal_conv, exact_conv, f"{K} taps",
+                                     u=self.half(1, T, 2 * CHANNELS),
+                                     taps=self.random(2, K) / math.sqrt(K)):
+                return fault
+        return None
+
+    def state(self) -> str | None:
+        """Try the scan of states."""
+        from kernels import state
+
+        T = 5 * state.CHUNK - 5
+        q, k, v = (self.half(2, T, 2, HEAD) for _ in range(3))
+        log_a = -0.1 * self.random(2, T, 2).square()
+        return self.compare(state.state_scan, exact_state, "the state", q=q, k=k, v=v, log_a=log_a)
+
+    def loss(self) -> str | None:
+        """Try the softmax of the loss, with and without a soft cap, on logits with padding."""
+        from kernels import softmax
+
+        logits = (3 * self.random(4, 10_048)).to(self.dtype)
+        targets = torch.tensor([0, 5, 9_998, 9_999])
+        for cap in (0.0, 15.0):
+            exact = logits.double().requires_grad_()
+            losses = exact_cross_entropy(exact[:, :10_000], targets, cap)
+            wanted = losses, *torch.autograd.grad(losses.sum(), exact)
+            got = softmax.cross_entropy(logits.to(self.device, copy=True), targets.to(self.device),
+                                        10_000, True, cap)
+            for name, *pair in zip(("loss", "gradient"), got, wanted):
+                if fault := self.check(f"the {name} with a cap of {cap:g}", *pair):
+                    return fault
+        return None
+
+
+@contextlib.contextmanager
+def exactly(device: torch.device):
+    """Switch gradients on and autocast off for a trial, whatever is outside."""
+    with (torch.inference_mode(False), torch.enable_grad(),
+          torch.autocast(device.type, enabled=False), torch.autocast("cpu", enabled=False)):
+        yield
+
+
+def first_line(error: Exception) -> str:
+    """Return an exception's kind and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+def find_fault(what: str, device: torch.device, dtype: torch.dtype, bound: float) -> str | None:
+    """Return what is wrong with the kernels of convolution, state or loss here, or None."""
+    try:
+        with exactly(device):
+            return getattr(Trials(device, dtype, bound), what)()
+    except Exception as error:  # whatever a compiler, a driver or a launch may raise
+        return first_line(error)
+
+
+def try_fp8(device: torch.device, dtype: torch.dtype) -> tuple[str | None, float]:
+    """Return what is wrong with products in fp8 on this device, or None, and their largest error.
+
+    Tried are the head's loss and Fp8Linear, values and gradients.
+    """
+    from kernels.loss import Fp8Linear, linear_cross_entropy
+
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, 128, generator=generator) for rows in (64, 1000))
+    x, w = x * torch.rsqrt(x.square().mean(-1, keepdim=True)), 0.1 * w
+    targets = torch.randint(1000, (64,), generator=generator)
+    slope = 1e-3 / 64 * torch.randn(64, 992, generator=generator)
+
+    def exact(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        losses = exact_cross_entropy(x @ w.T, targets, 15.0)
+        return losses.mean(), losses, x @ w[:992].T
+
+    def ours(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, losses = linear_cross_entropy(x, w, targets.to(device), 15.0, fp8=True)
+        return mean, losses, Fp8Linear.apply(x, w[:992].float())  # weights are fp32, as in training
+
+    def results(run, *inputs: Tensor) -> list[Tensor]:
+        inputs = [z.requires_grad_() for z in inputs]
+        mean, losses, y = run(*inputs)
+        gradients = torch.autograd.grad(mean, inputs) + torch.autograd.grad(y, inputs, slope.to(y))
+        return [z.detach().cpu().double() for z in (losses, y, *gradients)]
+
+    try:
+        with exactly(device):
+            got = results(ours, *(z.to(device, dtype, copy=True) for z in (x, w)))
+            pairs = list(zip(got, results(exact, x.double(), w.double())))
+        # a maximum that is NaN if any is
+        off = torch.tensor([relative_error(a, b) for a, b in pairs]).max().item()
+        scales = torch.stack([((a - b) * b).sum().abs() / b.square().sum() for a, b in pairs])
+        scale = scales.max().item()
+    except Exception as error:  # whatever a library, a driver or a launch may raise
+        return f"does not work here: {first_line(error)}", math.nan
+    if not (off < FP8_BOUND and scale < FP8_SCALE_BOUND):
+        return f"is {off:.1e} off here, its scale {scale:.1e}", off
+    return None, off
