@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# bash run_afno.sh [fineweb|shakespeare|test] [flags...]
+# bash run_afno.sh [fineweb|shakespeare|baseline|test] [flags...]
 #
-#   fineweb      the production run on one 24 GB GPU: d12 hybrid, 1024 tokens a row, 1.26B tokens of FineWeb
+#   fineweb      the production run on one 24 GB GPU: the hybrid on 1.26B tokens of FineWeb
+#                (fineweb --mixer attn: the control, attention in every layer)
 #   shakespeare  a small model on Shakespeare's plays: minutes on a laptop, no GPU needed
-#   test         the test suite; flags go to pytest
+#   baseline     NoCap-Test's run: attention and its own recipe on 2.5B tokens of FineWeb
+#   test         the test suite; --fast leaves out the slow ones, other flags go to pytest
 #
-# Without a preset: fineweb where CUDA is, else shakespeare. Flags go to train_gpt2_afno.py and win over the preset's.
-# Each step says what it does: packages, data, causality gate, training.
+# Without a preset: fineweb where a GPU is, else shakespeare. What a preset is stands in PRESETS in
+# train_gpt2_afno.py; flags win over it. Steps: packages, data, causality gate, training.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 say() { echo "run_afno.sh: $*"; }
@@ -14,10 +16,10 @@ fail() { echo "error: run_afno.sh: $*" >&2; exit 2; }
 
 preset=""
 case "${1:-}" in
-  fineweb | shakespeare | test) preset=$1; shift ;;
-  -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+  fineweb | shakespeare | baseline | test) preset=$1; shift ;;
+  -h | --help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
   "" | -*) ;;
-  *) fail "unknown preset $1, choose fineweb, shakespeare or test" ;;
+  *) fail "unknown preset $1, choose fineweb, shakespeare, baseline or test" ;;
 esac
 
 # packages: a python that has torch keeps it and gets the rest; otherwise everything goes into .venv
@@ -56,12 +58,13 @@ packages=()
 while IFS= read -r package; do packages+=("$package"); done < <(missing)
 if [ ${#packages[@]} -gt 0 ]; then
   say "installing ${packages[*]}"
-  # a rented machine's system python may be marked as managed by its distribution; a virtual environment ignores this
+  # a rented machine's system python may be managed by its distribution; a venv ignores this
   PIP_BREAK_SYSTEM_PACKAGES=1 "$python" -m pip install --quiet --disable-pip-version-check "${packages[@]}"
 fi
 
 if [ "$preset" = test ]; then
   cd "$here"
+  if [ "${1:-}" = --fast ]; then shift; set -- -m "not slow" "$@"; fi
   exec "$python" -m pytest -q test_causality.py tests "$@"
 fi
 if [ -z "$preset" ]; then
@@ -75,31 +78,15 @@ if [ -z "$preset" ]; then
 fi
 
 case $preset in
-  fineweb)
-    data=("$here/data/cached_fineweb10B.py" 13)
-    launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=1)
-    # 32,768 tokens a micro-batch took some 15 GB on an H100; 262,144 a step; 4800 steps are 1.26B tokens, half of the
-    # baseline's, and the warmdown is half of them: for the arithmetic see "The fineweb preset" in
-    # experiments/benchmark_results.md. Rows of 1024, because the loss to reach was measured on such. 6 heads, of 128, are for
-    # d12: another --model wants its --n_head (3, of 256, were better on an H100; how fast they are on a 4090 is not known)
-    flags=(--input_bin "$here/data/fineweb10B/fineweb_train_*.bin" --input_val_bin "$here/data/fineweb10B/fineweb_val_*.bin"
-      --model d12 --mixer afno --attn_layers 5,10 --sequence_length 1024 --batch_size 32 --grad_accumulation_steps 8
-      --optimizer muon --learning_rate 0.0043 --num_iterations 4800 --row_order spread --warmdown_iters 2400
-      --final_lr_fraction 0.1 --embedding_norm 1 --logit_softcap 15 --embedding_residual 1 --residual_bf16 1
-      --n_head 6 --qk_norm 1 --attn_short_conv 4 --attn_gate 1 --half_rotary 1 --value_residual 1 --swiglu 1 --fp8_head 1
-      --fp8_mlp 1 --rest_lr 0.01 --momentum 0.9 --beta1 0.7 --beta2 0.98 --afno_silu 1 --afno_short_conv 1)
-    ;;
-  shakespeare)
-    data=("$here/data/shakespeare.py")
-    launch=("$python")
-    flags=(--input_bin "$here/data/shakespeare/train_*.bin" --input_val_bin "$here/data/shakespeare/val_*.bin"
-      --model d4 --mixer afno --sequence_length 256 --batch_size 8 --grad_accumulation_steps 1 --num_iterations 120
-      --val_loss_every 60 --save_every 60)
-    ;;
+  fineweb) data=(cached_fineweb10B.py 13) ;; # 1.3B tokens
+  baseline) data=(cached_fineweb10B.py 25) ;; # 2.5B tokens
+  shakespeare) data=(shakespeare.py) ;;
 esac
-say "data: ${data[*]#"$here"/}"
-"$python" "${data[@]}"
+say "data: data/${data[*]}"
+"$python" "$here/data/${data[0]}" "${data[@]:1}"
 say "causality gate"
-"$python" "$here/test_causality.py" "${flags[@]}" "$@"
+"$python" "$here/test_causality.py" --preset "$preset" "$@"
 say "training"
-exec "${launch[@]}" "$here/train_gpt2_afno.py" "${flags[@]}" "$@"
+launch=("$python")
+if [ "$preset" != shakespeare ]; then launch+=(-m torch.distributed.run --standalone --nproc_per_node=1); fi
+exec "${launch[@]}" "$here/train_gpt2_afno.py" --preset "$preset" "$@"

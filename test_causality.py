@@ -3,20 +3,20 @@
     python test_causality.py [the trainer's flags]    # --preset fineweb --mixer attn ...
     pytest test_causality.py                          # the same on a small model
 
-`check_causality(model, seq_len, vocab_size)` is the check itself. It needs torch alone and takes any
-model: `from test_causality import check_causality` in a project of your own. The trainer calls it at
-start, on the very graph, dtype and shape that trains.
+`check_causality(model, seq_len, vocab_size)` is the check itself. It needs torch alone and takes
+any model: `from test_causality import check_causality` in a project of your own. The trainer calls
+it at start, on the very graph, dtype and shape that trains.
 
 For every mixer (attention, AFNO and the hybrid), an even and an odd T, at initialisation and with
-moved weights, all tokens after a cut are exchanged. r = norm of what changes before the cut / norm of
-what changes at or after it. What must hold:
+moved weights, all tokens after a cut are exchanged. r = norm of what changes before the cut / norm
+of what changes at or after it. What must hold:
 
     float64             r <= 1e-10, also for gradients of output t towards embeddings after t
     the training dtype  r == 0: bit-identical prefixes. Nothing here passes a whole sequence through
                         one FFT, so no future value even enters the arithmetic of a past output.
 
-float64 runs on at most 1024 tokens (attention there needs memory for T x T), the training dtype on all
-of them, compiled where training is. Exit status: 0, 1 on a leak, 2 on bad flags.
+float64 runs on at most 1024 tokens (attention there needs memory for T x T), the training dtype on
+all of them, compiled where training is. Exit status: 0, 1 on a leak, 2 on bad flags.
 """
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ FLOAT64_BOUND, FLOAT64_TOKENS = 1e-10, 1024
 
 
 def random_tokens(shape: tuple[int, ...], vocab_size: int) -> torch.Tensor:
-    """Return tokens on the CPU, from a generator of their own: training's numbers stay as they are."""
+    """Return tokens on the CPU from a generator of their own, not from training's."""
     generator = torch.Generator().manual_seed(1234)
     return torch.randint(vocab_size, shape, generator=generator)
 
@@ -86,9 +86,9 @@ def check_causality(model, seq_len: int, vocab_size: int, tolerance: float = 0.0
                     device: torch.device | str = "cpu") -> list[Leak]:
     """Return the leaks of `model`, none if it is causal.
 
-    model: maps tokens (rows, seq_len), int64, to outputs (rows, seq_len, ...). tolerance: the largest
-    r that is no leak; 0 asks for bit-identical outputs. A model that passes whole sequences through an
-    FFT needs about 1e-5 in fp32.
+    model: maps tokens (rows, seq_len), int64, to outputs (rows, seq_len, ...). tolerance: the
+    largest r that is no leak; 0 asks for bit-identical outputs. A model that passes whole
+    sequences through an FFT needs about 1e-5 in fp32.
     """
     idx = random_tokens((1, seq_len), vocab_size).expand(rows, seq_len).to(device)
     leaks = []
@@ -143,7 +143,7 @@ def prefix_leaks(hidden, T: int, vocab_size: int, device) -> list[tuple[float, i
 
 
 def gradient_leaks(model, T: int, device) -> list[tuple[float, int]]:
-    """Return (norm of the gradients of output cut - 1 towards embeddings from `cut` on / before, cut)."""
+    """Return (r, cut): gradients of output cut - 1 towards embeddings from `cut` on / before it."""
     embeddings = []
     hook = model.transformer.wte.register_forward_hook(
         lambda module, inputs, output: embeddings.append(output))
@@ -247,13 +247,14 @@ def main(argv: list[str]) -> int:
 
 
 # -----------------------------------------------------------------------------
-# pytest test_causality.py (no pytest in here: the command runs where only the trainer's packages are)
+# pytest test_causality.py (no pytest in here: the command runs where only the trainer's packages
+# are)
 
 SMALL = dict(vocab_size=300, n_layer=3, n_head=2, n_embd=32, afno_num_blocks=4)
 
 
 def assert_causal(**options):
-    """Run the gate on a small model: lengths of one block of the convolution, several, and wider."""
+    """Run the gate on a small model, at lengths of one block of the convolution and of several."""
     from train_gpt2_afno import GPTConfig, Runtime, choose_device
 
     device = choose_device("auto")

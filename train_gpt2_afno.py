@@ -1,6 +1,6 @@
 """Train a GPT-2 whose tokens are mixed by a causal AFNO (afno.py), or by attention, the control.
 
-    python train_gpt2_afno.py                                # the best preset for this device and data
+    python train_gpt2_afno.py                                # the preset for this device
     python train_gpt2_afno.py --preset fineweb --mixer attn  # the control: same recipe, attention
     python train_gpt2_afno.py --preset baseline              # NoCap-Test's run, the clock to beat
     python train_gpt2_afno.py --output_dir runs/mine --resume auto
@@ -26,10 +26,9 @@ import sys
 import time
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass, fields, make_dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -75,13 +74,13 @@ class Kind:
 
 def integer(low: int, high: int = 10**12) -> Kind:
     accepts = lambda value: isinstance(value, int) and low <= value <= high
-    return Kind(int, accepts, f"an integer >= {low}" + f" and <= {high:,}", "N")
+    return Kind(int, accepts, f"an integer >= {low} and <= {high:,}", "N")
 
 
 def number(low: float, high: float, include_low: bool = True) -> Kind:
     accepts = lambda value: low <= value <= high and (include_low or value > low)
-    words = f"a number {'>=' if include_low else '>'} {low:g} and <= {high:g}"
-    return Kind(float, accepts, words, "X")
+    sign = ">=" if include_low else ">"
+    return Kind(float, accepts, f"a number {sign} {low:g} and <= {high:g}", "X")
 
 
 def one_of(*choices) -> Kind:
@@ -114,8 +113,7 @@ SHARES = Kind(
 # n_layer, n_embd; d12 to d48 are GPT-2's sizes, d1 and d4 are for CPUs
 MODELS = {"d1": (1, 128), "d4": (4, 128), "d12": (12, 768), "d24": (24, 1024), "d36": (36, 1280),
           "d48": (48, 1600)}
-# Filters have at most so many taps unless asked for: so a token costs the same at any length. Longer
-# ones made steps 1.05 to 1.3 times slower from T = 4096 on and hold 1e-5 of the energy at the start.
+# Filters have at most so many taps unless asked for, so a token costs the same at any length.
 MOST_TAPS = 1024
 
 
@@ -160,15 +158,15 @@ table("model",
       ("afno_filter_length", None, integer(1, 2**24), f"taps (the row's, at most {MOST_TAPS})"),
       ("afno_num_experts", 1, integer(1, 1000), "sets of weights of AFNO's MLP"),
       ("afno_routing", "frequency", one_of(*ROUTINGS), "what mixes experts; position is the lag"),
-      ("afno_short_conv", 4, integer(1, 1024), "taps of the convolution before the operator; 1: none"),
+      ("afno_short_conv", 4, integer(1, 1024), "taps of the short convolution; 1: none"),
       ("afno_silu", 0, SWITCH, "SiLU after the short convolution, except in form state"),
       ("position", "none", one_of("none", "learned", "sinusoidal", "fourier"),
-       "what is added to embeddings; attention has rotary anyway"),
+       "what embeddings get; attention has rotary anyway"),
       ("swiglu", 0, SWITCH, "MLPs of silu(W1 x) V x instead of gelu(W1 x)"),
       ("qk_norm", 0, SWITCH, "rmsnorm of each attention head's query and key"),
       ("attn_short_conv", 1, integer(1, 1024), "taps over query, key and value; 1: none"),
       ("attn_gate", 0, SWITCH, "multiply each attention head's output by a gate of the token"),
-      ("half_rotary", 0, SWITCH, "half of the rotary frequencies go from 1 to 1/1024, the rest are 0"),
+      ("half_rotary", 0, SWITCH, "half of the rotary frequencies are 0, the rest from 1 to 1/1024"),
       ("value_residual", 0, SWITCH, "add a gated share of the first mixer's value to each value"),
       ("embedding_norm", 0, SWITCH, "rmsnorm after embedding and position"),
       ("logit_softcap", 0.0, number(0, 1e6), "X: logits are X tanh(logits / X); 0: as they are"),
@@ -180,11 +178,11 @@ table("device",
       ("device", "auto", one_of("auto", "cuda", "cpu"), "auto: CUDA where there is any"),
       ("seed", 1337, integer(0, 2**63 - 1), "of initialisation and sampling; data order is fixed"))
 table("device",
-      ("dtype", None, one_of("bfloat16", "float32"), "of autocast (bfloat16 on CUDA, else float32)"),
+      ("dtype", None, one_of("bfloat16", "float32"), "of autocast (bfloat16 on CUDA, else 32)"),
       ("compile", None, SWITCH, "torch.compile, block by block (1 on CUDA, 0 on a CPU)"),
       ("fp8_head", 0, SWITCH, "fp8 products in the head while training, where the GPU has fp8"),
       ("fp8_mlp", 0, SWITCH, "fp8 in the MLPs' first product while training, likewise"),
-      ("recompute", 0, SWITCH, "keep products for backward and compute the rest again: less memory"),
+      ("recompute", 0, SWITCH, "keep products alone for backward, compute the rest again"),
       common=False)
 table("data and output",
       ("input_bin", None, TEXT, "training shards, a pattern (the preset's)"),
@@ -198,7 +196,7 @@ table("optimization",
       ("batch_size", 16, integer(1, 2**24), "rows of a micro-batch on one device"),
       ("grad_accumulation_steps", 32, integer(1, 2**24), "micro-batches a step, over all ranks"),
       ("num_iterations", 4768, integer(1), "steps"),
-      ("optimizer", "adamw", one_of("adamw", "muon"), "muon: for the blocks' projections alone"),
+      ("optimizer", "adamw", one_of("adamw", "muon"), "Muon is for the blocks' projections"),
       ("learning_rate", 0.0018, number(0, 1e3, False), "of AdamW and Muon alike"),
       ("weight_decay", 0.1, number(0, 1e3), "on all weights but places and factors"))
 table("optimization",
@@ -354,8 +352,8 @@ class CausalSelfAttention(nn.Module):
     """Mix tokens by attention; its methods are the contract of all mixers (afno.AFNO1D).
 
     With attn_short_conv > 1 query, key and value are convolved channel by channel with taps that
-    begin as the identity (So et al., 2021, "Primer"). With attn_gate Gates of the token multiply the
-    heads' outputs (Qiu et al., 2025, "Gated attention for large language models").
+    begin as the identity (So et al., 2021, "Primer"). With attn_gate Gates of the token multiply
+    the heads' outputs (Qiu et al., 2025, "Gated attention for large language models").
     """
 
     filters = None  # attention has no taps
@@ -391,7 +389,8 @@ class CausalSelfAttention(nn.Module):
              state: tuple | None, window: int) -> tuple[Tensor, tuple]:
         """Return mix() for one more token, (B, C), and the state for the next.
 
-        The state, None at first, has the last `window` keys and values, and the convolution's inputs.
+        The state, None at first, has the last `window` keys and values, and the convolution's
+        inputs.
         """
         inputs = None
         if self.short_conv is not None:
@@ -472,7 +471,8 @@ class Block(nn.Module):
     With embedding_residual the stream comes in as a x + b x0, where x0 is the embedding. With
     value_residual each mixer's value is its own plus c g v0 (Zhou et al., 2024, "Value residual
     learning"): v0 is the first mixer's value, g are Gates of what the mixer reads, one for
-    value_channels channels (Karpathy, 2025, nanochat). a, b and c are learned; they begin at 1, 0, 0.
+    value_channels channels (Karpathy, 2025, nanochat). a, b and c are learned; they begin at 1, 0,
+    0.
     """
 
     recompute = False  # compute what is cheap again in backward, instead of keeping it
@@ -533,8 +533,8 @@ class Block(nn.Module):
 class FourierGate(nn.Module):
     """Turn embeddings x, (B, T, C), into x * sigmoid(W2 g(t)) + W1 g(t).
 
-    g(t), (T, C): sines and cosines of position t at log-spaced frequencies. W1 g begins with the size
-    of embeddings, the gate near 1/2.
+    g(t), (T, C): sines and cosines of position t at log-spaced frequencies. W1 g begins with the
+    size of embeddings, the gate near 1/2.
     """
 
     def __init__(self, n_embd: int):
@@ -608,8 +608,8 @@ class GPT(nn.Module):
         """Raise InputError where T tokens are more than the model has positions for."""
         most = self.config.sequence_length
         if self.config.position == "learned" and T > most:
-            raise InputError(f"--position learned has a table of {most} positions, --sequence_length,"
-                             f" or prompt and --max_new_tokens, must not exceed it, got {T}")
+            raise InputError(f"--position learned has a table of {most} positions: "
+                             f"--sequence_length, or prompt and --max_new_tokens, is too long, {T}")
 
     def embed(self, idx: Tensor, start: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return embeddings (B, T, C) of tokens (B, T), and attention's rotary tables.
@@ -691,9 +691,9 @@ def evaluate(model: GPT, stream: TokenStream, val_tokens: int, B: int, T: int, r
              interrupted=lambda: False) -> Tensor | None:
     """Return the sums of the losses of the stream's first `val_tokens` targets, (T,), float64.
 
-    Every one of them counts, by its position in windows of T tokens. The last row and the last batch
-    are filled up with targets that do not count, so all batches have one shape. Returns None where
-    interrupted() says so, which it does to all ranks at once.
+    Every one of them counts, by its position in windows of T tokens. The last row and the last
+    batch are filled up with targets that do not count, so all batches have one shape. Returns None
+    where interrupted() says so, which it does to all ranks at once.
     """
     device = runtime.device
     total = torch.zeros(T, dtype=torch.float64, device=device)
@@ -734,9 +734,9 @@ def loss_by_position(total: Tensor, val_tokens: int) -> list[tuple[int, int, flo
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) over views of parameters; stacked projections go one by one.
 
-    torch.optim.Muon's updates (torch 2.8 has none), but all matrices of a shape are one batch: one by
-    one their products are too small to fill a GPU. lr is scaled by 0.2 sqrt(max(rows, columns)), so
-    that an update has AdamW's usual size (Moonshot AI, 2025).
+    torch.optim.Muon's updates (torch 2.8 has none), but all matrices of a shape are one batch: one
+    by one their products are too small to fill a GPU. lr is scaled by 0.2 sqrt(max(rows,
+    columns)), so that an update has AdamW's usual size (Moonshot AI, 2025).
     """
 
     def __init__(self, stacks: list[tuple[nn.Parameter, int]], lr: float, weight_decay: float,
@@ -796,10 +796,10 @@ PLACES = ("angle", "centre", "log_decay", "log_width", "embedding_mix", "value_m
 def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float,
                     rest_lr: float | None = None, betas: tuple[float, float] = (0.9, 0.95),
                     momentum: float = 0.95) -> list[torch.optim.Optimizer]:
-    """Return the optimizers. adamw: one AdamW, the baseline's. muon: Muon for the blocks' projections.
+    """Return the optimizers: adamw, one AdamW; muon, Muon for the blocks' projections and AdamW.
 
-    AdamW has the rest, AFNO's MLPs among them: many small matrices, to which Muon brings nothing. With
-    rest_lr what is neither Muon's nor an embedding has that learning rate. betas are AdamW's.
+    AdamW has the rest, AFNO's MLPs among them: many small matrices, to which Muon brings nothing.
+    With rest_lr what is neither Muon's nor an embedding has that learning rate. betas are AdamW's.
     """
     stacks = {}
     if name == "muon":
@@ -826,7 +826,7 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
 
 def learning_rate_factor(step: int, num_iterations: int, warmup_iters: int, warmdown_iters: int,
                          final: float = 0.0) -> float:
-    """Return the factor of the update that follows `step` updates: up to 1, constant, to `final`."""
+    """Return the factor of the update after `step` updates: up to 1, constant, down to `final`."""
     if step < warmup_iters:
         return (step + 1) / warmup_iters
     left = min(1.0, (num_iterations - step) / max(warmdown_iters, 1))
@@ -848,7 +848,8 @@ def length_at(phases: tuple[tuple[int, float], ...], step: int, num_iterations: 
 
 def length_phases(args, T: int, world: int) -> tuple[tuple[int, float], ...]:
     """Return length_at's phases; raise InputError where they and the batch do not fit."""
-    B, total, lengths = args.batch_size, args.grad_accumulation_steps, args.curriculum or ((T, 1.0),)
+    B, total = args.batch_size, args.grad_accumulation_steps
+    lengths = args.curriculum or ((T, 1.0),)
     product = f"(--batch_size {B} x --sequence_length {T})"
     if args.fp8_head and B * T % 16:
         raise InputError("--fp8_head: a micro-batch must be of a multiple of 16 tokens, "
@@ -948,23 +949,24 @@ GONE = dict(afno_gate=0, afno_relu="cartesian", mlp_ratio=4)
 
 
 def of_this_version(state: dict, path: Path) -> dict:
-    """Return the checkpoint in this version's names; raise InputError where it needs what is gone."""
-    for values, known in ((state["config"], {flag.name for flag in CONFIG_FLAGS}),
-                          (state["args"], DEFAULTS)):
-        if "mixer_scale" in values:  # a factor once, a switch now
-            scale = values.pop("mixer_scale")
-            baseline = (2 * state["config"]["n_layer"]) ** -0.5
-            values["depth_scale"] = int(scale == baseline or (scale is None and values["mixer"] == "attn"))
-            if scale not in (None, 1.0, baseline):
-                values["mixer_scale"] = scale
+    """Return the checkpoint in this version's names; raise InputError for flags that are gone."""
+    config = state["config"]
+    scale, baseline = config.get("mixer_scale"), (2 * config["n_layer"]) ** -0.5
+    fields = [flag.name for flag in CONFIG_FLAGS]
+    for values, known in ((config, fields), (state["args"], DEFAULTS)):
+        if scale in (1.0, baseline):  # a factor once, a switch now
+            values.pop("mixer_scale", None)
+            values["depth_scale"] = int(scale == baseline)
         for name, neutral in GONE.items():
-            if values.get(name, neutral) == neutral:
-                values.pop(name, None)
+            if values.get(name) == neutral:
+                del values[name]
         if gone := sorted(name for name in values if name not in known and values[name]):
             raise InputError(f"{relative(str(path))} is of another version of this trainer, which "
                              f"had {', '.join(gone)}: its train.log names that version")
+        for name in set(values) - set(known):
+            del values[name]
     try:
-        GPTConfig(**state["config"])
+        GPTConfig(**config)
     except InputError as error:  # a choice that is gone
         raise InputError(f"{relative(str(path))} is of another version of this trainer: "
                          f"{error}") from None
@@ -989,7 +991,8 @@ def record_source(folder: Path) -> list[str]:
 
     With git: the commit, and the diff to it where there is one. Without: the files themselves.
     """
-    files = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("kernels/*.py")) + sorted(ROOT.glob("data/*.py"))
+    files = [path for where in ("", "kernels/", "data/")
+             for path in sorted(ROOT.glob(f"{where}*.py"))]
     names = [str(path.relative_to(ROOT)) for path in files]
     git = ["git", "-C", str(ROOT)]
     try:
@@ -1009,7 +1012,7 @@ def record_source(folder: Path) -> list[str]:
 
 
 class RunLog:
-    """train.log (version of the source, command, all that is printed) and metrics.jsonl of a run."""
+    """Write train.log (the source's version, all that is printed) and metrics.jsonl of a run."""
 
     def __init__(self, folder: Path, resumed_step: int | None):
         self.folder, self.val_loss = folder, None  # of the resumed step, if it is in the metrics
@@ -1144,7 +1147,7 @@ def caught_signals():
 
 
 class Clock:
-    """Measure the seconds of steps: on a GPU by events among its work, which the host runs ahead of.
+    """Measure the seconds of steps; on a GPU by events, as the host runs ahead of it.
 
     `total` excludes compilation, validation and saving: restart() begins the next step after those.
     """
@@ -1188,8 +1191,8 @@ class Run:
         # updates done, tokens consumed
         self.step, self.position = (saved["step"], saved["position"]) if saved else (0, 0)
         if self.step > self.total_steps:
-            raise InputError(f"--num_iterations must be >= {self.step}, the step of the checkpoint, "
-                             f"got {self.total_steps}")
+            raise InputError(f"--num_iterations must be >= {self.step}, the step of the "
+                             f"checkpoint, got {self.total_steps}")
         self.open_data()  # before the model: what is wrong with data should not wait for it
         torch.manual_seed(args.seed)
         self.model = GPT(config).to(self.device)
@@ -1210,7 +1213,7 @@ class Run:
                       for optimizer in self.optimizers]  # at a factor of 1
         self.compile_time, self.past_wall, self.pending = 0.0, 0.0, None
         train_time = self.restore(saved) if saved else 0.0
-        self.choose_fp8()
+        self.fp8_choice = self.choose_fp8()
         self.clock = Clock(self.device, train_time)
         self.restore_progress(saved)
 
@@ -1228,8 +1231,8 @@ class Run:
             chosen = [{name: value for name, value in group.items() if name != "params"}
                       for group in optimizer.param_groups]
             if len(chosen) != len(state["param_groups"]):
-                raise InputError("--rest_lr makes groups of parameters: give it from the first step "
-                                 f"on, or never; {relative(str(self.folder))} began otherwise")
+                raise InputError("--rest_lr makes groups of parameters: give it from the first "
+                                 f"step on, or never; {relative(str(self.folder))} began otherwise")
             optimizer.load_state_dict(state)
             for group, values in zip(optimizer.param_groups, chosen):
                 group.update(values)  # the flags', not the checkpoint's
@@ -1250,17 +1253,15 @@ class Run:
         hit = any_rank(loss is not None and loss <= self.target)
         self.reached = self.clock.total if hit else None
 
-    def choose_fp8(self):
-        args, names = self.args, []
+    def choose_fp8(self) -> str | None:
+        """Turn fp8 on where it is asked for and works; return what to say of it, if anything."""
         fp8, why = usable("fp8", self.device, self.runtime.dtype)
-        if args.fp8_head:
-            self.model.lm_head.fp8 = fp8
-            names.append("the head")
-        if args.fp8_mlp:
-            for block in self.model.transformer.h:
-                block.mlp.fp8 = fp8
-            names.append("the MLPs' first layers")
-        self.fp8_choice = f"products of {' and of '.join(names)}: {why}" if names else None
+        self.model.lm_head.fp8 = fp8 and bool(self.args.fp8_head)
+        for block in self.model.transformer.h:
+            block.mlp.fp8 = fp8 and bool(self.args.fp8_mlp)
+        asked = (("the head", self.args.fp8_head), ("the MLPs' first layers", self.args.fp8_mlp))
+        names = " and of ".join(name for name, chosen in asked if chosen)
+        return f"products of {names}: {why}" if names else None
 
     def say(self, text: str):
         if self.runtime.rank == 0:
@@ -1276,7 +1277,7 @@ class Run:
         return self.runtime.any_rank(bool(self.signals))
 
     def describe(self):
-        """Say what will run: versions, model, kernels, data, steps, and flags that are not default."""
+        """Say what will run: versions, model, kernels, data, steps, flags that are not default."""
         args, config, device, dtype = self.args, self.config, self.device, self.runtime.dtype
         chip = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" \
             if device.type == "cuda" else "CPU"
@@ -1300,20 +1301,19 @@ class Run:
             self.say(self.fp8_choice)
         a_step = args.grad_accumulation_steps * self.tokens
         passes = (self.total_steps - self.step) * a_step / len(self.stream)
-        self.say(f"data: {relative(args.input_bin)}, {len(self.stream):,} tokens, {passes:.3g} passes "
-                 f"to come; validation: {relative(args.input_val_bin)}, {self.val_tokens:,} targets "
-                 f"of {len(self.val_stream) - 1:,}")
-        self.say(f"steps: {self.total_steps} of {a_step:,} tokens ({args.grad_accumulation_steps} x "
-                 f"{args.batch_size} x {self.T}), warmup {args.warmup_iters}, "
-                 f"warmdown {args.warmdown_iters}")
+        self.say(f"data: {relative(args.input_bin)}, {len(self.stream):,} tokens, {passes:.3g} "
+                 f"passes to come; validation: {relative(args.input_val_bin)}, "
+                 f"{self.val_tokens:,} targets of {len(self.val_stream) - 1:,}")
+        self.say(f"steps: {self.total_steps} of {a_step:,} tokens ({args.grad_accumulation_steps} "
+                 f"x {args.batch_size} x {self.T}), optimizer {args.optimizer}, learning rate "
+                 f"{args.learning_rate}, warmup {args.warmup_iters}, warmdown "
+                 f"{args.warmdown_iters}")
         changed = [f"{name} {value}" for name, value in sorted(vars(args).items())
                    if name in DEFAULTS and name not in NOT_KEPT + DATA_FLAGS
                    and value != DEFAULTS[name]]
         self.say(f"flags that differ from --help's defaults: {', '.join(changed) or 'none'}")
-        unused = dict(adamw=("momentum",), muon=())[args.optimizer]
-        for name in unused:
-            if getattr(args, name) != DEFAULTS[name]:
-                self.say(f"{name} {getattr(args, name)} does nothing: it is Muon's")
+        if args.optimizer == "adamw" and args.momentum != DEFAULTS["momentum"]:
+            self.say(f"momentum {args.momentum} is Muon's and does nothing here")
         self.say(f"device: {device.type}, {str(dtype).removeprefix('torch.')}, compile "
                  f"{int(self.runtime.compile)}; output: {relative(str(self.folder))}")
 
@@ -1602,29 +1602,21 @@ class Parser(argparse.ArgumentParser):
         raise InputError(re.sub(r"^argument ", "", message))
 
 
-def describe_presets() -> str:
-    """Return --help's text on presets, from PRESETS and the table's defaults."""
-    lines = ["presets (flags win over them; then --help's defaults hold):"]
-    for name, values in PRESETS.items():
-        shown = " ".join(f"--{flag} {show(value)}" for flag, value in values.items())
-        lines.append(f"  {name}: {shown}")
-    return "\n".join(lines)
-
-
 def show(value) -> str:
     """Return a value as it is typed on the command line."""
     if isinstance(value, tuple):
-        return ",".join(":".join(map(str, part)) if isinstance(part, tuple) else str(part)
-                        for part in value) or "none"
+        return ",".join(map(show, value)) or "none"
     return "none" if value is None else str(value)
 
 
 def parse_flags(argv: list[str]) -> dict:
     """Return the flags that were given, and no others: {name: value}. Raises InputError."""
     every = argv == ["--help", "all"]
+    presets = "\n".join(f"  {name}: " + " ".join(f"--{flag} {show(value)}"
+                        for flag, value in values.items()) for name, values in PRESETS.items())
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    epilog=f"{describe_presets()}\n\n--help all shows the other flags, too.")
+                    epilog=f"presets:\n{presets}\n\n--help all shows the other flags, too.")
     groups = {}
     for flag in FLAGS.values():
         if flag.group == "shape":
@@ -1700,7 +1692,7 @@ def find_checkpoint(flags: dict, say) -> tuple[dict, Path]:
 
 
 def merge_flags(flags: dict, device: torch.device, saved: dict | None, world: int, say):
-    """Return all flags: defaults < preset < checkpoint < command line, what is left out filled in."""
+    """Return all flags: defaults < preset < checkpoint < command line."""
     preset = {} if saved else choose_preset(flags, device, say)
     values = {**DEFAULTS, **preset, **(saved["args"] if saved else {}), **flags}
     cuda = device.type == "cuda"
@@ -1722,7 +1714,7 @@ def merge_flags(flags: dict, device: torch.device, saved: dict | None, world: in
 
 
 def config_of(flags: dict, args, saved: dict | None, folder: Path, only_read: bool) -> GPTConfig:
-    """Return the model's shape: the checkpoint's, which flags must not contradict, or the flags'."""
+    """Return the model's shape: the flags', or the checkpoint's, if flags agree with it."""
     if not saved:
         return GPTConfig(**model_fields(vars(args)))
     config = GPTConfig(**saved["config"])
@@ -1828,7 +1820,8 @@ def run(main_function) -> None:
     try:
         status = main_function(sys.argv[1:])
     except (InputError, Diverged) as error:
-        message, status = str(error) if first_rank else None, 2 if isinstance(error, InputError) else 1
+        message = str(error) if first_rank else None
+        status = 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:  # outside training, which saves first
         status = 130
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -1836,8 +1829,8 @@ def run(main_function) -> None:
         ran_out = any(text in str(error) for text in ("can't allocate memory", "out of memory"))
         if not (ran_out or isinstance(error, (torch.OutOfMemoryError, MemoryError))):
             raise
-        message = "out of memory: lower --batch_size (and raise --grad_accumulation_steps to match)," \
-            f" or --val_batch_size, --sequence_length or --model ({first_line(error)})"
+        message = "out of memory: lower --batch_size (and raise --grad_accumulation_steps to " \
+            f"match), or --val_batch_size, --sequence_length or --model ({first_line(error)})"
         status = 2
     if message:
         print(f"error: {message}", file=sys.stderr, flush=True)

@@ -16,8 +16,8 @@ class TokenStream:
     def __init__(self, pattern: str, vocab_size: int, flag: str):
         self.paths, self.vocab_size = sorted(glob.glob(pattern)), vocab_size
         if not self.paths:
-            raise InputError(f"--{flag}: no shard matches {relative(pattern)} (data/shakespeare.py, "
-                             "data/cached_fineweb10B.py and data/text_to_bin.py make some)")
+            raise InputError(f"--{flag}: no shard matches {relative(pattern)} (data/shakespeare.py,"
+                             " data/cached_fineweb10B.py and data/text_to_bin.py make some)")
         self.shards = [read_bin(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
 
@@ -59,8 +59,8 @@ class TrainLoader:
     `position` counts the tokens dealt out before; it is a multiple of T. Rows go to micro-batches,
     and these to ranks, in turn: any number of ranks sees the same tokens in a step. In the order
     `stream` rows come as they stand. In the order `spread` they come from all over the stream, so
-    that neighbours in a batch are not of one document: steps of 0.618 of the stream keep them as far
-    apart as can be for a batch of any size, and meet each row once a pass.
+    that neighbours in a batch are not of one document: steps of 0.618 of the stream keep them as
+    far apart as can be for a batch of any size, and meet each row once a pass.
     """
 
     def __init__(self, stream: TokenStream, B: int, T: int, position: int, rank: int, world: int,
