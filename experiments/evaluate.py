@@ -13,12 +13,20 @@ documents   a token is predicted from its own document alone, from token 50256 o
             longer than --rows is cut into pieces, none of which sees the one before. The target
             of a document's last token is the 50256 of the next one, and it counts
 
-Tables of the losses go to stdout and, with --out, to DIR/table.md; DIR/losses.npz keeps the losses
-as float16 under LABEL/stream and LABEL/documents, where place i is the target i + 1 of the text.
-What stands there for the same file, text, tokens and rows is not computed again. A standard error
-is that of the mean over rows or documents: it holds the text's noise, not that of training.
+Losses are also told apart by position, by whether a document ended before in the row, and by the
+longest earlier match of the tokens up to the target: a hit is where the token after the most recent
+match is the right next one. --filters adds the lengths, rank and movement of AFNO's filters, and
+the loss without the taps beyond some lags.
+
+The tables go to stdout and, with --out, to DIR/table.md. DIR/losses.npz keeps the losses as float16
+under LABEL/stream and LABEL/documents, where place i is the target i + 1 of the text, and taps
+under LABEL/taps and LABEL/initial taps. LABEL is folder@step. What stands there for the same file,
+text, tokens and rows is not computed again. A standard error is that of the mean over rows or
+documents: it holds the text's noise, not that of training.
 """
 import argparse
+import contextlib
+import functools
 import json
 import math
 import os
@@ -40,6 +48,12 @@ from data.text_to_bin import END_OF_TEXT, ROOT, InputError, relative  # noqa: E4
 MEASURES = ("stream", "documents")
 UNITS = dict(stream="rows", documents="documents")  # over which errors are taken
 SHORTEST = 64  # tokens: shorter pieces are padded to it
+CUTS = (32, 128, 512)  # the last lags that are kept
+FIGURES = {  # of filters, and how they are written
+    "lags to 50%": "{:.1f}", "lags to 99%": "{:.1f}",
+    **{f"energy beyond {last}": "{:.2%}" for last in CUTS},
+    "rank": "{:.2f}", "correlation": "{:.3f}", "moved": "{:.2f}", "cosine to initial": "{:.3f}"}
+MATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # where groups of matches begin
 BATCH_TOKENS = dict(cuda=65536, cpu=8192)
 
 
@@ -58,6 +72,10 @@ class Pieces:
     def spread(self, values: np.ndarray) -> np.ndarray:
         """Return a value for each of the N inputs, (N,), from one for each piece."""
         return np.repeat(values, self.length)
+
+    def units(self) -> np.ndarray:
+        """Return the number of the row or document that each of the N inputs is of."""
+        return self.spread(self.unit)
 
 
 def cut_rows(count: int, T: int) -> Pieces:
@@ -111,6 +129,68 @@ def losses_of(model: trainer.GPT, tokens: np.ndarray, pieces: Pieces, T: int,
     return losses
 
 
+# -----------------------------------------------------------------------------
+# groups of targets
+
+
+def longest_matches(tokens: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the longest earlier match of the tokens up to each input, and whether it is a hit.
+
+    tokens: (N + 1,). start: (N,), where the row of each input begins. The match of input i is the
+    largest m so that the tokens i - m + 1 ... i also end at an earlier j of the row; a hit is where
+    the token after the most recent such j is the right next one, that of i + 1. Returns (N,) of
+    int, 0 where token i is new in its row, and of bool.
+
+    Length by length: `inputs` are those whose last m tokens occur more than once in their row, and
+    inputs with equal ones have equal `name`s. Costs the sum of all matches, times a logarithm.
+    """
+    count = len(start)
+    match, last = np.zeros(count, np.int32), np.zeros(count, np.int64)
+    name = np.full(count, -1)  # of the last m tokens, -1 where they occur once
+    words = int(tokens.max()) + 1
+    inputs, keys, m = np.arange(count), start * words + tokens[:count], 0
+    while len(inputs):
+        order = np.argsort(keys, kind="stable")  # equal ones stay in the text's order
+        keys, sorted_inputs = keys[order], inputs[order]
+        same = keys[1:] == keys[:-1]
+        m += 1
+        found = sorted_inputs[1:][same]
+        match[found], last[found] = m, sorted_inputs[:-1][same]
+        often = np.append(same, False) | np.insert(same, 0, False)
+        repeated = np.sort(sorted_inputs[often])
+        name[sorted_inputs[often]] = np.insert(~same, 0, False).cumsum()[often]
+        inputs = repeated[repeated - start[repeated] >= m]
+        inputs = inputs[name[inputs - 1] >= 0]
+        keys = name[inputs - 1] * words + tokens[inputs]
+        name[repeated] = -1
+    return match, (match > 0) & (tokens[last + 1] == tokens[1 : count + 1])
+
+
+def groups_of(text: "Text", measure: str) -> dict[str, dict[str, np.ndarray]]:
+    """Return {what it is by: {group: mask (N,)}} of a measure's targets, without empty groups."""
+    pieces, T = text.pieces[measure], text.T
+    start, inputs = pieces.spread(pieces.start), np.arange(text.count)
+    place = inputs - start
+    bounds = [0] + [64 << i for i in range(T.bit_length()) if 64 << i < T] + [T]
+    context = dict(stream="row", documents="piece")[measure]
+    groups = {f"position in its {context}": {f"{low}-{high - 1}": (place >= low) & (place < high)
+                           for low, high in zip(bounds, bounds[1:])}}
+    if measure == "stream":
+        after = text.after_an_end()
+        groups["a document's end before it in its row"] = dict(no=~after, yes=after)
+    match, hit = longest_matches(text.tokens, start)
+    matches = {"0": match == 0}
+    for low, high in zip(MATCHES, [*MATCHES[1:], math.inf]):
+        size = f"{low}-{high - 1}" if high > low + 1 else f"{low}"
+        these = (match >= low) & (match < high)
+        matches |= {f"{size if high < math.inf else f'>= {low}'}, {word}": these & right
+                    for word, right in (("miss", ~hit), ("hit", hit))}
+    matches |= {"all misses": (match > 0) & ~hit, "all hits": hit}
+    groups[f"longest earlier match in its {context}"] = matches
+    return {by: {name: mask for name, mask in masks.items() if mask.any()}
+            for by, masks in groups.items()}
+
+
 def mean_and_error(values: np.ndarray, unit: np.ndarray) -> tuple[float, float]:
     """Return the mean of values (n,) and its standard error over units (n,), nan for a single one.
 
@@ -153,6 +233,12 @@ class Checkpoint:
         """Return what a result depends on: the file and whatever else is named."""
         return [relative(str(self.path.absolute())), self.path.stat().st_mtime_ns, *more]
 
+    def layers_with_taps(self) -> list[int]:
+        """Return the numbers of the AFNO layers that are made of filters."""
+        config = self.config
+        return [layer for layer in range(config.n_layer) if config.mixer_of(layer) == "afno"
+                and config.afno_arguments(layer)["form"] in ("filter", "hilbert")]
+
     def initial(self) -> trainer.GPT:
         """Return the model before its first step, as the trainer makes it."""
         torch.manual_seed(self.state["args"]["seed"])
@@ -193,7 +279,6 @@ class Results:
         self.arrays |= {where: values.astype(np.float16) for where, values in arrays.items()}
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         with open(part, "wb") as file:
             np.savez_compressed(file, index=json.dumps(self.index), **self.arrays)
@@ -213,6 +298,12 @@ class Text:
     def count(self) -> int:
         """Return the number of targets."""
         return len(self.tokens) - 1
+
+    def after_an_end(self) -> np.ndarray:
+        """Return whether a target's row holds an earlier document's tokens before it, (N,)."""
+        pieces = self.pieces["stream"]
+        begins = np.where(self.tokens[:-1] == END_OF_TEXT, np.arange(self.count), -1)
+        return np.maximum.accumulate(begins) > pieces.spread(pieces.start)
 
 
 def read_text(args, checkpoints: list[Checkpoint]) -> Text:
@@ -240,19 +331,90 @@ def read_text(args, checkpoints: list[Checkpoint]) -> Text:
 
 def compute(checkpoint: Checkpoint, text: Text, args, runtime: trainer.Runtime, results: Results):
     """Put a checkpoint's missing results into `results`."""
-    asked = (text.name, text.count, text.T, str(runtime.dtype))
-    key, model = checkpoint.key(*asked), None
+    key = checkpoint.key(text.name, text.count, text.T, str(runtime.dtype))
+    batch_tokens, label = args.batch_tokens or BATCH_TOKENS[runtime.device.type], checkpoint.label
+    model = functools.cache(lambda: checkpoint.model(runtime))  # made where it is needed
+
+    def losses(measure: str) -> np.ndarray:
+        return losses_of(model(), text.tokens, text.pieces[measure], text.T, runtime, batch_tokens)
+
     for measure in MEASURES:
-        name = f"{checkpoint.label}/{measure}"
-        if results.stands(name, key):
-            continue
-        model = model or checkpoint.model(runtime)
-        begin = time.perf_counter()
-        losses = losses_of(model, text.tokens, text.pieces[measure], text.T, runtime,
-                           args.batch_tokens or BATCH_TOKENS[runtime.device.type])
-        results.put(name, key, {name: losses}, mean=float(losses.mean(dtype=np.float64)))
-        print(f"{name}: {results.index[name]['mean']:.4f}, "
-              f"{time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+        name = f"{label}/{measure}"
+        if not results.stands(name, key):
+            with reported(name):
+                found = losses(measure)
+                results.put(name, key, {name: found}, mean=float(found.mean(dtype=np.float64)))
+    if not args.filters:
+        return
+    name = f"{label}/taps"
+    if not results.stands(name, checkpoint.key()):
+        initial, final = taps_of(checkpoint.initial()), taps_of(model())
+        found = {} if final is None else {name: final, f"{label}/initial taps": initial}
+        results.put(name, checkpoint.key(), found)
+    if name not in results.arrays:
+        return
+    whole, unit = results.arrays[f"{label}/stream"], text.pieces["stream"].units()
+    for last in CUTS:
+        cut = f"{label}/stream, lags 0-{last}"
+        if last + 1 < results.arrays[name].shape[-1] and not results.stands(cut, key):
+            with reported(cut), cut_taps(model(), last):
+                difference, error = mean_and_error(losses("stream") - whole, unit)
+                results.put(cut, key, {}, difference=difference, error=error)
+
+
+@contextlib.contextmanager
+def reported(name: str):
+    """Say on stderr how long the block took."""
+    begin = time.perf_counter()
+    yield
+    print(f"{name}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+
+
+# -----------------------------------------------------------------------------
+# filters
+
+
+@torch.no_grad()
+def taps_of(model: trainer.GPT) -> np.ndarray | None:
+    """Return the taps of all layers that have some, (layers, filters, lags) float32, or None."""
+    taps = list(model.taps().values())
+    return torch.stack(taps).float().cpu().numpy() if taps else None
+
+
+@contextlib.contextmanager
+def cut_taps(model: trainer.GPT, last: int):
+    """Set all taps beyond lag `last` to zero inside of the block."""
+    with torch.no_grad():
+        taps = {layer: torch.where(torch.arange(part.size(1), device=part.device) <= last, part, 0)
+                for layer, part in model.taps().items()}
+    model.taps = lambda: taps
+    try:
+        yield
+    finally:
+        del model.taps  # what stays is the method
+
+
+def filter_figures(taps: np.ndarray, initial: np.ndarray) -> list[float]:
+    """Return a layer's figures, in the order of FIGURES, of taps (filters, lags).
+
+    All but the last two are of filters scaled to the same energy. A filter's length is the lag up
+    to which it has a share of its energy, then the mean is taken. The rank is the exponential of
+    the entropy of the squared singular values' shares. The last two compare all taps together.
+    """
+    taps, initial = taps.astype(np.float64), initial.astype(np.float64)
+    unit = taps / np.maximum(np.linalg.norm(taps, axis=1, keepdims=True), 1e-30)
+    reached = np.cumsum(unit**2, 1)
+    lengths = [float((reached < share).sum(1).mean()) for share in (0.5, 0.99)]
+    beyond = [float((unit[:, last + 1 :] ** 2).sum(1).mean()) for last in CUTS]
+    shares = np.linalg.svd(unit, compute_uv=False) ** 2
+    shares = shares[shares > 0] / shares.sum()
+    rank = math.exp(-(shares * np.log(shares)).sum())
+    number = len(unit)
+    pairs = np.abs(unit @ unit.T)[~np.eye(number, dtype=bool)]
+    before, after = np.linalg.norm(initial), np.linalg.norm(taps)
+    return [*lengths, *beyond, rank, float(pairs.mean()) if number > 1 else math.nan,
+            float(np.linalg.norm(taps - initial) / before),
+            float((taps * initial).sum() / (before * after))]
 
 
 # -----------------------------------------------------------------------------
@@ -269,32 +431,105 @@ def markdown(header: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
 
 
+def difference(name: str, first: str, results: Results) -> np.ndarray:
+    """Return what one checkpoint's losses are above another's, (N,) float32."""
+    return results.arrays[name].astype(np.float32) - results.arrays[first].astype(np.float32)
+
+
 def table_of_means(labels: list[str], text: Text, results: Results) -> str:
     """Return the mean losses by both measures, with differences to the first checkpoint."""
-    rows = []
-    for label in labels:
-        row = [label]
-        for measure in MEASURES:
-            name, unit = f"{label}/{measure}", text.pieces[measure].spread(
-                text.pieces[measure].unit)
-            row.append(results.index[name]["mean"])
-            if len(labels) > 1:
-                difference = results.arrays[name].astype(np.float32) - results.arrays[
-                    f"{labels[0]}/{measure}"].astype(np.float32)
-                row += ["", ""] if label == labels[0] else mean_and_error(difference, unit)
-        rows.append(row)
-    header = ["checkpoint"]
+    header, rows = ["checkpoint"], [[label] for label in labels]
     for measure in MEASURES:
         header += [measure, *[f"less {labels[0]}", "+-"] * (len(labels) > 1)]
+        for label, row in zip(labels, rows):
+            row.append(results.index[f"{label}/{measure}"]["mean"])
+            if label != labels[0]:
+                above = difference(f"{label}/{measure}", f"{labels[0]}/{measure}", results)
+                row += mean_and_error(above, text.pieces[measure].units())
+            elif len(labels) > 1:
+                row += ["", ""]
     return markdown(header, rows)
 
 
-def report(labels: list[str], text: Text, results: Results) -> str:
+def table_of_contexts(labels: list[str], text: Text, results: Results) -> str:
+    """Return what a model loses or gains when it sees a target's own document alone."""
+    after, unit = text.after_an_end(), text.pieces["documents"].units()
+    masks = {"all": np.full(text.count, True), "no end before": ~after, "an end before": after}
+    masks = {name: mask for name, mask in masks.items() if mask.any()}
+    header, rows = ["documents less stream"], []
+    for name in masks:
+        header += [name, "+-"]
+    for label in labels:
+        above = difference(f"{label}/documents", f"{label}/stream", results)
+        rows.append([label])
+        for mask in masks.values():
+            rows[-1] += mean_and_error(above[mask], unit[mask])
+    return markdown(header, rows)
+
+
+def tables_of_groups(labels: list[str], text: Text, results: Results, measure: str) -> str:
+    """Return a measure's losses by group: the first checkpoint's, then the others' above it.
+
+    What a group adds to the whole difference is its share times its own.
+    """
+    first, unit = f"{labels[0]}/{measure}", text.pieces[measure].units()
+    losses = results.arrays[first].astype(np.float64)
+    above = [difference(f"{label}/{measure}", first, results) for label in labels[1:]]
+    tables = []
+    for by, masks in groups_of(text, measure).items():
+        header, rows = [by, "share", labels[0]], []
+        for label in labels[1:]:
+            header += [f"{label} less {labels[0]}", "+-", "adds"]
+        for group, mask in masks.items():
+            share = mask.mean()
+            rows.append([group, f"{share:.1%}", losses[mask].mean()])
+            for values in above:
+                mean, error = mean_and_error(values[mask], unit[mask])
+                rows[-1] += [mean, error, mean * share]
+        tables.append(markdown(header, rows))
+    return f"## {measure}, by group\n\n" + "\n\n".join(tables)
+
+
+def tables_of_filters(checkpoints: list[Checkpoint], results: Results) -> str:
+    """Return figures of every layer's filters, and what the loss gains when taps are cut."""
+    page, cuts = ["## filters"], []
+    for checkpoint in checkpoints:
+        label = checkpoint.label
+        if f"{label}/taps" not in results.arrays:
+            page.append(f"{label}: no taps.")
+            continue
+        final, initial = (results.arrays[f"{label}/{name}"] for name in ("taps", "initial taps"))
+        layers = checkpoint.layers_with_taps()
+        figures = [filter_figures(*pair) for pair in zip(final, initial)]
+        names = [*layers, "mean", "mean, initial"]
+        before = [filter_figures(taps, taps) for taps in initial]
+        figures += [np.mean(figures, 0), np.mean(before, 0)]
+        rows = [[name, *map(str.format, FIGURES.values(), row)]
+                for name, row in zip(names, figures)]
+        page.append(markdown([f"{label}, layer", *FIGURES], rows))
+        found = [results.index.get(f"{label}/stream, lags 0-{last}", {}) for last in CUTS]
+        cuts.append([label, results.index[f"{label}/stream"]["mean"]])
+        for cut in found:
+            cuts[-1] += [cut.get("difference", ""), cut.get("error", "")]
+    if cuts:
+        header = ["stream loss when taps are cut", "whole"]
+        for last in CUTS:
+            header += [f"lags 0-{last}, less whole", "+-"]
+        page.append(markdown(header, cuts))
+    return "\n\n".join(page)
+
+
+def report(checkpoints: list[Checkpoint], text: Text, results: Results, filters: bool) -> str:
     """Return all tables as Markdown."""
+    labels = [checkpoint.label for checkpoint in checkpoints]
     documents = int(text.pieces["documents"].unit[-1]) + 1
     head = (f"{text.count:,} targets of {text.name}, {documents:,} documents, rows of {text.T:,} "
-            f"tokens; +- is the standard error over rows (stream) or documents.")
-    return f"{head}\n\n{table_of_means(labels, text, results)}\n"
+            "tokens. +- is the standard error over rows (stream) or documents.")
+    parts = [head, table_of_means(labels, text, results), table_of_contexts(labels, text, results)]
+    parts += [tables_of_groups(labels, text, results, measure) for measure in MEASURES]
+    if filters:
+        parts.append(tables_of_filters(checkpoints, results))
+    return "\n\n".join(parts)
 
 
 # -----------------------------------------------------------------------------
@@ -311,6 +546,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=positive, metavar="N", help="targets [at most 1,048,576]")
     parser.add_argument("--rows", type=positive, metavar="T", help="tokens a row [as trained]")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for what is found")
+    parser.add_argument("--filters", action="store_true", help="look at AFNO's filters, too")
     parser.add_argument("--device", type=trainer.one_of("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--compile", type=trainer.SWITCH, default=0, help="as the trainer does")
     parser.add_argument("--batch_tokens", type=positive, help="tokens a batch [65536, CPU: 8192]")
@@ -327,13 +563,17 @@ def main(argv: list[str]) -> int:
     labels = [checkpoint.label for checkpoint in checkpoints]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise InputError(f"CHECKPOINT: two are called {twice[0]}, after folder and step")
+    if args.out is not None:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {args.out}: {error.strerror}") from None
     text, results = read_text(args, checkpoints), Results(args.out)
     for checkpoint in checkpoints:
         compute(checkpoint, text, args, runtime, results)
-    page = report(labels, text, results)
+    page = report(checkpoints, text, results, args.filters)
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "table.md").write_text(page, encoding="utf-8")
+        (args.out / "table.md").write_text(page + "\n", encoding="utf-8")
     print(page)
     return 0
 

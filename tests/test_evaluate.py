@@ -7,14 +7,23 @@ import torch
 
 import train_gpt2_afno as trainer
 from data.loader import TokenStream
-from data.text_to_bin import END_OF_TEXT, InputError, ShardWriter
+from data.text_to_bin import InputError, ShardWriter
 from experiments import evaluate
-from experiments.evaluate import cut_documents, cut_rows, losses_of, main, mean_and_error
+from experiments.evaluate import (CUTS, FIGURES, Text, cut_documents, cut_rows, cut_taps,
+                                  filter_figures, groups_of, longest_matches, losses_of, main,
+                                  mean_and_error, taps_of)
 from train_gpt2_afno import GPT, GPTConfig, Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32, compile=False)
-SHAPE = dict(n_layer=2, n_embd=16, n_head=2, sequence_length=96, afno_num_blocks=2,
-             attn_layers=(1,), embedding_norm=1, value_residual=1, afno_filter_length=64)
+END_OF_TEXT = 49  # of a small vocabulary, for time
+SHAPE = dict(vocab_size=50, n_layer=2, n_embd=16, n_head=2, sequence_length=96,
+             afno_num_blocks=2, attn_layers=(1,), embedding_norm=1, value_residual=1,
+             afno_filter_length=64)
+
+
+@pytest.fixture(autouse=True)
+def small_vocabulary(monkeypatch):
+    monkeypatch.setattr(evaluate, "END_OF_TEXT", END_OF_TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,7 @@ def write_checkpoint(folder, model: GPT, pattern: str, step: int = 7, seed: int 
 
 @pytest.mark.parametrize("count, T", ((900, 96), (192, 96), (50, 96), (900, 70)))
 def test_stream_is_the_trainers_validation(model, tokens, tmp_path, count, T):
-    stream = TokenStream(write_text(tmp_path, tokens), 50257, "bin")
+    stream = TokenStream(write_text(tmp_path, tokens), 50, "bin")
     losses = losses_of(model, tokens[: count + 1], cut_rows(count, T), T, CPU, 300)
     total = trainer.evaluate(model, stream, count, 3, T, CPU)
     assert len(losses) == count
@@ -76,7 +85,7 @@ def test_documents_see_only_themselves(model, tokens):
     for i in range(count):
         if tokens[i] == END_OF_TEXT or i - start == T:
             start = i
-        if i % 7 == 0 or tokens[i + 1] == END_OF_TEXT:  # a part of them, for time
+        if i % 17 == 0 or tokens[i + 1] == END_OF_TEXT:  # a part of them, for time
             alone, target = torch.from_numpy(tokens[start : i + 1]), torch.tensor(tokens[i + 1])
             logits = model.lm_head.logits(model.hidden(alone[None])[0, -1])
             assert losses[i] == pytest.approx(
@@ -107,6 +116,116 @@ def test_error_is_over_units():
     found, errors = np.array(means).T
     assert np.sqrt((errors**2).mean()) == pytest.approx(found.std(), rel=0.15)
     assert np.isnan(mean_and_error(np.ones(5), np.zeros(5, int))[1])
+
+
+# -----------------------------------------------------------------------------
+# groups
+
+
+def match_by_definition(row: list[int], i: int) -> tuple[int, int | None]:
+    """Return the longest match of row[: i + 1] that ends before i, and its most recent end."""
+    best, end = 0, None
+    for j in range(i):
+        m = 0
+        while m <= j and row[j - m] == row[i - m]:
+            m += 1
+        if m and m >= best:
+            best, end = m, j
+    return best, end
+
+
+@pytest.mark.parametrize("words, count, T, seed", (
+    (1, 50, 20, 0), (2, 201, 40, 1), (3, 200, 57, 2), (9, 300, 128, 3), (9, 300, 300, 4)))
+def test_matches_are_those_of_the_definition(words, count, T, seed):
+    tokens = np.random.default_rng(seed).integers(0, words, count + 1)
+    tokens[150:185] = tokens[100:135]
+    for pieces in (cut_rows(count, T), cut_documents(np.where(tokens == 0, 49, tokens), count, T)):
+        start = pieces.spread(pieces.start)
+        match, hit = longest_matches(tokens, start)
+        for i in range(count):
+            best, end = match_by_definition(tokens[start[i] : i + 1].tolist(), i - start[i])
+            right = end is not None and tokens[start[i] + end + 1] == tokens[i + 1]
+            assert (match[i], hit[i]) == (best, right), i
+
+
+def test_groups_are_told_apart(tokens):
+    T, count = 96, 900
+    tokens = tokens.copy()
+    tokens[300:330] = tokens[340:370] = np.arange(30)
+    pieces = dict(stream=cut_rows(count, T), documents=cut_documents(tokens, count, T))
+    text = Text("", tokens, T, pieces)
+    for measure in pieces:
+        position, *rest = groups_of(text, measure).values()
+        assert [*position] == ["0-63", "64-95"]
+        for masks in (position, *rest):
+            masks = {name: mask for name, mask in masks.items() if not name.startswith("all ")}
+            np.testing.assert_array_equal(sum(mask.astype(int) for mask in masks.values()), 1)
+    _, ends, matches = groups_of(text, "stream").values()
+    for i in range(count):
+        seen = tokens[i // T * T + 1 : i + 1]  # a row's first token may begin its only document
+        assert ends["yes"][i] == (END_OF_TEXT in seen), i
+    assert matches[">= 16, hit"].nonzero()[0].tolist() == [*range(355, 369)]
+    assert matches["4-5, hit"][343:345].all() and matches["all hits"][341:369].all()
+
+
+# -----------------------------------------------------------------------------
+# filters
+
+
+def test_figures_of_known_filters():
+    taps = np.zeros((3, 600))
+    taps[0, 0], taps[1, 40], taps[2, [0, 200]] = 2, 1, (3, 4)  # energies 9 : 16
+    figures = dict(zip(FIGURES, filter_figures(taps, taps)))
+    assert figures["lags to 50%"] == pytest.approx((0 + 40 + 200) / 3)
+    assert figures["energy beyond 32"] == pytest.approx((0 + 1 + 16 / 25) / 3)
+    assert figures["energy beyond 128"] == pytest.approx(16 / 25 / 3)
+    assert figures["energy beyond 512"] == 0
+    assert figures["correlation"] == pytest.approx(3 / 5 / 3)
+    assert (figures["moved"], figures["cosine to initial"]) == (0, pytest.approx(1))
+    figures = dict(zip(FIGURES, filter_figures(np.eye(4, 600), -2 * np.eye(4, 600))))
+    assert figures["rank"] == pytest.approx(4)
+    assert (figures["moved"], figures["cosine to initial"]) == (1.5, pytest.approx(-1))
+    assert filter_figures(np.ones((4, 600)), np.ones((4, 600)))[-4] == pytest.approx(1)
+
+
+def test_cut_taps_are_those_of_a_shorter_sum(model, tokens):
+    idx = torch.from_numpy(tokens[None, :96])
+    with torch.no_grad():
+        whole, before = model.hidden(idx), taps_of(model)
+        with cut_taps(model, 5):
+            cut = taps_of(model)
+            assert not torch.equal(model.hidden(idx), whole)
+            assert torch.equal(model.hidden(idx)[:, :6], whole[:, :6])  # no lag beyond 5 yet
+        np.testing.assert_array_equal(cut[..., :6], before[..., :6])
+        assert not cut[..., 6:].any() and before[..., 6:].any()
+        assert torch.equal(model.hidden(idx), whole)
+
+
+def test_filters_of_a_run(model, tokens, tmp_path, capsys):
+    pattern, out = write_text(tmp_path / "data", tokens), tmp_path / "out"
+    torch.manual_seed(5)
+    write_checkpoint(tmp_path / "begun", GPT(GPTConfig(**SHAPE)), pattern, seed=5)
+    write_checkpoint(tmp_path / "moved", model, pattern, seed=5)
+    attention = GPT(GPTConfig(**{**SHAPE, "mixer": "attn"}))
+    write_checkpoint(tmp_path / "attention", attention, pattern)
+    command = [*(str(tmp_path / name) for name in ("begun", "moved", "attention")),
+               "--tokens", "400", "--out", str(out), "--device", "cpu", "--filters"]
+    assert main(command) == 0
+    first = capsys.readouterr()
+    figures = {}
+    for label, name, line in re.findall(
+            r"^\| (\w+)@7, layer .*\n\| ---.*\n\| (\d) \| (.*) \|$", first.out, re.MULTILINE):
+        figures[label] = dict(zip(FIGURES, line.split(" | ")), layer=name)
+    assert figures.keys() == {"begun", "moved"} and figures["begun"]["layer"] == "0"
+    assert figures["begun"]["moved"] == "0.00" and figures["moved"]["moved"] != "0.00"
+    assert "attention@7: no taps." in first.out
+    assert f"begun@7/stream, lags 0-{CUTS[0]}" in first.err  # of 64 lags
+    assert f"begun@7/stream, lags 0-{CUTS[1]}" not in first.err
+    with np.load(out / "losses.npz") as file:
+        np.testing.assert_allclose(file["moved@7/taps"], taps_of(model), rtol=1e-3, atol=1e-7)
+        np.testing.assert_array_equal(file["begun@7/taps"], file["moved@7/initial taps"])
+    assert main(command) == 0
+    assert capsys.readouterr() == (first.out, "")
 
 
 # -----------------------------------------------------------------------------
