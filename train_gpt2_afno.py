@@ -989,22 +989,26 @@ def first_line(error: Exception) -> str:
 def record_source(folder: Path) -> list[str]:
     """Return lines that name the code that runs; keep in folder/source what no commit holds.
 
-    With git: the commit, and the diff to it where there is one. Without: the files themselves.
+    With git: the commit, the diff to it where there is one, and files that git does not know.
+    Without: the files themselves.
     """
     files = [path for where in ("", "kernels/", "data/")
              for path in sorted(ROOT.glob(f"{where}*.py"))]
     names = [str(path.relative_to(ROOT)) for path in files]
     git = ["git", "-C", str(ROOT)]
+    run = lambda *words: subprocess.run([*git, *words], capture_output=True, check=True).stdout
     try:
-        run = lambda *words: subprocess.run([*git, *words], capture_output=True, check=True).stdout
         commit, diff = run("rev-parse", "HEAD").decode().strip(), run("diff", "HEAD", "--", *names)
+        kept = run("ls-files", "--others", "--", *names).decode().splitlines()
     except (OSError, subprocess.CalledProcessError):
-        commit, diff = "none (no git here): the source is in source/", b""
-        for path, name in zip(files, names):
-            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / "source" / name)
+        commit, diff, kept = "none (no git here): the source is in source/", b"", names
+    else:
+        commit += " and source/" * bool(kept)
+    for name in kept:
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / "source" / name)
     if diff:
-        (folder / "source").mkdir(exist_ok=True)
+        (folder / "source").mkdir(parents=True, exist_ok=True)
         (folder / "source" / f"{hashlib.sha256(diff).hexdigest()[:12]}.diff").write_bytes(diff)
         commit += f" and source/{hashlib.sha256(diff).hexdigest()[:12]}.diff"
     return [f"commit: {commit}", *(f"sha256: {hashlib.sha256(path.read_bytes()).hexdigest()} {name}"
