@@ -1,38 +1,46 @@
-"""The model and its optimizers: the baseline written down a second time, parameter counts, loss, Muon, schedule."""
+"""The model and its optimizers.
+
+The baseline written down a second time, parameter counts, loss, fp8, Muon, schedule.
+"""
+import ast
 import math
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import TINY, relative, tiny, token_by_token
 
+import kernels
+import kernels.loss
 import test_causality
-import train_gpt2_afno
 from afno import FORMS, rmsnorm
 from data.text_to_bin import InputError
-from train_gpt2_afno import (GPT, MODELS, POSITIONS, Fp8Linear, GPTConfig, LinearCrossEntropy, Muon, Runtime, cross_entropy_chunk,
-                             flops_per_token, learning_rate_factor, length_at, loss_by_position, make_optimizers, random_tokens,
-                             rotary_tables, without_zeros)
+from kernels.loss import Fp8HeadProducts, Fp8Linear, LinearCrossEntropy, cross_entropy_chunk, linear_cross_entropy
+from test_causality import check_causality, move_weights, moved_weights, random_tokens
+from train_gpt2_afno import (GPT, MODELS, GPTConfig, Muon, Runtime, flops_per_token, learning_rate_factor,
+                             length_at, loss_by_position, make_optimizers, rotary_tables)
 
-RECIPE = dict(mlp_ratio=3, swiglu=1, qk_norm=1, attn_short_conv=3, attn_gate=1, embedding_norm=1, logit_softcap=2.0,
-              embedding_residual=1, mixer_scale=0.8, half_rotary=1, value_residual=1)
-TINY = dict(vocab_size=97, n_layer=3, n_head=2, n_embd=16, sequence_length=24, afno_num_blocks=4)
-
-
-def tiny(**options) -> GPT:
-    torch.manual_seed(0)
-    return GPT(GPTConfig(**{**TINY, **options}))
+RECIPE = dict(swiglu=1, qk_norm=1, attn_short_conv=3, attn_gate=1, embedding_norm=1, logit_softcap=2.0,
+              embedding_residual=1, depth_scale=1, half_rotary=1, value_residual=1)
+POSITIONS = ("none", "learned", "sinusoidal", "fourier")
 
 
-def relative(a, b) -> float:
-    return ((a - b).norm() / b.norm()).item()
+slow = pytest.mark.slow
+SWIGLU = dict(swiglu=1)
 
 
-@pytest.mark.parametrize("compile, fp8, options", ((False, False, {}), (True, False, {}), (True, False, dict(
-    value_residual=1, embedding_residual=1, swiglu=1, attn_gate=1)), (False, True, {}), (True, True, dict(swiglu=1))))
+@pytest.mark.parametrize("compile, fp8, options", (
+    (False, False, {}), pytest.param(True, False, {}, marks=slow),
+    pytest.param(True, False, dict(value_residual=1, embedding_residual=1, attn_gate=1, **SWIGLU), marks=slow),
+    (False, True, {}), pytest.param(True, True, SWIGLU, marks=slow)))
 def test_recomputing_changes_memory_and_no_gradient(fresh_compiler, compile, fp8, options):
-    model, idx = tiny(attn_layers=(1,), n_embd=32, **options), random_tokens((3, 24), 97)
-    test_causality.perturb(model)
+    """In float64: where compilation moves the last bit of fp32, fp8 now and then rounds to the other side, 6% away.
+
+    How often depends on the CPU and on torch's version.
+    """
+    model, idx = tiny(attn_layers=(1,), n_embd=32, **options).double(), random_tokens((3, 24), 97)
+    move_weights(model)
     for block in model.transformer.h:
         block.mlp.fp8 = fp8
 
@@ -43,7 +51,7 @@ def test_recomputing_changes_memory_and_no_gradient(fresh_compiler, compile, fp8
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
             hidden = model.hidden(idx)
         inner = {x.data_ptr(): x.nbytes for x in kept if isinstance(x, torch.Tensor) and x.shape[:1] in ((3,), (72,))}
-        upstream = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
+        upstream = torch.linspace(-1, 1, hidden.numel()).view_as(hidden).double()
         return torch.autograd.grad(hidden, list(model.parameters()), upstream), sum(inner.values())
 
     eager, _ = step(False)
@@ -51,8 +59,9 @@ def test_recomputing_changes_memory_and_no_gradient(fresh_compiler, compile, fp8
         for block in model.transformer.h:
             block.compile(dynamic=False, backend="aot_eager_decomp_partition")
     (plain, much), (again, little) = step(False), step(True)
-    # the first layer's share of its own value scales what is normed later: its gradient is rounding, hence atol
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for gradients in (plain, again) for a, b in zip(gradients, eager))
+    # products of fp8 are summed in fp32, here as on a GPU
+    bound = dict(rtol=1e-5, atol=1e-5) if fp8 else dict(rtol=1e-9, atol=1e-9)
+    assert all(torch.allclose(a, b, **bound) for gradients in (plain, again) for a, b in zip(gradients, eager))
     assert little < 0.75 * much
 
 
@@ -100,10 +109,10 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
             heads.append(scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v[..., part])
             if recipe:
                 heads[-1] = heads[-1] * 2 / (1 + torch.exp(-(norm(x) @ gate[head]))[..., None])
-        x = x + torch.cat(heads, -1) @ w["mixer.c_proj"].T * (0.8 if recipe else 1 / math.sqrt(2 * n_layer))
+        x = x + torch.cat(heads, -1) @ w["mixer.c_proj"].T / math.sqrt(2 * n_layer)
         hidden = norm(x) @ w["mlp.c_fc"].T
-        if recipe:  # two thirds of 48
-            active = hidden[..., :32] / (1 + torch.exp(-hidden[..., :32])) * hidden[..., 32:]
+        if recipe:  # two thirds of 64, up to a multiple of 16
+            active = hidden[..., :48] / (1 + torch.exp(-hidden[..., :48])) * hidden[..., 48:]
         else:
             active = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
         x = x + active @ w["mlp.c_proj"].T
@@ -112,7 +121,7 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
 
 
 def test_attention_model_is_the_baseline():
-    model, idx = tiny(mixer="attn").double(), random_tokens((2, 24), 97)
+    model, idx = tiny(mixer="attn", depth_scale=1).double(), random_tokens((2, 24), 97)
     logits, loss = model(idx, idx.roll(-1, 1))
     expected = baseline(model.state_dict(), idx, n_layer=3, n_head=2)
     assert relative(logits, expected) < 1e-12
@@ -122,7 +131,7 @@ def test_attention_model_is_the_baseline():
 
 def test_the_recipe_is_its_formulas():
     model, idx = tiny(mixer="attn", **RECIPE).double(), random_tokens((2, 24), 97)
-    test_causality.perturb(model)
+    move_weights(model)
     logits, loss = model(idx, idx.roll(-1, 1))
     expected = baseline(model.state_dict(), idx, n_layer=3, n_head=2, recipe=True)
     assert relative(logits, expected) < 1e-12 and expected.abs().max() > 1
@@ -137,18 +146,18 @@ def test_what_the_recipe_adds_begins_as_nothing(flag, value):
     assert len(model.state_dict()) > len(plain.state_dict()) and torch.equal(model(idx)[0], plain(idx)[0])
 
 
-@pytest.mark.parametrize("options", (dict(mixer="attn"), *(dict(afno_form=form, afno_silu=1) for form in FORMS[:-1]),
-                                     dict(afno_gate=1)))
+@pytest.mark.parametrize("options", (dict(mixer="attn"), *(dict(afno_form=form, afno_silu=1) for form in FORMS[:-1])))
 def test_an_added_value_is_more_of_the_projection(options):
     mixer = tiny(**options).double().transformer.h[0].mixer
     x, more = torch.randn(2, 70, 16, dtype=torch.float64), torch.randn(16, 16, dtype=torch.float64)
-    rotary = rotary_tables(torch.arange(70.0).double(), 8) if "mixer" in options else (None,)
-    value, added = mixer.value(mixer.project(x)), mixer(x, *rotary, x @ more.T)
+    rotary = rotary_tables(torch.arange(70.0).double(), 8)
+    mixed = lambda added=None: mixer.mix(mixer.project(x), x, added, rotary)
+    value, added = mixer.value(mixer.project(x)), mixed(x @ more.T)
     with torch.no_grad():  # the value is the last part of attention's projection, the first of AFNO's
         weight = mixer.c_attn.weight[-16:] if "mixer" in options else mixer.c_in.weight[:16]
-        assert relative(value, x @ weight.T) < 1e-12 and relative(added, mixer(x, *rotary)) > 0.1
+        assert relative(value, x @ weight.T) < 1e-12 and relative(added, mixed()) > 0.1
         weight += more
-    assert relative(added, mixer(x, *rotary)) < 1e-12
+    assert relative(added, mixed()) < 1e-12
 
 
 @pytest.mark.parametrize("n_embd, shared", ((96, 32), (192, 64)))
@@ -165,7 +174,7 @@ def test_values_of_the_first_layer_go_on_to_all_others(n_embd, shared):
         h = rmsnorm(x)
         gate = 2 / (1 + torch.exp(-h[..., :32] @ block.value_gate.w.T))  # three
         added = (0.3 + i) * gate.repeat_interleave(shared, -1) * v0
-        x = x + (block.mixer(h, *rotary, added) if i == 1 else block.mixer(h, None, added))
+        x = x + block.mixer.mix(block.mixer.project(h), h, added, rotary if i == 1 else None)
         x = x + block.mlp(rmsnorm(x))
     assert relative(model.hidden(idx), rmsnorm(x)) < 1e-12
 
@@ -183,15 +192,17 @@ def test_the_gate_reads_at_most_32_channels():
     assert not torch.equal(attention.output(y, x), gated)
 
 
-def test_weights_that_begin_at_zero_are_random_during_the_check_alone():
+def test_weights_move_during_the_check_alone():
     model, state = tiny(**RECIPE), torch.get_rng_state()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with without_zeros(model):
-        assert all(p.any() for p in model.parameters()) and all(block.value_mix == 0.5 for block in model.transformer.h)
+    with moved_weights(model):
+        assert all(p.any() and not torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert all(block.value_mix.abs() > 1e-3 for block in model.transformer.h)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert torch.equal(state, torch.get_rng_state())
 
 
+@slow
 def test_the_recipe_is_causal():
     for options in (dict(attn_layers=(1,)), dict(mixer="attn")):
         for T in (2, 50):
@@ -219,15 +230,16 @@ def test_the_residual_stream_in_bf16():
 @pytest.mark.parametrize("options", (dict(mixer="attn"), {}))
 def test_values_and_shares_are_in_bf16_under_autocast(options):
     for on in (0, 1):
-        model, idx = tiny(residual_bf16=on, value_residual=1, **options), random_tokens((2, 24), 97)
+        model, idx, given = tiny(residual_bf16=on, value_residual=1, **options), random_tokens((2, 24), 97), []
         with torch.autocast("cpu", torch.bfloat16):
-            _, _, *products = model.transformer.h[0].input(model.embed(idx, 0)[0], None, None)
-        assert [x.dtype for x in products] == [torch.bfloat16] * 3
+            _, v0 = model.transformer.h[0].around(model.embed(idx, 0)[0], None, None,
+                                                  lambda z, h, added: given.extend((z, added)) or h)
+        assert [x.dtype for x in (*given, v0)] == [torch.bfloat16] * 3
 
 
 def test_the_recipe_recomputes():
     model, idx = tiny(attn_layers=(1,), **RECIPE).double(), random_tokens((2, 24), 97)
-    test_causality.perturb(model)
+    move_weights(model)
     gradients = []
     for recompute in (False, True):
         for block in model.transformer.h:
@@ -237,12 +249,12 @@ def test_the_recipe_recomputes():
     assert all(relative(again, kept) < 1e-12 for again, kept in zip(*gradients))
 
 
-def test_a_block_scales_its_mixer_where_the_model_is_the_baseline():
+def test_depth_scale_scales_the_mixer():
     norm = lambda z: z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    for mixer, scale in (("afno", 1), ("attn", 6**-0.5)):
-        block = tiny(mixer=mixer).double().transformer.h[0]
+    for mixer, depth_scale in (("afno", 0), ("afno", 1), ("attn", 0), ("attn", 1)):
+        block, scale = tiny(mixer=mixer, depth_scale=depth_scale).double().transformer.h[0], 6**-0.5 if depth_scale else 1
         x, rotary = torch.randn(1, 9, 16, dtype=torch.float64), rotary_tables(torch.arange(9.0).double(), 8)
-        mixed = block.mixer(norm(x), *rotary) if mixer == "attn" else block.mixer(norm(x))
+        mixed = block.mixer.mix(block.mixer.project(norm(x)), norm(x), None, rotary)
         after_mixer = x + scale * mixed
         assert relative(block(x, rotary)[0], after_mixer + block.mlp(norm(after_mixer))) < 1e-12
 
@@ -271,16 +283,15 @@ def test_fourier_gate_is_its_formula():
 def test_parameter_counts():
     with torch.device("meta"):
         counts = {}
-        for name, (n_layer, n_head, n_embd) in MODELS.items():
-            model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, mixer="attn"))
+        for name, (n_layer, n_embd) in MODELS.items():
+            config = GPTConfig(n_layer=n_layer, n_embd=n_embd, mixer="attn")
+            model = GPT(config)
             counts[name] = sum(p.numel() for p in model.parameters())
             assert counts[name] == 50257 * n_embd + n_layer * 12 * n_embd**2
-            assert n_embd // n_head == 64
-        wider = GPT(GPTConfig(mixer="attn", mlp_ratio=5))  # two matrices of d12's n_embd squared more a layer
-        assert sum(p.numel() for p in wider.parameters()) == counts["d12"] + 12 * 2 * 768**2
+            assert n_embd // config.n_head == 64
         assert sum(p.numel() for p in GPT(GPTConfig(mixer="attn", swiglu=1)).parameters()) == counts["d12"]
-    for mlp_ratio, hidden in ((3, 32), (2, 32), (4, 48)):  # two thirds of 48, 32, 64, up to a multiple of 16
-        assert tiny(mlp_ratio=mlp_ratio, swiglu=1).transformer.h[0].mlp.c_proj.in_features == hidden
+    for n_embd, hidden in ((12, 32), (16, 48), (20, 64)):  # two thirds of 48, 64, 80, up to a multiple of 16
+        assert tiny(n_embd=n_embd, swiglu=1).transformer.h[0].mlp.c_proj.in_features == hidden
     assert counts["d12"] == 123_532_032
 
 
@@ -302,7 +313,7 @@ def test_blocks_take_their_mixer_from_the_config():
 
 
 FILTER_LAYERS = (({}, [0, 1, 2]), (dict(afno_form="hilbert", attn_layers=(1,)), [0, 2]), (dict(afno_state_layers=(0,)), [1, 2]),
-                 (dict(afno_form="analytic"), []), (dict(mixer="attn"), []))
+                 (dict(afno_form="state"), []), (dict(mixer="attn"), []))
 
 
 @pytest.mark.parametrize("options, layers", FILTER_LAYERS)
@@ -319,6 +330,7 @@ def test_filters_of_all_layers_at_once_change_nothing(options, layers):
         assert relative(ours, theirs) < 1e-12
 
 
+@slow
 @pytest.mark.parametrize("options, layers, recompute", (
     *((*case, False) for case in FILTER_LAYERS[:3]), (*FILTER_LAYERS[0], True)))
 def test_gradients_of_compiled_filters_are_not_of_autocasts_dtype(options, layers, recompute):
@@ -348,13 +360,9 @@ def test_any_length_runs_and_agrees_on_the_prefix(position):
         assert relative(model(idx[:, :T])[0], whole[:, :T]) < 1e-10
 
 
-def token_by_token(model, idx):
-    """hidden states of idx (B, T), made by step, and the last state."""
-    state, hidden = None, []
-    for t in range(idx.size(1)):
-        h_t, state = model.step(idx[:, t], state, window=150)
-        hidden.append(h_t)
-    return torch.stack(hidden, 1), state
+def generated(model, idx):
+    """Return hidden states of idx (B, T), made by step, and the last state."""
+    return token_by_token(lambda idx_t, state: model.step(idx_t, state, window=150), idx)
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -362,17 +370,17 @@ def token_by_token(model, idx):
                                      dict(afno_silu=1, afno_state_layers=(1,))))
 def test_token_by_token_gives_the_same_hidden_states(position, options):
     model, idx = tiny(position=position, **options).double(), random_tokens((2, 24 if position == "learned" else 150), 97)
-    assert relative(token_by_token(model, idx)[0], model.hidden(idx)) < 1e-10
+    assert relative(generated(model, idx)[0], model.hidden(idx)) < 1e-10
 
 
 @pytest.mark.parametrize("name", (*RECIPE, "all"))
 def test_token_by_token_with_the_recipe(name):
     options = RECIPE if name == "all" else {name: RECIPE[name]}
     model, idx = tiny(attn_layers=(1,), **options).double(), random_tokens((2, 40), 97)
-    test_causality.perturb(model)
-    hidden, state = token_by_token(model, idx)
+    move_weights(model)
+    hidden, state = generated(model, idx)
     assert relative(hidden, model.hidden(idx)) < 1e-10
-    assert relative(model.logits(hidden), model(idx)[0]) < 1e-10
+    assert relative(model.lm_head.logits(hidden), model(idx)[0]) < 1e-10
     assert state[1][1][0].size(2) == 40  # keys of the layer of attention
     _, state = model.step(idx[:, 0], state, window=6)
     assert state[1][1][0].size(2) == 6
@@ -380,10 +388,10 @@ def test_token_by_token_with_the_recipe(name):
 
 @pytest.mark.parametrize("form", FORMS[:-1])
 def test_token_by_token_with_values_of_the_first_layer(form):
-    model = tiny(attn_layers=(1,), afno_form=form, afno_gate=1, value_residual=1).double()
+    model = tiny(attn_layers=(1,), afno_form=form, value_residual=1).double()
     idx = random_tokens((2, 70), 97)
-    test_causality.perturb(model)
-    assert relative(token_by_token(model, idx)[0], model.hidden(idx)) < 1e-10
+    move_weights(model)
+    assert relative(generated(model, idx)[0], model.hidden(idx)) < 1e-10
 
 
 def test_half_of_the_rotary_frequencies_turn():
@@ -397,16 +405,18 @@ def test_half_of_the_rotary_frequencies_turn():
 def test_attention_looks_back_at_most_a_window():
     attention = tiny(mixer="attn").double().transformer.h[0].mixer
     x, cache = torch.randn(1, 20, 16, dtype=torch.float64), None
-    cos, sin = rotary_tables(torch.arange(20.0).double(), 8)
+    z, rotary = attention.project(x), rotary_tables(torch.arange(20.0).double(), 8)
+    part = lambda span: [table[span] for table in rotary]
     for t in range(20):
-        y_t, cache = attention.step(x[:, t], cos[t : t + 1], sin[t : t + 1], cache, window=6)
-    assert relative(y_t, attention(x[:, -6:], cos[-6:], sin[-6:])[:, -1]) < 1e-12 and cache[0].size(2) == 6
+        y_t, cache = attention.step(z[:, t], x[:, t], None, part(slice(t, t + 1)), cache, window=6)
+    last = attention.mix(z[:, -6:], x[:, -6:], None, part(slice(-6, None)))[:, -1]
+    assert relative(y_t, last) < 1e-12 and cache[0].size(2) == 6
 
 
 def test_learned_positions_end_with_their_table():
     model = tiny(position="learned")
     assert model(random_tokens((1, 24), 97))[0].shape == (1, 24, 97)
-    with pytest.raises(InputError, match="--position learned .* 24 .* got 25"):
+    with pytest.raises(InputError, match="--position learned .* 24 .* 25$"):
         model(random_tokens((1, 25), 97))
 
 
@@ -417,24 +427,116 @@ def test_learned_positions_end_with_their_table():
     (dict(attn_layers=(0, 1), afno_state_layers=(1, 2)),
      "--afno_state_layers and --attn_layers must be different .* got 1 in both"),
     (dict(afno_num_blocks=5), "--afno_num_blocks must divide the 16 channels, got 5"),
-    (dict(afno_num_experts=0), "--afno_num_experts must be an integer >= 1, got 0"),
+    (dict(afno_num_experts=0), "--afno_num_experts must be an integer >= 1 .*, got 0"),
     (dict(afno_routing="data"), "--afno_routing must be one of frequency, position, got data"),
-    (dict(afno_sparsity_threshold=-1.0), r"--afno_sparsity_threshold must be in \[0, 1e6\]"),
-    (dict(afno_hard_thresholding_fraction=2.0), r"--afno_hard_thresholding_fraction must be in \(0, 1\]"),
-    (dict(mlp_ratio=0), "--mlp_ratio must be >= 1, got 0"),
-    (dict(attn_short_conv=0), "--attn_short_conv must be >= 1, got 0"),
+    (dict(afno_sparsity_threshold=-1.0), r"--afno_sparsity_threshold must be a number >= 0 and <= 1e\+06, got -1"),
+    (dict(afno_hard_thresholding_fraction=2.0), "--afno_hard_thresholding_fraction must be a number > 0 and <= 1, got 2"),
+    (dict(n_layer=0), "--n_layer must be an integer >= 1 .*, got 0"),
+    (dict(n_head=3), "--n_head: twice the heads must divide n_embd 16, got 3 heads"),
+    (dict(attn_short_conv=0), "--attn_short_conv must be an integer >= 1 .*, got 0"),
     (dict(attn_gate=2), "--attn_gate must be one of 0, 1, got 2"),
     (dict(half_rotary=2), "--half_rotary must be one of 0, 1, got 2"),
     (dict(value_residual=2), "--value_residual must be one of 0, 1, got 2"),
     (dict(qk_norm=2), "--qk_norm must be one of 0, 1, got 2"),
     (dict(swiglu=2), "--swiglu must be one of 0, 1, got 2"),
-    (dict(logit_softcap=-1.0), "--logit_softcap must be finite and >= 0, got -1"),
-    (dict(mixer_scale=math.nan), "--mixer_scale .* got nan"),
+    (dict(logit_softcap=-1.0), "--logit_softcap must be a number >= 0 .*, got -1"),
+    (dict(logit_softcap=math.nan), "--logit_softcap .* got nan"),
+    (dict(logit_softcap=math.inf), "--logit_softcap .* got inf"),
+    (dict(depth_scale=2), "--depth_scale must be one of 0, 1, got 2"),
     (dict(afno_filter_length=0), "--afno_filter_length must be an integer >= 1"),
 ))
 def test_a_bad_config_names_the_flag(options, message):
     with pytest.raises(InputError, match=message):
         GPTConfig(**{**TINY, **options})
+
+
+def test_blocks_of_the_mlp_by_their_flag():
+    config = GPTConfig(mixer="afno", afno_num_blocks=8)
+    assert config.afno_arguments()["num_blocks"] == 8 and config.attn_layers == ()
+    with torch.device("meta"):
+        mixers = [block.mixer for block in GPT(config).transformer.h]
+    assert [mixer.operator.taps.mlp.w1.shape[1] for mixer in mixers] == [8] * 12
+
+
+# -----------------------------------------------------------------------------
+# a new mixer, and who imports whom
+
+
+class CausalMean(torch.nn.Module):
+    """The mean of a value over all tokens so far: what a mixer needs, and nothing else."""
+
+    filters = None
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.c_in, self.c_proj = (torch.nn.Linear(channels, channels, bias=False) for _ in range(2))
+
+    def project(self, h):
+        return self.c_in(h)
+
+    def value(self, z):
+        return z
+
+    def mix(self, z, h, added, rotary, taps=None):
+        v = z if added is None else z + added
+        count = torch.arange(1, v.size(1) + 1, dtype=v.dtype)
+        return self.c_proj(v.cumsum(1) / count[:, None])
+
+    def step(self, z, h, added, rotary, state, window):
+        count, total = state or (0, 0.0)
+        state = count + 1, total + (z if added is None else z + added)
+        return self.c_proj(state[1] / state[0]), state
+
+
+@pytest.mark.parametrize("options", ({}, dict(value_residual=1, embedding_residual=1), dict(attn_layers=(1,), depth_scale=1)))
+def test_a_new_mixer_is_one_class(options):
+    model, idx = tiny(**options), random_tokens((4, 24), 97)
+    for layer, block in enumerate(model.transformer.h):
+        if model.config.mixer_of(layer) == "afno":
+            block.mixer = CausalMean(16)
+    assert model.taps() == {}
+    with moved_weights(model):
+        assert not check_causality(model.hidden, 24, 97)
+    optimizers, losses = make_optimizers(model, "muon", 0.02, 0.1), []
+    assert sum(p.numel() for o in optimizers for group in o.param_groups for p in group["params"]) == sum(
+        p.numel() for p in model.parameters())
+    for recompute in [False, True] * 10:
+        for block in model.transformer.h:
+            block.recompute = recompute
+        loss = model(idx[:, :-1], idx[:, 1:], return_logits=False)[1]
+        loss.backward()
+        losses.append(loss.item())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < 0.8 * losses[0]
+    model.double()
+    assert relative(generated(model, idx)[0], model.hidden(idx)) < 1e-12
+
+
+def imported(name: str) -> set[str]:
+    """Return the first parts of all modules that a file imports, anywhere in it."""
+    root, found = Path(test_causality.__file__).parent, set()
+    for node in ast.walk(ast.parse((root / name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: a relative import"
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_no_import_goes_round_in_a_circle():
+    root, ours = Path(test_causality.__file__).parent, {"afno", "kernels", "train_gpt2_afno", "test_causality", "data"}
+    files = [path.relative_to(root).as_posix() for path in root.glob("kernels/*.py")]
+    assert len(files) > 3 and all(imported(name) & ours <= {"kernels"} for name in files)
+    assert imported("afno.py") & ours == {"kernels"}
+    assert imported("data/loader.py") & ours == {"data"} and not imported("data/text_to_bin.py") & ours
+    assert "train_gpt2_afno" not in imported("data/loader.py") | imported("afno.py")
+    # the gate imports the trainer, which imports its check: inside functions alone
+    top = ast.parse((root / "test_causality.py").read_text(encoding="utf-8")).body
+    names = [alias.name for node in top if isinstance(node, ast.Import) for alias in node.names]
+    assert not any(isinstance(node, ast.ImportFrom) for node in top) and {*names} == {"contextlib", "dataclasses", "torch"}
 
 
 # -----------------------------------------------------------------------------
@@ -516,7 +618,7 @@ def test_fp8_head_is_for_training_alone():
     model, idx = tiny(logit_softcap=15.0, embedding_norm=1), random_tokens((2, 16), 97)
     losses = []
     for fp8 in (False, True):
-        model.fp8_head = fp8
+        model.lm_head.fp8 = fp8
         with torch.no_grad():
             validation = model(idx, idx.roll(-1, 1))[1]
         losses.append((model(idx, idx.roll(-1, 1))[1].item(), validation.item()))
@@ -572,22 +674,21 @@ def test_fp8_mlp_is_for_training_alone(swiglu, dtype):
 
 
 def fp8_where_a_gpu_is(monkeypatch, changes=(), capability=(8, 9)):
-    """fp8_path's answer on a CPU that it takes for a GPU, with what is in fp8 changed: (name, value) of each."""
+    """Return probe_fp8's answer on a CPU that it takes for a GPU, after changes (name, value) of kernels.loss."""
     with monkeypatch.context() as patch:
-        patch.setattr(train_gpt2_afno, "loss_path", lambda *_: (True, ""))
-        patch.setattr(train_gpt2_afno, "afno_triton", SimpleNamespace(cross_entropy=cross_entropy_chunk))
+        patch.setattr(kernels, "usable", lambda *_: (True, ""))
         patch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         for name, value in changes:
-            patch.setattr(f"train_gpt2_afno.{name}", value)
-        return train_gpt2_afno.fp8_path.__wrapped__(torch.device("cpu"), torch.bfloat16)
+            patch.setattr(f"kernels.loss.{name}", value)
+        return kernels.probe_fp8(torch.device("cpu"), torch.bfloat16)
 
 
 def test_fp8_is_tried_before_it_is_trusted(monkeypatch):
     def times(factor, f):
         return lambda *a: tuple(factor * z for z in f(*a))
 
-    product, gradients = train_gpt2_afno.fp8_product, train_gpt2_afno.Fp8HeadProducts.gradients
+    product, gradients = kernels.loss.fp8_product, Fp8HeadProducts.gradients
     assert fp8_where_a_gpu_is(monkeypatch)[0]
     assert not fp8_where_a_gpu_is(monkeypatch, capability=(8, 0))[0]
     for reason, *change in (("its scale 5", "fp8_product", lambda *a, **k: 1.05 * product(*a, **k)),
@@ -595,7 +696,7 @@ def test_fp8_is_tried_before_it_is_trusted(monkeypatch):
                             ("division by zero", "Fp8HeadProducts.gradients", lambda *a: 1 / 0),
                             ("its scale 1.0e+00", "Fp8Linear.backward", times(2, Fp8Linear.backward))):
         chosen, why = fp8_where_a_gpu_is(monkeypatch, [change])
-        assert not chosen and why.startswith("in bfloat16, as fp8 ") and reason in why, why
+        assert not chosen and why.startswith("bfloat16 products: fp8 ") and reason in why, why
 
 
 def test_loss_is_summed_in_fp32_under_autocast():
@@ -605,6 +706,20 @@ def test_loss_is_summed_in_fp32_under_autocast():
         loss, _ = LinearCrossEntropy.apply(x, weight, targets, cross_entropy_chunk, False)
     logits = (x.bfloat16() @ weight.bfloat16().T).double()  # rounded, as autocast does; the rest in float64
     assert loss.dtype == torch.float32 and abs(loss - F.cross_entropy(logits, targets)) < 1e-5
+
+
+def test_the_heads_loss_is_that_of_its_logits():
+    model, idx = tiny(logit_softcap=2.0).double(), random_tokens((3, 20), 97)
+    targets = idx.roll(-1, 1)
+    targets[0, :7] = -1
+    x = model.hidden(idx)
+    mean, losses = model.lm_head.loss(x, targets)
+    expected = F.cross_entropy(model.lm_head.logits(x).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    assert losses.shape == (3, 20) and not losses.requires_grad and not losses[0, :7].any()
+    assert relative(losses.flatten(), expected) < 1e-13
+    assert abs(mean - expected.sum() / 53) < 1e-13 and abs(model(idx, targets)[1] - mean) < 1e-13
+    function = linear_cross_entropy(x.flatten(0, 1), model.lm_head.weight, targets.flatten(), cap=2.0)
+    assert torch.equal(function[0], mean) and torch.equal(function[1], losses.flatten())
 
 
 def test_no_logits_and_no_targets():
@@ -733,14 +848,14 @@ def test_adamw_decays_every_parameter_like_the_baseline():
 
 
 def test_places_and_logarithms_do_not_decay():
-    model = tiny(afno_form="analytic", afno_num_experts=2, afno_relu="modulus")
+    model = tiny(afno_form="state", afno_num_experts=2, embedding_residual=1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     (optimizer,) = make_optimizers(model, "adamw", 0.01, 0.1)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     still = {name.split(".")[-1] for name, p in model.named_parameters() if p.any() and torch.equal(p, before[name])}
-    assert still == {"angle", "log_decay", "centre", "log_width", "log_threshold"}
+    assert still == {"angle", "log_decay", "centre", "log_width", "embedding_mix"}
 
 
 def test_schedule_is_the_baselines():

@@ -1,0 +1,29 @@
+"""What several test files need: a tiny model, and how far two tensors are apart."""
+import torch
+
+from train_gpt2_afno import GPT, GPTConfig
+
+TINY = dict(vocab_size=97, n_layer=3, n_head=2, n_embd=16, sequence_length=24, afno_num_blocks=4)
+
+
+def tiny(**options) -> GPT:
+    """Return a model of three layers, the same bits at each call."""
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**TINY, **options}))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return |a - b| / |b|."""
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+def token_by_token(step, x: torch.Tensor) -> tuple[torch.Tensor, object]:
+    """Return step's outputs for x (B, T, ...), stacked, and its last state.
+
+    step(x_t, state) returns (output, state); the first state is None.
+    """
+    state, outputs = None, []
+    for t in range(x.size(1)):
+        y_t, state = step(x[:, t], state)
+        outputs.append(y_t)
+    return torch.stack(outputs, 1), state
