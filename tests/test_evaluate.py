@@ -102,6 +102,13 @@ def test_both_measures_score_the_same_targets(model, tokens):
         assert np.allclose(stream[:70], documents[:70], atol=1e-5)
 
 
+def test_documents_are_the_units(tokens):
+    pieces = cut_documents(tokens, 900, 96)
+    np.testing.assert_array_equal(pieces.units(), (tokens[:900] == END_OF_TEXT).cumsum())
+    assert pieces.length.sum() == 900 and pieces.length.max() == 96
+    np.testing.assert_array_equal(cut_rows(200, 96).units(), np.arange(200) // 96)
+
+
 def test_error_is_over_units():
     unit = np.repeat(np.arange(6), 50)
     shift = np.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
@@ -152,6 +159,7 @@ def test_groups_are_told_apart(tokens):
     T, count = 96, 900
     tokens = tokens.copy()
     tokens[300:330] = tokens[340:370] = np.arange(30)
+    tokens[576] = END_OF_TEXT  # where a row begins
     pieces = dict(stream=cut_rows(count, T), documents=cut_documents(tokens, count, T))
     text = Text("", tokens, T, pieces)
     for measure in pieces:
