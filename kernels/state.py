@@ -163,7 +163,8 @@ def state_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, y_ptr, T, q_stride_b
     k = load_heads(k_ptr, g, b, t, T, 0, D, k_stride_b, k_stride_t, DP)
     v = load_heads(v_ptr, g, b, t, T, 0, W, v_stride_b, v_stride_t, WP)
     state = load_state(state_ptr, 0, 0, D, W, DP, WP)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * remains_inside(since, t)
+    remains = remains_inside(since, t)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * remains
     y = tl.dot(q, state, input_precision="ieee") * tl.exp(since)[:, None]
     y = tl.dot(scores.to(v.dtype), v, y, input_precision="ieee")
     w = tl.arange(0, WP)

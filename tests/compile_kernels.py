@@ -45,20 +45,20 @@ def build(arch: int, kernel, constants: dict, options: dict, pointers: dict):
 
 
 def resources(arch: int, ptx: str) -> str:
-    """Return registers and spills of a kernel in words, "" without ptxas."""
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    if not ptxas.exists():
-        return ""
-    name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+    """Return registers and spills of a kernel in words, "" where no ptxas of Triton's takes it."""
+    target = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+    binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
-        (file := Path(folder) / "kernel.ptx").write_text(ptx)
-        done = subprocess.run([ptxas, "-v", f"--gpu-name={name}", file, "-o", "/dev/null"],
-                              capture_output=True, text=True)
-    registers = re.search(r"Used (\d+) registers", done.stderr)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    if not registers or not spills:
-        return ""
-    return f", {registers[1]} registers, spills {spills[1]} + {spills[2]} bytes"
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        for ptxas in sorted(binaries.glob("ptxas*")):
+            done = subprocess.run([ptxas, "-v", f"--gpu-name={target}", file, "-o", "/dev/null"],
+                                  capture_output=True, text=True)
+            registers = re.search(r"Used (\d+) registers", done.stderr)
+            spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+            if registers and spills:
+                return f", {registers[1]} registers, spills {spills[1]} + {spills[2]} bytes"
+    return ""
 
 
 def launches(arch: int):
