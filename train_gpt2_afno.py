@@ -951,7 +951,10 @@ GONE = dict(afno_gate=0, afno_relu="cartesian", mlp_ratio=4)
 def of_this_version(state: dict, path: Path) -> dict:
     """Return the checkpoint in this version's names; raise InputError for flags that are gone."""
     config = state["config"]
-    scale, baseline = config.get("mixer_scale"), (2 * config["n_layer"]) ** -0.5
+    baseline = (2 * config["n_layer"]) ** -0.5
+    # what it was before there was a flag for it
+    before = baseline if config.get("mixer") == "attn" else 1.0
+    scale = config.get("mixer_scale", None if "depth_scale" in config else before)
     fields = [flag.name for flag in CONFIG_FLAGS]
     for values, known in ((config, fields), (state["args"], DEFAULTS)):
         if scale in (1.0, baseline):  # a factor once, a switch now

