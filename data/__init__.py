@@ -1,1 +1,4 @@
-"""Data preparation; text_to_bin.py holds the .bin reader, the writer and the tokenizer that everything uses."""
+"""Prepare and read data.
+
+text_to_bin.py holds the .bin reader, the writer and the tokenizer that everything uses.
+"""

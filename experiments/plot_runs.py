@@ -1,11 +1,12 @@
-"""Loss curves of any runs, from their metrics.jsonl: against tokens and against training seconds. Needs matplotlib.
+"""Plot loss curves of any runs, from their metrics.jsonl, against tokens and training seconds.
 
-    python experiments/plot_runs.py runs/mine runs/other                 # writes curves.png
-    python experiments/archive.py restore 2026-11-26-goals --output runs         # runs of the tables
+    python experiments/plot_runs.py runs/mine runs/other                  # writes curves.png
+    python experiments/archive.py restore 2026-11-26-goals --output runs  # runs of the tables
     python experiments/plot_runs.py runs/2026-11-26-goals/[bc]-92 --x seconds --output goals.png
 
-Points are validation losses, thin lines are training losses, each the mean of the last fiftieth of its run's steps.
-Training seconds are the trainer's: without compilation, validation and saving.
+Points are validation losses. Thin lines are training losses, each the mean of the last fiftieth of
+its run's steps. Training seconds are the trainer's: without compilation, validation and saving.
+Needs matplotlib.
 """
 import argparse
 import json
@@ -24,6 +25,8 @@ X = ("tokens", "seconds")
 
 @dataclass
 class Run:
+    """What metrics.jsonl says of a run."""
+
     file: Path  # its metrics.jsonl
     train: list[tuple[int, float, float]]  # (tokens, training seconds, loss) of every step
     curve: list[tuple[int, float, float]]  # the same of every validation
@@ -35,7 +38,10 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Of a run's folder or its metrics.jsonl; rows may be none. Raises InputError naming the file."""
+    """Read a run's folder or its metrics.jsonl; raise InputError naming the file.
+
+    There may be no rows.
+    """
     run = Run(path / "metrics.jsonl" if path.is_dir() else path, [], [], None)
     try:
         lines = run.file.read_text(encoding="utf-8").splitlines()
@@ -60,7 +66,10 @@ def read_run(path: Path) -> Run:
 
 
 def time_to_loss(curve: list[tuple[int, float, float]], loss: float) -> tuple[float, float] | None:
-    """(seconds, tokens) where the curve first reaches the loss, linear between validations; None if it never does."""
+    """Return (seconds, tokens) where the curve first reaches the loss, None if it never does.
+
+    It is taken to be linear between validations.
+    """
     before = None
     for tokens, seconds, value in curve:
         if value <= loss:
@@ -75,7 +84,7 @@ def time_to_loss(curve: list[tuple[int, float, float]], loss: float) -> tuple[fl
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """The mean of each value and those before it, a fiftieth of all at most."""
+    """Return the means of each value and those before it, a fiftieth of all at most."""
     sums = np.concatenate(([0.0], np.cumsum(values)))
     end = np.arange(1, len(values) + 1)
     begin = np.maximum(end - max(1, len(values) // 50), 0)
@@ -83,34 +92,38 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def labels(runs: list[Run]) -> list[str]:
-    """The runs' folder names, with the folder above where two would be alike."""
+    """Return the runs' folder names, with the folder above where two would be alike."""
     names = [run.folder.name for run in runs]
-    return [name if names.count(name) == 1 else f"{run.folder.parent.name}/{name}" for run, name in zip(runs, names)]
+    return [name if names.count(name) == 1 else f"{run.folder.parent.name}/{name}"
+            for run, name in zip(runs, names)]
 
 
 def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X):
-    """Raises InputError naming a run without rows, or an output that is no picture."""
+    """Write the picture; raise InputError for a run without rows, or a name of no picture."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     for run in runs:
         if not run.train and not run.curve:
             raise InputError(f"{run.file}: no rows of training or validation yet")
-    figure, panels = plt.subplots(1, len(xs), figsize=(1 + 6 * len(xs), 5), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(xs), figsize=(1 + 6 * len(xs), 5), sharey=True,
+                                  squeeze=False)
     if output.suffix[1:] not in (formats := figure.canvas.get_supported_filetypes()):
         raise InputError(f"--output {output}: its ending must be one of {', '.join(formats)}")
     colors = plt.get_cmap("tab10" if len(runs) <= 10 else "tab20").colors
     settled = []  # losses after the first tenth of a run, whose fall would flatten all that follows
     for i, (run, label) in enumerate(zip(runs, labels(runs))):
         color = colors[i % len(colors)]
-        train, curve = (np.array(rows, dtype=float).reshape(-1, 3) for rows in (run.train, run.curve))
+        train, curve = (np.array(rows, dtype=float).reshape(-1, 3)
+                        for rows in (run.train, run.curve))
         train[:, 2] = smoothed(train[:, 2])
         end = max(rows[-1, 0] for rows in (train, curve) if len(rows))
-        settled += [loss for rows in (train, curve) for tokens, _, loss in rows if tokens >= end / 10]
+        settled += [loss for rows in (train, curve) for tokens, _, loss in rows
+                    if tokens >= end / 10]
         for x, axes in zip(xs, panels[0]):
             axes.plot(train[:, X.index(x)], train[:, 2], color=color, linewidth=0.6, alpha=0.6)
-            axes.plot(curve[:, X.index(x)], curve[:, 2], color=color, linewidth=1, marker="o", markersize=4,
-                      label=label)
+            axes.plot(curve[:, X.index(x)], curve[:, 2], color=color, linewidth=1, marker="o",
+                      markersize=4, label=label)
     margin = 0.05 * (max(settled) - min(settled)) or 0.1
     for x, axes in zip(xs, panels[0]):
         axes.set(xlabel=x if x == "tokens" else "training seconds, without compilation",
@@ -124,10 +137,12 @@ def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a metrics.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="(curves.png)")
-    parser.add_argument("--x", choices=X, help="one panel instead of both")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a metrics.jsonl")
+    add("--output", type=Path, default=Path("curves.png"), help="(curves.png)")
+    add("--x", choices=X, help="one panel instead of both")
     args = parser.parse_args()
     plot([read_run(path) for path in args.runs], args.output, (args.x,) if args.x else X)
     print(f"{args.output}: {len(args.runs)} runs")

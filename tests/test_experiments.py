@@ -1,4 +1,7 @@
-"""Studies and plots: reading of metrics, skipped and refused runs, failures, tables and pictures, every arm's flags."""
+"""Studies and plots.
+
+Reading of metrics, skipped and refused runs, failures, tables and pictures, every arm's flags.
+"""
 import json
 import re
 import sys
@@ -34,7 +37,7 @@ def pair(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setitem(STUDIES, "pair", Study(
         "Two arms.", {"one": "--mixer afno", "two": "--mixer attn --learning_rate 0.003"},
-        "--device cpu --model d4 --batch_size 2 --grad_accumulation_steps 1 --sequence_length 16 --save_every 0", 64))
+        "--preset baseline --device cpu --model d4 --batch_size 2 --grad_accumulation_steps 1 --sequence_length 16 --save_every 0", 64))
 
 
 @pytest.fixture
@@ -95,7 +98,7 @@ def test_plot_runs_makes_pictures_and_one_line_errors(tmp_path, monkeypatch, cap
     run = write_run(tmp_path / "run", [dict(step=i, tokens=32 * i, train_time_s=0.5 * i, **{name: 9 - 0.1 * i})
                                        for i in range(20) for name in ("train_loss", "val_loss")])
     monkeypatch.chdir(tmp_path)
-    command(run, ROOT / "experiments/logs/shakespeare-cpu/metrics.jsonl", "--x", "seconds")
+    command(run, ROOT / "experiments/runs/2026-11-24-shakespeare/shakespeare-cpu/metrics.jsonl", "--x", "seconds")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == "curves.png: 2 runs\n"
     write_run(tmp_path / "empty", [])
@@ -110,6 +113,7 @@ def test_plot_runs_makes_pictures_and_one_line_errors(tmp_path, monkeypatch, cap
 # studies
 
 
+@pytest.mark.slow
 def test_a_study_runs_then_skips_and_refuses_other_flags(data, pair, tmp_path, capsys):
     argv = ["pair", "--data", str(data), "--output", str(tmp_path)]
     assert main(argv) == 0
@@ -118,7 +122,8 @@ def test_a_study_runs_then_skips_and_refuses_other_flags(data, pair, tmp_path, c
     folder = tmp_path / "pair"
     assert {path.name for path in folder.iterdir()} == {"one-seed1337", "two-seed1337", "table.md", "curves.png"}
     for name in ("one-seed1337", "two-seed1337"):  # checkpoints are gone
-        assert {path.name for path in (folder / name).iterdir()} == {"train.log", "metrics.jsonl"}
+        # source: of a working tree that is not committed
+        assert {path.name for path in (folder / name).iterdir()} - {"source"} == {"train.log", "metrics.jsonl"}
         assert read_run(folder / name).curve[-1][0] == 64
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     table = (folder / "table.md").read_text()
@@ -164,6 +169,7 @@ def test_an_unfinished_run_is_resumed(pair, fake_trainer, tmp_path):
     assert ablation_studies.train({"--output_dir": "run"}) == (0, "['--resume', 'auto']")
 
 
+@pytest.mark.slow
 def test_a_run_of_longer_rows_is_evaluated_at_the_common_length(data, pair, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation_studies, "COMMON_LENGTH", 8)
     argv = ["pair", "--data", str(data), "--output", str(tmp_path)]
@@ -226,10 +232,30 @@ def test_means_and_differences_are_over_seeds(tmp_path):
 
 
 def test_a_warmdown_of_half_follows_the_steps(tmp_path):
-    arms = dict(half="--mixer attn --warmdown_iters half", none="--mixer attn")
+    arms = dict(half="--mixer attn --warmdown_iters half", none="--mixer attn",
+                baseline="--mixer attn --warmdown_iters baseline")
     study = Study("", arms, "--batch_size 2 --grad_accumulation_steps 1 --sequence_length 50")
-    half, none = (ablation_studies.flags_of(study, arm, 1, tmp_path, 1000, {}) for arm in arms)
+    half, none, baseline = (ablation_studies.flags_of(study, arm, 1, tmp_path, 1000, {}) for arm in arms)
     assert half["--num_iterations"] == "10" and half["--warmdown_iters"] == "5" and "--warmdown_iters" not in none
+    assert baseline["--warmdown_iters"] == "2"  # 10 of 4768 / 1024
+
+
+def test_arms_differ_from_the_preset_in_what_they_say():
+    def resolved(name, arm):
+        study = STUDIES[name]
+        flags = ablation_studies.flags_of(study, arm, 1, ROOT / "x", study.tokens, {})
+        given = trainer.parse_flags(ablation_studies.as_words(flags))
+        return vars(trainer.merge_flags(given, torch.device("cpu"), None, 1, print))
+
+    anchor, apart = resolved("recipe", "anchor"), ("output_dir", "to_save")
+    recipe = trainer.RECIPE | dict(n_head=6, attn_layers=(5, 10), residual_bf16=1, fp8_head=1, fp8_mlp=1)
+    assert all(anchor[name] == value for name, value in recipe.items())
+    assert anchor["warmdown_iters"] == anchor["num_iterations"] // 2
+    for arm in STUDIES["recipe"].arms:
+        if arm.startswith("without-"):
+            changed = {name for name, value in resolved("recipe", arm).items() if name not in apart and value != anchor[name]}
+            expected = dict(zip(*[iter(ablation_studies.WITHOUT.get(arm[8:], "--afno_silu 0").split())] * 2))
+            assert changed == {name[2:] for name in expected}, arm
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -243,10 +269,12 @@ def test_every_arm_of_a_dry_run_has_flags_that_the_trainer_takes(name, capsys):
 
 
 def test_a_dry_run_refuses_what_the_trainer_would(pair, capsys):
-    for flags, message in (("--curriculum 8:1", "--curriculum must end with --sequence_length 16, got 8"),
-                           ("--attn_layers 7", "--attn_layers must be in 0 ... 3, got 7")):
+    for flags, message, arms in (
+            ("--curriculum 8:1", "--curriculum must end with --sequence_length 16, got 8", ("one", "two")),
+            ("--n_head 3", "--n_head: twice the heads must divide n_embd 128, got 3 heads", ("one", "two")),
+            ("--attn_layers 7", "--attn_layers must be in 0 ... 3, got 7", ("one",))):  # two has attention anywhere
         assert main(["pair", "--dry_run", "--", *flags.split()]) == 1
-        assert capsys.readouterr().err.splitlines() == [f"error: {arm}: {message}" for arm in ("one", "two")]
+        assert capsys.readouterr().err.splitlines() == [f"error: {arm}: {message}" for arm in arms]
 
 
 @pytest.mark.parametrize("name", ("context", "sweep-batch", "schedule"))
@@ -261,7 +289,7 @@ def test_arms_train_on_equally_many_tokens(name, capsys):
 
 @pytest.mark.parametrize("argv, message", (
     (["pair", "--seeds", "1,x"], "--seeds: must be integers >= 0 such as 1337,2, got 1,x"),
-    (["pair", "--tokens", "0"], "--tokens: must be a finite number > 0"),
+    (["pair", "--tokens", "0"], "--tokens: must be a number > 0 .*, got 0"),
     (["pair", "--data", "nowhere/x"], "--data nowhere/x: .*no file nowhere/xtrain_"),
     (["pair", "--", "--batch_size", "0"], "--batch_size must be an integer >= 1, got 0"),
     (["pair", "--", "--eval_only"], "must be pairs --name value, got --eval_only"),
