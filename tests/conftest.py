@@ -1,16 +1,15 @@
-"""Set up the tests: fast ones first, one thread, Triton's interpreter where there is no GPU."""
+"""Set up the tests: fast ones first, Triton's interpreter where there is no GPU."""
 import os
+
+# Threads that wait for each other at small operations must not spin: on a busy machine that made
+# them 10 times slower. OpenMP reads this when torch is loaded; processes that tests start, too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # on CPU tensors, in fp32; before its kernels are made
-
-# Two threads of torch wait for each other at every small operation, and on a busy machine each
-# wait is a time slice: 2 tests took 20 times as long. Processes that tests start get it, too.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
 
 # Of test_causality.py, which has no pytest in it: what takes more than two seconds.
 SLOW = ("test_causality.py::",)

@@ -14,7 +14,7 @@ from afno import AFNO1D, causal_conv, complex_linear, complex_relu, complex_soft
 from test_causality import check_causality, moved_weights
 from train_gpt2_afno import GPT, CausalSelfAttention, Gates, GPTConfig, Runtime
 
-CONFIG = GPTConfig(**test_causality.SMALL, sequence_length=96)
+CONFIG = GPTConfig(**{**test_causality.SMALL, "n_layer": 2}, sequence_length=96)
 CPU = torch.device("cpu")
 
 
@@ -81,8 +81,12 @@ def norm_over_time(mixer, x, taps):
 
 
 @pytest.fixture(autouse=True)
-def small_d4(monkeypatch):
-    monkeypatch.setitem(train_gpt2_afno.MODELS, "d4", (4, 16))
+def small(monkeypatch):
+    """Let --model d4 be two layers of 16 channels, and the vocabulary small."""
+    monkeypatch.setitem(train_gpt2_afno.MODELS, "d4", (2, 16))
+    fields = train_gpt2_afno.model_fields
+    monkeypatch.setattr(train_gpt2_afno, "model_fields",
+                        lambda values: fields(values) | dict(vocab_size=300))
 
 
 LEAKS = (padded_afno, learned_response, low_frequencies_only, block_summary, off_by_one, rolled,
@@ -182,14 +186,15 @@ def test_nan_is_a_leak(monkeypatch):
     (instead_of_mix(padded_afno), "filter", 1)))
 def test_exit_status_of_the_command(monkeypatch, capsys, mix, form, status):
     monkeypatch.setattr(AFNO1D, "mix", mix)
-    flags = "--preset baseline --model d4 --attn_layers 1,2,3 --sequence_length 16 --device cpu " \
+    flags = "--preset baseline --model d4 --attn_layers 1 --sequence_length 16 --device cpu " \
         f"--dtype float32 --afno_form {form}"
     assert test_causality.main(flags.split()) == status
     printed = capsys.readouterr().out
     assert ("LEAK" in printed) == ("NOT CAUSAL" in printed) == bool(status)
 
 
-def test_state_layers_make_room_for_the_hybrids_attention(capsys):
+def test_state_layers_make_room_for_the_hybrids_attention(monkeypatch, capsys):
+    monkeypatch.setitem(train_gpt2_afno.MODELS, "d4", (4, 16))
     flags = "--preset baseline --mixer afno --model d4 --sequence_length 16 --device cpu " \
         "--dtype float32 --afno_state_layers 2,3"
     assert test_causality.main(flags.split()) == 0
@@ -223,6 +228,7 @@ def test_the_check_takes_any_model_and_names_the_first_position_that_leaks():
                                     "position 3 on (r = ")
 
 
+@pytest.mark.slow
 def test_the_check_needs_torch_alone():
     """Block what the repository has besides; the model is a toy."""
     program = """

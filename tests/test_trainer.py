@@ -25,10 +25,11 @@ from afno import AFNO1D, causal_conv
 from data import text_to_bin
 from data.text_to_bin import InputError, ShardWriter
 from train_gpt2_afno import (DEFAULTS, FLAGS, GPT, PRESETS, Checkpoints, Diverged, GPTConfig,
-                             TokenStream, TrainLoader, main)
+                             TokenStream, TrainLoader)
 
 SCRIPT = Path(train_gpt2_afno.__file__)
 CPU = torch.device("cpu")
+STOPPED = 128 + signal.SIGTERM  # the exit status then
 VOCABULARY = 496  # instead of 50257, so that a step takes milliseconds
 MATMUL_RATE = train_gpt2_afno.measure_matmul_rate
 # without a recipe: what the table of flags says by default, and AFNO in layer 0
@@ -71,6 +72,18 @@ def small(monkeypatch):
 def full_size(small, monkeypatch):
     """Undo `small`."""
     monkeypatch.undo()
+
+
+def main(argv: list[str], expected: int = 0) -> int:
+    """Train in this process; end all tests where a signal came that no test has sent.
+
+    The trainer catches signals, saves and returns. So where `timeout` or a scheduler ended the
+    tests while one trained, they used to go on, and that one failed: steps were missing.
+    """
+    status = train_gpt2_afno.main(argv)
+    if status > 128 and status != expected:
+        pytest.exit(f"{signal.Signals(status - 128).name} from outside", returncode=status)
+    return status
 
 
 def flags(data: Path, out: Path, more: str = "") -> list[str]:
@@ -651,7 +664,7 @@ def test_a_run_stopped_between_phases_and_resumed_equals_uninterrupted(data, tmp
     main(flags(data, tmp_path / "whole", options))
     with monkeypatch.context() as patch:
         recorded(patch, stop_at=11)  # the 6th step, the last one of length 8
-        assert main(flags(data, tmp_path / "run", options)) == 128 + signal.SIGTERM
+        assert main(flags(data, tmp_path / "run", options), STOPPED) == STOPPED
     stopped = newest(tmp_path / "run")
     assert stopped["step"] in (5, 6) and stopped["position"] == 64 * stopped["step"]
     batches = recorded(monkeypatch)
@@ -843,11 +856,17 @@ def test_a_signal_cuts_a_validation_short(data, tmp_path, monkeypatch):
 
     calls, hidden = [], GPT.hidden
     monkeypatch.setattr(GPT, "hidden", slow)
-    assert main(flags(data, tmp_path / "run")) == 128 + signal.SIGTERM
+    assert main(flags(data, tmp_path / "run"), STOPPED) == STOPPED
     assert len(calls) == 1 and newest(tmp_path / "run")["step"] == 0
     monkeypatch.setattr(GPT, "hidden", hidden)
     assert main(flags(data, tmp_path / "run", "--resume auto")) == 0
     assert [line["step"] for line in validations(tmp_path / "run")] == [0, 3, 6]
+
+
+def test_a_signal_from_outside_ends_the_tests(data, tmp_path, monkeypatch):
+    recorded(monkeypatch, stop_at=1)
+    with pytest.raises(pytest.exit.Exception, match="SIGTERM from outside"):
+        main(flags(data, tmp_path / "run"))
 
 
 def test_last_two_are_kept_and_a_truncated_one_falls_back(data, tmp_path, capsys):
