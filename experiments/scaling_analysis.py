@@ -1,14 +1,14 @@
-"""Speed and memory against length and batch: the operator, a whole training step, and where a step's time goes.
+"""Measure speed and memory against length and batch, and where a training step's time goes.
 
-    python experiments/scaling_analysis.py                              # all parts, into runs/speed/
+    python experiments/scaling_analysis.py                           # all parts, into runs/speed/
     python experiments/scaling_analysis.py --parts operator --lengths 1024,4096
 
-Parts: operator (u to y, as attention's core is q, k, v to o, at constant tokens; AFNO's cores are the mean of twelve layers,
-whose filters are made at once), batch (the same at constant T), step
-(forward, backward and optimizer of the trainer's model), profile (a step's time by phase and by kernel). Every run is warmed
-up, timed by events on the GPU (operators as CUDA graphs), and reported as the median; inputs are random. Rows go to
-rows.jsonl as they are measured; tables.md and the plots are made from that file, also from one of an earlier run with
---parts none.
+Parts: operator (u to y, as attention's core is q, k, v to o, at constant tokens; AFNO's cores are
+the mean of twelve layers, whose filters are made at once), batch (the same at constant T), step
+(forward, backward and optimizer of the trainer's model), profile (a step's time by phase and by
+kernel). Every run is warmed up, timed by events on the GPU (operators as CUDA graphs), and reported
+as the median; inputs are random. Rows go to rows.jsonl as they are measured; tables.md and the
+plots are made from that file, also from one of an earlier run with --parts none.
 """
 import argparse
 import contextlib
@@ -28,8 +28,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import afno  # noqa: E402
-from train_gpt2_afno import (GPT, MODELS, GPTConfig, Runtime, flops_per_token, make_optimizers, measure_matmul_rate,  # noqa: E402
-                             random_tokens)
+from kernels import usable  # noqa: E402
+from test_causality import random_tokens  # noqa: E402
+from train_gpt2_afno import (GPT, MODELS, GPTConfig, Runtime, flops_per_token,  # noqa: E402
+                             make_optimizers, measure_matmul_rate)
 
 PARTS = ("operator", "batch", "step", "profile")
 C = 768
@@ -40,7 +42,8 @@ STEPS = {  # of d12; filters of T taps where nothing else is said
     "attention, 6 heads of 128": dict(mixer="attn", n_head=6),
     "AFNO with attention in 3, 9": dict(mixer="afno", attn_layers=(3, 9)),
     "AFNO": dict(mixer="afno"),
-    "AFNO with attention in 3, 9, 1024 taps": dict(mixer="afno", attn_layers=(3, 9), afno_filter_length=1024),
+    "AFNO with attention in 3, 9, 1024 taps": dict(
+        mixer="afno", attn_layers=(3, 9), afno_filter_length=1024),
     "AFNO with 6 heads of attention in 3, 9, default taps": dict(
         mixer="afno", attn_layers=(3, 9), n_head=6, afno_filter_length=None),
     "AFNO, 1024 taps": dict(mixer="afno", afno_filter_length=1024),
@@ -49,11 +52,13 @@ STEPS = {  # of d12; filters of T taps where nothing else is said
 }
 
 
-def measure(run, device: torch.device, seconds: float = 0.3, graph: bool = False) -> tuple[float, float, float]:
-    """Median and range of run()'s time in ms, and its peak of memory above what was there before, in MB.
+def measure(run, device: torch.device, seconds: float = 0.3,
+            graph: bool = False) -> tuple[float, float, float]:
+    """Return median and range of run()'s time in ms, and its peak of memory above before, in MB.
 
-    graph: what run() launches on a GPU is recorded once as a CUDA graph and replayed. For runs of a few short kernels, which
-    the GPU does faster than the host launches them: in a training step the host is ahead, here the GPU would wait.
+    graph: what run() launches on a GPU is recorded once as a CUDA graph and replayed. For runs of a
+    few short kernels, which the GPU does faster than the host launches them: in a training step the
+    host is ahead, here the GPU would wait.
     """
     if device.type == "cpu":
         times = []
@@ -89,52 +94,69 @@ def measure(run, device: torch.device, seconds: float = 0.3, graph: bool = False
 
 
 # -----------------------------------------------------------------------------
-# operators: each is (inputs that want gradients, function of them, multiply-adds a token and channel in forward, layers)
+# operators: each is (inputs that want gradients, function of them, multiply-adds a token and
+# channel in forward, layers)
 
-LAYERS = 12  # of AFNO's cores: a model makes the filters of all its layers at once, a core has its share of that
+LAYERS = 12  # of AFNO's cores: a model makes all layers' filters at once, a core has its share
 
 
 def fft_conv(u, taps):
-    """The usual FFT convolution, in fp32: not bitwise causal, and no kernel of it is fused with another."""
+    """Return the usual FFT convolution, in fp32: not bitwise causal, none of its kernels fused."""
     n = 2 * u.size(1)
-    spectrum = torch.fft.rfft(u.float(), n=n, dim=1) * torch.fft.rfft(taps, n=n).repeat_interleave(
-        u.size(2) // len(taps), 0).T
+    responses = torch.fft.rfft(taps, n=n).repeat_interleave(u.size(2) // len(taps), 0).T
+    spectrum = torch.fft.rfft(u.float(), n=n, dim=1) * responses
     return torch.fft.irfft(spectrum, n=n, dim=1)[:, : u.size(1)].to(u.dtype)
 
 
 def conv_products(T: int, K: int) -> float:
-    """Multiply-adds a token and channel of the kernels' forward: see afno_triton."""
-    far = afno.afno_triton.FAR
-    if afno.afno_triton.is_short(T, K):
-        return afno.afno_triton.multiply_adds(T, K)
+    """Return the kernels' multiply-adds a token and channel in forward."""
+    from kernels import convolution
+
+    far = convolution.FAR
+    if convolution.is_short(T, K):
+        return convolution.multiply_adds(T, K)
     return 3 * far + 2 * (math.ceil(T / far) + 1)  # near field, transform there and back; mixing
 
 
-def operators(B: int, T: int, device, dtype):
-    """(name, inputs, function, multiply-adds a token and channel, layers); generated one by one to hold little memory."""
-    def random(*shape, scale=1.0, dtype=dtype):
-        return (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+def random(*shape, device, dtype=torch.float32, scale=1.0):
+    return (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_()
 
+
+def attention_operators(B: int, T: int, device, dtype):
     for head in (64, 128):
         for name, backend in BACKENDS.items():
-            q, k, v = (random(B, C // head, T, head) for _ in range(3))
+            shape = B, C // head, T, head
+            q, k, v = (random(*shape, device=device, dtype=dtype) for _ in range(3))
 
             def attention(q, k, v, backend=backend):
                 with sdpa_kernel(backend):
                     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
             yield f"SDPA {name}, head {head}", (q, k, v), attention, T, 1
-    filters = C // afno.AFNO1D.channels_per_filter
-    u, taps = random(B, T, C), random(filters, T, scale=0.1, dtype=torch.float32)
+
+
+def operators(B: int, T: int, device, dtype):
+    """Yield (name, inputs, function, multiply-adds a token and channel, layers).
+
+    One by one, to hold little memory.
+    """
+    yield from attention_operators(B, T, device, dtype)
+    filters = C // afno.CHANNELS_PER_FILTER
+    u = random(B, T, C, device=device, dtype=dtype)
+    taps = random(filters, T, device=device, scale=0.1)
     yield "FFT, unfused, fp32", (u, taps), fft_conv, math.nan, 1
     if T <= 16384:  # its matrices grow
         yield "AFNO, plain path, taps given", (u, taps), afno.plain_conv, math.nan, 1
-    kernels = afno.kernel_path(device, dtype)[0]
+    kernels = usable("convolution", device, dtype)[0]
     if kernels:
-        yield "AFNO, kernels, taps given", (u, taps), afno.kernel_conv, conv_products(T, T), 1
-    compiled = functools.partial(torch.compile, dynamic=False) if device.type == "cuda" else lambda function: function
+        from kernels import convolution
+
+        yield ("AFNO, kernels, taps given", (u, taps), convolution.causal_conv,
+               conv_products(T, T), 1)
+    compiled = functools.partial(torch.compile, dynamic=False) if device.type == "cuda" \
+        else lambda function: function
     for K in sorted({T, min(T, 128), min(T, 1024)}):
-        makers = [afno.AFNO1D(C, filter_length=K).to(device).operator.taps for _ in range(LAYERS)]
+        makers = [afno.AFNO1D(C, filter_length=K).to(device).filters for _ in range(LAYERS)]
         make, conv = compiled(afno.taps_at_once), compiled(afno.causal_conv)
 
         def cores(*inputs, makers=makers, make=make, conv=conv):
@@ -142,22 +164,36 @@ def operators(B: int, T: int, device, dtype):
                 all_taps = make(makers)
             return [conv(u, taps) for u, taps in zip(inputs, all_taps)]
 
-        yield (f"AFNO core, {'T' if K == T else K} taps",
-               (*(random(B, T, C) for _ in makers), *(p for maker in makers for p in maker.parameters())),
-               cores, conv_products(T, K) if kernels else math.nan, LAYERS)
+        inputs = (*(random(B, T, C, device=device, dtype=dtype) for _ in makers),
+                  *(p for maker in makers for p in maker.parameters()))
+        yield (f"AFNO core, {'T' if K == T else K} taps", inputs, cores,
+               conv_products(T, K) if kernels else math.nan, LAYERS)
     mixer = afno.AFNO1D(C, form="state").to(device)
-    operand, core = random(B, T, mixer.sizes[0]), compiled(mixer.operator)
-    # a chunk's scores and sum, of which a product makes half for nothing, what it sends and what it reads
-    products = (afno.afno_triton.CHUNK + afno.AFNO1D.channels_per_head) * 2 if kernels else math.nan
-    yield ("AFNO core, form state", (operand, *mixer.operator.parameters()), lambda operand, *_: core(operand), products, 1)
+    operand = random(B, T, mixer.c_in.out_features, device=device, dtype=dtype)
+    core = compiled(mixer.operator)
+    yield ("AFNO core, form state", (operand, *mixer.operator.parameters()),
+           lambda operand, *_: core(operand), state_products(kernels), 1)
     mixer = afno.AFNO1D(C).to(device)
 
     def around(z, *_):
         z = mixer.short_conv(z)
         return afno.rmsnorm(z + mixer.direct.to(z.dtype) * z)
 
-    yield ("short convolution, direct term and norm beside it", (u, *mixer.short_conv.parameters(), mixer.direct),
-           compiled(around), math.nan, 1)
+    yield ("short convolution, direct term and norm beside it",
+           (u, *mixer.short_conv.parameters(), mixer.direct), compiled(around), math.nan, 1)
+
+
+def state_products(kernels: bool) -> float:
+    """Return the state kernels' multiply-adds a token and channel in forward.
+
+    They are a chunk's scores and sum, of which a product makes half for nothing, what it sends and
+    what it reads.
+    """
+    if not kernels:
+        return math.nan
+    from kernels import state
+
+    return (state.CHUNK + afno.CHANNELS_PER_HEAD) * 2
 
 
 def outputs(y: torch.Tensor | list) -> list:
@@ -183,17 +219,19 @@ def measure_operators(B: int, T: int, only, device, dtype, runtime, part: str, e
                 torch.autograd.grad(y, inputs, upstream, allow_unused=True)
 
             row["forward_ms"] = measure(forward, device, graph=True)[0] / layers
-            row["ms"], row["range_ms"], memory = (value / layers for value in measure(both, device, graph=True))
+            row["ms"], row["range_ms"], memory = (
+                value / layers for value in measure(both, device, graph=True))
             if layers == 1:  # the peak of twelve layers is not twelve times that of one
                 row["memory_MB"] = memory
-        except RuntimeError as error:  # a backend that does not run here, or too little memory: said, not hidden
+        except RuntimeError as error:  # a backend that does not run here, or too little memory
             emit(dict(row, error=str(error).strip().splitlines()[0][:200]))
             continue
         finally:
             torch._dynamo.reset()
         elements = B * T * C
-        row["TB_per_s"] = 4 * elements * inputs[0].element_size() / row["ms"] / 1e9  # u, y, dy, du once each
-        # backward: 2.5 times for attention, 2 for a convolution; a causal product of T x T is half of it
+        # u, y, dy, du once each
+        row["TB_per_s"] = 4 * elements * inputs[0].element_size() / row["ms"] / 1e9
+        # backward: 2.5 times for attention, 2 for a convolution; a causal T x T product is half
         factor = 3.5 if name.startswith("SDPA") else 3
         row["TFLOP_per_s"] = factor * 2 * products * elements / row["ms"] / 1e9
         emit(row)
@@ -204,11 +242,11 @@ def measure_operators(B: int, T: int, only, device, dtype, runtime, part: str, e
 
 
 def training_step(options: dict, model_name: str, B: int, T: int, device, runtime):
-    """A function that makes one step of the trainer's on random tokens, and its phases."""
-    n_layer, n_head, n_embd = MODELS[model_name]
-    options = dict(n_head=n_head) | options
+    """Return the model, a function that makes one of its steps on random tokens, and its phases."""
+    n_layer, n_embd = MODELS[model_name]
+    options = dict(options)
     if model_name == "d4":  # for a test of this script on a CPU
-        options.update(n_head=n_head, attn_layers=options.get("attn_layers", ())[:1] and (1,))
+        options.update(n_head=None, attn_layers=options.get("attn_layers", ())[:1] and (1,))
     recompute = options.pop("recompute", False)  # of the trainer, not of the model's configuration
     torch.manual_seed(0)
     config = GPTConfig(n_layer=n_layer, n_embd=n_embd, sequence_length=T, **options)
@@ -239,7 +277,8 @@ def training_step(options: dict, model_name: str, B: int, T: int, device, runtim
 
 
 def measure_step(row: dict, options: dict, device, runtime, matmul_rate) -> dict:
-    model, step, backpropagate, optimize = training_step(options, row["model"], row["B"], row["T"], device, runtime)
+    model, step, backpropagate, optimize = training_step(
+        options, row["model"], row["B"], row["T"], device, runtime)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     row["ms"], row["range_ms"], _ = measure(step, device, seconds=1.5)
@@ -253,13 +292,15 @@ def measure_step(row: dict, options: dict, device, runtime, matmul_rate) -> dict
     return row
 
 
-def measure_steps(lengths, tokens, model_name, residual_bf16, only, device, runtime, matmul_rate, emit):
+def measure_steps(lengths, tokens, model_name, residual_bf16, only, device, runtime, matmul_rate,
+                  emit):
     for T in lengths:
         for name, options in STEPS.items():
             if (options.get("afno_filter_length") or 0) >= T or not only.search(name):
                 continue  # the former has been measured: T taps are all there are
             options = dict(afno_filter_length=T, residual_bf16=residual_bf16) | options
-            row = dict(part="step", name=step_name(name, residual_bf16), B=tokens // T, T=T, model=model_name)
+            row = dict(part="step", name=step_name(name, residual_bf16), B=tokens // T, T=T,
+                       model=model_name)
             try:
                 emit(measure_step(row, options, device, runtime, matmul_rate))
             except torch.OutOfMemoryError as error:
@@ -276,7 +317,8 @@ def step_name(name: str, residual_bf16: int) -> str:
 KERNELS = (  # (what, pattern of kernel names), the first that fits
     ("attention", r"flash|fmha|sdpa|attention"),
     ("convolution",
-     r"^(toeplitz|short|transform|mix|long|tiles_gradient|response_gradient|fold|depthwise\w*|sent|state\w*)_kernel"),
+     r"^(toeplitz|short|transform|mix|long|tiles_gradient|response_gradient|fold|depthwise\w*|"
+     r"sent|state\w*)_kernel"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|addmm|matmul"),
     ("AdamW", r"adam|multi_tensor"),
     ("loss", r"log_softmax|scatter|gather|cross_entropy"),
@@ -285,36 +327,43 @@ KERNELS = (  # (what, pattern of kernel names), the first that fits
 )
 
 
-def measure_profile(T, tokens, model_name, residual_bf16, device, runtime, emit):
-    """Time of a step by phase (events) and by kernel (torch.profiler, of one step)."""
+def kernel_times(step, device) -> dict[str, float]:
+    """Return the ms of a step by kernel, the largest first, from torch.profiler."""
     from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with profile(activities=activities) as profiler:
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+    kernels = {}
+    for event in profiler.key_averages():
+        time_us = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if time_us and (not cuda or str(event.device_type).endswith("CUDA")):
+            kernels[event.key[:110]] = kernels.get(event.key[:110], 0) + time_us / 1000
+    return dict(sorted(kernels.items(), key=lambda item: -item[1]))
+
+
+def measure_profile(T, tokens, model_name, residual_bf16, device, runtime, emit):
+    """Emit the time of a step by phase (events) and by kernel (of one step)."""
     for name in ("attention, 12 heads of 64", "AFNO with attention in 3, 9"):
         options = dict(STEPS[name], residual_bf16=residual_bf16)
-        model, step, backpropagate, optimize = training_step(options, model_name, max(tokens // T, 1), T, device, runtime)
-        x = torch.randn(tokens // T * T, model.config.n_embd, device=device, requires_grad=True)
-        targets = random_tokens((len(x),), model.config.vocab_size).to(device)
+        model, step, backpropagate, optimize = training_step(
+            options, model_name, max(tokens // T, 1), T, device, runtime)
+        x = torch.randn(tokens // T, T, model.config.n_embd, device=device, requires_grad=True)
+        targets = random_tokens((tokens // T, T), model.config.vocab_size).to(device)
 
         def head():
             with runtime.autocast():
-                loss, _ = model.loss(x, targets)
+                loss, _ = model.lm_head.loss(x, targets)
             loss.backward()
 
         row = dict(part="profile", name=step_name(name, residual_bf16), T=T, B=tokens // T)
-        for phase, run in (("step", step), ("forward and backward", backpropagate), ("head and loss alone", head),
-                           ("optimizers alone", optimize)):
+        for phase, run in (("step", step), ("forward and backward", backpropagate),
+                           ("head and loss alone", head), ("optimizers alone", optimize)):
             row[f"{phase}, ms"], _, _ = measure(run, device)
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-        with profile(activities=activities) as profiler:
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        kernels = {}
-        for event in profiler.key_averages():
-            time_us = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-            if time_us and (device.type == "cpu" or str(event.device_type).endswith("CUDA")):
-                kernels[event.key[:110]] = kernels.get(event.key[:110], 0) + time_us / 1000
-        row["by_kernel_ms"] = dict(sorted(kernels.items(), key=lambda item: -item[1]))
-        emit(row)
+        emit(dict(row, by_kernel_ms=kernel_times(step, device)))
         torch._dynamo.reset()
 
 
@@ -323,7 +372,10 @@ def measure_profile(T, tokens, model_name, residual_bf16, device, runtime, emit)
 
 
 def exponent(points: list[tuple[float, float]]) -> float:
-    """Least-squares slope of log time against log T: 1 + the exponent of T in the cost of a token, at constant tokens."""
+    """Return the least-squares slope of log time against log T, at constant tokens.
+
+    It is the exponent of T in the cost of a token: 0 where that is constant.
+    """
     xs, ys = zip(*((math.log(T), math.log(ms)) for T, ms in points))
     mx, my = statistics.mean(xs), statistics.mean(ys)
     return sum((x - mx) * (y - my) for x, y in zip(xs, ys)) / sum((x - mx) ** 2 for x in xs)
@@ -334,101 +386,137 @@ def number(value) -> str:
         return f"{value:,}"
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def table(rows: list[dict], columns: dict[str, str]) -> list[str]:
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [row.get(key, row.get("error", "") if key == "ms" else "") for key in columns]
-        lines.append("| " + " | ".join(cell if isinstance(cell, str) else number(cell) for cell in cells) + " |")
+        words = (cell if isinstance(cell, str) else number(cell) for cell in cells)
+        lines.append("| " + " | ".join(words) + " |")
     return lines + [""]
 
 
 def matrix(rows: list[dict], key: str, by: str) -> list[str]:
-    """A table of names against lengths or batch sizes."""
+    """Return a table of names against lengths or batch sizes."""
     across = sorted({row[by] for row in rows})
-    lines = [f"| {key}, {by} = | " + " | ".join(map(str, across)) + " | exponent |", "|" + "---|" * (len(across) + 2)]
+    lines = [f"| {key}, {by} = | " + " | ".join(map(str, across)) + " | exponent |",
+             "|" + "---|" * (len(across) + 2)]
     for name in dict.fromkeys(row["name"] for row in rows):
         found = {row[by]: row for row in rows if row["name"] == name}
         points = [(x, row[key]) for x, row in sorted(found.items()) if key in row]
         slope = f"{exponent(points):.2f}" if by == "T" and len(points) > 2 else ""
-        cells = [number(found[x][key]) if x in found and key in found[x] else "does not run" if x in found else ""
-                 for x in across]
+        cells = [number(found[x][key]) if x in found and key in found[x]
+                 else "does not run" if x in found else "" for x in across]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {slope} |")
     return lines + [""]
 
 
+def operator_tables(operator: list[dict]) -> list[str]:
+    known = [row for row in operator if not math.isnan(row.get("TFLOP_per_s", 0))]
+    with_memory = [row for row in operator if "memory_MB" in row or "error" in row]
+    return [
+        "## Operator, forward + backward, ms", "", *matrix(operator, "ms", "T"),
+        "## Operator, forward, ms", "", *matrix(operator, "forward_ms", "T"),
+        "## Operator, achieved TFLOP/s of the products it makes", "",
+        *matrix(known, "TFLOP_per_s", "T"),
+        "## Operator, achieved TB/s of u, y, dy and du once each", "",
+        *matrix(operator, "TB_per_s", "T"),
+        "## Operator, memory above its inputs, MB", "", *matrix(with_memory, "memory_MB", "T")]
+
+
+def profile_tables(row: dict) -> list[str]:
+    lines = [f"## Profile: {row['name']}, {row['B']} rows of {row['T']}", ""]
+    lines += [f"- {key}: {number(row[key])}" for key in row if key.endswith(", ms")] + [""]
+    kernels = {key: ms for key, ms in row["by_kernel_ms"].items()
+               if "Optimizer.step#" not in key}  # that is a span
+    groups = {}
+    for key, ms in kernels.items():
+        found = (what for what, pattern in KERNELS if re.search(pattern, key, re.IGNORECASE))
+        what = next(found, "other")
+        groups[what] = groups.get(what, 0) + ms
+    total = sum(kernels.values())
+    for what, times, most in (("kernels", groups, None), ("kernel", kernels, 25)):
+        lines += [f"| {what} | ms | share of all kernels |", "|---|---|---|"]
+        for key, ms in sorted(times.items(), key=lambda item: -item[1])[:most]:
+            name = key if what == "kernels" else f"`{key}`"
+            lines.append(f"| {name} | {number(ms)} | {ms / total:.1%} |")
+        lines.append("")
+    return lines
+
+
 def write_tables(rows: list[dict], folder: Path):
     by_part = {part: [row for row in rows if row["part"] == part] for part in (*PARTS, "floor")}
-    lines = ["Made by experiments/scaling_analysis.py from rows.jsonl. ms are medians; exponents are slopes of log ms against "
-             "log T at constant tokens (0: linear cost, 1: quadratic). AFNO's cores: the mean of twelve layers.", ""]
-    lines += ["## Floors, same run", ""] + table(by_part["floor"], dict(name="", B="B", T="T", ms="ms", TB_per_s="TB/s",
-                                                                       TFLOP_per_s="TFLOP/s"))
-    if operator := by_part["operator"]:
-        lines += ["## Operator, forward + backward, ms", ""] + matrix(operator, "ms", "T")
-        lines += ["## Operator, forward, ms", ""] + matrix(operator, "forward_ms", "T")
-        lines += ["## Operator, achieved TFLOP/s of the products it makes", ""]
-        lines += matrix([row for row in operator if not math.isnan(row.get("TFLOP_per_s", 0))], "TFLOP_per_s", "T")
-        lines += ["## Operator, achieved TB/s of u, y, dy and du once each", ""] + matrix(operator, "TB_per_s", "T")
-        lines += ["## Operator, memory above its inputs, MB", ""]
-        lines += matrix([row for row in operator if "memory_MB" in row or "error" in row], "memory_MB", "T")
+    lines = ["Made by experiments/scaling_analysis.py from rows.jsonl. ms are medians; exponents "
+             "are slopes of log ms against log T at constant tokens (0: linear cost, 1: "
+             "quadratic). AFNO's cores: the mean of twelve layers.", ""]
+    lines += ["## Floors, same run", ""] + table(by_part["floor"], dict(
+        name="", B="B", T="T", ms="ms", TB_per_s="TB/s", TFLOP_per_s="TFLOP/s"))
+    if by_part["operator"]:
+        lines += operator_tables(by_part["operator"])
     for T in sorted({row["T"] for row in by_part["batch"]}):
         lines += [f"## Operator, forward + backward, ms, T = {T}", ""]
         lines += matrix([row for row in by_part["batch"] if row["T"] == T], "ms", "B")
     if steps := by_part["step"]:
         lines += ["## Training step", ""] + table(steps, dict(
-            name="mixers", T="T", B="rows", ms="ms", range_ms="range", optimizer_ms="optimizer, ms", tokens_per_s="tokens/s",
-            mfu="MFU", peak_GiB="peak memory, GiB", parameters="parameters"))
-        lines += amdahl(operator, steps)
+            name="mixers", T="T", B="rows", ms="ms", range_ms="range",
+            optimizer_ms="optimizer, ms", tokens_per_s="tokens/s", mfu="MFU",
+            peak_GiB="peak memory, GiB", parameters="parameters"))
+        lines += amdahl(by_part["operator"], steps)
     for row in by_part["profile"]:
-        lines += [f"## Profile: {row['name']}, {row['B']} rows of {row['T']}", ""]
-        lines += [f"- {key}: {number(row[key])}" for key in row if key.endswith(", ms")] + [""]
-        kernels = {key: ms for key, ms in row["by_kernel_ms"].items() if "Optimizer.step#" not in key}  # that is a span
-        groups = {}
-        for key, ms in kernels.items():
-            what = next((what for what, pattern in KERNELS if re.search(pattern, key, re.IGNORECASE)), "other")
-            groups[what] = groups.get(what, 0) + ms
-        for what, times, most in (("kernels", groups, None), ("kernel", kernels, 25)):
-            lines += [f"| {what} | ms | share of all kernels |", "|---|---|---|"]
-            lines += [f"| {key if what == 'kernels' else f'`{key}`'} | {number(ms)} | {ms / sum(kernels.values()):.1%} |"
-                      for key, ms in sorted(times.items(), key=lambda item: -item[1])[:most]] + [""]
+        lines += profile_tables(row)
     (folder / "tables.md").write_text("\n".join(lines))
 
 
 def amdahl(operator: list[dict], steps: list[dict]) -> list[str]:
-    """What the ratio of steps could be: (D + 12 A) / (D - saved + n A + (12 - n) M), D - saved read off the AFNO step."""
+    """Return a table of what the ratio of steps is and could be.
+
+    The bound is (D + 12 A) / (D - saved + n A + (12 - n) M), D - saved read off the AFNO step.
+    """
     lines = ["## Ratio of tokens/s to all attention's, and the Amdahl bound", "",
-             "A: attention's core a layer, the fastest backend; M: AFNO's core and what is beside it. D, the rest of the step, "
-             "is all attention's step less 12 A; AFNO's has one projection of C x 2C less a layer, counted at the matmul rate.",
-             "", "| T | against | mixers | ratio | bound | share |", "|---|---|---|---|---|---|"]
+             "A: attention's core a layer, the fastest backend; M: AFNO's core and what is beside "
+             "it. D, the rest of the step, is all attention's step less 12 A; AFNO's has one "
+             "projection of C x 2C less a layer, counted at the matmul rate.", "",
+             "| T | against | mixers | ratio | bound | share |", "|---|---|---|---|---|---|"]
     for T in sorted({row["T"] for row in steps}):
         at = {row["name"]: row for row in steps if row["T"] == T and "tokens_per_s" in row}
         cores = {row["name"]: row["ms"] for row in operator if row["T"] == T and "ms" in row}
         beside = cores.get("short convolution, direct term and norm beside it", math.nan)
+        few = "1024" if T > 1024 else "T"
         for heads in (64, 128):
-            attention = next((row for name, row in at.items() if name.endswith(f"of {heads}")), None)
-            A = min((ms for name, ms in cores.items() if name.startswith("SDPA") and name.endswith(str(heads))),
-                    default=math.nan)
-            few = "1024" if T > 1024 else "T"
+            attention = next((row for name, row in at.items() if name.endswith(f"of {heads}")),
+                             None)
+            A = min((ms for name, ms in cores.items()
+                     if name.startswith("SDPA") and name.endswith(str(heads))), default=math.nan)
             for name, attention_layers, own_heads, taps in (
-                    ("AFNO with attention in 3, 9", 2, 64, "T"), ("AFNO with attention in 3, 9, 1024 taps", 2, 64, few),
+                    ("AFNO with attention in 3, 9", 2, 64, "T"),
+                    ("AFNO with attention in 3, 9, 1024 taps", 2, 64, few),
                     ("AFNO with 6 heads of attention in 3, 9, default taps", 2, 128, few),
                     ("AFNO", 0, heads, "T"), ("AFNO, 1024 taps", 0, heads, few)):
                 if attention is None or name not in at or own_heads != heads:
                     continue
                 M = cores.get(f"AFNO core, {taps} taps", math.nan) + beside
                 ratio = at[name]["tokens_per_s"] / attention["tokens_per_s"]
-                rate = attention["mfu"] and flops_of_row(attention) / attention["mfu"]
-                saved = (12 - attention_layers) * 6 * 2 * C * C * attention["B"] * T / rate * 1000
-                D = attention["ms"] - 12 * A
-                bound = attention["ms"] / (D - saved + attention_layers * A + (12 - attention_layers) * M)
-                lines.append(f"| {T} | head {heads} | {name} | {ratio:.3f} | {number(bound)} | {number(ratio / bound)} |")
+                bound = bound_of(attention, attention_layers, A, M)
+                lines.append(f"| {T} | head {heads} | {name} | {ratio:.3f} | {number(bound)} | "
+                             f"{number(ratio / bound)} |")
     return lines + [""]
 
 
+def bound_of(attention: dict, attention_layers: int, A: float, M: float) -> float:
+    """Return the bound of a step with so many layers of attention; A and M as in amdahl."""
+    few = 12 - attention_layers
+    rate = attention["mfu"] and flops_of_row(attention) / attention["mfu"]
+    saved = few * 6 * 2 * C * C * attention["B"] * attention["T"] / rate * 1000
+    D = attention["ms"] - 12 * A
+    return attention["ms"] / (D - saved + attention_layers * A + few * M)
+
+
 def flops_of_row(row: dict) -> float:
-    """FLOP/s of a step of attention in every layer, as flops_per_token counts."""
+    """Return the FLOP/s of a step of attention in every layer, as flops_per_token counts."""
     return (6 * row["parameters"] + 6 * 12 * C * row["T"]) * row["tokens_per_s"]
 
 
@@ -436,7 +524,8 @@ def plot(rows: list[dict], folder: Path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    for part, key, label in (("operator", "ms", "forward + backward, ms"), ("step", "tokens_per_s", "tokens/s"),
+    for part, key, label in (("operator", "ms", "forward + backward, ms"),
+                             ("step", "tokens_per_s", "tokens/s"),
                              ("step", "peak_GiB", "peak memory, GiB")):
         chosen = [row for row in rows if row["part"] == part and key in row]
         if not chosen:
@@ -444,7 +533,8 @@ def plot(rows: list[dict], folder: Path):
         figure, axes = plt.subplots(figsize=(8, 5))
         for name in dict.fromkeys(row["name"] for row in chosen):
             points = sorted((row["T"], row[key]) for row in chosen if row["name"] == name)
-            axes.plot(*zip(*points), marker="o", label=name, linestyle="-" if "AFNO" in name else "--")
+            axes.plot(*zip(*points), marker="o", label=name,
+                      linestyle="-" if "AFNO" in name else "--")
         axes.set(xscale="log", yscale="log", xlabel="T", ylabel=label,
                  title=f"{part}, {chosen[0]['B'] * chosen[0]['T']:,} tokens")
         axes.set_xscale("log", base=2)
@@ -455,63 +545,87 @@ def plot(rows: list[dict], folder: Path):
         plt.close(figure)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}, or none: tables and plots alone")
-    parser.add_argument("--lengths", default="256,512,1024,2048,4096,8192,16384,32768,65536",
-                        help="of operator and step; batch is measured at those of 1024 and 8192 that are among them")
-    parser.add_argument("--tokens", type=int, default=65536, help="at every length")
-    parser.add_argument("--model", choices=("d4", "d12"), default="d12", help="of step and profile")
-    parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="PATTERN",
-                        help="of operator, batch and step: rows with such names")
-    parser.add_argument("--residual_bf16", type=int, choices=(0, 1), default=1, help="the trainer's, of step and profile")
-    parser.add_argument("--compile", type=int, choices=(0, 1), default=1)
-    parser.add_argument("--output", type=Path,
-                        default=Path(__file__).resolve().parent.parent / "runs/speed")
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--parts", default=",".join(PARTS),
+        help=f"some of {', '.join(PARTS)}, or none: tables and plots alone")
+    add("--lengths", default="256,512,1024,2048,4096,8192,16384,32768,65536",
+        help="of operator and step; batch is measured at those of 1024 and 8192 among them")
+    add("--tokens", type=int, default=65536, help="at every length")
+    add("--model", choices=("d4", "d12"), default="d12", help="of step and profile")
+    add("--only", type=re.compile, default=re.compile(""), metavar="PATTERN",
+        help="of operator, batch and step: rows with such names")
+    add("--residual_bf16", type=int, choices=(0, 1), default=1,
+        help="the trainer's, of step and profile")
+    add("--compile", type=int, choices=(0, 1), default=1)
+    add("--output", type=Path, default=Path(__file__).resolve().parent.parent / "runs/speed")
     args = parser.parse_args()
-    parts = [part for part in args.parts.split(",") if part != "none"]
-    if unknown := set(parts) - set(PARTS):
+    args.parts = [part for part in args.parts.split(",") if part != "none"]
+    if unknown := set(args.parts) - set(PARTS):
         parser.error(f"--parts must be of {', '.join(PARTS)} or none, got {', '.join(unknown)}")
-    lengths = [int(T) for T in args.lengths.split(",")]
-    if bad := [T for T in lengths if not 1 <= T <= args.tokens]:
+    args.lengths = [int(T) for T in args.lengths.split(",")]
+    if bad := [T for T in args.lengths if not 1 <= T <= args.tokens]:
         parser.error(f"--lengths must be in [1, --tokens {args.tokens}], got {bad[0]}")
+    return args
+
+
+def measure_floors(tokens: int, device, dtype, emit) -> float:
+    """Emit what copies and large products take here; return the products' FLOP/s."""
+    u = torch.randn(tokens, C, device=device, dtype=dtype)
+    out = torch.empty_like(u)
+    ms, _, _ = measure(lambda: (out.copy_(u), out.copy_(u)), device)
+    emit(dict(part="floor", name="u read and y written, dy read and du written", B=1, T=tokens,
+              ms=ms, TB_per_s=4 * u.numel() * u.element_size() / ms / 1e9))
+    matmul_rate = measure_matmul_rate(device, dtype)
+    emit(dict(part="floor", name="matrix product of 8192 x 8192", TFLOP_per_s=matmul_rate / 1e12))
+    return matmul_rate
+
+
+def measure_parts(args: argparse.Namespace, device, runtime: Runtime, emit):
+    matmul_rate = measure_floors(args.tokens, device, runtime.dtype, emit)
+    operator = lambda B, T, part: measure_operators(
+        B, T, args.only, device, runtime.dtype, runtime, part, emit)
+    if "operator" in args.parts:
+        for T in args.lengths:
+            operator(args.tokens // T, T, "operator")
+    if "profile" in args.parts:
+        measure_profile(min(1024, args.tokens), args.tokens, args.model, args.residual_bf16,
+                        device, runtime, emit)
+    if "step" in args.parts:
+        measure_steps(args.lengths, args.tokens, args.model, args.residual_bf16, args.only,
+                      device, runtime, matmul_rate, emit)
+    if "batch" in args.parts:
+        for T in sorted({1024, 8192} & {*args.lengths}):
+            for B in (1, 4, 16):
+                if B * T <= args.tokens:
+                    operator(B, T, "batch")
+
+
+def main() -> int:
+    """Measure what is asked for, write tables and plots, and return the exit status."""
+    args = parse()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # on a CPU this only shows that the script works
+    # on a CPU this only shows that the script works
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     runtime = Runtime(device, dtype, compile=bool(args.compile) and device.type == "cuda")
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "rows.jsonl"
-    where = f"torch {torch.__version__}, " + (torch.cuda.get_device_name() if device.type == "cuda" else "CPU")
-    print(f"{where}; convolution: {afno.kernel_path(device, runtime.dtype)[1]}", flush=True)
+    chip = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    where = f"torch {torch.__version__}, {chip}"
+    print(f"{where}; convolution: {usable('convolution', device, dtype)[1]}", flush=True)
 
     def emit(row: dict):
         row = dict(row, where=where)
         with file.open("a") as f:
             f.write(json.dumps(row) + "\n")
-        print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()
-               if key not in ("by_kernel_ms", "where")}, flush=True)
+        print({key: round(value, 4) if isinstance(value, float) else value
+               for key, value in row.items() if key not in ("by_kernel_ms", "where")}, flush=True)
 
-    if parts:
-        u = torch.randn(args.tokens, C, device=device, dtype=runtime.dtype)
-        out = torch.empty_like(u)
-        ms, _, _ = measure(lambda: (out.copy_(u), out.copy_(u)), device)
-        emit(dict(part="floor", name="u read and y written, dy read and du written", B=1, T=args.tokens, ms=ms,
-                  TB_per_s=4 * u.numel() * u.element_size() / ms / 1e9))
-        matmul_rate = measure_matmul_rate(device, runtime.dtype)
-        emit(dict(part="floor", name="matrix product of 8192 x 8192", TFLOP_per_s=matmul_rate / 1e12))
-        del u, out
-    with contextlib.suppress(KeyboardInterrupt):  # what was measured becomes tables
-        if "operator" in parts:
-            for T in lengths:
-                measure_operators(args.tokens // T, T, args.only, device, runtime.dtype, runtime, "operator", emit)
-        if "profile" in parts:
-            measure_profile(min(1024, args.tokens), args.tokens, args.model, args.residual_bf16, device, runtime, emit)
-        if "step" in parts:
-            measure_steps(lengths, args.tokens, args.model, args.residual_bf16, args.only, device, runtime, matmul_rate, emit)
-        if "batch" in parts:
-            for T in sorted({1024, 8192} & {*lengths}):
-                for B in (1, 4, 16):
-                    if B * T <= args.tokens:
-                        measure_operators(B, T, args.only, device, runtime.dtype, runtime, "batch", emit)
+    if args.parts:
+        with contextlib.suppress(KeyboardInterrupt):  # what was measured becomes tables
+            measure_parts(args, device, runtime, emit)
     latest = {}  # a row measured again replaces the old one
     for line in file.read_text().splitlines():
         row = json.loads(line)
