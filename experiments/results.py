@@ -34,7 +34,10 @@ LOGS = ("train.log", "stdout.txt", "metrics.jsonl")
 NOT_SAID = {  # flags that the table of all runs says in other words, or that change nothing
     "mixer", "attn_layers", "afno_state_layers", "output_dir", "seed", "num_iterations",
     "warmdown_iters", "sequence_length", "input_bin", "input_val_bin", "save_every",
-    "val_loss_every", "resume"}
+    "val_loss_every", "val_fp32", "resume"}
+TEXTS = {  # of a run, by the folder that its shards are in
+    "mixed": "mixed English", "all": "mixed English", "web": "**web English**",
+    "shakespeare": "Shakespeare"}
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Run:
     name: str  # folder/run
     flags: dict[str, str] = field(default_factory=dict)
     mixers: str = ""
+    text: str = ""  # that it was trained and validated on: losses compare within one text
     length: int | None = None  # T, the tokens of a row
     steps: int | None = None  # those of the plan
     curve: list[tuple[int, float, float]] = field(default_factory=list)  # (step, seconds, loss)
@@ -108,6 +112,8 @@ def read_log(name: str, log: str) -> Run:
     for mixers in last(r"^model: .* mixers ((?:afno|attn)(?: (?:afno|attn))*)", log):
         run.mixers = describe_mixers(
             mixers.split(), *last(r"^afno layers of form state: (.*)", log))
+    for shards in last(r"^data: data/(\w+)/", log):
+        run.text = TEXTS.get(shards, "")
     for machine in last(r"(?:\d x|on) (?:NVIDIA )?(H\d+|CPU)", log):
         run.machine = machine
     steps = r"^step:(\d+)/\d+ val_loss:([\d.]+) train_time:([\d.]+)s"
@@ -245,7 +251,9 @@ def differences(runs: list[Run]) -> list[str]:
              for name in names}
 
     def said(flags: dict[str, str]) -> str:
-        own = (name for name in names if flags and flags.get(name) != usual[name])
+        same_preset = flags.get("preset") == usual.get("preset")  # else a flag may be the preset's
+        own = (name for name in names if flags and flags.get(name) != usual[name]
+               and (name in flags or same_preset))
         return " ".join(f"{name} {flags[name]}".strip() if name in flags else f"no {name}"
                         for name in own)
 
@@ -268,7 +276,8 @@ def run_row(run: Run, changes: str) -> str:
 
     millions = run.tokens / 1e6 if run.tokens else None
     return (f"| {name} | {what} | {cell(run.length, 'd')} | {cell(millions, '.1f')} "
-            f"| {cell(run.loss, '.4f')} | {cell(run.speed, ',.0f')} | {cell(run.seconds, '.1f')} "
+            f"| {cell(run.loss, '.4f')} | {run.text if run.curve else ''} "
+            f"| {cell(run.speed, ',.0f')} | {cell(run.seconds, '.1f')} "
             f"| {cell(run.with_compilation, '.1f')} | {cell(run.peak, '.1f')} "
             f"| {run.machine} | {run.seed} | {link} |")
 
@@ -279,9 +288,9 @@ def all_runs() -> str:
     for folder in archive.archives():
         if runs := archived_runs(folder):
             rows = [run_row(run, changes) for run, changes in zip(runs, differences(runs))]
-            parts += [f"## {folder}", "", "| run | what | T | tokens, M | val loss | tokens/s "
-                      "| training s | with compilation | peak GiB | machine | seed | log |",
-                      "|---" * 12 + "|", *rows, ""]
+            parts += [f"## {folder}", "", "| run | what | T | tokens, M | val loss | on text "
+                      "| tokens/s | training s | with compilation | peak GiB | machine | seed | log |",
+                      "|---" * 13 + "|", *rows, ""]
     return "\n".join(parts).rstrip()
 
 
