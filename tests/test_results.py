@@ -156,3 +156,19 @@ def test_run_is_read_from_its_log():
     assert (run.length, run.steps, run.tokens, run.loss) == (1024, 10, 655360, 3.5)
     assert (run.speed, run.seconds, run.with_compilation, run.peak) == (492457, 1.5, 2.5, 2.0)
     assert results.read_log("f/empty", "").loss is None
+
+
+def test_new_log_names_its_text_and_a_preset_hides_its_flags():
+    run = results.read_log("f/run", "\n".join((
+        "commit: 3e5ee23 and source/", f"sha256: {'0' * 64} afno.py",
+        "command: train.py --preset fineweb --n_head 3",
+        "torch 2.11.0, 1 x NVIDIA H200, CUDA 13.0",
+        "data: data/web/train_*.bin, 100,000,000 tokens; validation: data/web/web_val.bin",
+        "steps: 10 of 65,536 tokens (1 x 32 x 2048), optimizer muon",
+        "step:10/10 val_loss:4.1 train_time:1.5s step_avg:1.0ms",
+        "step:10/10 val_loss_fp32:4.0",
+    )))
+    assert (run.text, run.length, run.loss) == ("**web English**", 2048, 4.1)
+    assert "| 4.1000 | **web English** |" in results.run_row(run, "")
+    spelled = results.Run("f/other", flags={"n_head": "6", "swiglu": "1"})
+    assert results.differences([spelled, spelled, run]) == ["", "", "n_head 3 preset fineweb"]
