@@ -1,104 +1,179 @@
-"""Causality gate: no output may depend on a later token. Run it before every training.
+"""Causality gate: no output may depend on a later token or on another row. Run it before training.
 
     python test_causality.py [the trainer's flags]    # --preset fineweb --mixer attn ...
-    pytest test_causality.py                          # the same on a small model
+    pytest test_causality.py                          # the same on small models
 
 `check_causality(model, seq_len, vocab_size)` is the check itself. It needs torch alone and takes
-any model: `from test_causality import check_causality` in a project of your own. The trainer calls
-it at start, on the very graph, dtype and shape that trains.
+any model or function from tokens to outputs: `from test_causality import check_causality` in a
+project of your own. The trainer calls it at start on the graphs, dtype and shape that it will
+train.
 
-For every mixer (attention, AFNO and the hybrid), an even and an odd T, at initialisation and with
-moved weights, all tokens after a cut are exchanged. r = norm of what changes before the cut / norm
-of what changes at or after it. What must hold:
+How it looks. Two batches differ so: row k of the second keeps its first c_k tokens, and every token
+after this cut is another one. Outputs before the cut must be the same, bit for bit: nothing here
+passes a whole sequence through one FFT, so no later token even enters the arithmetic of an earlier
+output. With all cuts 1 ... T - 1 every pair of positions is told apart. A second pair of batches
+exchanges whole rows: the rows that stay must not move at any position.
 
-    float64             r <= 1e-10, also for gradients of output t towards embeddings after t
-    the training dtype  r == 0: bit-identical prefixes. Nothing here passes a whole sequence through
-                        one FFT, so no future value even enters the arithmetic of a past output.
-
-float64 runs on at most 1024 tokens (attention there needs memory for T x T), the training dtype on
-all of them, compiled where training is. Exit status: 0, 1 on a leak, 2 on bad flags.
+The gate's table has the model that is about to be trained, in the dtype that trains, compiled where
+training is; then every mixer and form at 128 tokens; then gradients in float64, where output t must
+not depend on the embedding of a later token, for every pair of a short row. Exit status: 0, 1 on a
+leak, 2 on bad flags. What all of this proves and what it cannot: experiments/causality.md.
 """
 import contextlib
 import dataclasses
+import math
+import secrets
+import time
 
 import torch
 
-CUTS = (1, 3, 7, 15, 31, 32, 63)  # and T - 1
-FLOAT64_BOUND, FLOAT64_TOKENS = 1e-10, 1024
+ALL_CUTS_UP_TO = 2048  # tokens; longer rows, and CPUs, get a stratified sample of the cuts
+END_OF_TEXT = 50256
 
 
 # -----------------------------------------------------------------------------
 # the check: torch alone
 
 
-def random_tokens(shape: tuple[int, ...], vocab_size: int) -> torch.Tensor:
-    """Return tokens on the CPU from a generator of their own, not from training's."""
-    generator = torch.Generator().manual_seed(1234)
-    return torch.randint(vocab_size, shape, generator=generator)
-
-
-def exchange_after(idx: torch.Tensor, cut: int, vocab_size: int) -> torch.Tensor:
-    """Return idx, (B, T), with every token from position `cut` on replaced by another one."""
-    shift = 1 + random_tokens(idx.shape, vocab_size - 1).to(idx.device)
-    kept = torch.arange(idx.size(1), device=idx.device) < cut
-    return torch.where(kept, idx, (idx + shift) % vocab_size)
-
-
-def cuts(T: int) -> list[int]:
-    """Return the lengths of the prefixes after which tokens are exchanged."""
-    return sorted({*(cut for cut in CUTS if cut < T), T - 1} - {0})
-
-
 @dataclasses.dataclass
 class Leak:
-    """A cut at which check_causality found a leak, or nothing that changes."""
+    """What check_causality found: `position` is the first output that moved where none may move."""
 
-    cut: int  # tokens from here on were exchanged
-    position: int | None  # the first output before the cut that moved; None: no output moved at all
-    ratio: float  # norm of what moved before the cut / at or after it
+    position: int | None  # None: no output moved where all should, so nothing was tested
+    cut: int | None  # tokens from here on were exchanged; None: all tokens of other rows were
+    ratio: float = math.inf  # norm of what moved before the cut / at or after it
 
     def __str__(self):
         if self.position is None:
             return f"exchanging the tokens from position {self.cut} on changes nothing after it"
-        return (f"output {self.position} is the first that changes with the tokens from position "
-                f"{self.cut} on (r = {self.ratio:.1e})")
+        cause = "tokens of other rows of the batch" if self.cut is None else \
+            f"tokens from position {self.cut} on"
+        return f"output {self.position} is the first that changes with the {cause}"
 
 
-def prefix_changes(model, idx: torch.Tensor, vocab_size: int):
-    """Yield (cut, how far row 0 of model(idx), (B, T, ...), moves at each position), for every cut.
+class Leaks(list):
+    """The leaks, none where the model is causal, and what was looked at."""
 
-    The moves are norms, (T,), float64: all zero before the cut if no future value even enters the
-    arithmetic. With gradients enabled a compiled model runs the graph that trains.
+    coverage = 0.0  # share of the pairs t < s of positions that a cut separates
+    cuts = 0  # how many of the T - 1
+    seed = 0  # of the sample of cuts and of the tokens
+
+
+def random_tokens(shape: tuple[int, ...], vocab_size: int, seed: int = 1234) -> torch.Tensor:
+    """Return tokens on the CPU from a generator of their own, not from training's."""
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def choose_cuts(T: int, budget: int | None, generator: torch.Generator) -> list[int]:
+    """Return `budget` cuts of 1 ... T - 1, one from each of so many equal parts; None: all."""
+    if budget is None or budget >= T - 1:
+        return list(range(1, T))
+    edges = torch.linspace(1, T, budget + 1).round().long()
+    draw = torch.rand(budget, generator=generator)
+    return [int(a + (b - a) * u) for a, b, u in zip(edges, edges[1:], draw)]
+
+
+def coverage_of(cuts: list[int], T: int) -> float:
+    """Return the share of the pairs t < s of positions with t < c <= s for one of the cuts c."""
+    edges = [0, *sorted(set(cuts)), T]
+    unseen = sum((b - a) * (b - a - 1) // 2 for a, b in zip(edges, edges[1:]))
+    return 1 - unseen / max(T * (T - 1) // 2, 1)
+
+
+def exchange(idx: torch.Tensor, kept: torch.Tensor, vocab_size: int, special: list[int],
+             parity: int, generator: torch.Generator) -> torch.Tensor:
+    """Return idx, (B, T), with every token from position kept[k] of row k on replaced by another.
+
+    In every other row, from row `parity` on, the first one becomes one of `special`, in turn, where
+    that is another token (-1 is the token before): a leak may show only where one of them is next.
     """
-    before = model(idx)[0].detach().double()
-    for cut in cuts(idx.size(1)):
-        after = model(exchange_after(idx, cut, vocab_size))[0].detach().double()
-        yield cut, (after - before).flatten(1).norm(dim=-1)
+    B, T = idx.shape
+    shift = torch.randint(1, vocab_size, idx.shape, generator=generator)
+    other = (idx + shift) % vocab_size
+    rows = torch.arange(B)[(kept < T) & (torch.arange(B) % 2 == parity)]
+    if len(rows):
+        at, before = kept[rows], idx[rows, (kept[rows] - 1).clamp(min=0)]
+        chosen = torch.tensor([special[k % len(special)] for k in range(len(rows))])
+        chosen = torch.where(chosen < 0, before, chosen)
+        chosen = torch.where(chosen == idx[rows, at], other[rows, at], chosen)
+        other[rows, at] = chosen
+    return torch.where(torch.arange(T) < kept[:, None], idx, other)
 
 
-def ratio_of(change: torch.Tensor, cut: int) -> float:
-    """Return r; infinite where nothing changes after the cut: then nothing was tested."""
-    before, after = change[:cut].norm().item(), change[cut:].norm().item()
-    return before / after if after > 0 else float("inf")
+def base_tokens(B: int, T: int, vocab_size: int, special: list[int],
+                generator: torch.Generator) -> torch.Tensor:
+    """Return (B, T) random tokens; every other row repeats tokens and has special ones."""
+    idx = torch.randint(vocab_size, (B, T), generator=generator)
+    draw = torch.rand(B, T, generator=generator)
+    odd = (torch.arange(B) % 2 == 1)[:, None]
+    rare = torch.tensor(special)[torch.randint(len(special), (B, T), generator=generator)]
+    idx = torch.where(odd & (draw < 0.1) & (rare >= 0), rare, idx)
+    repeated = torch.cat((idx[:, :1], idx[:, :-1]), 1)
+    return torch.where(odd & (draw > 0.8), repeated, idx)
 
 
-def check_causality(model, seq_len: int, vocab_size: int, tolerance: float = 0.0, rows: int = 1,
-                    device: torch.device | str = "cpu") -> list[Leak]:
-    """Return the leaks of `model`, none if it is causal.
+def moves(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (B, T) how far outputs (B, T, ...) moved, float64, and whether any bit did, or NaN."""
+    before, after = (x.detach().reshape(*x.shape[:2], -1) for x in (before, after))
+    moved = (before != after).any(-1)
+    distance = torch.zeros(moved.shape, dtype=torch.float64, device=moved.device)
+    if moved.any():
+        distance[moved] = (after[moved].double() - before[moved].double()).norm(dim=-1)
+    return distance.cpu(), moved.cpu()
+
+
+def compare(distance: torch.Tensor, moved: torch.Tensor, kept: torch.Tensor,
+            tolerance: float) -> Leaks:
+    """Return the leaks of rows whose first kept[k] outputs must not have moved."""
+    leaks, (B, T) = Leaks(), moved.shape
+    for k, cut in enumerate(kept.tolist()):
+        if cut < T and not moved[k, cut:].any():
+            leaks.append(Leak(None, cut))
+        if not moved[k, :cut].any():
+            continue
+        after = distance[k, cut:].norm().item() if cut < T else distance.norm().item()
+        ratio = distance[k, :cut].norm().item() / after if after > 0 else math.inf
+        if not ratio <= tolerance:  # NaN is a leak
+            first = int(moved[k, :cut].nonzero()[0])
+            leaks.append(Leak(first, cut if cut < T else None, ratio))
+    return leaks
+
+
+def check_causality(model, seq_len: int, vocab_size: int, tolerance: float = 0.0, *,
+                    rows: int = 8, cuts: int | None = None, device: torch.device | str = "cpu",
+                    seed: int | None = None) -> Leaks:
+    """Return the leaks of `model`, with their first positions; an empty list if it is causal.
 
     model: maps tokens (rows, seq_len), int64, to outputs (rows, seq_len, ...). tolerance: the
-    largest r that is no leak; 0 asks for bit-identical outputs. A model that passes whole
-    sequences through an FFT needs about 1e-5 in fp32.
+    largest r, the norm of what moves before a cut over that of what moves after it, that is no
+    leak. 0 asks for bit-identical outputs; a model that passes whole sequences through an FFT
+    needs about 1e-5 in fp32. rows: of a batch; at least 2 are needed to see that rows are apart.
+    cuts: how many to try, a stratified sample; None: all seq_len - 1. seed: of tokens and cuts;
+    None: a new one. Gradients are on or off as the caller has them.
     """
-    idx = random_tokens((1, seq_len), vocab_size).expand(rows, seq_len).to(device)
-    leaks = []
-    for cut, change in prefix_changes(model, idx, vocab_size):
-        ratio = ratio_of(change, cut)
-        if ratio == float("inf") and not change[:cut].any():
-            leaks.append(Leak(cut, None, ratio))
-        elif not ratio <= tolerance:  # NaN is a leak
-            moved = (~(change[:cut] <= tolerance * change[cut:].norm())).nonzero().flatten()
-            leaks.append(Leak(cut, moved[0].item() if len(moved) else 0, ratio))
+    if seq_len < 2 or vocab_size < 2:
+        raise ValueError(f"seq_len and vocab_size must be >= 2, got {seq_len} and {vocab_size}")
+    seed = secrets.randbelow(2**31) if seed is None else seed  # training's generator stays as it is
+    generator = torch.Generator().manual_seed(seed)
+    special = sorted({-1, 0, vocab_size - 1} | {END_OF_TEXT} & set(range(vocab_size)))
+    chosen = choose_cuts(seq_len, cuts, generator)
+    leaks = Leaks()
+    leaks.coverage, leaks.cuts, leaks.seed = coverage_of(chosen, seq_len), len(chosen), seed
+    idx = base_tokens(rows, seq_len, vocab_size, special, generator)
+    before = model(idx.to(device)).detach()
+    plans = []  # (how many tokens each row keeps, which rows meet a special token next)
+    for first in range(0, len(chosen), rows):
+        part = chosen[first : first + rows]
+        kept = torch.tensor(part + part[:1] * (rows - len(part)))  # the last batch is filled up
+        kept = kept[torch.randperm(rows, generator=generator)]  # no cut has a row of its own
+        plans += [(kept, 0), (kept, 1)] if cuts is None else [(kept, first // rows % 2)]
+    if rows > 1:  # whole rows: one half stays, then the other
+        half = torch.randperm(rows, generator=generator) < rows // 2
+        plans += [(torch.where(half, seq_len, 0), 0), (torch.where(half, 0, seq_len), 1)]
+    for kept, parity in plans:
+        changed = exchange(idx, kept, vocab_size, special, parity, generator)
+        leaks += compare(*moves(before, model(changed.to(device))), kept, tolerance)
+    leaks.sort(key=lambda leak: math.inf if leak.position is None else leak.position)
     return leaks
 
 
@@ -131,119 +206,181 @@ def move_weights(model: torch.nn.Module):
             p.add_(noise.to(p) * size)
 
 
-# -----------------------------------------------------------------------------
-# the gate: this repository's models
+def gradient_leaks(hidden, embedding: torch.nn.Module, T: int, vocab_size: int,
+                   device: torch.device | str = "cpu", bound: float = 0.0) -> Leaks:
+    """Return the pairs t < s for which the gradient of output t towards embedding s is not zero.
 
-
-@torch.no_grad()
-def prefix_leaks(hidden, T: int, vocab_size: int, device) -> list[tuple[float, int]]:
-    """Return (r, cut) for every cut."""
-    idx = random_tokens((1, T), vocab_size).to(device)
-    return [(ratio_of(change, cut), cut) for cut, change in prefix_changes(hidden, idx, vocab_size)]
-
-
-def gradient_leaks(model, T: int, device) -> list[tuple[float, int]]:
-    """Return (r, cut): gradients of output cut - 1 towards embeddings from `cut` on / before it."""
-    embeddings = []
-    hook = model.transformer.wte.register_forward_hook(
-        lambda module, inputs, output: embeddings.append(output))
-    hidden = model.hidden(random_tokens((1, T), model.config.vocab_size).to(device))
+    hidden: maps tokens (B, T) to outputs (B, T, C); embedding: the module that it looks tokens up
+    with. Row k of a batch of T equal rows gives the gradient of output k, so one backward pass has
+    every pair. bound: the largest ratio to the gradient's norm that counts as zero.
+    """
+    found = []
+    hook = embedding.register_forward_hook(lambda module, inputs, output: found.append(output))
+    idx = random_tokens((1, T), vocab_size).expand(T, T).to(device)
+    y = hidden(idx)
     hook.remove()
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(hidden.size(-1), generator=generator).to(hidden)
-    leaks = []
-    for cut in cuts(T):
-        output = hidden[0, cut - 1] @ direction
-        (gradient,) = torch.autograd.grad(output, embeddings[0], retain_graph=True)
-        change = gradient[0].norm(dim=-1)
-        leaks.append((ratio_of(change.flip(0), T - cut), cut))  # here the past is what must move
+    direction = torch.randn(y.size(-1), generator=torch.Generator().manual_seed(0)).to(y)
+    outputs = (y.diagonal(dim1=0, dim2=1).mT @ direction).sum()  # output k of row k
+    size = torch.autograd.grad(outputs, found[0])[0].norm(dim=-1).cpu()  # (t, s)
+    leaks = Leaks()
+    leaks.coverage, leaks.cuts = 1.0, T - 1
+    for t in range(T):
+        ratio = (size[t, t + 1 :].norm() / size[t].norm()).item()
+        if not size[t, : t + 1].norm() > 0:
+            leaks.append(Leak(None, t + 1))
+        elif not ratio <= bound:
+            later = int((~(size[t, t + 1 :] <= bound * size[t].norm())).nonzero()[0])
+            leaks.append(Leak(t, t + 1 + later, ratio))
     return leaks
 
 
-def build(config, weights: str, device):
-    from train_gpt2_afno import GPT
-
-    torch.manual_seed(0)
-    model = GPT(config).to(device)
-    if weights == "moved":
-        move_weights(model)
-    return model
+# -----------------------------------------------------------------------------
+# this repository's models: what the trainer checks at start, and the gate
 
 
-def check(config, modes: list) -> list[tuple]:
-    """Return rows (weights, T, what, worst r, at which cut, bound, passed) for one config.
+def all_outputs(model, seq_len: int, logits: bool = False):
+    """Return a function from tokens (B, T) to hidden states, logits where asked for, and losses."""
+    vocab_size = model.config.vocab_size
 
-    modes: the trainer's Runtimes of the arithmetic that trains.
+    def outputs(idx: torch.Tensor) -> torch.Tensor:
+        x = model.hidden(idx)
+        targets = random_tokens(tuple(idx.shape), vocab_size, seed=4321).to(idx.device)
+        parts = [x, model.lm_head.logits(x)] if logits else [x]
+        parts.append(model.lm_head.loss(x, targets)[1].unsqueeze(-1))
+        return torch.cat([part.detach().to(parts[-1].dtype) for part in parts], -1)
+
+    return outputs
+
+
+def budget(seq_len: int, rows: int, device: torch.device) -> int | None:
+    """Return how many cuts to try: all on a GPU up to 2048 tokens, else a sample."""
+    if torch.device(device).type == "cuda":
+        return None if seq_len <= ALL_CUTS_UP_TO else max(256, rows)
+    return max(16, rows)
+
+
+def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, False),
+                logits: bool = False, cuts: int | None = -1) -> Leaks:
+    """Return the leaks of hidden states and losses for (rows, seq_len), with moved weights.
+
+    autocast: a function that makes the context to run in. modes: with gradients the graph that
+    trains runs, without the one that validates. cuts: check_causality's; -1: budget's.
     """
-    rows, device, vocab_size = [], modes[0].device, config.vocab_size
-
-    def add(weights, T, what, leaks, bound):
-        # NaN is the worst of all
-        worst, cut = max(leaks, key=lambda leak: (leak[0] != leak[0], leak[0]))
-        rows.append((weights, T, what, worst, cut, bound, worst <= bound))
-
-    for weights in ("initial", "moved"):
-        for mode in modes:
-            model = build(config, weights, device)
-            if mode.compile:
-                model.compile()
-            what = str(mode.dtype).removeprefix("torch.") + ", compiled" * mode.compile
-            for T in even_and_odd(config.sequence_length):
-                with mode.autocast():
-                    add(weights, T, what, prefix_leaks(model.hidden, T, vocab_size, device), 0.0)
-        model = build(config, weights, device).double()
-        for T in even_and_odd(min(config.sequence_length, FLOAT64_TOKENS)):
-            leaks = prefix_leaks(model.hidden, T, vocab_size, device)
-            add(weights, T, "float64", leaks, FLOAT64_BOUND)
-            add(weights, T, "float64 gradients", gradient_leaks(model, T, device), FLOAT64_BOUND)
-    return rows
+    cuts = budget(seq_len, rows, device) if cuts == -1 else cuts
+    leaks, outputs = Leaks(), all_outputs(model, seq_len, logits)
+    for gradients in modes:
+        with moved_weights(model), torch.set_grad_enabled(gradients), autocast():
+            found = check_causality(outputs, seq_len, model.config.vocab_size, rows=rows,
+                                    cuts=cuts, device=device)
+        leaks += found
+        leaks.coverage, leaks.cuts, leaks.seed = found.coverage, found.cuts, found.seed
+    return leaks
 
 
-def even_and_odd(T: int) -> list[int]:
-    return sorted({max(T, 2), max(T - 1, 2)})
+@torch.no_grad()
+def check_generation(model, T: int, device) -> float:
+    """Return how far step(), token by token, is from hidden() over T tokens, relative, in fp32."""
+    idx = random_tokens((1, T), model.config.vocab_size).to(device)
+    whole, state, steps = model.hidden(idx), None, []
+    for t in range(T):
+        output, state = model.step(idx[:, t], state, T)
+        steps.append(output)
+    off = (torch.stack(steps, 1) - whole).double().norm() / whole.double().norm()
+    return off.item() if off.isfinite() else math.inf
 
 
-def print_table(name: str, rows: list[tuple]):
-    print(f"{name}\n{'weights':<10} {'T':>6}  {'arithmetic':<22} {'worst r':>9}  {'cut':>6}  "
-          f"{'bound':>7}")
-    for weights, T, what, worst, cut, bound, passed in rows:
-        print(f"{weights:<10} {T:>6}  {what:<22} {worst:>9.1e}  {cut:>6}  {bound:>7.0e}  "
-              f"{'ok' if passed else 'LEAK'}")
+SHORT, SHORT_VOCAB, GRADIENT_LENGTH = 128, 1024, 72  # the last one crosses a block of 64 tokens
 
 
-def configs_of(given) -> dict:
-    """Return every mixer's config, whichever is about to be trained: attn, afno and hybrid."""
-    kept = given.attn_layers or (given.n_layer // 2,)
-    states = tuple(n for n in given.afno_state_layers if n not in kept)
-    afno = dataclasses.replace(given, mixer="afno", attn_layers=())
-    return {"attn": dataclasses.replace(given, mixer="attn"), "afno": afno,
-            "hybrid": dataclasses.replace(afno, attn_layers=kept, afno_state_layers=states)}
+class Gate:
+    """The gate's table: a row is printed when it is done, and `passed` says whether all were."""
+
+    def __init__(self):
+        self.passed = True
+        print(f"{'model':<22} {'T':>5}  {'arithmetic':<22} {'cuts':>5}  {'pairs':>7}  "
+              f"{'seed':>10}  {'s':>5}  (with moved weights)")
+
+    def row(self, name: str, T: int, what: str, check):
+        begin = time.perf_counter()
+        leaks = check()
+        self.passed &= not leaks
+        print(f"{name:<22} {T:>5}  {what:<22} {leaks.cuts:>5}  {leaks.coverage:>7.2%}  "
+              f"{leaks.seed:>10}  {time.perf_counter() - begin:>5.1f}  "
+              f"{'LEAK: ' + str(leaks[0]) if leaks else 'ok'}", flush=True)
+
+    def close(self) -> int:
+        """Print the verdict and return the exit status."""
+        print("\ncausal: nothing moved that must not" if self.passed
+              else "\nNOT CAUSAL: do not train this")
+        return 0 if self.passed else 1
+
+
+def short_configs(given) -> dict:
+    """Return three layers of every mixer and form, in the width and with the recipe of `given`."""
+    options = dict(n_layer=3, vocab_size=SHORT_VOCAB, sequence_length=SHORT, mixer="afno",
+                   attn_layers=(), afno_state_layers=())
+    configs = {"attention": dict(mixer="attn"), "hybrid": dict(attn_layers=(1,)),
+               "states among filters": dict(afno_state_layers=(1,))}
+    configs |= {f"afno, {form}": dict(afno_form=form)
+                for form in ("filter", "hilbert", "state", "dyadic")}
+    return {name: dataclasses.replace(given, **options | dict(afno_form="filter") | change)
+            for name, change in configs.items()}
+
+
+def check_trained(gate: Gate, trainer, args, config, runtime):
+    """Add rows for the model that the flags ask for, in the shapes, dtype and graphs that train."""
+    device, rows_of = runtime.device, args.batch_size * config.sequence_length
+    torch.manual_seed(args.seed)
+    model = trainer.GPT(config).to(device)
+    fp8 = trainer.choose_fp8(model, args, device, runtime.dtype)
+    if fp8:
+        print(fp8)
+    if runtime.compile:
+        model.compile()
+    what = str(runtime.dtype).removeprefix("torch.")
+    for T, _ in args.curriculum or ((config.sequence_length, 1.0),):
+        rows = rows_of // T
+        gate.row("the model to train", T, what + ", compiled" * runtime.compile,
+                 lambda: check_model(model, T, rows, device, runtime.autocast))
+        with torch.compiler.set_stance("force_eager"):
+            gate.row("the model to train", T - 1, what, lambda: check_model(
+                model, T - 1, rows, device, runtime.autocast, modes=(True,)))
+
+
+def check_family(gate: Gate, trainer, configs: dict, runtime):
+    """Add rows for models of 128 tokens: all cuts, logits, eval mode, gradients in float64."""
+    device = runtime.device
+    exact = trainer.Runtime(device, torch.float32, compile=False)
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        model, T = trainer.GPT(config).to(device), config.sequence_length
+        for mode in [exact] + [runtime] * (runtime.dtype != torch.float32):
+            for length, evaluating, cuts in ((T, False, None), (T - 1, True, 32)):
+                model.train(not evaluating)
+                what = str(mode.dtype).removeprefix("torch.") + ", eval mode" * evaluating
+                gate.row(name, length, what, lambda: check_model(
+                    model, length, 32, device, mode.autocast, (not evaluating,), True, cuts))
+        model.double()
+        with moved_weights(model):
+            gate.row(name, GRADIENT_LENGTH, "float64 gradients", lambda: gradient_leaks(
+                model.hidden, model.transformer.wte, GRADIENT_LENGTH, config.vocab_size, device))
 
 
 def main(argv: list[str]) -> int:
-    """Run the gate on the model that the trainer's flags ask for; return the exit status."""
+    """Run the gate for the model that the trainer's flags ask for; return the exit status."""
     import train_gpt2_afno as trainer
 
     flags = trainer.parse_flags(argv)
     device = trainer.choose_device(flags.get("device", "auto"))
     args = trainer.merge_flags(flags, device, None, 1, print)
-    given = trainer.GPTConfig(**trainer.model_fields(vars(args)))
-    modes = [trainer.Runtime(device, torch.float32, compile=False)]
-    trained = trainer.Runtime(device, getattr(torch, args.dtype), bool(args.compile))
-    modes += [trained] if trained != modes[0] else []
-    print(f"{args.model}, sequence length {given.sequence_length}, {device.type}; "
-          "r = change before the cut / change at or after it")
-    print(f"convolution in training: {trainer.usable('convolution', device, trained.dtype)[1]}")
-    passed = True
-    for name, config in configs_of(given).items():
-        rows = check(config, modes)
-        title = f"\n{name}" + (f", attention in {config.attn_layers}" if name == "hybrid" else "")
-        if config.afno_state_layers:
-            title += f", form state in {config.afno_state_layers}"
-        print_table(title, rows)
-        passed &= all(row[-1] for row in rows)
-    print("\ncausal: every r is within its bound" if passed else "\nNOT CAUSAL: do not train this")
-    return 0 if passed else 1
+    config = trainer.GPTConfig(**trainer.model_fields(vars(args)))
+    runtime = trainer.Runtime(device, getattr(torch, args.dtype), bool(args.compile))
+    print(f"{args.model}, mixer {config.mixer}, {device.type}; convolution: "
+          f"{trainer.usable('convolution', device, runtime.dtype)[1]}")
+    gate = Gate()
+    check_trained(gate, trainer, args, config, runtime)
+    check_family(gate, trainer, short_configs(config), runtime)
+    return gate.close()
 
 
 # -----------------------------------------------------------------------------
@@ -253,21 +390,39 @@ def main(argv: list[str]) -> int:
 SMALL = dict(vocab_size=300, n_layer=3, n_head=2, n_embd=32, afno_num_blocks=4)
 
 
+def test_causality(model=None, seq_len: int = 100):
+    """Raise AssertionError where the model, or by default a small hybrid, is not causal."""
+    if model is None:
+        from train_gpt2_afno import GPT, GPTConfig
+
+        model = GPT(GPTConfig(**SMALL, attn_layers=(1,), sequence_length=seq_len))
+    outputs = model.hidden if hasattr(model, "hidden") else model
+    config = getattr(model, "config", None)
+    leaks = check_causality(outputs, seq_len, getattr(config, "vocab_size", SMALL["vocab_size"]))
+    assert not leaks, str(leaks[0])
+
+
 def assert_causal(**options):
-    """Run the gate on a small model, at lengths of one block of the convolution and of several."""
-    from train_gpt2_afno import GPTConfig, Runtime, choose_device
+    """Raise AssertionError where a small model is not causal, at one block and at several."""
+    from train_gpt2_afno import GPT, GPTConfig, Runtime, choose_device
 
     device = choose_device("auto")
     modes = [Runtime(device, torch.float32, compile=False)]
     if device.type == "cuda":
-        modes += [Runtime(device, torch.bfloat16, compile=False),
-                  Runtime(device, torch.bfloat16, compile=True)]
-    for T, position in ((64, "learned"), (64, "sinusoidal"), (64, "fourier"), (64, "none"),
-                        (257, "none"), (2200, "none")):
-        config = GPTConfig(**SMALL, **options, sequence_length=T, position=position)
-        rows = check(config, modes)
-        print_table(f"{options} {position}", rows)
-        assert all(row[-1] for row in rows)
+        modes += [Runtime(device, torch.bfloat16, compile=False)]
+    for T, position in ((64, "learned"), (64, "sinusoidal"), (64, "fourier"), (257, "none"),
+                        (2200, "none")):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**SMALL, **options, sequence_length=T, position=position)).to(device)
+        for mode in modes:
+            for length in (T, T - 1):
+                leaks = check_model(model, length, 4, device, mode.autocast)
+                assert not leaks, f"{options} {position} T = {length}: {leaks[0]}"
+    model = GPT(GPTConfig(**SMALL, **options, sequence_length=GRADIENT_LENGTH)).to(device).double()
+    with moved_weights(model):
+        leaks = gradient_leaks(model.hidden, model.transformer.wte, GRADIENT_LENGTH,
+                               SMALL["vocab_size"], device)
+    assert not leaks, f"{options} float64 gradients: {leaks[0]}"
 
 
 def test_attention_is_causal():
