@@ -1,19 +1,24 @@
 """The causality gate must be able to fail: mixers that leak, each in a known way."""
+import argparse
 import contextlib
 import dataclasses
 import io
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import afno
-import kernels.loss
-import test_causality
-import train_gpt2_afno
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import afno  # noqa: E402
+import kernels.loss  # noqa: E402
+import test_causality  # noqa: E402
+import train_gpt2_afno  # noqa: E402
 from afno import AFNO1D, causal_conv, complex_linear, complex_relu, complex_soft_shrink
 from data.text_to_bin import InputError
 from test_causality import (check_causality, check_family, check_generation, check_model,
@@ -332,7 +337,8 @@ def test_a_scale_of_the_whole_batch_in_fp8_is_a_leak(monkeypatch):
     dict(afno_form="state"), dict(afno_state_layers=(1,), afno_silu=1)))
 def test_nothing_true_is_called_a_leak(options):
     config = dataclasses.replace(CONFIG, value_residual=1, **options)
-    assert start_sees(config) is start_sees(config, HALF) is None and gate_sees(config, HALF) == []
+    assert start_sees(config) is start_sees(config, HALF) is None
+    assert gate_sees(config, EXACT) == []
 
 
 def test_generation_is_checked_against_the_parallel_pass(monkeypatch):
@@ -348,8 +354,9 @@ def test_generation_is_checked_against_the_parallel_pass(monkeypatch):
 @pytest.mark.parametrize("mix, form, status", (
     (AFNO1D.mix, "filter", 0), (AFNO1D.mix, "reference", 1),
     (instead_of_mix(rolled), "filter", 1)))
-def test_exit_status_of_the_command(monkeypatch, capsys, mix, form, status):
+def test_exit_status_of_the_command(monkeypatch, capsys, tmp_path, mix, form, status):
     monkeypatch.setattr(AFNO1D, "mix", mix)
+    monkeypatch.setattr(test_causality, "CACHE", str(tmp_path / "passed"))
     flags = "--preset baseline --model d4 --mixer afno --attn_layers 1 --sequence_length 80 " \
         f"--batch_size 2 --device cpu --dtype float32 --afno_form {form}"
     assert test_causality.main(flags.split()) == status
@@ -358,6 +365,21 @@ def test_exit_status_of_the_command(monkeypatch, capsys, mix, form, status):
     for name in ("the model to train", "attention", "hybrid", "states among filters",
                  "afno, dyadic"):
         assert f"\n{name}" in printed
+    if status == 0:  # a pass is remembered, a leak is not
+        assert test_causality.main(flags.split()) == 0
+        assert "passed before" in capsys.readouterr().out
+    folder = tmp_path / "passed"
+    assert len(list(folder.iterdir()) if folder.exists() else []) == (status == 0)
+
+
+def test_another_shape_dtype_or_batch_is_another_pass():
+    args = train_gpt2_afno.merge_flags(dict(preset="baseline"), CPU, None, 1, print)
+    name = lambda config, **changes: test_causality.passed_file(
+        train_gpt2_afno, argparse.Namespace(**{**vars(args), **changes}), config).name
+    names = [name(CONFIG), name(CONFIG), name(RICH), name(CONFIG, dtype="bfloat16"),
+             name(CONFIG, batch_size=3), name(CONFIG, curriculum=((8, 1.0),))]
+    assert names[0] == names[1] and len(set(names)) == 5
+    assert name(CONFIG, learning_rate=0.1) == names[0]  # a sweep over rates pays once
 
 
 def test_the_plans_call(monkeypatch):
@@ -427,3 +449,24 @@ def test_moved_weights_come_back_bit_for_bit():
             assert not (p == old).any(), "every number moves, zeros and ones, too"
         raise KeyError
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+
+# -----------------------------------------------------------------------------
+# python tests/test_gate.py: the table of mutants for experiments/causality.md
+
+
+def print_mutants():
+    print("| mutant | start | gate | seconds |\n| --- | --- | --- | --- |")
+    for name, (patch, _) in MUTANTS.items():
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            patch(monkeypatch)
+            begin = time.perf_counter()
+            said, lines = start_sees(RICH), gate_sees(RICH, EXACT)
+            found = [re.search(r"output (\d+)", text) for text in (said or "", "".join(lines[:1]))]
+            cells = [f"refused, at {match[1]}" if match else "not seen" for match in found]
+            seconds = time.perf_counter() - begin
+            print(f"| {name} | {' | '.join(cells)} | {seconds:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    print_mutants()
