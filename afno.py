@@ -155,12 +155,10 @@ class FilterTaps(nn.Module):
 
 
 def causal_conv(u: Tensor, taps: Tensor) -> Tensor:
-    """Return y_t = sum over s <= t of taps[t - s] u_s, computed from u_0 ... u_t alone, bit for
-    bit.
+    """Return y_t = sum over s <= t of taps[t - s] u_s; later u do not enter its arithmetic.
 
-    u: (B, T, C), any T. taps: (G, K), lags 0 ... K - 1 in tokens; filter g serves the channels g
-    C/G ... (g + 1) C/G - 1. Returns (B, T, C) in u's dtype (in autocast's under autocast). Matrices
-    of taps are made in the taps' dtype and then cast.
+    u: (B, T, C), any T. taps: (G, K), lags 0 ... K - 1 in tokens; filter g has channels g C/G on.
+    Returns (B, T, C) in u's dtype, under autocast in autocast's.
     """
     kind = u.device.type
     if torch.is_autocast_enabled(kind) and u.dtype == torch.float32:
@@ -183,8 +181,7 @@ def plain_conv(u: Tensor, taps: Tensor) -> Tensor:
 
     One FFT over the whole sequence is shorter, but mixes future values into past outputs at
     rounding level, 4e-3 in bf16: too much for a gate that is to find real leaks.
-    Costs about 5 b + 4 T/b multiply-adds a token and channel, b = 64 up to T = 2048 and T/32
-    beyond.
+    Costs about 5 b + 4 T/b multiply-adds a token and channel; b = 64 up to T = 2048.
     """
     B, T, C = u.shape
     G = taps.size(0)
@@ -211,10 +208,7 @@ def plain_conv(u: Tensor, taps: Tensor) -> Tensor:
 
 
 class ShortConv(nn.Module):
-    """Convolve (B, T, C) with a few taps for every channel by itself; with silu, SiLU follows.
-
-    It begins as the identity.
-    """
+    """Convolve (B, T, C) with a few taps a channel, at first the identity; with silu then SiLU."""
 
     def __init__(self, channels: int, length: int = 4, silu: bool = False):
         super().__init__()
