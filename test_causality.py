@@ -443,7 +443,7 @@ def assert_causal(**options):
         torch.manual_seed(0)
         model = GPT(GPTConfig(**SMALL, **options, sequence_length=T, position=position)).to(device)
         for mode in modes:
-            for length in (T, T - 1):
+            for length in (T, T - 1) if T < 1000 else (T - 1,):
                 leaks = check_model(model, length, 4, device, mode.autocast)
                 assert not leaks, f"{options} {position} T = {length}: {leaks[0]}"
     model = GPT(GPTConfig(**SMALL, **options, sequence_length=GRADIENT_LENGTH)).to(device).double()
