@@ -242,7 +242,7 @@ def gradient_leaks(hidden, embedding: torch.nn.Module, T: int, vocab_size: int,
 # this repository's models: what the trainer checks at start, and the gate
 
 
-def all_outputs(model, seq_len: int, logits: bool = False):
+def all_outputs(model, logits: bool = False):
     """Return a function from tokens (B, T) to hidden states, logits where asked for, and losses."""
     vocab_size = model.config.vocab_size
 
@@ -271,13 +271,14 @@ def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, F
     trains runs, without the one that validates. cuts: check_causality's; -1: budget's.
     """
     cuts = budget(seq_len, rows, device) if cuts == -1 else cuts
-    leaks, outputs = Leaks(), all_outputs(model, seq_len, logits)
-    for gradients in modes:
-        with moved_weights(model), torch.set_grad_enabled(gradients), autocast():
-            found = check_causality(outputs, seq_len, model.config.vocab_size, rows=rows,
-                                    cuts=cuts, device=device)
-        leaks += found
-        leaks.coverage, leaks.cuts, leaks.seed = found.coverage, found.cuts, found.seed
+    leaks, outputs = Leaks(), all_outputs(model, logits)
+    with moved_weights(model):  # once: the noise for a whole model takes time
+        for gradients in modes:
+            with torch.set_grad_enabled(gradients), autocast():
+                found = check_causality(outputs, seq_len, model.config.vocab_size, rows=rows,
+                                        cuts=cuts, device=device)
+            leaks += found
+            leaks.coverage, leaks.cuts, leaks.seed = found.coverage, found.cuts, found.seed
     return leaks
 
 
@@ -341,12 +342,11 @@ def check_trained(gate: Gate, trainer, args, config, runtime):
     model = trainer.GPT(config).to(device)
     if said := trainer.choose_fp8(model, args, device, runtime.dtype):
         print(said)
-    what = str(runtime.dtype).removeprefix("torch.")
     for T, _ in args.curriculum or ((config.sequence_length, 1.0),):
         rows = tokens // T
-        gate.row("the model to train", T, what, lambda: check_model(
+        gate.row("the model to train", T, args.dtype, lambda: check_model(
             model, T, rows, device, runtime.autocast))
-        gate.row("the model to train", T - 1, what, lambda: check_model(
+        gate.row("the model to train", T - 1, args.dtype, lambda: check_model(
             model, T - 1, rows, device, runtime.autocast, modes=(True,)))
 
 
@@ -369,7 +369,7 @@ def check_family(gate: Gate, trainer, configs: dict, runtime):
                 model.hidden, model.transformer.wte, GRADIENT_LENGTH, config.vocab_size, device))
 
 
-def passed_file(trainer, args, config) -> pathlib.Path:
+def passed_file(args, config) -> pathlib.Path:
     """Return the file that says that the gate has passed: so a sweep over rates pays once.
 
     Its name is a digest of the sources, the model's shape, the flags that change what runs, the
@@ -397,7 +397,7 @@ def main(argv: list[str]) -> int:
     runtime = trainer.Runtime(device, getattr(torch, args.dtype), bool(args.compile))
     print(f"{args.model}, mixer {config.mixer}, {device.type}; convolution: "
           f"{trainer.usable('convolution', device, runtime.dtype)[1]}")
-    passed = passed_file(trainer, args, config)
+    passed = passed_file(args, config)
     if passed.exists():
         print(f"passed before, with this source, configuration and versions: {passed.name} in "
               f"{passed.parent.name}/ (delete it to run the gate again)")

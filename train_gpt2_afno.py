@@ -813,11 +813,10 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
     tables, groups = embedding_tables(model), {}
     for key, p in model.named_parameters():
         if p not in stacks:
-            lr = rest_lr if rest_lr is not None and p not in tables else learning_rate
-            decay = 0.0 if key.endswith(PLACES) else weight_decay
-            has_rest_lr = rest_lr is not None and p not in tables
-            group = dict(params=[], lr=lr, weight_decay=decay)
-            groups.setdefault((has_rest_lr, key.endswith(PLACES)), group)["params"].append(p)
+            is_place, has_rest_lr = key.endswith(PLACES), rest_lr is not None and p not in tables
+            group = dict(params=[], lr=rest_lr if has_rest_lr else learning_rate,
+                         weight_decay=0.0 if is_place else weight_decay)
+            groups.setdefault((has_rest_lr, is_place), group)["params"].append(p)
     optimizers = [torch.optim.AdamW(list(groups.values()), betas=betas, fused=True)]
     if stacks:
         optimizers.append(Muon(list(stacks.items()), learning_rate, weight_decay, momentum))
@@ -1012,8 +1011,9 @@ def record_source(folder: Path) -> list[str]:
         shutil.copyfile(ROOT / name, folder / "source" / name)
     if diff:
         (folder / "source").mkdir(parents=True, exist_ok=True)
-        (folder / "source" / f"{hashlib.sha256(diff).hexdigest()[:12]}.diff").write_bytes(diff)
-        commit += f" and source/{hashlib.sha256(diff).hexdigest()[:12]}.diff"
+        name = f"{hashlib.sha256(diff).hexdigest()[:12]}.diff"
+        (folder / "source" / name).write_bytes(diff)
+        commit += f" and source/{name}"
     return [f"commit: {commit}", *(f"sha256: {hashlib.sha256(path.read_bytes()).hexdigest()} {name}"
                                    for path, name in zip(files, names))]
 
@@ -1337,7 +1337,7 @@ class Run:
         self.say(f"flags that differ from --help's defaults: {', '.join(changed) or 'none'}")
         if args.optimizer == "adamw" and args.momentum != DEFAULTS["momentum"]:
             self.say(f"momentum {args.momentum} is Muon's and does nothing here")
-        self.say(f"device: {device.type}, {str(dtype).removeprefix('torch.')}, compile "
+        self.say(f"device: {device.type}, {args.dtype}, compile "
                  f"{int(self.runtime.compile)}; output: {relative(str(self.folder))}")
 
     def check_and_compile(self):

@@ -1,4 +1,4 @@
-"""What several test files need: a tiny model, and how far two tensors are apart."""
+"""Share what several test files need: a tiny model, oracles, how far two tensors are apart."""
 import torch
 
 from train_gpt2_afno import GPT, GPTConfig
@@ -15,6 +15,15 @@ def tiny(**options) -> GPT:
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return |a - b| / |b|."""
     return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+def toeplitz_sum(u: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """Return y_t = sum over s <= t of taps[t - s] u_s, term by term of the lag."""
+    T, per_filter = u.size(1), u.size(2) // taps.size(0)
+    y = torch.zeros_like(u)
+    for lag in range(min(T, taps.size(1))):
+        y[:, lag:] += taps[:, lag].repeat_interleave(per_filter) * u[:, : T - lag]
+    return y
 
 
 def token_by_token(step, x: torch.Tensor) -> tuple[torch.Tensor, object]:

@@ -15,19 +15,10 @@ import afno
 from afno import (AFNO1D, FORMS, ROUTINGS, ShortConv, apply_causal_mask_freq, causal_conv,
                   check_arguments, complex_relu, complex_soft_shrink, inverse_rdft, make_operator, plain_short_conv, rmsnorm,
                   taps_at_once, toeplitz)
-from helpers import relative, token_by_token
+from helpers import relative, toeplitz_sum, token_by_token
 
 LENGTHS = (1, 2, 3, 7, 31, 63, 64, 65, 127, 128, 129, 257)  # primes, powers of two, one more and one less
 seeded = settings(derandomize=True, deadline=None, max_examples=40)
-
-
-def toeplitz_sum(u, taps):
-    """y_t = sum over s <= t of taps[t - s] u_s, term by term of the lag."""
-    T, per_filter = u.size(1), u.size(2) // taps.size(0)
-    y = torch.zeros_like(u)
-    for lag in range(min(T, taps.size(1))):
-        y[:, lag:] += taps[:, lag].repeat_interleave(per_filter) * u[:, : T - lag]
-    return y
 
 
 def inputs(B, T, G, width, K, dtype=torch.float64, seed=0):

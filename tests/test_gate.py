@@ -375,7 +375,7 @@ def test_exit_status_of_the_command(monkeypatch, capsys, tmp_path, mix, form, st
 def test_another_shape_dtype_or_batch_is_another_pass():
     args = train_gpt2_afno.merge_flags(dict(preset="baseline"), CPU, None, 1, print)
     name = lambda config, **changes: test_causality.passed_file(
-        train_gpt2_afno, argparse.Namespace(**{**vars(args), **changes}), config).name
+        argparse.Namespace(**{**vars(args), **changes}), config).name
     names = [name(CONFIG), name(CONFIG), name(RICH), name(CONFIG, dtype="bfloat16"),
              name(CONFIG, batch_size=3), name(CONFIG, curriculum=((8, 1.0),))]
     assert names[0] == names[1] and len(set(names)) == 5

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from helpers import relative, toeplitz_sum
 
 pytest.importorskip("triton")
 
@@ -25,19 +26,6 @@ DEVICE, DTYPE, BOUND = ("cuda", torch.bfloat16, 1e-2) if CUDA else ("cpu", torch
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(a, b) -> float:
-    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
-
-
-def toeplitz_sum(u, taps):
-    """y_t = sum over s <= t of taps[t - s] u_s, term by term of the lag."""
-    T, per_filter = u.size(1), u.size(2) // taps.size(0)
-    y = torch.zeros_like(u)
-    for lag in range(min(T, taps.size(1))):
-        y[:, lag:] += taps[:, lag].repeat_interleave(per_filter) * u[:, : T - lag]
-    return y
 
 
 def inputs(B, T, G, width, K):

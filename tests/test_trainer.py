@@ -1,6 +1,5 @@
 """The trainer as its users run it: flags, logs, checkpoints, signals, ranks, bad input, generation.
 """
-import contextlib
 import hashlib
 import json
 import math
