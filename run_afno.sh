@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # bash run_afno.sh [fineweb|shakespeare|baseline|test] [flags...]
 #
-#   fineweb      the production run on one 24 GB GPU: the hybrid on 1.26B tokens of FineWeb
+#   fineweb      the production run on 24 GB GPUs: the hybrid on 1.26B tokens of FineWeb
 #                (fineweb --mixer attn: the control, attention in every layer)
 #   shakespeare  a small model on Shakespeare's plays: minutes on a laptop, no GPU needed
 #   baseline     NoCap-Test's run: attention and its own recipe on 2.5B tokens of FineWeb
 #   test         the test suite; --fast leaves out the slow ones, other flags go to pytest
 #
 # Without a preset: fineweb where a GPU is, else shakespeare. What a preset is stands in PRESETS in
-# train_gpt2_afno.py; flags win over it. Steps: packages, data, causality gate, training.
+# train_gpt2_afno.py; flags win over it. Several GPUs share out each step: --gpus N says how many.
+# Steps: packages, data, causality gate, training.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 say() { echo "run_afno.sh: $*"; }
@@ -17,7 +18,7 @@ fail() { echo "error: run_afno.sh: $*" >&2; exit 2; }
 preset=""
 case "${1:-}" in
   fineweb | shakespeare | baseline | test) preset=$1; shift ;;
-  -h | --help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+  -h | --help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
   "" | -*) ;;
   *) fail "unknown preset $1, choose fineweb, shakespeare, baseline or test" ;;
 esac
@@ -87,6 +88,4 @@ say "data: data/${data[*]}"
 say "causality gate"
 "$python" "$here/test_causality.py" --preset "$preset" "$@"
 say "training"
-launch=("$python")
-if [ "$preset" != shakespeare ]; then launch+=(-m torch.distributed.run --standalone --nproc_per_node=1); fi
-exec "${launch[@]}" "$here/train_gpt2_afno.py" --preset "$preset" "$@"
+exec "$python" "$here/train_gpt2_afno.py" --preset "$preset" "$@"

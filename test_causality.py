@@ -392,7 +392,7 @@ def main(argv: list[str]) -> int:
 
     flags = trainer.parse_flags(argv)
     device = trainer.choose_device(flags.get("device", "auto"))
-    args = trainer.merge_flags(flags, device, None, 1, print)
+    args = trainer.merge_flags(flags, device, None, print)
     config = trainer.GPTConfig(**trainer.model_fields(vars(args)))
     runtime = trainer.Runtime(device, getattr(torch, args.dtype), bool(args.compile))
     print(f"{args.model}, mixer {config.mixer}, {device.type}; convolution: "

@@ -24,9 +24,11 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, make_dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -177,6 +179,7 @@ table("model",
       common=False)
 table("device",
       ("device", "auto", one_of("auto", "cuda", "cpu"), "auto: CUDA where there is any"),
+      ("gpus", None, integer(1, 1024), "cards (as many as there are and divide the micro-batches)"),
       ("seed", 1337, integer(0, 2**63 - 1), "of initialisation and sampling; data order is fixed"))
 table("device",
       ("dtype", None, one_of("bfloat16", "float32"), "of autocast (bfloat16 on CUDA, else 32)"),
@@ -250,7 +253,7 @@ PRESETS = {
     "baseline": FINEWEB | dict(mixer="attn", depth_scale=1),
 }
 DATA_FLAGS = ("input_bin", "input_val_bin")
-NOT_KEPT = ("preset", "output_dir", "device", "compile", "resume", "eval_only", "generate",
+NOT_KEPT = ("preset", "output_dir", "device", "gpus", "compile", "resume", "eval_only", "generate",
             "max_seconds", "max_new_tokens", "temperature", "top_k")  # not a checkpoint's to set
 DEFAULTS = {flag.name: flag.default for flag in FLAGS.values() if flag.group != "shape"}
 CONFIG_FLAGS = [flag for flag in FLAGS.values()
@@ -599,6 +602,7 @@ class GPT(nn.Module):
             warnings.filterwarnings("ignore", message=text)
         # attention and AFNO, training and evaluation, full and short batch
         torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.optimize_ddp = False  # it would cut a block's graph on several ranks
         for block in self.transformer.h:
             block.compile(dynamic=False)
         self.taps_at_once = torch.compile(taps_at_once, dynamic=False)
@@ -758,6 +762,17 @@ class Muon(torch.optim.Optimizer):
             X = torch.baddbmm(X, A, X, beta=3.4445)
         return X.mT.contiguous() if tall else X
 
+    def orthogonalize_by_ranks(self, G: Tensor) -> Tensor:
+        """Return orthogonalize(G), of which each rank makes an equal share."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world == 1:
+            return self.orthogonalize(G)
+        share = math.ceil(len(G) / world)
+        mine = F.pad(G, (0, 0, 0, 0, 0, share * world - len(G))).chunk(world)[dist.get_rank()]
+        shares = G.new_empty(share * world, *G.shape[1:])
+        dist.all_gather_into_tensor(shares, self.orthogonalize(mine))
+        return shares[: len(G)]
+
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
@@ -774,7 +789,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
             nesterov = torch._foreach_lerp(gradients, averages, group["momentum"])
             stacked = torch.stack([part.bfloat16() for part in nesterov])
-            updates = self.orthogonalize(stacked).float().unbind()
+            updates = self.orthogonalize_by_ranks(stacked).float().unbind()
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             rate = group["lr"] * 0.2 * math.sqrt(max(shape))
             torch._foreach_add_(matrices, updates, alpha=-rate)
@@ -1111,6 +1126,10 @@ def flops_per_token(model: GPT, T: int) -> float:
 # training
 
 
+# of a rank for the others; then the run ends
+LONGEST_WAIT = timedelta(minutes=1)
+
+
 class Diverged(RuntimeError):
     """A loss or gradient that is not finite."""
 
@@ -1124,17 +1143,27 @@ class Runtime:
     compile: bool
     rank: int = 0
     world: int = 1
+    patient: object = None  # a group of all ranks that waits longer than LONGEST_WAIT
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def of_ranks(self, value: int) -> list[int]:
+        """Return every rank's value: on the CPU, through gloo, which does not wait for the GPU."""
+        values = torch.zeros(self.world, dtype=torch.int64)
+        values[self.rank] = value
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
     def any_rank(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank: ranks must leave the loop together."""
-        if self.world == 1:
-            return flag
-        flags = torch.tensor(float(flag))
-        dist.all_reduce(flags)  # on the CPU, through gloo: does not wait for the GPU
-        return flags.item() > 0
+        return any(self.of_ranks(flag))
+
+    def wait(self):
+        """Wait for all ranks, after work that may take one of them more than LONGEST_WAIT."""
+        if self.world > 1:
+            dist.barrier(self.patient)
 
 
 @contextlib.contextmanager
@@ -1349,6 +1378,7 @@ class Run:
                                 for i in range(self.step, self.total_steps + 1))
         for length in to_come:  # in the shape that trains, on the very graphs
             refuse_leaks(model, length, self.tokens // length, runtime, self.say)
+        runtime.wait()
         self.wrapped = DistributedDataParallel(model) if runtime.world > 1 else model
         if runtime.compile:
             for length in to_come:
@@ -1475,6 +1505,7 @@ class Run:
                 rng=dict(cpu=torch.get_rng_state(), cuda=cuda), config=asdict(self.config),
                 args=self.args.to_save, train_time_s=self.clock.total,
                 compile_time_s=self.compile_time, wall_time_s=self.wall_time()))
+        self.runtime.wait()
         self.saved_step = self.step
         self.clock.restart()
 
@@ -1528,14 +1559,17 @@ class Run:
         train_time = self.clock.total
         with_compilation = train_time + self.compile_time
         rate = self.position / train_time if train_time else 0.0
-        memory = peak_memory(self.device)
+        peaks = self.runtime.of_ranks(peak_memory(self.device))
         no_target = "not reached" if args.target_val_loss else "no target"
         to_target = f"{self.reached:.1f} s" if self.reached is not None else no_target
-        self.say(f"tokens/s: {rate:,.0f}  peak_memory_usage: {memory / 2**20:,.0f} MiB  "
+        if len(peaks) > 1:
+            each = ", ".join(f"{peak / 2**20:,.0f}" for peak in peaks)
+            self.say(f"peak memory of each rank: {each} MiB")
+        self.say(f"tokens/s: {rate:,.0f}  peak_memory_usage: {max(peaks) / 2**20:,.0f} MiB  "
                  f"train_time: {train_time:.1f} s, {with_compilation:.1f} s with compilation  "
                  f"wall_clock_time_to_target_loss: {to_target}")
         if self.log:
-            self.log.metric(step=step, tokens_per_s=rate, peak_memory_usage=memory,
+            self.log.metric(step=step, tokens_per_s=rate, peak_memory_usage=max(peaks),
                             train_time_s=train_time, train_time_with_compilation_s=with_compilation,
                             wall_time_s=self.wall_time(),
                             wall_clock_time_to_target_loss=self.reached)
@@ -1560,10 +1594,11 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder:
         except InputError as bad_data:
             error = bad_data
         late = args.max_seconds is not None and time.perf_counter() - START > args.max_seconds
-        if runtime.any_rank(bool(signals) or late) or not batches:
+        if runtime.any_rank(bool(signals) or late or error is not None) or not batches:
             run.save()
-            if error is not None:
-                raise error
+            failed = runtime.of_ranks(error is not None)
+            if any(failed):
+                raise error or InputError(f"rank {failed.index(1)} could not read its rows")
             return run.finish(late)
         length = length_at(run.lengths, run.step, run.total_steps)
         losses = run.forward_backward(batches, length)
@@ -1682,6 +1717,47 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def choose_gpus(asked: int | None, device: torch.device, micro_batches: int, say) -> int:
+    """Return how many cards share out a step's micro-batches; raise InputError for --gpus."""
+    there = torch.cuda.device_count() if device.type == "cuda" else 0
+    if asked is None:
+        most = max(n for n in range(1, max(there, 1) + 1) if micro_batches % n == 0)
+        if there > 1:
+            say(f"{most} of {there} GPUs: the most that divide the {micro_batches} micro-batches "
+                "of a step (--gpus chooses)")
+        return most
+    if asked > there:
+        raise InputError(f"--gpus must be <= {there}, the CUDA devices that --device "
+                         f"{device.type} has here, got {asked}")
+    if micro_batches % asked:
+        raise InputError(f"--gpus must divide --grad_accumulation_steps {micro_batches}, "
+                         f"got {asked}")
+    return asked
+
+
+def launch(ranks: int) -> int:
+    """Run this command by torchrun in so many processes, one a card; return the exit status."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # torchrun would choose 1 and warn
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    try:
+        torchrun.main(["--standalone", f"--nproc_per_node={ranks}", *sys.argv])
+    except SignalException as stopped:  # it has passed the signal on, and the ranks have saved
+        return 128 + stopped.sigval
+    except ChildFailedError as error:
+        # a rank that lost another one ends with 1
+        rank, failure = min(error.failures.items(), key=lambda item: item[1].exitcode == 1)
+        status = failure.exitcode
+        how = f"ended with status {status}" if status > 0 else \
+            f"was killed by {signal.Signals(-status).name}"
+        print(f"error: rank {rank} {how}", file=sys.stderr, flush=True)
+        return status if status > 0 else 128 - status
+    return 0
+
+
 def find_checkpoint(flags: dict, say) -> tuple[dict, Path]:
     """Return (state, folder of the run) that --resume, --eval_only or --generate ask for."""
     source = flags.get("resume", "auto")
@@ -1705,7 +1781,7 @@ def find_checkpoint(flags: dict, say) -> tuple[dict, Path]:
     return Checkpoints(folder).newest(say), folder
 
 
-def merge_flags(flags: dict, device: torch.device, saved: dict | None, world: int, say):
+def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
     """Return all flags: defaults < preset < checkpoint < command line."""
     preset = {} if saved else choose_preset(flags, device, say)
     values = {**DEFAULTS, **preset, **(saved["args"] if saved else {}), **flags}
@@ -1713,8 +1789,6 @@ def merge_flags(flags: dict, device: torch.device, saved: dict | None, world: in
     for name, chosen in (("dtype", "bfloat16" if cuda else "float32"), ("compile", int(cuda))):
         values[name] = chosen if values[name] is None else values[name]
     values.update(choose_data(flags, values))
-    if not saved and "grad_accumulation_steps" not in flags:  # one for every rank
-        values["grad_accumulation_steps"] = max(values["grad_accumulation_steps"], world)
     args = argparse.Namespace(**values)
     if saved:
         args.sequence_length = flags.get("sequence_length", saved["config"]["sequence_length"])
@@ -1807,11 +1881,15 @@ def main(argv: list[str]) -> int:
     only_read, saved = "generate" in flags or "eval_only" in flags, None
     if only_read or "resume" in flags:
         saved, folder = find_checkpoint(flags, say)
-    args = merge_flags(flags, device, saved, world, say)
+    args = merge_flags(flags, device, saved, say)
     if not saved:
         folder = new_folder(flags, args, rank)
     config = config_of(flags, args, saved, folder, only_read)
     refuse_untrainable(config, args)
+    if "RANK" not in os.environ and not only_read:
+        gpus = choose_gpus(args.gpus, device, args.grad_accumulation_steps, say)
+        if gpus > 1:
+            return launch(gpus)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -1822,36 +1900,43 @@ def main(argv: list[str]) -> int:
             read_checkpoint(flags, args, config, runtime, saved, folder, say)
         return 0
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        with caught_signals() as signals:
-            return train(args, config, runtime, saved, folder, signals)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=LONGEST_WAIT)
+        runtime.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+    with caught_signals() as signals:
+        status = train(args, config, runtime, saved, folder, signals)
+    if world > 1:  # not after an error: it would wait for ranks that do not come
+        dist.destroy_process_group()
+    return status
 
 
 def run(main_function) -> None:
     """Exit with the function's status; bad input is one clear line and status 2, divergence 1."""
-    first_rank = os.environ.get("RANK", "0") == "0"  # such errors meet all ranks alike
-    message = None
+    rank, message = os.environ.get("RANK"), None
     try:
         status = main_function(sys.argv[1:])
     except (InputError, Diverged) as error:
-        message = str(error) if first_rank else None
-        status = 2 if isinstance(error, InputError) else 1
+        message, status = str(error), 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:  # outside training, which saves first
         status = 130
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         # a compiler's errors are RuntimeErrors, too, also where they hold that memory ran out
-        ran_out = any(text in str(error) for text in ("can't allocate memory", "out of memory"))
-        if not (ran_out or isinstance(error, (torch.OutOfMemoryError, MemoryError))):
+        ran_out = isinstance(error, RuntimeError) and any(
+            text in str(error) for text in ("can't allocate memory", "out of memory"))
+        if ran_out or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            message = "out of memory: lower --batch_size (and raise --grad_accumulation_steps to " \
+                f"match), or --val_batch_size, --sequence_length or --model ({first_line(error)})"
+            status = 2
+        elif rank is None:
             raise
-        message = "out of memory: lower --batch_size (and raise --grad_accumulation_steps to " \
-            f"match), or --val_batch_size, --sequence_length or --model ({first_line(error)})"
-        status = 2
+        else:
+            traceback.print_exc()
+            message, status = first_line(error), 1
     if message:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        who = "" if rank is None else f"rank {rank}: "
+        print(f"error: {who}{message}", file=sys.stderr, flush=True)
+        if rank is not None:  # at once: NCCL would wait for the other ranks first
+            os._exit(status)
     sys.exit(status)
 
 

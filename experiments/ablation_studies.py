@@ -487,7 +487,7 @@ def dry_run(flags: dict[tuple[str, int], dict]) -> int:
         print(command(of_run), flush=True)
         try:
             given = trainer.parse_flags(as_words(of_run))
-            args = trainer.merge_flags(given, torch.device("cpu"), None, 1, lambda text: None)
+            args = trainer.merge_flags(given, torch.device("cpu"), None, lambda text: None)
             config = trainer.GPTConfig(**trainer.model_fields(vars(args)))
             trainer.refuse_untrainable(config, args)
             trainer.length_phases(args, config.sequence_length, world=1)

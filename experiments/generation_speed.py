@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     """Time both methods and return the exit status."""
     flags = {"max_new_tokens": 32, **parse_flags(argv)}
     device = choose_device(flags.get("device", "auto"))
-    args = merge_flags(flags, device, None, 1, print)
+    args = merge_flags(flags, device, None, print)
     config, count = GPTConfig(**model_fields(vars(args))), args.max_new_tokens
     if count >= config.sequence_length:
         raise InputError("--max_new_tokens must be < --sequence_length "

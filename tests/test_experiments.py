@@ -245,7 +245,7 @@ def test_arms_differ_from_the_preset_in_what_they_say():
         study = STUDIES[name]
         flags = ablation_studies.flags_of(study, arm, 1, ROOT / "x", study.tokens, {})
         given = trainer.parse_flags(ablation_studies.as_words(flags))
-        return vars(trainer.merge_flags(given, torch.device("cpu"), None, 1, print))
+        return vars(trainer.merge_flags(given, torch.device("cpu"), None, print))
 
     anchor, apart = resolved("recipe", "anchor"), ("output_dir", "to_save")
     recipe = trainer.RECIPE | dict(n_head=6, attn_layers=(5, 10), residual_bf16=1, fp8_head=1, fp8_mlp=1)

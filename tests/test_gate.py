@@ -373,7 +373,7 @@ def test_exit_status_of_the_command(monkeypatch, capsys, tmp_path, mix, form, st
 
 
 def test_another_shape_dtype_or_batch_is_another_pass():
-    args = train_gpt2_afno.merge_flags(dict(preset="baseline"), CPU, None, 1, print)
+    args = train_gpt2_afno.merge_flags(dict(preset="baseline"), CPU, None, print)
     name = lambda config, **changes: test_causality.passed_file(
         argparse.Namespace(**{**vars(args), **changes}), config).name
     names = [name(CONFIG), name(CONFIG), name(RICH), name(CONFIG, dtype="bfloat16"),

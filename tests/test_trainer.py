@@ -129,7 +129,7 @@ def assert_same(a, b, path=""):
 def values_of(argv: str, saved: dict | None = None, say=lambda text: None):
     """Return (args, config) as main makes them on a CPU."""
     given = train_gpt2_afno.parse_flags(argv.split())
-    args = train_gpt2_afno.merge_flags(given, CPU, saved, 1, say)
+    args = train_gpt2_afno.merge_flags(given, CPU, saved, say)
     return args, train_gpt2_afno.config_of(given, args, saved, Path("run"), False)
 
 

@@ -1,0 +1,187 @@
+"""Several ranks, through gloo on the CPU: what they share out, and how a run with them ends."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt2_afno
+from data.text_to_bin import InputError
+from test_trainer import (SCRIPT, VOCABULARY, data, flags, losses, main, newest,  # noqa: F401
+                          small, validations, wait_for_step)
+from train_gpt2_afno import Muon, choose_gpus
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LONG = "--num_iterations 1000000 --save_every 0 --val_loss_every 0 --grad_accumulation_steps 2"
+
+
+# -----------------------------------------------------------------------------
+# how many cards
+
+
+@pytest.mark.parametrize("there, micro_batches, chosen", (
+    (2, 8, 2), (3, 8, 2), (4, 8, 4), (8, 8, 8), (16, 8, 8), (4, 6, 3), (2, 1, 1), (5, 7, 1)))
+def test_as_many_cards_are_used_as_divide_the_micro_batches(monkeypatch, there, micro_batches,
+                                                            chosen):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    said = []
+    assert choose_gpus(None, CUDA, micro_batches, said.append) == chosen
+    assert said == [f"{chosen} of {there} GPUs: the most that divide the {micro_batches} "
+                    "micro-batches of a step (--gpus chooses)"]
+
+
+def test_one_card_and_a_cpu_are_nothing_to_choose_from(monkeypatch):
+    for device, there in ((CUDA, 1), (CPU, 4)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+        assert choose_gpus(None, device, 8, say=None) == 1
+
+
+@pytest.mark.parametrize("device, asked, micro_batches, message", (
+    (CUDA, 5, 10, "--gpus must be <= 4, the CUDA devices that --device cuda has here, got 5"),
+    (CPU, 1, 8, "--gpus must be <= 0, the CUDA devices that --device cpu has here, got 1"),
+    (CUDA, 3, 8, "--gpus must divide --grad_accumulation_steps 8, got 3")))
+def test_cards_that_cannot_be_are_refused(monkeypatch, device, asked, micro_batches, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for count in (1, 2, 4):
+        assert choose_gpus(count, CUDA, 8, say=None) == count
+    with pytest.raises(InputError, match=f"^{message}$"):
+        choose_gpus(asked, device, micro_batches, say=None)
+
+
+def test_the_flag_is_checked_before_anything_is_made(data, tmp_path):  # noqa: F811
+    with pytest.raises(InputError, match="--gpus must be <= 0"):
+        main(flags(data, tmp_path / "run", "--gpus 2"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_started_by_hand_must_divide_the_micro_batches(data, tmp_path,  # noqa: F811
+                                                             monkeypatch):
+    """The tokens of a step stay as they are: it used to take a micro-batch more, unsaid."""
+    args = train_gpt2_afno.merge_flags(dict(preset="shakespeare"), CPU, None, print)
+    with pytest.raises(InputError, match="must be a multiple of the 2 ranks, got 1"):
+        train_gpt2_afno.length_phases(args, 256, world=2)
+
+
+# -----------------------------------------------------------------------------
+# what ranks share out
+
+
+@pytest.mark.parametrize("matrices, world", ((4, 2), (5, 2), (3, 4), (1, 2)))
+def test_muons_matrices_are_shared_out(monkeypatch, matrices, world):
+    torch.manual_seed(0)
+    G = torch.randn(matrices, 6, 8).bfloat16()
+    shares, dist = [], train_gpt2_afno.dist
+    muon = object.__new__(Muon)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, mine: shares.append(mine))
+    for rank in range(world):
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        assert muon.orthogonalize_by_ranks(G).shape == G.shape
+    assert len({share.shape for share in shares}) == 1
+    together, alone = torch.cat(shares)[:matrices].float(), Muon.orthogonalize(G).float()
+    assert (together - alone).abs().max() < 0.02  # bf16
+
+
+# -----------------------------------------------------------------------------
+# how runs end
+
+
+@pytest.fixture(scope="session")
+def script(tmp_path_factory) -> Path:
+    """The trainer of `small` on two ranks; rank 1 does what BAD says in the step after 3."""
+    path = tmp_path_factory.mktemp("script") / "ranks.py"
+    path.write_text(f"""
+import datetime, os, signal, sys, time
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import torch
+import train_gpt2_afno as trainer
+
+BAD = os.environ.get("BAD")
+trainer.MODELS["d4"] = (2, 16)
+fields, next_batches = trainer.model_fields, trainer.Run.next_batches
+
+def bad_batches(run):
+    if run.step == 3 and run.runtime.rank == 1:
+        if BAD == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif BAD == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        elif BAD == "data":
+            raise trainer.InputError("a token too large")
+        elif BAD == "stuck":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(600)
+    return next_batches(run)
+
+if BAD == "stuck":
+    trainer.LONGEST_WAIT = datetime.timedelta(seconds=5)
+trainer.model_fields = lambda values: fields(values) | dict(vocab_size={VOCABULARY})
+trainer.measure_matmul_rate = lambda *_: 1e12
+trainer.choose_gpus = lambda *_: 2
+trainer.Run.next_batches = bad_batches
+trainer.run(trainer.main)
+""")
+    return path
+
+
+def start(script: Path, arguments: list[str], bad: str = "") -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(script), *arguments], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "BAD": bad, "OMP_NUM_THREADS": "1"})
+
+
+def errors(text: str) -> list[str]:
+    """Return the trainer's own lines, in their order."""
+    return re.findall("^error: .*", text, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_from_one_rank_to_two_which_die_and_back(data, tmp_path, script):  # noqa: F811
+    options = "--grad_accumulation_steps 4 --save_every 1 --num_iterations "
+    main(flags(data, tmp_path / "whole", options + "5"))
+    main(flags(data, tmp_path / "run", options + "2 --warmdown_iters 2"))
+    resume = options + "5 --resume auto"
+    two = start(script, flags(data, tmp_path / "run", resume), "killed")
+    _, said = two.communicate(timeout=60)
+    assert two.returncode == 128 + signal.SIGKILL, said
+    assert errors(said)[-1] == "error: rank 1 was killed by SIGKILL"
+    assert newest(tmp_path / "run")["step"] == 3
+    main(flags(data, tmp_path / "run", resume))
+    assert newest(tmp_path / "run")["position"] == newest(tmp_path / "whole")["position"]
+    for a, b in zip(losses(tmp_path / "run")[2:], losses(tmp_path / "whole")[2:], strict=True):
+        assert a == (b[0], pytest.approx(b[1], rel=1e-2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", (signal.SIGTERM, signal.SIGINT))
+def test_a_signal_to_the_launcher_saves_and_ends_as_on_one_card(data, tmp_path,  # noqa: F811
+                                                                script, signum):
+    run = start(script, flags(data, tmp_path / "run", LONG))
+    wait_for_step(tmp_path / "run", 3, run)
+    run.send_signal(signum)
+    out, said = run.communicate(timeout=60)
+    assert run.returncode == 128 + signum and not errors(said), said
+    step = newest(tmp_path / "run")["step"]
+    assert step >= 3 and losses(tmp_path / "run")[-1][0] == step
+    assert f"stopped by {signal.Signals(signum).name} at step {step}" in out
+    assert re.search(r"peak memory of each rank: \d+, \d+ MiB", out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad, status, message, kept", (
+    ("memory", 2, "error: rank 1: out of memory: lower --batch_size", 0),
+    ("data", 2, "error: rank 1: a token too large", 3),
+    ("stuck", 1, "error: rank 0: .*[Tt]imed? ?out", 0)))
+def test_a_rank_that_fails_alone_ends_the_run_and_is_named(data, tmp_path, script,  # noqa: F811
+                                                           bad, status, message, kept):
+    run = start(script, flags(data, tmp_path / "run", LONG), bad)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == status, said
+    assert any(re.match(message, line) for line in errors(said)), said
+    assert newest(tmp_path / "run")["step"] == kept
