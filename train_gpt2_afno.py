@@ -1126,8 +1126,7 @@ def flops_per_token(model: GPT, T: int) -> float:
 # training
 
 
-# of a rank for the others; then the run ends
-LONGEST_WAIT = timedelta(minutes=1)
+LONGEST_WAIT = timedelta(minutes=1)  # of a rank for the others: then the run ends
 
 
 class Diverged(RuntimeError):
@@ -1727,8 +1726,8 @@ def choose_gpus(asked: int | None, device: torch.device, micro_batches: int, say
                 "of a step (--gpus chooses)")
         return most
     if asked > there:
-        raise InputError(f"--gpus must be <= {there}, the CUDA devices that --device "
-                         f"{device.type} has here, got {asked}")
+        raise InputError(f"--gpus must be <= {there}, the GPUs here for --device "
+                         f"{device.type}, got {asked}")
     if micro_batches % asked:
         raise InputError(f"--gpus must divide --grad_accumulation_steps {micro_batches}, "
                          f"got {asked}")
@@ -1748,9 +1747,11 @@ def launch(ranks: int) -> int:
     except SignalException as stopped:  # it has passed the signal on, and the ranks have saved
         return 128 + stopped.sigval
     except ChildFailedError as error:
-        # a rank that lost another one ends with 1
-        rank, failure = min(error.failures.items(), key=lambda item: item[1].exitcode == 1)
-        status = failure.exitcode
+        # the first one that failed; not one that lost it and ended (1) or was ended within a second
+        first = min(failure.timestamp for failure in error.failures.values())
+        rank, status = min(
+            ((rank, failure.exitcode) for rank, failure in error.failures.items()
+             if failure.timestamp <= first + 1), key=lambda it: it[1] in (1, -signal.SIGTERM))
         how = f"ended with status {status}" if status > 0 else \
             f"was killed by {signal.Signals(-status).name}"
         print(f"error: rank {rank} {how}", file=sys.stderr, flush=True)
@@ -1936,6 +1937,7 @@ def run(main_function) -> None:
         who = "" if rank is None else f"rank {rank}: "
         print(f"error: {who}{message}", file=sys.stderr, flush=True)
         if rank is not None:  # at once: NCCL would wait for the other ranks first
+            sys.stdout.flush()
             os._exit(status)
     sys.exit(status)
 

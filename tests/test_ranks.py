@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 import train_gpt2_afno
 from data.text_to_bin import InputError
 from test_trainer import (SCRIPT, VOCABULARY, data, flags, losses, main, newest,  # noqa: F401
-                          small, validations, wait_for_step)
+                          small, wait_for_step)
 from train_gpt2_afno import Muon, choose_gpus
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -42,8 +41,8 @@ def test_one_card_and_a_cpu_are_nothing_to_choose_from(monkeypatch):
 
 
 @pytest.mark.parametrize("device, asked, micro_batches, message", (
-    (CUDA, 5, 10, "--gpus must be <= 4, the CUDA devices that --device cuda has here, got 5"),
-    (CPU, 1, 8, "--gpus must be <= 0, the CUDA devices that --device cpu has here, got 1"),
+    (CUDA, 5, 10, "--gpus must be <= 4, the GPUs here for --device cuda, got 5"),
+    (CPU, 1, 8, "--gpus must be <= 0, the GPUs here for --device cpu, got 1"),
     (CUDA, 3, 8, "--gpus must divide --grad_accumulation_steps 8, got 3")))
 def test_cards_that_cannot_be_are_refused(monkeypatch, device, asked, micro_batches, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -137,8 +136,8 @@ def start(script: Path, arguments: list[str], bad: str = "") -> subprocess.Popen
 
 
 def errors(text: str) -> list[str]:
-    """Return the trainer's own lines, in their order."""
-    return re.findall("^error: .*", text, re.MULTILINE)
+    """Return the trainer's own messages, in their order; they may come after a bar."""
+    return re.findall("error: rank .*", text)
 
 
 @pytest.mark.slow
@@ -159,17 +158,16 @@ def test_from_one_rank_to_two_which_die_and_back(data, tmp_path, script):  # noq
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", (signal.SIGTERM, signal.SIGINT))
 def test_a_signal_to_the_launcher_saves_and_ends_as_on_one_card(data, tmp_path,  # noqa: F811
-                                                                script, signum):
+                                                                script):
     run = start(script, flags(data, tmp_path / "run", LONG))
     wait_for_step(tmp_path / "run", 3, run)
-    run.send_signal(signum)
+    run.send_signal(signal.SIGTERM)
     out, said = run.communicate(timeout=60)
-    assert run.returncode == 128 + signum and not errors(said), said
+    assert run.returncode == 128 + signal.SIGTERM and not errors(said), said
     step = newest(tmp_path / "run")["step"]
     assert step >= 3 and losses(tmp_path / "run")[-1][0] == step
-    assert f"stopped by {signal.Signals(signum).name} at step {step}" in out
+    assert f"stopped by SIGTERM at step {step}" in out
     assert re.search(r"peak memory of each rank: \d+, \d+ MiB", out)
 
 
@@ -184,4 +182,5 @@ def test_a_rank_that_fails_alone_ends_the_run_and_is_named(data, tmp_path, scrip
     _, said = run.communicate(timeout=60)
     assert run.returncode == status, said
     assert any(re.match(message, line) for line in errors(said)), said
+    assert re.fullmatch(r"error: rank [01] ended with status \d", errors(said)[-1])
     assert newest(tmp_path / "run")["step"] == kept
