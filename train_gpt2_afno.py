@@ -769,9 +769,9 @@ class Muon(torch.optim.Optimizer):
             return self.orthogonalize(G)
         share = math.ceil(len(G) / world)
         mine = F.pad(G, (0, 0, 0, 0, 0, share * world - len(G))).chunk(world)[dist.get_rank()]
-        shares = G.new_empty(share * world, *G.shape[1:])
-        dist.all_gather_into_tensor(shares, self.orthogonalize(mine))
-        return shares[: len(G)]
+        shares = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(shares, self.orthogonalize(mine))
+        return torch.cat(shares)[: len(G)]
 
     @torch.no_grad()
     def step(self):
@@ -1747,11 +1747,11 @@ def launch(ranks: int) -> int:
     except SignalException as stopped:  # it has passed the signal on, and the ranks have saved
         return 128 + stopped.sigval
     except ChildFailedError as error:
-        # the first one that failed; not one that lost it and ended (1) or was ended within a second
+        # the first to fail; not one that within a second failed for want of it (1) or was ended
         first = min(failure.timestamp for failure in error.failures.values())
-        rank, status = min(
-            ((rank, failure.exitcode) for rank, failure in error.failures.items()
-             if failure.timestamp <= first + 1), key=lambda it: it[1] in (1, -signal.SIGTERM))
+        ended = [(rank, failure.exitcode) for rank, failure in error.failures.items()
+                 if failure.timestamp <= first + 1]
+        rank, status = min(ended, key=lambda pair: pair[1] in (1, -signal.SIGTERM))
         how = f"ended with status {status}" if status > 0 else \
             f"was killed by {signal.Signals(-status).name}"
         print(f"error: rank {rank} {how}", file=sys.stderr, flush=True)
@@ -1887,7 +1887,11 @@ def main(argv: list[str]) -> int:
         folder = new_folder(flags, args, rank)
     config = config_of(flags, args, saved, folder, only_read)
     refuse_untrainable(config, args)
-    if "RANK" not in os.environ and not only_read:
+    if "RANK" in os.environ:
+        if args.gpus not in (None, world):
+            raise InputError(f"--gpus must be the number of ranks under torchrun, {world}, "
+                             f"got {args.gpus}")
+    elif not only_read:
         gpus = choose_gpus(args.gpus, device, args.grad_accumulation_steps, say)
         if gpus > 1:
             return launch(gpus)

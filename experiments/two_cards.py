@@ -42,7 +42,8 @@ TINY = " --model d1 --n_head 2 --attn_layers none --sequence_length 64 --batch_s
 class Launch:
     """One command of the trainer on so many cards, or processes on a CPU; its output is a file."""
 
-    def __init__(self, args, name: str, cards: int, flags: str, folder: str | None = None):
+    def __init__(self, args, name: str, cards: int, flags: str, folder: str | None = None,
+                 **variables):
         self.folder = Path(args.output) / (folder or name)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable]
@@ -56,7 +57,7 @@ class Launch:
         self.printed = Path(args.output) / f"{name}.txt"
         with open(self.printed, "w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
-                                            start_new_session=True)
+                                            env={**os.environ, **variables})
 
     def status(self, timeout: float = 600) -> int:
         return self.process.wait(timeout)
@@ -104,11 +105,14 @@ def distance(a: dict[int, float], b: dict[int, float], first: int = 1) -> str:
 def speed(args):
     tiny, runs = args.device == "cpu", {}
     for cards, rows in ((1, 16), *((cards, 32) for cards in args.cards)):
+        # on the second card, beside the next one
+        where = dict(CUDA_VISIBLE_DEVICES="1") if rows == 16 else {}
         flags = (FIRST_50 + TINY * tiny + f" --grad_accumulation_steps {128 // rows}"
                  f" --batch_size {rows // 16 if tiny else rows}")
-        runs[cards, rows] = run = Launch(args, f"cards-{cards}-rows-{rows}", cards, flags)
-        if status := run.status():
-            raise SystemExit(f"{run.printed} ended with {status}")
+        runs[cards, rows] = Launch(args, f"cards-{cards}-rows-{rows}", cards, flags, **where)
+        for run in runs.values() if rows == 32 else ():
+            if status := run.status():
+                raise SystemExit(f"{run.printed} ended with {status}")
     one = runs[1, 32]
     rate = {key: statistics.median(row["tokens_per_s"] for row in run.rows()[10:])
             for key, run in runs.items()}

@@ -58,6 +58,13 @@ def test_the_flag_is_checked_before_anything_is_made(data, tmp_path):  # noqa: F
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_started_by_hand_are_as_many_as_asked_for(data, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--gpus must be the number of ranks .* 2, got 4"):
+        main(flags(data, tmp_path / "run", "--gpus 4"))
+
+
 def test_ranks_started_by_hand_must_divide_the_micro_batches(data, tmp_path,  # noqa: F811
                                                              monkeypatch):
     """The tokens of a step stay as they are: it used to take a micro-batch more, unsaid."""
@@ -78,7 +85,7 @@ def test_muons_matrices_are_shared_out(monkeypatch, matrices, world):
     muon = object.__new__(Muon)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: world)
-    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, mine: shares.append(mine))
+    monkeypatch.setattr(dist, "all_gather", lambda out, mine: shares.append(mine))
     for rank in range(world):
         monkeypatch.setattr(dist, "get_rank", lambda: rank)
         assert muon.orthogonalize_by_ranks(G).shape == G.shape
@@ -103,7 +110,8 @@ import train_gpt2_afno as trainer
 
 BAD = os.environ.get("BAD")
 trainer.MODELS["d4"] = (2, 16)
-fields, next_batches = trainer.model_fields, trainer.Run.next_batches
+fields, save = trainer.model_fields, trainer.Checkpoints.save
+next_batches = trainer.Run.next_batches
 
 def bad_batches(run):
     if run.step == 3 and run.runtime.rank == 1:
@@ -118,12 +126,17 @@ def bad_batches(run):
             time.sleep(600)
     return next_batches(run)
 
-if BAD == "stuck":
+def slow_save(checkpoints, state):
+    if BAD == "slow" and state["step"] == 0:
+        time.sleep(7)
+    save(checkpoints, state)
+
+if BAD in ("stuck", "slow"):
     trainer.LONGEST_WAIT = datetime.timedelta(seconds=5)
 trainer.model_fields = lambda values: fields(values) | dict(vocab_size={VOCABULARY})
 trainer.measure_matmul_rate = lambda *_: 1e12
 trainer.choose_gpus = lambda *_: 2
-trainer.Run.next_batches = bad_batches
+trainer.Run.next_batches, trainer.Checkpoints.save = bad_batches, slow_save
 trainer.run(trainer.main)
 """)
     return path
@@ -160,7 +173,8 @@ def test_from_one_rank_to_two_which_die_and_back(data, tmp_path, script):  # noq
 @pytest.mark.slow
 def test_a_signal_to_the_launcher_saves_and_ends_as_on_one_card(data, tmp_path,  # noqa: F811
                                                                 script):
-    run = start(script, flags(data, tmp_path / "run", LONG))
+    """And nobody minds that the first checkpoint takes rank 0 longer than ranks wait otherwise."""
+    run = start(script, flags(data, tmp_path / "run", LONG), "slow")
     wait_for_step(tmp_path / "run", 3, run)
     run.send_signal(signal.SIGTERM)
     out, said = run.communicate(timeout=60)
