@@ -58,6 +58,17 @@ def test_the_flag_is_checked_before_anything_is_made(data, tmp_path):  # noqa: F
     assert not (tmp_path / "run").exists()
 
 
+def test_the_shell_leaves_cards_to_the_trainer(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase $1 in -*) ;; *) echo "ran $*" ;; esac\n')
+    python.chmod(0o755)
+    run = subprocess.run(["bash", str(SCRIPT.parent / "run_afno.sh"), "fineweb", "--gpus", "2"],
+                         capture_output=True, text=True,
+                         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == f"ran {SCRIPT} --preset fineweb --gpus 2"
+
+
 def test_ranks_started_by_hand_are_as_many_as_asked_for(data, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
