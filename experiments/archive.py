@@ -1,4 +1,4 @@
-"""Keep every file of every run in few bytes: pack, restore, verify, and make single files readable.
+"""Keep the logs of every run in few bytes: pack, restore, verify, and make single files readable.
 
     python experiments/archive.py restore 2026-11-26-goals --output /tmp/runs   # a folder as it was
     python experiments/archive.py verify                              # every byte against MANIFEST
@@ -117,13 +117,17 @@ def restore(name: str, output: Path, runs: Path = RUNS) -> int:
 
 
 def pack(folder: Path, runs: Path = RUNS) -> int:
-    """Add a folder of runs as a new archive, all but checkpoints; return the number of files."""
+    """Add a folder of runs as a new archive, without checkpoints and plots; return how many files.
+
+    plot_runs.py draws the plots again.
+    """
     name, manifest = folder.resolve().name, read_manifest(runs)
     if not NAME.fullmatch(name):
         raise ArchiveError(f"{folder}: its name must be <date>-<question>, as 2026-11-26-goals")
     if name in archives(runs):
         raise ArchiveError(f"an archive {name} exists")
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pt"]
+    files = [path for path in folder.rglob("*")
+             if path.is_file() and path.suffix not in (".pt", ".png")]
     files.sort(key=lambda path: (path.suffix, path.name, path))  # alike files in a row pack best
     archive, options = io.BytesIO(), {"preset": 9 | lzma.PRESET_EXTREME}
     with tarfile.open(fileobj=archive, mode="w:xz", format=tarfile.USTAR_FORMAT, **options) as tar:
@@ -162,7 +166,8 @@ def verify(runs: Path = RUNS) -> int:
     if lost := manifest.keys() - found:
         raise ArchiveError(f"no archive has {min(lost)}, which MANIFEST has")
     folders = [runs / name for name in archives(runs)]
-    readable = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    readable = [path for folder in folders for path in folder.rglob("*")
+                if path.is_file() and path.suffix != ".png"]
     for path in readable:
         file = path.relative_to(runs).as_posix()
         if sha256(join_log(path.read_bytes(), runs)) != manifest.get(file):

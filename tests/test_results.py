@@ -59,7 +59,8 @@ def test_restored_log_is_sources_and_readable_log(restored):
 def test_archives_and_readable_files_are_what_the_manifest_says():
     assert archive.verify() >= 1242
     readable = [path.relative_to(archive.RUNS).as_posix() for path in archive.RUNS.rglob("*")
-                if path.is_file() and path.parent.name not in ("archive", "sources")]
+                if path.is_file() and path.parent.name not in ("archive", "sources")
+                and path.suffix != ".png"]  # plots can be drawn again
     assert set(readable) <= archive.read_manifest().keys()
 
 

@@ -1,0 +1,96 @@
+"""Screen many techniques in few runs: a Plackett-Burman design, and what each technique does.
+
+    python experiments/screening.py plan techniques.txt > runs/screen/design.csv
+    python experiments/screening.py effects runs/screen
+
+techniques.txt has one line for each technique: its name, then its flags. plan writes one line for
+each run: its name, a + or - for each technique, and the flags of those with a +. Half of the runs
+have a technique, half have not, and any two techniques meet in all four ways equally often: so
+every run counts for every technique (Plackett & Burman, 1946). The first run has all.
+
+effects reads design.csv and the folders of the runs beside it, of which some may be more than
+planned, such as one without any technique. It fits by least squares the last validation loss, and
+the logarithm of the seconds a token: a constant and one number for each technique, no interactions.
+net is loss + --slope times time; the slope is in nats for e times the tokens. +- is one standard
+error, where there are more runs than numbers.
+"""
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+# for so many runs: the second row of the design; the others are its shifts
+SECOND = {12: "++-+++---+-", 24: "+++++-+-++--++--+-+----"}
+
+
+def design(techniques: int) -> list[str]:
+    """Return the signs of every run, one for each technique; raise SystemExit for too many."""
+    size = next((size for size in SECOND if techniques < size), None)
+    if size is None:
+        raise SystemExit(f"error: at most {max(SECOND) - 1} techniques, got {techniques}")
+    minus = SECOND[size].translate(str.maketrans("+-", "-+"))  # so that one run has all
+    rows = ["+" * (size - 1)] + [minus[-i:] + minus[:-i] for i in range(size - 1)]
+    return [row[:techniques] for row in rows]
+
+
+def plan(path: Path):
+    """Print design.csv for the techniques in a file."""
+    lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
+    if any(len(line) < 2 for line in lines):
+        raise SystemExit(f"error: {path}: a line must be a name, then flags")
+    out = csv.writer(sys.stdout, lineterminator="\n")
+    out.writerow(["run", *(name for name, _ in lines), "flags"])
+    for number, signs in enumerate(design(len(lines)), 1):
+        flags = " ".join(flags for sign, (_, flags) in zip(signs, lines) if sign == "+")
+        out.writerow([f"r{number:02d}", *signs, flags])
+
+
+def last_loss_and_time(folder: Path) -> tuple[float, float]:
+    """Return a run's last validation loss, and the logarithm of its median seconds a token."""
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    return losses[-1], -np.log(median(r["tokens_per_s"] for r in rows if "train_loss" in r))
+
+
+def fit(X: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return least squares' coefficients of y = X c, and their standard errors, NaN if unknown."""
+    c, _, rank, _ = np.linalg.lstsq(X, y, rcond=None)
+    if rank < X.shape[1]:
+        raise SystemExit(f"error: {len(X)} runs do not tell {X.shape[1] - 1} techniques apart")
+    left = len(X) - rank
+    variance = ((y - X @ c) ** 2).sum() / left if left else np.nan
+    return c, np.sqrt(variance * np.diag(np.linalg.inv(X.T @ X)))
+
+
+def effects(folder: Path, slope: float):
+    """Print what each technique does to loss and time in a folder of runs."""
+    with open(folder / "design.csv", newline="") as file:
+        (_, *names, _), *rows = csv.reader(file)
+    X = np.array([[1, *(sign == "+" for sign in row[1:-1])] for row in rows], float)
+    loss, time = np.array([last_loss_and_time(folder / row[0]) for row in rows]).T
+    (effect, error), (seconds, _) = fit(X, loss), fit(X, time)
+    print(f"{'technique':<12} {'loss':>8} {'+-':>7} {'time':>6} {'net':>8}")
+    for name, e, error, t in zip(names, effect[1:], error[1:], seconds[1:]):
+        print(f"{name:<12} {e:+8.4f} {error:7.4f} {100 * t:+5.1f}% {e + slope * t:+8.4f}")
+
+
+def main():
+    """Run one of the two commands."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("plan", "effects"))
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--slope", type=float, default=0.175)
+    args = parser.parse_args()
+    try:
+        plan(args.path) if args.command == "plan" else effects(args.path, args.slope)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise SystemExit(f"error: {args.path}: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
