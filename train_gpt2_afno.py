@@ -174,6 +174,8 @@ table("model",
       ("embedding_norm", 0, SWITCH, "rmsnorm after embedding and position"),
       ("logit_softcap", 0.0, number(0, 1e6), "X: logits are X tanh(logits / X); 0: as they are"),
       ("embedding_residual", 0, SWITCH, "each block reads a x + b embedding; a and b are learned"),
+      ("pair_rows", 0, integer(0, 10**8), "rows of the table of token pairs; 0: none"),
+      ("value_tables", 0, SWITCH, "layers 1, 2 and the last three add a table's row to the value"),
       ("residual_bf16", 0, SWITCH, "residual stream in autocast's dtype instead of fp32"),
       ("depth_scale", 0, SWITCH, "scale mixers by (2 n_layer)^-0.5, as the baseline does"),
       common=False)
@@ -211,6 +213,9 @@ table("optimization",
       ("beta1", 0.9, number(0, 0.9999), "AdamW's, of gradients"),
       ("beta2", 0.95, number(0, 0.999999), "AdamW's, of squared gradients"),
       ("rest_lr", None, number(0, 1e3, False), "AdamW's for all but embeddings (learning_rate)"),
+      ("table_lr", 0.6, number(0, 1e3, False), "AdamW's for the tables of pairs and of values"),
+      ("predict_ahead", 0, SWITCH, "train on the two tokens after the next, too, at first"),
+      ("predict_prefix", 0, SWITCH, "train on the next token's longest prefix, too, at first"),
       ("curriculum", None, SHARES, "lengths of rows, each for a share of the steps, the last one "
        "--sequence_length; a micro-batch keeps its tokens"),
       common=False)
@@ -240,10 +245,11 @@ RECIPE = dict(  # of the hybrid and of its control alike; each gain and each los
 FINEWEB = dict(input_bin="data/fineweb10B/fineweb_train_*.bin",
                input_val_bin="data/fineweb10B/fineweb_val_*.bin", val_fp32=1)
 PRESETS = {
-    # the production run on one 24 GB GPU: 1.26B tokens, half of the baseline's; 6 heads are for d12
+    # the production run on one 24 GB GPU: 0.94B tokens, 3/8 of the baseline's; 6 heads are for d12
     "fineweb": FINEWEB | RECIPE | dict(
         model="d12", attn_layers=(5, 10), n_head=6, batch_size=32, grad_accumulation_steps=8,
-        num_iterations=4800, warmdown_iters=2400, residual_bf16=1, fp8_head=1, fp8_mlp=1),
+        num_iterations=3600, warmdown_iters=1800, residual_bf16=1, fp8_head=1, fp8_mlp=1,
+        pair_rows=262_144, value_tables=1, predict_ahead=1, predict_prefix=1),
     # a small model on the plays, for a laptop: no soft cap, which is 28% of a CPU's step
     "shakespeare": RECIPE | dict(
         input_bin="data/shakespeare/train_*.bin", input_val_bin="data/shakespeare/val_*.bin",
@@ -303,6 +309,11 @@ class GPTConfig(make_dataclass("Fields", [(f.name, object, f.default) for f in C
             named["form"] = "state"
         return dict(hidden_size=self.n_embd, **named)
 
+    def value_layers(self) -> list[int]:
+        """Return the layers that have a table of values; none without --value_tables."""
+        n = self.n_layer
+        return sorted({1, 2, n - 3, n - 2, n - 1} & {*range(n)}) if self.value_tables else []
+
     def mixer_of(self, layer: int) -> str:
         return "attn" if self.mixer == "attn" or layer in self.attn_layers else "afno"
 
@@ -349,6 +360,11 @@ class Gates(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return 2 * torch.sigmoid(F.linear(h[..., : self.w.size(1)], self.w))
+
+    def times(self, x: Tensor, h: Tensor) -> Tensor:
+        """Return x, (..., C), times the gates of h; each gate has C / number channels."""
+        gate = self(h)
+        return (gate.unsqueeze(-1) * x.unflatten(-1, (gate.size(-1), -1))).flatten(-2)
 
 
 class CausalSelfAttention(nn.Module):
@@ -474,8 +490,10 @@ class Block(nn.Module):
     With embedding_residual the stream comes in as a x + b x0, where x0 is the embedding. With
     value_residual each mixer's value is its own plus c g v0 (Zhou et al., 2024, "Value residual
     learning"): v0 is the first mixer's value, g are Gates of what the mixer reads, one for
-    value_channels channels (Karpathy, 2025, nanochat). a, b and c are learned; they begin at 1, 0,
-    0.
+    value_channels channels (Karpathy, 2025, nanochat). With value_tables some layers add g' times a
+    row of their own table, g' Gates likewise. With pair_rows p g'' times the row of the token's
+    pair is added to the mixer's output (modded-nanogpt, 2026). a, b, c and p are learned; they
+    begin at 1, 0, 0 and 0.05.
     """
 
     recompute = False  # compute what is cheap again in backward, instead of keeping it
@@ -487,27 +505,35 @@ class Block(nn.Module):
         self.scale = (2 * config.n_layer) ** -0.5 if config.depth_scale else 1.0
         mix = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_residual else None
         self.embedding_mix = mix  # a, b
+        gates = lambda: Gates(C // math.gcd(self.value_channels, C), C)
         self.value_mix = nn.Parameter(torch.zeros(())) if residual else None  # c
-        self.value_gate = Gates(C // math.gcd(self.value_channels, C), C) if residual else None  # g
+        self.value_gate = gates() if residual else None  # g
+        self.table_gate = gates() if layer in config.value_layers() else None  # g'
+        self.pair_mix = nn.Parameter(torch.tensor(0.05)) if config.pair_rows else None  # p
+        self.pair_gate = Gates(1, C) if config.pair_rows else None  # g''
         if config.mixer_of(layer) == "attn":
             self.mixer = CausalSelfAttention(config)
         else:
             self.mixer = AFNO1D(**config.afno_arguments(layer))
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary, x0: Tensor | None = None, v0: Tensor | None = None,
+    def forward(self, x: Tensor, v0: Tensor | None, inputs: tuple, rotary,
                 taps: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return x and v0, (B, T, C), for the next layer; x0 (B, T, C) or None."""
+        """Return x and v0, (B, T, C), for the next layer.
+
+        inputs: x0, the row of the token's pair and that of the layer's table of values, each (B, T,
+        C), or None.
+        """
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.residual, x, rotary, x0, v0, taps, use_reentrant=False,
+            return checkpoint(self.residual, x, v0, inputs, rotary, taps, use_reentrant=False,
                               preserve_rng_state=False, context_fn=keep_products)
-        return self.residual(x, rotary, x0, v0, taps)
+        return self.residual(x, v0, inputs, rotary, taps)
 
-    def residual(self, x, rotary, x0, v0, taps):
+    def residual(self, x, v0, inputs, rotary, taps):
         mix = lambda z, h, added: self.mixer.mix(z, h, added, rotary, taps)
-        return self.around(x, x0, v0, mix)
+        return self.around(x, v0, inputs, mix)
 
-    def step(self, x: Tensor, rotary, x0: Tensor | None, v0: Tensor | None, state: tuple | None,
+    def step(self, x: Tensor, v0: Tensor | None, inputs: tuple, rotary, state: tuple | None,
              window: int) -> tuple[Tensor, Tensor | None, tuple]:
         """Return (x, v0, state) of forward for one more token, (B, C); the first state is None."""
         def mix(z: Tensor, h: Tensor, added: Tensor | None) -> Tensor:
@@ -515,21 +541,25 @@ class Block(nn.Module):
             y, state = self.mixer.step(z, h, added, rotary, state, window)
             return y
 
-        x, v0 = self.around(x, x0, v0, mix)
+        x, v0 = self.around(x, v0, inputs, mix)
         return x, v0, state
 
-    def around(self, x, x0, v0, mix) -> tuple[Tensor, Tensor | None]:
+    def around(self, x, v0, inputs, mix) -> tuple[Tensor, Tensor | None]:
         """Return (x, v0) after the layer; mix(z, h, added) is the mixer's output."""
+        x0, pair, value = inputs
         if self.embedding_mix is not None:
             x = self.embedding_mix[0] * x + self.embedding_mix[1] * x0
         h = rmsnorm(x)
         z, added = self.mixer.project(h), None
         if self.value_mix is not None:
             v0 = self.mixer.value(z) if v0 is None else v0
-            gate = self.value_gate(h)
-            gated = gate.unsqueeze(-1) * v0.unflatten(-1, (gate.size(-1), -1))
-            added = self.value_mix * gated.flatten(-2)
+            added = self.value_mix * self.value_gate.times(v0, h)
+        if self.table_gate is not None:
+            row = self.table_gate.times(value, h)
+            added = row if added is None else added + row
         x = x + self.scale * mix(z, h, added)
+        if self.pair_mix is not None:
+            x = x + self.pair_mix * self.pair_gate.times(pair, h)
         return x + self.mlp(rmsnorm(x)), v0
 
 
@@ -551,6 +581,22 @@ class FourierGate(nn.Module):
         return x * torch.sigmoid(self.scale(g)) + self.shift(g)
 
 
+class PairTable(nn.Embedding):
+    """Give each token a row for the pair that it makes with the token before, zero at first.
+
+    Pairs of one hash share a row. The 0 before the first token is a token like any other.
+    """
+
+    def __init__(self, rows: int, n_embd: int):
+        super().__init__(rows, n_embd)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, idx: Tensor, before: Tensor) -> Tensor:
+        """Return (..., C) of the tokens idx and of those before them, (...)."""
+        key = (before * 50257 + idx) * 2654435761 % 2**32  # Fibonacci hashing; below 2^63
+        return super().forward(key * self.num_embeddings >> 32)
+
+
 class Head(nn.Linear):
     """Turn normed hidden states into logits, or into the loss without keeping the logits."""
 
@@ -564,14 +610,16 @@ class Head(nn.Linear):
         """Return (..., vocab_size) for hidden states (..., C)."""
         return soft_cap(self(x), self.cap)
 
-    def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean loss, and every target's, (B, T), without gradient.
+    def loss(self, x: Tensor, targets: Tensor,
+             shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the mean loss, and every target's without gradient, in the shape of targets.
 
-        x: (B, T, C). targets: (B, T) int64; -1 does not count.
+        x: (B, T, C). targets: (B, T) int64; -1 does not count. With shares, (K,), targets are (B,
+        T, K), and the mean is of their losses weighed by these.
         """
-        mean, losses = linear_cross_entropy(
-            x.view(-1, x.size(-1)), self.weight, targets.reshape(-1), self.cap, self.fp8,
-            self.chunk)
+        x = x.view(-1, x.size(-1))
+        mean, losses = linear_cross_entropy(x, self.weight, targets.reshape(len(x), -1), self.cap,
+                                            self.fp8, self.chunk, shares)
         return mean, losses.view(targets.shape)
 
 
@@ -587,6 +635,11 @@ class GPT(nn.Module):
         ))
         self.lm_head = Head(config)
         self.transformer.wte.weight = self.lm_head.weight  # one tensor, with nn.Linear's start
+        self.pairs = PairTable(config.pair_rows, C) if config.pair_rows else None
+        self.values = nn.ModuleDict({str(layer): nn.Embedding(config.vocab_size, C)
+                                     for layer in config.value_layers()})
+        for table in self.values.values():
+            nn.init.normal_(table.weight, std=0.01)
         if config.position == "learned":
             self.transformer.wpe = nn.Embedding(config.sequence_length, C)
             nn.init.uniform_(self.transformer.wpe.weight, -C**-0.5, C**-0.5)  # as wte begins
@@ -651,15 +704,27 @@ class GPT(nn.Module):
         with torch.autocast(self.lm_head.weight.device.type, enabled=False):
             return dict(zip(makers, self.taps_at_once(list(makers.values()))))
 
+    def layers(self, x: Tensor, idx: Tensor, before: Tensor, run) -> Tensor:
+        """Return normed hidden states, (..., C), of embeddings x of the tokens idx, (...).
+
+        before: the tokens before them. run(layer, x, v0, inputs): (x, v0) after a Block.
+        """
+        look_up = lambda table, *tokens: table(*tokens).to(product_dtype(x))
+        pair = None if self.pairs is None else look_up(self.pairs, idx, before)
+        # x0 only where it is used: it may make block 0 a graph of its own
+        x0, v0 = x if self.config.embedding_residual else None, None
+        for layer in range(self.config.n_layer):
+            key = str(layer)
+            value = look_up(self.values[key], idx) if key in self.values else None
+            x, v0 = run(layer, x, v0, (x0, pair, value))
+        return rmsnorm(x)
+
     def hidden(self, idx: Tensor) -> Tensor:
         """Return normed hidden states before the head, (B, T, C), of tokens (B, T)."""
-        x, rotary = self.embed(idx, 0)
-        # x0 only where it is used: it may make block 0 a graph of its own
-        x0 = x if self.config.embedding_residual else None
-        v0, taps = None, self.taps()
-        for layer, block in enumerate(self.transformer.h):
-            x, v0 = block(x, rotary, x0, v0, taps.get(layer))
-        return rmsnorm(x)
+        (x, rotary), taps = self.embed(idx, 0), self.taps()
+        run = lambda layer, x, v0, inputs: self.transformer.h[layer](
+            x, v0, inputs, rotary, taps.get(layer))
+        return self.layers(x, idx, F.pad(idx, (1, 0))[:, :-1], run)
 
     @torch.no_grad()
     def step(self, idx_t: Tensor, state: tuple | None, window: int) -> tuple[Tensor, tuple]:
@@ -668,21 +733,24 @@ class GPT(nn.Module):
         The first state is None; a state is used once. The numbers are hidden's, but attention looks
         back at most `window` tokens.
         """
-        t, states = state or (0, [None] * self.config.n_layer)
-        embedding, rotary = self.embed(idx_t[:, None], t)
-        x = x0 = embedding[:, 0]
-        states, v0 = list(states), None
-        for layer, block in enumerate(self.transformer.h):
-            x, v0, states[layer] = block.step(x, rotary, x0, v0, states[layer], window)
-        return rmsnorm(x), (t + 1, states)
+        t, before, states = state or (0, torch.zeros_like(idx_t), [None] * self.config.n_layer)
+        (x, rotary), states = self.embed(idx_t[:, None], t), list(states)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True):
+        def run(layer: int, x: Tensor, v0: Tensor | None, inputs: tuple):
+            x, v0, states[layer] = self.transformer.h[layer].step(
+                x, v0, inputs, rotary, states[layer], window)
+            return x, v0
+
+        return self.layers(x[:, 0], idx_t, before, run), (t + 1, idx_t, states)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True,
+                shares: Tensor | None = None):
         """Return (logits (B, T, vocab_size) or None, mean loss or None) of tokens (B, T).
 
-        targets: (B, T) int64; -1 does not count.
+        targets: (B, T) int64; -1 does not count. shares: Head.loss's.
         """
         x = self.hidden(idx)
-        loss = None if targets is None else self.lm_head.loss(x, targets)[0]
+        loss = None if targets is None else self.lm_head.loss(x, targets, shares)[0]
         return (self.lm_head.logits(x) if return_logits else None), loss
 
 
@@ -805,16 +873,19 @@ def embedding_tables(model: GPT) -> set[nn.Parameter]:
 
 
 # Places, logarithms and factors, for which zero is no neutral value: they do not decay.
-PLACES = ("angle", "centre", "log_decay", "log_width", "embedding_mix", "value_mix")
+PLACES = ("angle", "centre", "log_decay", "log_width", "embedding_mix", "value_mix", "pair_mix")
 
 
 def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float,
                     rest_lr: float | None = None, betas: tuple[float, float] = (0.9, 0.95),
-                    momentum: float = 0.95) -> list[torch.optim.Optimizer]:
+                    momentum: float = 0.95,
+                    table_lr: float = 0.6) -> list[torch.optim.Optimizer]:
     """Return the optimizers: adamw, one AdamW; muon, Muon for the blocks' projections and AdamW.
 
     AdamW has the rest, AFNO's MLPs among them: many small matrices, to which Muon brings nothing.
     With rest_lr what is neither Muon's nor an embedding has that learning rate. betas are AdamW's.
+    Tables of pairs and of values have table_lr, and no decay: a row is seldom met, and then has to
+    learn at once (modded-nanogpt's rate, betas and epsilon).
     """
     stacks = {}
     if name == "muon":
@@ -826,8 +897,12 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
             elif key.endswith(".weight"):
                 stacks[p] = 1
     tables, groups = embedding_tables(model), {}
+    rows = [p for key, p in model.named_parameters() if key.startswith(("pairs.", "values."))]
+    if rows:
+        groups["rows"] = dict(params=rows, lr=table_lr, weight_decay=0.0, betas=(0.75, 0.95),
+                              eps=1e-10)
     for key, p in model.named_parameters():
-        if p not in stacks:
+        if p not in stacks and not key.startswith(("pairs.", "values.")):
             is_place, has_rest_lr = key.endswith(PLACES), rest_lr is not None and p not in tables
             group = dict(params=[], lr=rest_lr if has_rest_lr else learning_rate,
                          weight_decay=0.0 if is_place else weight_decay)
@@ -845,6 +920,31 @@ def learning_rate_factor(step: int, num_iterations: int, warmup_iters: int, warm
         return (step + 1) / warmup_iters
     left = min(1.0, (num_iterations - step) / max(warmdown_iters, 1))
     return final + (1 - final) * left
+
+
+def prefix_table(vocab_size: int) -> Tensor:
+    """Return the longest other token that each of GPT-2's tokens begins with; -1: there is none."""
+    encoding = gpt2_encoding()
+    tokens = {encoding.decode_single_token_bytes(token): token
+              for token in range(min(vocab_size, encoding.eot_token))}
+    table = torch.full((vocab_size,), -1)
+    for text, token in tokens.items():
+        table[token] = next((tokens[text[:n]] for n in range(len(text) - 1, 0, -1)
+                             if text[:n] in tokens), -1)
+    return table
+
+
+def shares_at(done: float, ahead: bool, prefix: bool) -> tuple[list[float], float]:
+    """Return the weights of the tokens after the next one, and of the next one's prefix.
+
+    done: the part of the steps that is done, [0, 1]. The next token's own weight is 1. In the first
+    third the next but one has 1/2, the one after it 1/4 that falls to 0, the prefix 1/4. In the
+    second third 1/2 and the prefix's 1/4 fall to 0 (modded-nanogpt's schedule).
+    """
+    third, part = divmod(3 * done, 1)
+    ahead_shares = {0: [0.5, 0.25 * (1 - part)], 1: [0.5 * (1 - part)]}.get(third, [])
+    prefix_share = {0: 0.25, 1: 0.25 * (1 - part)}.get(third, 0.0)
+    return ahead_shares if ahead else [], prefix_share if prefix else 0.0
 
 
 def length_at(phases: tuple[tuple[int, float], ...], step: int, num_iterations: int) -> int:
@@ -1269,9 +1369,11 @@ class Run:
             block.recompute = bool(args.recompute)
         self.optimizers = make_optimizers(
             self.model, args.optimizer, args.learning_rate, args.weight_decay, args.rest_lr,
-            (args.beta1, args.beta2), args.momentum)
+            (args.beta1, args.beta2), args.momentum, args.table_lr)
         self.rates = [[group["lr"] for group in optimizer.param_groups]
                       for optimizer in self.optimizers]  # at a factor of 1
+        if args.predict_prefix:
+            self.prefixes = prefix_table(config.vocab_size).to(self.device)
         self.compile_time, self.past_wall, self.pending = 0.0, 0.0, None
         train_time = self.restore(saved) if saved else 0.0
         self.fp8 = choose_fp8(self.model, args, self.device, runtime.dtype)
@@ -1413,6 +1515,22 @@ class Run:
         steps = self.args.grad_accumulation_steps // self.runtime.world
         return [self.loader.next() for _ in range(steps)]
 
+    def goals(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return GPT.forward's targets and shares for the next tokens y (B, T)."""
+        args = self.args
+        ahead, prefix = shares_at(self.step / self.total_steps, bool(args.predict_ahead),
+                                  bool(args.predict_prefix))
+        targets, shares = [y], [1.0, *ahead]
+        for n in range(1, len(shares)):
+            targets.append(F.pad(y[:, n:], (0, n), value=-1))
+        if prefix:
+            targets.append(self.prefixes[y])
+            shares.append(prefix)
+        if len(shares) == 1:
+            return y, None
+        shares = torch.tensor(shares, device=self.device)
+        return torch.stack(targets, -1), shares / shares.sum()
+
     def forward_backward(self, batches: list, length: int) -> Tensor | None:
         """Leave the step's gradients in the parameters and return losses (world, len(batches)).
 
@@ -1428,9 +1546,9 @@ class Run:
             once = contextlib.nullcontext() if world == 1 or i == len(batches) - 1 \
                 else self.wrapped.no_sync()
             with once:
+                targets, shares = self.goals(y.view(-1, length))
                 with self.runtime.autocast():
-                    rows = x.view(-1, length), y.view(-1, length)
-                    _, loss = self.wrapped(*rows, return_logits=False)
+                    _, loss = self.wrapped(x.view(-1, length), targets, False, shares)
                 (loss / len(batches)).backward()
             losses[self.runtime.rank, i] = loss.detach()
         return losses

@@ -180,47 +180,51 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(full / cap) if cap else full
 
 
-def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool,
-                        cap: float = 0.0, fp8_scale: float = 0.0) -> tuple[Tensor, Tensor | None]:
-    """Return the losses of some rows, (rows,), and d loss / d logits, or None.
+def cross_entropy_chunk(logits: Tensor, targets: Tensor, shares: Tensor, vocab_size: int,
+                        with_gradient: bool, cap: float = 0.0,
+                        fp8_scale: float = 0.0) -> tuple[Tensor, Tensor | None]:
+    """Return the losses of some rows' targets, (rows, K), and a gradient of the logits, or None.
 
-    The latter is softmax(logits) minus one at the target, times the slope of soft_cap. It comes in
-    the logits' dtype, or, where fp8_scale > 0, multiplied by that in float8_e5m2. logits: (rows,
-    at least vocab_size), columns beyond are padding; targets: (rows,).
+    It is that of the losses' sum weighed by shares: softmax(logits) times the row's shares, minus
+    its share at each target, all times the slope of soft_cap. It comes in the logits' dtype, or,
+    where fp8_scale > 0, multiplied by that in float8_e5m2. logits: (rows, at least vocab_size),
+    columns beyond are padding; targets and shares: (rows, K).
     """
     capped = soft_cap(logits[:, :vocab_size], cap)
-    log_prob, targets = F.log_softmax(capped, -1), targets[:, None]
-    hit = log_prob.gather(1, targets)
+    log_prob = F.log_softmax(capped, -1)
+    losses = -log_prob.gather(1, targets)
     if not with_gradient:
-        return -hit[:, 0], None
-    gradient, at_target = log_prob.exp_(), hit.exp() - 1
+        return losses, None
+    gradient = log_prob.exp_() * shares.sum(1, keepdim=True)
+    gradient.scatter_add_(1, targets, -shares)
     if cap:
-        slope = 1 - (capped / cap).square()
-        gradient, at_target = gradient * slope, at_target * slope.gather(1, targets)
+        gradient *= 1 - (capped / cap).square()
     gradient = gradient.to(logits.dtype)
     if padding := logits.size(1) - vocab_size:
         gradient = F.pad(gradient, (0, padding))
-    gradient.scatter_(1, targets, at_target.to(logits.dtype))
-    return -hit[:, 0], (gradient * fp8_scale).to(torch.float8_e5m2) if fp8_scale else gradient
+    return losses, (gradient * fp8_scale).to(torch.float8_e5m2) if fp8_scale else gradient
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float = 0.0,
-                         fp8: bool = False,
-                         chunk_function=cross_entropy_chunk) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy of soft_cap(x @ weight.T), and every row's, (N,).
+                         fp8: bool = False, chunk_function=cross_entropy_chunk,
+                         shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy of soft_cap(x @ weight.T), and every target's.
 
-    The rows' have no gradient. x: (N, C); weight: (vocab_size, C); targets: (N,), -1 does not
-    count. fp8 holds where gradients are made alone; it wants rows as fp8_rows does, and a multiple
-    of 16 of them. chunk_function: what takes cross_entropy_chunk's place where Triton's kernel is
-    not usable, such as a compiled one.
+    The targets' have no gradient. x: (N, C); weight: (vocab_size, C); targets: (N,), or with
+    shares (K,), by which a row's losses are weighed in the mean, (N, K). -1 does not count, and a
+    row whose first target is -1 counts in none. fp8 holds where gradients are made alone; it wants
+    rows as fp8_rows does, and a multiple of 16 of them. chunk_function: what takes
+    cross_entropy_chunk's place where Triton's kernel is not usable, such as a compiled one.
     """
     if usable("loss", x.device, product_dtype(x))[0]:
         from kernels import softmax
 
         chunk_function = softmax.cross_entropy
     training = torch.is_grad_enabled()
-    return LinearCrossEntropy.apply(x, weight, targets, chunk_function, training, cap,
-                                    fp8 and training)
+    shares = torch.ones(1, device=x.device) if shares is None else shares
+    mean, losses = LinearCrossEntropy.apply(x, weight, targets.view(len(x), -1), shares,
+                                            chunk_function, training, cap, fp8 and training)
+    return mean, losses.view(targets.shape)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -232,7 +236,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk_function, with_gradient, cap=0.0, fp8=False):
+    def forward(ctx, x, weight, targets, shares, chunk_function, with_gradient, cap=0.0, fp8=False):
         vocab_size, dtype = weight.size(0), product_dtype(x)
         # The stored vocabulary is not padded, the operand is: tensor cores want rows of aligned
         # length. On a CPU, small chunks instead: 96 rows of logits (19 MB) stay below what malloc
@@ -240,28 +244,30 @@ class LinearCrossEntropy(torch.autograd.Function):
         padding, rows = (-vocab_size % 64, 8192) if x.is_cuda else (0, 96)
         w = F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
         losses_dtype = torch.promote_types(x.dtype, torch.float32)
-        losses = torch.empty(len(x), dtype=losses_dtype, device=x.device)
-        # (N, 1), a factor of 0 for targets that do not count. Such rows are zeros in the products:
-        # so they add nothing to the gradient of w.
-        counts = (targets >= 0).to(losses.dtype)[:, None]
+        losses = torch.empty(targets.shape, dtype=losses_dtype, device=x.device)
+        # (N, 1), a factor of 0 for rows that do not count. They are zeros in the products: so they
+        # add nothing to the gradient of w.
+        counts = (targets[:, :1] >= 0).to(losses.dtype)
+        shares = (targets >= 0) * counts * shares.to(losses.dtype)  # (N, K)
         products = (Fp8HeadProducts if fp8 else HeadProducts)((x * counts.to(x.dtype)).to(dtype), w)
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradient else (None, None)
         for i in range(0, x.size(0), rows):
             part = slice(i, i + rows)
             losses[part], dlogits = chunk_function(
-                products.logits(part), targets[part].clamp(min=0), vocab_size, with_gradient, cap,
-                products.gradient_scale)
+                products.logits(part), targets[part].clamp(min=0), shares[part], vocab_size,
+                with_gradient, cap, products.gradient_scale)
             if with_gradient:
                 dx[part], dw_part = products.gradients(part, dlogits)
                 dw += dw_part[:vocab_size]
         count = counts.sum().clamp(min=1)
         if with_gradient:
             ctx.save_for_backward(dx.mul_(counts).div_(count), dw.div_(count))
-        losses *= counts[:, 0]  # no matrix product for the sum: autocast would round that to bf16
         ctx.mark_non_differentiable(losses)
-        return losses.sum() / count, losses
+        # no matrix product for the sum: autocast would round that to bf16
+        mean = (losses * shares).sum() / count
+        return mean, losses.mul_((targets >= 0) * counts)
 
     @staticmethod
     def backward(ctx, gradient, _):
         dx, dw = ctx.saved_tensors
-        return dx * gradient, dw * gradient, None, None, None, None, None
+        return dx * gradient, dw * gradient, None, None, None, None, None, None

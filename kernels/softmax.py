@@ -29,19 +29,25 @@ SOFTMAX = dict(BV=8192, num_warps=16)
 
 
 @triton.jit
-def cross_entropy_kernel(logits_ptr, gradient_ptr, targets_ptr, losses_ptr, vocab_size, columns,
-                         CAP: tl.constexpr, GRADIENT: tl.constexpr, SCALE: tl.constexpr,
-                         BV: tl.constexpr):
-    """The loss of one row of logits (rows, columns); GRADIENT: d loss / d logits times SCALE, too.
+def cross_entropy_kernel(logits_ptr, gradient_ptr, targets_ptr, shares_ptr, losses_ptr, vocab_size,
+                         columns, CAP: tl.constexpr, GRADIENT: tl.constexpr, SCALE: tl.constexpr,
+                         K: tl.constexpr, BV: tl.constexpr):
+    """The losses of one row of logits (rows, columns) for its targets (rows, K).
 
-    The gradient may take the logits' place. The row is read from memory once; the second time it
-    is still in the cache, if not too many rows are under way.
+    GRADIENT: also d / d logits of their sum weighed by shares (rows, K), times SCALE. It may take
+    the logits' place. The row is read from memory once; the second time it is still in the cache,
+    if not too many rows are under way.
     """
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * columns
     gradient_ptr += row.to(tl.int64) * columns
-    target = tl.load(targets_ptr + row).to(tl.int32)
-    at_target = soft_cap(tl.load(logits_ptr + target), CAP)
+    targets_ptr += row * K
+    shares_ptr += row * K
+    losses_ptr += row * K
+    for j in tl.static_range(K):  # not yet the losses: the gradient will take the logits' place
+        at_target = soft_cap(tl.load(logits_ptr + tl.load(targets_ptr + j)), CAP)
+        tl.store(losses_ptr + j, -at_target)
+    tl.debug_barrier()  # what one thread has stored, all read
     # Lanes of 8 columns, 16 bytes, in one thread each: it has their maximum and sum without the
     # others until the end. Loads and stores are masked at columns, a multiple of 64; at
     # vocab_size, seldom one, they would be of 2 bytes each.
@@ -60,12 +66,20 @@ def cross_entropy_kernel(logits_ptr, gradient_ptr, targets_ptr, losses_ptr, voca
         total += tl.sum(quick_exp(z - largest[:, None]), 1)
     most = tl.max(largest, 0)
     log_total = tl.log(tl.sum(total * quick_exp(largest - most), 0))
-    tl.store(losses_ptr + row, most - at_target + log_total)  # so large logits cost no digits
+    total_share = 0.0
+    for j in tl.static_range(K):
+        total_share += tl.load(shares_ptr + j)
+        at_target = tl.load(losses_ptr + j)
+        tl.debug_barrier()
+        tl.store(losses_ptr + j, most + at_target + log_total)  # so large logits cost no digits
     if GRADIENT:
         log_sum = most + log_total
         for first in range(0, columns, BV):
             z = soft_cap(tl.load(logits_ptr + first + k, mask=k < columns - first, other=0.0), CAP)
-            gradient = quick_exp(z - log_sum) - tl.where(k == target - first, 1.0, 0.0)
+            gradient = total_share * quick_exp(z - log_sum)
+            for j in tl.static_range(K):
+                target = tl.load(targets_ptr + j).to(tl.int32)
+                gradient -= tl.where(k == target - first, tl.load(shares_ptr + j), 0.0)
             if CAP > 0:
                 gradient *= 1 - (z * (1 / CAP)) * (z * (1 / CAP))
             gradient = tl.where(k < vocab_size - first, gradient, 0.0)  # of padding
@@ -73,18 +87,20 @@ def cross_entropy_kernel(logits_ptr, gradient_ptr, targets_ptr, losses_ptr, voca
             tl.store(gradient_ptr + first + k, gradient, mask=k < columns - first)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool,
-                  cap: float = 0.0, fp8_scale: float = 0.0) -> tuple[Tensor, Tensor | None]:
+def cross_entropy(logits: Tensor, targets: Tensor, shares: Tensor, vocab_size: int,
+                  with_gradient: bool, cap: float = 0.0,
+                  fp8_scale: float = 0.0) -> tuple[Tensor, Tensor | None]:
     """Return what loss.cross_entropy_chunk returns.
 
     A gradient in the logits' dtype takes the logits' place in memory, (rows, columns).
     """
-    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    losses = logits.new_empty(targets.shape, dtype=torch.float32)
     gradient = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8_scale else logits
     with torch.cuda.device_of(logits):
         cross_entropy_kernel[(len(logits),)](
-            logits, gradient, targets, losses, vocab_size, logits.size(1), CAP=float(cap),
-            GRADIENT=with_gradient, SCALE=float(fp8_scale or 1), **SOFTMAX)
+            logits, gradient, targets.contiguous(), shares.contiguous(), losses, vocab_size,
+            logits.size(1), CAP=float(cap), GRADIENT=with_gradient, SCALE=float(fp8_scale or 1),
+            K=targets.size(1), **SOFTMAX)
     return losses, gradient if with_gradient else None
 
 

@@ -44,9 +44,10 @@ def exact_state(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
 
 
 def exact_cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Return every row's cross-entropy of cap tanh(logits / cap); a cap of 0 is none."""
+    """Return the losses of targets (rows, K) for cap tanh(logits / cap); a cap of 0 is none."""
     logits = cap * torch.tanh(logits / cap) if cap else logits
-    return F.cross_entropy(logits, targets, reduction="none")
+    return torch.stack([F.cross_entropy(logits, column, reduction="none")
+                        for column in targets.unbind(1)], 1)
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
@@ -119,19 +120,23 @@ class Trials:
         return self.compare(state.state_scan, exact_state, "the state", q=q, k=k, v=v, log_a=log_a)
 
     def loss(self) -> str | None:
-        """Try the softmax of the loss, with and without a soft cap, on logits with padding."""
+        """Try the softmax of the loss, with and without a soft cap, for one target and three."""
         from kernels import softmax
 
         logits = (3 * self.random(4, 10_048)).to(self.dtype)
-        targets = torch.tensor([0, 5, 9_998, 9_999])
-        for cap in (0.0, 15.0):
+        # three targets of a row may be one
+        all_targets = torch.tensor([[0, 7, 0], [5, 5, 5], [9_998, 3, 4], [9_999, 1, 2]])
+        for K, cap in ((1, 0.0), (1, 15.0), (3, 15.0)):
+            targets = all_targets[:, :K]
+            shares = self.random(4, K).abs().float()
             exact = logits.double().requires_grad_()
             losses = exact_cross_entropy(exact[:, :10_000], targets, cap)
-            wanted = losses, *torch.autograd.grad(losses.sum(), exact)
-            got = softmax.cross_entropy(logits.to(self.device, copy=True), targets.to(self.device),
-                                        10_000, True, cap)
+            wanted = losses, *torch.autograd.grad((shares * losses).sum(), exact)
+            got = softmax.cross_entropy(
+                logits.to(self.device, copy=True), targets.to(self.device), shares.to(self.device),
+                10_000, True, cap)
             for name, *pair in zip(("loss", "gradient"), got, wanted):
-                if fault := self.check(f"the {name} with a cap of {cap:g}", *pair):
+                if fault := self.check(f"the {name} of {K} targets, a cap of {cap:g}", *pair):
                     return fault
         return None
 
@@ -172,7 +177,7 @@ def try_fp8(device: torch.device, dtype: torch.dtype) -> tuple[str | None, float
     slope = 1e-3 / 64 * torch.randn(64, 992, generator=generator)
 
     def exact(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        losses = exact_cross_entropy(x @ w.T, targets, 15.0)
+        losses = exact_cross_entropy(x @ w.T, targets[:, None], 15.0)[:, 0]
         return losses.mean(), losses, x @ w[:992].T
 
     def ours(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
