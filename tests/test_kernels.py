@@ -488,6 +488,11 @@ def test_trials_are_as_wide_as_models():
     assert (trials.CHANNELS, trials.HEAD) == (afno.CHANNELS_PER_FILTER, afno.CHANNELS_PER_HEAD)
 
 
+def test_constant_is_what_torch_marks_constants_with():
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked) == vars(kernels.constant(lambda: None)) != {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ("filter", "state", "dyadic"))
 def test_a_compiled_layer_is_one_graph_with_the_kernels_in_it(small_blocks, monkeypatch, form):
