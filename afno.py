@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import usable
+from kernels import constant, usable
 from kernels.blocks import chunks_remaining, odd_dft, segment_responses
 
 try:
@@ -406,7 +406,7 @@ def check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholdi
 # pieces of the default path: the inverse transform, taps of all layers at once, one more token
 
 
-@torch.compiler.assume_constant_result
+@constant
 def rdft_factors(n: int) -> tuple[int, int]:
     """Return N1, even, and N2 with N1 N2 = n for which inverse_rdft needs the fewest products."""
     pairs = ((N, n // N) for N in range(2, n + 1, 2) if n % N == 0)

@@ -12,17 +12,19 @@ How it looks. Two batches differ so: row k of the second keeps its first c_k tok
 after this cut is another one. Outputs before the cut must be the same, bit for bit: nothing here
 passes a whole sequence through one FFT, so no later token even enters the arithmetic of an earlier
 output. With all cuts 1 ... T - 1 every pair of positions is told apart. A second pair of batches
-exchanges whole rows: the rows that stay must not move at any position.
+exchanges whole rows: the rows that stay must not move at any position. The head comes after that,
+and must treat every position by itself.
 
-The gate's table has the model that is about to be trained, in the dtype that trains; then every
-mixer and form at 128 tokens; then gradients in float64, where output t must not depend on the
-embedding of a later token, for every pair of a short row. A pass is remembered in .cache/ by
-source, shape and versions. Exit status: 0, 1 on a leak, 2 on bad flags. What all of this proves
-and what it cannot: experiments/causality.md.
+The gate's table has the model that is about to be trained, in the dtype that trains; then small
+models of every mixer and form at 128 tokens; then gradients in float64, where output t must not
+depend on the embedding of a later token, for every pair of a short row. A pass is remembered in
+.cache/ by source, shape and versions. Exit status: 0, 1 on a leak, 2 on bad flags. What all of this
+proves and what it cannot: experiments/causality.md.
 """
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import pathlib
 import secrets
@@ -46,12 +48,12 @@ class Leak:
     position: int | None  # None: no output moved where all should, so nothing was tested
     cut: int | None  # tokens from here on were exchanged; None: all tokens of other rows were
     ratio: float = math.inf  # norm of what moved before the cut / at or after it
+    cause: str = "tokens of other rows of the batch"  # where there is no cut
 
     def __str__(self):
         if self.position is None:
             return f"exchanging the tokens from position {self.cut} on changes nothing after it"
-        cause = "tokens of other rows of the batch" if self.cut is None else \
-            f"tokens from position {self.cut} on"
+        cause = self.cause if self.cut is None else f"tokens from position {self.cut} on"
         return f"output {self.position} is the first that changes with the {cause}"
 
 
@@ -66,6 +68,11 @@ class Leaks(list):
 def random_tokens(shape: tuple[int, ...], vocab_size: int, seed: int = 1234) -> torch.Tensor:
     """Return tokens on the CPU from a generator of their own, not from training's."""
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def new_seed() -> int:
+    """Return a seed from the system: training's generator stays as it is."""
+    return secrets.randbelow(2**31)
 
 
 def choose_cuts(T: int, budget: int | None, generator: torch.Generator) -> list[int]:
@@ -116,27 +123,24 @@ def base_tokens(B: int, T: int, vocab_size: int, special: list[int],
     return torch.where(odd & (draw > 0.8), repeated, idx)
 
 
-def moves(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (B, T) how far outputs (B, T, ...) moved, float64, and whether any bit did, or NaN."""
-    before, after = (x.detach().reshape(*x.shape[:2], -1) for x in (before, after))
-    moved = (before != after).any(-1)
-    distance = torch.zeros(moved.shape, dtype=torch.float64, device=moved.device)
-    if moved.any():
-        distance[moved] = (after[moved].double() - before[moved].double()).norm(dim=-1)
-    return distance.cpu(), moved.cpu()
+def moved_outputs(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return where, (B, T), any bit of outputs (B, T, ...) moved, or is NaN, on the CPU."""
+    return (before != after).reshape(*before.shape[:2], -1).any(-1).cpu()
 
 
-def compare(distance: torch.Tensor, moved: torch.Tensor, kept: torch.Tensor,
+def compare(before: torch.Tensor, after: torch.Tensor, kept: torch.Tensor,
             tolerance: float) -> Leaks:
     """Return the leaks of rows whose first kept[k] outputs must not have moved."""
-    leaks, (B, T) = Leaks(), moved.shape
+    leaks, moved, T = Leaks(), moved_outputs(before, after), before.size(1)
     for k, cut in enumerate(kept.tolist()):
         if cut < T and not moved[k, cut:].any():
             leaks.append(Leak(None, cut))
         if not moved[k, :cut].any():
             continue
-        after = distance[k, cut:].norm().item() if cut < T else distance.norm().item()
-        ratio = distance[k, :cut].norm().item() / after if after > 0 else math.inf
+        change = (after[k].double() - before[k].double()).reshape(T, -1).norm(dim=-1).cpu()
+        change = torch.where(moved[k], change, 0)
+        whole = change[cut:].norm().item() if cut < T else change.norm().item()
+        ratio = change[:cut].norm().item() / whole if whole > 0 else math.inf
         if not ratio <= tolerance:  # NaN is a leak
             first = int(moved[k, :cut].nonzero()[0])
             leaks.append(Leak(first, cut if cut < T else None, ratio))
@@ -157,7 +161,7 @@ def check_causality(model, seq_len: int, vocab_size: int, tolerance: float = 0.0
     """
     if seq_len < 2 or vocab_size < 2:
         raise ValueError(f"seq_len and vocab_size must be >= 2, got {seq_len} and {vocab_size}")
-    seed = secrets.randbelow(2**31) if seed is None else seed  # training's generator stays as it is
+    seed = new_seed() if seed is None else seed
     generator = torch.Generator().manual_seed(seed)
     special = sorted({-1, 0, vocab_size - 1} | {END_OF_TEXT} & set(range(vocab_size)))
     chosen = choose_cuts(seq_len, cuts, generator)
@@ -170,13 +174,13 @@ def check_causality(model, seq_len: int, vocab_size: int, tolerance: float = 0.0
         part = chosen[first : first + rows]
         kept = torch.tensor(part + part[:1] * (rows - len(part)))  # the last batch is filled up
         kept = kept[torch.randperm(rows, generator=generator)]  # no cut has a row of its own
-        plans += [(kept, 0), (kept, 1)] if cuts is None else [(kept, first // rows % 2)]
+        plans += [(kept, 0), (kept, 1)] if cuts is None else [(kept, (seed + first // rows) % 2)]
     if rows > 1:  # whole rows: one half stays, then the other
         half = torch.randperm(rows, generator=generator) < rows // 2
         plans += [(torch.where(half, seq_len, 0), 0), (torch.where(half, 0, seq_len), 1)]
     for kept, parity in plans:
         changed = exchange(idx, kept, vocab_size, special, parity, generator)
-        leaks += compare(*moves(before, model(changed.to(device))), kept, tolerance)
+        leaks += compare(before, model(changed.to(device)).detach(), kept, tolerance)
     leaks.sort(key=lambda leak: math.inf if leak.position is None else leak.position)
     return leaks
 
@@ -205,7 +209,8 @@ def move_weights(model: torch.nn.Module):
     """
     with torch.no_grad():
         for p in model.parameters():
-            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+            generator = torch.Generator(p.device).manual_seed(p.numel())
+            noise = torch.randn(p.shape, generator=generator, device=p.device)
             size = p.std(correction=0).clamp(min=0.02 if p.ndim > 1 else 0.5)
             p.add_(noise.to(p) * size)
 
@@ -242,43 +247,73 @@ def gradient_leaks(hidden, embedding: torch.nn.Module, T: int, vocab_size: int,
 # this repository's models: what the trainer checks at start, and the gate
 
 
-def all_outputs(model, logits: bool = False):
-    """Return a function from tokens (B, T) to hidden states, logits where asked for, and losses."""
-    vocab_size = model.config.vocab_size
+def check_head(model, seq_len: int, rows: int, device, seed: int, logits: bool,
+               every_pair: bool) -> Leaks:
+    """Return the leaks of the head, which must treat every position of every row by itself.
 
-    def outputs(idx: torch.Tensor) -> torch.Tensor:
-        x = model.hidden(idx)
-        targets = random_tokens(tuple(idx.shape), vocab_size, seed=4321).to(idx.device)
-        parts = [x, model.lm_head.logits(x)] if logits else [x]
-        parts.append(model.lm_head.loss(x, targets)[1].unsqueeze(-1))
-        return torch.cat([part.detach().to(parts[-1].dtype) for part in parts], -1)
+    Positions are numbered at random. In batch b a position has one hidden state and target where
+    digit b of its binary number is 0, else another. Two batches must agree wherever these two
+    digits do. The numbers 1, 2 and 3 tell two of three pairs of positions apart; every_pair:
+    numbers that all differ.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randint(model.config.vocab_size, (rows, seq_len),
+                                 generator=generator).to(device)
+    x, other_x = (model.hidden(draw()).detach() for _ in range(2))
+    targets, other_targets = draw(), draw()
+    number = 1 + torch.randperm(rows * seq_len, generator=generator).view(rows, seq_len)
+    number = number if every_pair else 1 + number % 3
 
-    return outputs
+    def outputs(other: torch.Tensor) -> torch.Tensor:
+        mixed = torch.where(other.unsqueeze(-1), other_x, x)
+        losses = model.lm_head.loss(mixed, torch.where(other, other_targets, targets))[1]
+        parts = [losses.unsqueeze(-1), *([model.lm_head.logits(mixed)] if logits else [])]
+        return torch.cat([part.detach().to(losses.dtype) for part in parts], -1)
+
+    # the last digit is 0 everywhere: one batch has all the first ones
+    digits = [number >> b & 1 for b in range(int(number.max()).bit_length() + 1)]
+    batches = [outputs((digit == 1).to(device)) for digit in digits]
+    leaks, wrong = Leaks(), torch.zeros_like(number, dtype=torch.bool)
+    for i, j in itertools.combinations(range(len(digits)), 2):
+        kept, moved = digits[i] == digits[j], moved_outputs(batches[i], batches[j])
+        if not moved[~kept].any():
+            leaks.append(Leak(None, 0))
+        wrong |= moved & kept
+    if wrong.any():
+        first = int(wrong.any(0).nonzero()[0])
+        leaks.insert(0, Leak(first, None, cause="head's inputs at other positions"))
+    return leaks
 
 
 def budget(seq_len: int, rows: int, device: torch.device) -> int | None:
     """Return how many cuts to try: all on a GPU up to 2048 tokens, else a sample."""
     if torch.device(device).type == "cuda":
         return None if seq_len <= ALL_CUTS_UP_TO else max(256, rows)
-    return max(16, rows)
+    return max(32, rows)
 
 
 def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, False),
-                logits: bool = False, cuts: int | None = -1) -> Leaks:
-    """Return the leaks of hidden states and losses for (rows, seq_len), with moved weights.
+                cuts: int | None = -1, logits: bool | None = False,
+                seed: int | None = None) -> Leaks:
+    """Return the leaks of hidden states and of the head's losses for (rows, seq_len).
 
     autocast: a function that makes the context to run in. modes: with gradients the graph that
-    trains runs, without the one that validates. cuts: check_causality's; -1: budget's.
+    trains runs, without the one that validates. cuts, seed: check_causality's; cuts of -1:
+    budget's. logits: look at the head's logits, too, and at every pair of its positions; None: not
+    at the head.
     """
     cuts = budget(seq_len, rows, device) if cuts == -1 else cuts
-    leaks, outputs = Leaks(), all_outputs(model, logits)
-    with moved_weights(model):  # once: the noise for a whole model takes time
-        for gradients in modes:
-            with torch.set_grad_enabled(gradients), autocast():
-                found = check_causality(outputs, seq_len, model.config.vocab_size, rows=rows,
-                                        cuts=cuts, device=device)
+    seed = new_seed() if seed is None else seed
+    leaks = Leaks()
+    for mode, gradients in enumerate(modes):
+        with torch.set_grad_enabled(gradients), autocast():
+            found = check_causality(model.hidden, seq_len, model.config.vocab_size, rows=rows,
+                                    cuts=cuts, device=device, seed=seed + mode)
             leaks += found
-            leaks.coverage, leaks.cuts, leaks.seed = found.coverage, found.cuts, found.seed
+            if logits is not None:
+                leaks += check_head(model, seq_len, rows, device, seed + mode, logits,
+                                    every_pair=logits or cuts is None)
+        leaks.coverage, leaks.cuts, leaks.seed = found.coverage, found.cuts, seed
     return leaks
 
 
@@ -294,7 +329,8 @@ def check_generation(model, T: int, device) -> float:
     return off.item() if off.isfinite() else math.inf
 
 
-SHORT, SHORT_VOCAB, GRADIENT_LENGTH = 128, 1024, 72  # the last one crosses a block of 64 tokens
+SHORT, GRADIENT_LENGTH = 128, 66  # tokens; the latter crosses a block of 64
+FEW_TOKENS = 256  # a vocabulary for what is before the head, whose products would cost the most
 
 
 class Gate:
@@ -321,9 +357,12 @@ class Gate:
 
 
 def short_configs(given) -> dict:
-    """Return three layers of every mixer and form, in the width and with the recipe of `given`."""
-    options = dict(n_layer=3, vocab_size=SHORT_VOCAB, sequence_length=SHORT, mixer="afno",
-                   attn_layers=(), afno_state_layers=())
+    """Return two layers of every mixer and form, two heads of `given`'s size, by its recipe."""
+    heads = min(given.n_head, 2)
+    width = given.n_embd // given.n_head * heads
+    options = dict(n_layer=2, n_head=heads, n_embd=width, vocab_size=FEW_TOKENS,
+                   afno_num_blocks=math.gcd(given.afno_num_blocks, width), sequence_length=SHORT,
+                   mixer="afno", attn_layers=(), afno_state_layers=())
     configs = {"attention": dict(mixer="attn"), "hybrid": dict(attn_layers=(1,)),
                "states among filters": dict(afno_state_layers=(1,))}
     configs |= {f"afno, {form}": dict(afno_form=form)
@@ -335,38 +374,51 @@ def short_configs(given) -> dict:
 def check_trained(gate: Gate, trainer, args, config, runtime):
     """Add rows for the model that the flags ask for, in the shapes and dtype that train.
 
-    Not compiled: the trainer checks the compiled graphs at start, on which it then trains.
+    Nobody trains at T - 1: there the vocabulary is small. Not compiled: the trainer checks the
+    compiled graphs at start, on which it then trains.
     """
     device, tokens = runtime.device, args.batch_size * config.sequence_length
-    torch.manual_seed(args.seed)
-    model = trainer.GPT(config).to(device)
-    if said := trainer.choose_fp8(model, args, device, runtime.dtype):
-        print(said)
-    for T, _ in args.curriculum or ((config.sequence_length, 1.0),):
-        rows = tokens // T
-        gate.row("the model to train", T, args.dtype, lambda: check_model(
-            model, T, rows, device, runtime.autocast))
-        gate.row("the model to train", T - 1, args.dtype, lambda: check_model(
-            model, T - 1, rows, device, runtime.autocast, modes=(True,)))
+    lengths = [T for T, _ in args.curriculum or ((config.sequence_length, 1.0),)]
+    few = dataclasses.replace(config, vocab_size=min(FEW_TOKENS, config.vocab_size))
+    for name, shape, shorter, modes in (("the model to train", config, 0, (True, False)),
+                                        ("with few tokens", few, 1, (True,))):
+        model = moved_model(trainer, shape, args.seed, device)
+        said = trainer.choose_fp8(model, args, device, runtime.dtype)
+        if said and not shorter:
+            print(said)
+        for T in lengths:
+            gate.row(name, T - shorter, args.dtype, lambda: check_model(
+                model, T - shorter, tokens // T, device, runtime.autocast, modes))
+
+
+def moved_model(trainer, config, seed: int, device):
+    """Return a model made on the device, which is quicker there, with weights moved."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = trainer.GPT(config)
+    move_weights(model)
+    return model
 
 
 def check_family(gate: Gate, trainer, configs: dict, runtime):
-    """Add rows for models of 128 tokens: all cuts, logits, eval mode, gradients in float64."""
+    """Add rows for models of 128 tokens: all cuts, eval mode, gradients in float64.
+
+    The first of them has the head, logits included: it is the same in all.
+    """
     device = runtime.device
     exact = trainer.Runtime(device, torch.float32, compile=False)
-    for name, config in configs.items():
-        torch.manual_seed(0)
-        model, T = trainer.GPT(config).to(device), config.sequence_length
+    for count, (name, config) in enumerate(configs.items()):
+        model, T = moved_model(trainer, config, 0, device), config.sequence_length
         for mode in [exact] + [runtime] * (runtime.dtype != torch.float32):
-            for length, evaluating, cuts in ((T, False, None), (T - 1, True, 32)):
+            for length, evaluating, cuts in ((T, False, T - 1), (T - 1, True, 32)):
                 model.train(not evaluating)
                 what = str(mode.dtype).removeprefix("torch.") + ", eval mode" * evaluating
                 gate.row(name, length, what, lambda: check_model(
-                    model, length, 32, device, mode.autocast, (not evaluating,), True, cuts))
+                    model, length, 16, device, mode.autocast, (not evaluating,), cuts,
+                    logits=None if count else True))
         model.double()
-        with moved_weights(model):
-            gate.row(name, GRADIENT_LENGTH, "float64 gradients", lambda: gradient_leaks(
-                model.hidden, model.transformer.wte, GRADIENT_LENGTH, config.vocab_size, device))
+        gate.row(name, GRADIENT_LENGTH, "float64 gradients", lambda: gradient_leaks(
+            model.hidden, model.transformer.wte, GRADIENT_LENGTH, config.vocab_size, device))
 
 
 def passed_file(args, config) -> pathlib.Path:
@@ -442,14 +494,15 @@ def assert_causal(**options):
                         (2200, "none")):
         torch.manual_seed(0)
         model = GPT(GPTConfig(**SMALL, **options, sequence_length=T, position=position)).to(device)
+        move_weights(model)
         for mode in modes:
-            for length in (T, T - 1) if T < 1000 else (T - 1,):
-                leaks = check_model(model, length, 4, device, mode.autocast)
+            for length, rows in ((T, 4), (T - 1, 4)) if T < 1000 else ((T - 1, 2),):
+                leaks = check_model(model, length, rows, device, mode.autocast, cuts=16)
                 assert not leaks, f"{options} {position} T = {length}: {leaks[0]}"
     model = GPT(GPTConfig(**SMALL, **options, sequence_length=GRADIENT_LENGTH)).to(device).double()
-    with moved_weights(model):
-        leaks = gradient_leaks(model.hidden, model.transformer.wte, GRADIENT_LENGTH,
-                               SMALL["vocab_size"], device)
+    move_weights(model)
+    leaks = gradient_leaks(model.hidden, model.transformer.wte, GRADIENT_LENGTH,
+                           SMALL["vocab_size"], device)
     assert not leaks, f"{options} float64 gradients: {leaks[0]}"
 
 

@@ -46,7 +46,8 @@ from data.text_to_bin import ROOT, InputError, gpt2_encoding, relative
 from kernels import operators, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
-from test_causality import check_generation, check_model, random_tokens
+from test_causality import (check_generation, check_model, moved_weights, new_seed,
+                            random_tokens)
 
 START = time.perf_counter()
 
@@ -733,7 +734,7 @@ class GPT(nn.Module):
         The first state is None; a state is used once. The numbers are hidden's, but attention looks
         back at most `window` tokens.
         """
-        t, before, states = state or (0, torch.zeros_like(idx_t), [None] * self.config.n_layer)
+        t, states, before = state or (0, [None] * self.config.n_layer, torch.zeros_like(idx_t))
         (x, rotary), states = self.embed(idx_t[:, None], t), list(states)
 
         def run(layer: int, x: Tensor, v0: Tensor | None, inputs: tuple):
@@ -741,7 +742,7 @@ class GPT(nn.Module):
                 x, v0, inputs, rotary, states[layer], window)
             return x, v0
 
-        return self.layers(x[:, 0], idx_t, before, run), (t + 1, idx_t, states)
+        return self.layers(x[:, 0], idx_t, before, run), (t + 1, states, idx_t)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True,
                 shares: Tensor | None = None):
@@ -1264,6 +1265,13 @@ class Runtime:
         if self.world > 1:
             dist.barrier(self.patient)
 
+    def new_seed(self) -> int:
+        """Return rank 0's new seed, so that all ranks draw the same."""
+        seed = torch.tensor(new_seed())
+        if self.world > 1:
+            dist.broadcast(seed, 0)
+        return seed.item()
+
 
 @contextlib.contextmanager
 def caught_signals():
@@ -1326,17 +1334,22 @@ def choose_fp8(model: GPT, args, device: torch.device, dtype: torch.dtype) -> st
     return f"products of {names}: {why}"
 
 
-def refuse_leaks(model: GPT, T: int, rows: int, runtime: Runtime, say, modes=(True, False)):
+def refuse_leaks(model: GPT, shapes, runtime: Runtime, say, modes=(True, False)):
     """Raise InputError where an output depends on a later token or on another row, bit for bit.
 
-    modes: with gradients the graph that trains runs, without the one that validates.
+    shapes: (rows, T) of the batches to try. modes: with gradients the graph that trains runs,
+    without the one that validates.
     """
-    begin = time.perf_counter()
-    leaks = check_model(model, T, rows, runtime.device, runtime.autocast, modes)
-    if leaks:
-        raise InputError(f"causality check: the model leaks, refusing to go on: {leaks[0]}")
-    say(f"causality check, {rows} rows of {T}: bit-identical, {leaks.coverage:.1%} of the pairs of "
-        f"positions (seed {leaks.seed}, {time.perf_counter() - begin:.1f} s)")
+    seed = runtime.new_seed()  # every rank sees the same leak, and rank 0 names it
+    with moved_weights(model):
+        for rows, T in shapes:
+            begin = time.perf_counter()
+            leaks = check_model(model, T, rows, runtime.device, runtime.autocast, modes, seed=seed)
+            if leaks:
+                raise InputError(
+                    f"causality check: the model leaks, refusing to go on: {leaks[0]}")
+            say(f"causality check, {rows} rows of {T}: bit-identical, {leaks.coverage:.1%} of the "
+                f"pairs of positions (seed {seed}, {time.perf_counter() - begin:.1f} s)")
 
 
 class Run:
@@ -1477,13 +1490,13 @@ class Run:
             model.compile()
         to_come = dict.fromkeys(length_at(self.lengths, i, self.total_steps)
                                 for i in range(self.step, self.total_steps + 1))
-        for length in to_come:  # in the shape that trains, on the very graphs
-            refuse_leaks(model, length, self.tokens // length, runtime, self.say)
+        # in the shapes that train, on the very graphs
+        shapes = [(self.tokens // length, length) for length in to_come]
+        refuse_leaks(model, shapes, runtime, self.say)
         runtime.wait()
         self.wrapped = DistributedDataParallel(model) if runtime.world > 1 else model
         if runtime.compile:
-            for length in to_come:
-                shape = (self.tokens // length, length)
+            for shape in shapes:
                 tokens = random_tokens(shape, self.config.vocab_size).to(self.device)
                 with runtime.autocast():
                     self.wrapped(tokens, tokens, return_logits=False)[1].backward()
@@ -1977,7 +1990,7 @@ def read_checkpoint(flags: dict, args, config: GPTConfig, runtime: Runtime, save
     model.check_length(T)
     if runtime.compile:
         model.compile()
-    refuse_leaks(model, T, args.val_batch_size, runtime, say, modes=(False,))
+    refuse_leaks(model, [(args.val_batch_size, T)], runtime, say, modes=(False,))
     val_stream = TokenStream(args.input_val_bin, config.vocab_size, "input_val_bin")
     val_tokens = count_val_tokens(args.val_tokens, val_stream)
     total = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, runtime)

@@ -289,7 +289,8 @@ def all_runs() -> str:
         if runs := archived_runs(folder):
             rows = [run_row(run, changes) for run, changes in zip(runs, differences(runs))]
             parts += [f"## {folder}", "", "| run | what | T | tokens, M | val loss | on text "
-                      "| tokens/s | training s | with compilation | peak GiB | machine | seed | log |",
+                      "| tokens/s | training s | with compilation | peak GiB "
+                      "| machine | seed | log |",
                       "|---" * 13 + "|", *rows, ""]
     return "\n".join(parts).rstrip()
 

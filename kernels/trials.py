@@ -136,7 +136,8 @@ class Trials:
                 logits.to(self.device, copy=True), targets.to(self.device), shares.to(self.device),
                 10_000, True, cap)
             for name, *pair in zip(("loss", "gradient"), got, wanted):
-                if fault := self.check(f"the {name} of {K} targets, a cap of {cap:g}", *pair):
+                what = f"the {name} with {K} target{'s' * (K > 1)} and a cap of {cap:g}"
+                if fault := self.check(what, *pair):
                     return fault
         return None
 

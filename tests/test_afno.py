@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 import afno
 from afno import (AFNO1D, FORMS, ROUTINGS, ShortConv, apply_causal_mask_freq, causal_conv,
-                  check_arguments, complex_relu, complex_soft_shrink, inverse_rdft, make_operator, plain_short_conv, rmsnorm,
-                  taps_at_once, toeplitz)
+                  check_arguments, complex_relu, complex_soft_shrink, inverse_rdft, make_operator,
+                  plain_short_conv, rmsnorm, taps_at_once, toeplitz)
 from helpers import relative, toeplitz_sum, token_by_token
 
-LENGTHS = (1, 2, 3, 7, 31, 63, 64, 65, 127, 128, 129, 257)  # primes, powers of two, one more and one less
+# primes, powers of two, one more and one less
+LENGTHS = (1, 2, 3, 7, 31, 63, 64, 65, 127, 128, 129, 257)
 seeded = settings(derandomize=True, deadline=None, max_examples=40)
 
 
@@ -33,8 +34,8 @@ def inputs(B, T, G, width, K, dtype=torch.float64, seed=0):
 
 
 @seeded
-@given(B=st.integers(1, 3), T=st.sampled_from(LENGTHS), G=st.integers(1, 3), width=st.integers(1, 4),
-       K=st.sampled_from(LENGTHS), seed=st.integers(0, 9))
+@given(B=st.integers(1, 3), T=st.sampled_from(LENGTHS), G=st.integers(1, 3),
+       width=st.integers(1, 4), K=st.sampled_from(LENGTHS), seed=st.integers(0, 9))
 def test_convolution_and_gradients_are_the_toeplitz_sums(B, T, G, width, K, seed):
     u, taps = inputs(B, T, G, width, K, seed=seed)
     y, expected = causal_conv(u, taps), toeplitz_sum(u, taps)
@@ -64,19 +65,22 @@ def test_one_fft_for_every_prefix_gives_the_same():
     y, k = causal_conv(u, taps).detach().numpy()[0], taps.detach().numpy()
     for t in range(150):
         n = 2 * (t + 1)
-        prefix = np.fft.irfft(np.fft.rfft(u.detach().numpy()[0, : t + 1].T, n) * np.fft.rfft(k[:, : t + 1], n), n)
+        prefix = np.fft.irfft(np.fft.rfft(u.detach().numpy()[0, : t + 1].T, n)
+                              * np.fft.rfft(k[:, : t + 1], n), n)
         assert np.abs(prefix[:, t] - y[t]).max() < 1e-10
 
 
 def test_strided_input():
     u, taps = inputs(2, 90, 2, 3, 40)
     strided = torch.stack((u, u), -1)[..., 0].transpose(0, 1).contiguous().transpose(0, 1)
-    assert not strided.is_contiguous() and torch.equal(causal_conv(strided, taps), causal_conv(u, taps))
+    assert not strided.is_contiguous()
+    assert torch.equal(causal_conv(strided, taps), causal_conv(u, taps))
 
 
 @pytest.mark.parametrize("K", (1, 2, 3, 7, 12, 31, 32, 100, 512, 1024))
 def test_inverse_rdft(K):
-    re, im = torch.randn(2, 2, 3, K + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(K))
+    generator = torch.Generator().manual_seed(K)
+    re, im = torch.randn(2, 2, 3, K + 1, dtype=torch.float64, generator=generator)
     re.requires_grad_(), im.requires_grad_()
     y, expected = inverse_rdft(re, im), torch.fft.irfft(torch.complex(re, im), n=2 * K)[..., :K]
     upstream = torch.randn_like(y)
@@ -113,12 +117,14 @@ def test_short_convolution():
 def test_complex_pieces():
     z = torch.complex(torch.randn(50, dtype=torch.float64), torch.randn(50, dtype=torch.float64))
     re, im = complex_relu((z.real, z.imag))
-    assert torch.equal(torch.complex(re, im), torch.complex(z.real.clamp(min=0), z.imag.clamp(min=0)))
+    expected = torch.complex(z.real.clamp(min=0), z.imag.clamp(min=0))
+    assert torch.equal(torch.complex(re, im), expected)
     shrunk = torch.complex(*complex_soft_shrink((z.real, z.imag), 0.7))
     expected = torch.where(z.abs() > 0.7, z * (z.abs() - 0.7) / z.abs(), 0)
     for threshold in torch.linspace(0.001, 1, 1000):
         half = torch.full((1,), float(threshold) / 2)
-        assert not complex_soft_shrink((half, half), float(threshold))[0].any()  # an exact zero, in fp32 too
+        # an exact zero, in fp32 too
+        assert not complex_soft_shrink((half, half), float(threshold))[0].any()
     assert relative(shrunk, expected) < 1e-14 and (shrunk == 0).any() and (shrunk != 0).any()
 
 
@@ -140,12 +146,16 @@ def naive_mlp(mlp, z: np.ndarray) -> np.ndarray:
     for i in range(len(w1)):
         hidden = z[i % len(z)] @ as_complex(w1[i]) + as_complex(b1[i])
         hidden = np.maximum(hidden.real, 0) + 1j * np.maximum(hidden.imag, 0)
-        outputs.append(shrink(hidden @ as_complex(w2[i]) + as_complex(b2[i]), mlp.sparsity_threshold))
+        out = hidden @ as_complex(w2[i]) + as_complex(b2[i])
+        outputs.append(shrink(out, mlp.sparsity_threshold))
     return np.array(outputs).reshape(experts, len(z), *outputs[0].shape)
 
 
 def shares(router, routing: str, place) -> np.ndarray:
-    """(num_experts or 1, len(place)): how much of every expert there is at these frequencies / pi or lags in tokens."""
+    """How much of every expert there is at these frequencies / pi or lags in tokens.
+
+    (num_experts or 1, len(place)).
+    """
     if routing != router.routing or not list(router.parameters()):
         return np.ones((1, len(place)))
     if routing == "position":
@@ -159,7 +169,8 @@ def shares(router, routing: str, place) -> np.ndarray:
 def naive_response(operator, angle) -> np.ndarray:
     """The MLP at poles' angles: (experts, filters or heads, poles), complex."""
     features = np.exp(-1j * np.outer(angle, np.arange(33)))
-    c = naive_mlp(operator.mlp, np.broadcast_to(features, (operator.mlp.w1.shape[1], *features.shape)))
+    blocks = operator.mlp.w1.shape[1]
+    c = naive_mlp(operator.mlp, np.broadcast_to(features, (blocks, *features.shape)))
     return np.array([np.concatenate([block.T for block in expert]) for expert in c])
 
 
@@ -169,11 +180,14 @@ def naive_taps(operator, T: int) -> np.ndarray:
     blocks, K, N = maker.mlp.w1.shape[1], maker.filter_length, 2 * maker.filter_length
     modes = np.arange(maker.num_modes)
     features = np.exp(-2j * np.pi * np.outer(modes, np.arange(33)) / N)
+    features = np.broadcast_to(features, (blocks, *features.shape))
     by_frequency = shares(maker.router, "frequency", modes / K)
     taps, by_lag = 0, shares(maker.router, "position", np.arange(K))
-    for expert, kept in enumerate(naive_mlp(maker.mlp, np.broadcast_to(features, (blocks, *features.shape)))):
-        kept = np.concatenate([block.T for block in kept]) * by_frequency[expert % len(by_frequency)]
-        response = np.zeros((len(kept), N), complex)  # at all N frequencies; a real kernel's, so symmetric
+    for expert, kept in enumerate(naive_mlp(maker.mlp, features)):
+        share = by_frequency[expert % len(by_frequency)]
+        kept = np.concatenate([block.T for block in kept]) * share
+        # at all N frequencies; a real kernel's, so symmetric
+        response = np.zeros((len(kept), N), complex)
         for mode in modes:
             out = kept[:, mode].real + 0j if maker.hilbert or mode in (0, K) else kept[:, mode]
             response[:, mode], response[:, -mode % N] = out, out.conj()
@@ -199,7 +213,8 @@ def test_taps_of_experts(form, routing):
 
 def assert_naive_taps(form, K, **options):
     torch.manual_seed(K)
-    operator = AFNO1D(12, 3, sparsity_threshold=0.3, filter_length=K, form=form, **options).double().operator
+    mixer = AFNO1D(12, 3, sparsity_threshold=0.3, filter_length=K, form=form, **options)
+    operator = mixer.double().operator
     randomize(operator)
     expected = naive_taps(operator, K)
     assert expected.shape == (3, K) and np.abs(expected).max() > 1e-3
@@ -214,13 +229,16 @@ OPTIONS = ({}, dict(hard_thresholding_fraction=0.4), dict(num_experts=2),
 @pytest.mark.parametrize("options", OPTIONS)
 def test_taps_at_once_are_each_makers_own(form, options):
     torch.manual_seed(0)
-    makers = [AFNO1D(12, 3, filter_length=40, form=form, **options).double().operator.taps for _ in range(4)]
+    makers = [AFNO1D(12, 3, filter_length=40, form=form, **options).double().operator.taps
+              for _ in range(4)]
     for maker in makers:
         randomize(maker)
     own, at_once = torch.stack([maker() for maker in makers]), taps_at_once(makers)
     assert at_once.shape == (4, 3, 40) and relative(at_once, own) < 1e-14
-    parameters, upstream = [p for maker in makers for p in maker.parameters()], torch.randn_like(own)
-    for ours, theirs in zip(*(torch.autograd.grad(taps, parameters, upstream) for taps in (at_once, own))):
+    parameters = [p for maker in makers for p in maker.parameters()]
+    upstream = torch.randn_like(own)
+    for ours, theirs in zip(*(torch.autograd.grad(taps, parameters, upstream)
+                              for taps in (at_once, own))):
         assert theirs.any() and relative(ours, theirs) < 1e-13
 
 
@@ -233,15 +251,18 @@ def randomize(module):
 
 def test_experts_are_mixed_in_bands():
     router = AFNO1D(12, 3, num_experts=4).operator.taps.router
-    share = router.by_frequency(torch.eye(4)[:, :, None].expand(4, 4, 33), torch.linspace(0, math.pi, 33))[0]
+    share = router.by_frequency(torch.eye(4)[:, :, None].expand(4, 4, 33),
+                                torch.linspace(0, math.pi, 33))[0]
     assert torch.allclose(share.sum(0), torch.ones(33))
     assert share.argmax(0).unique_consecutive().tolist() == [0, 1, 2, 3]  # one after the other
 
 
 def test_one_expert_is_the_plain_operator():
-    plain, *routed = (AFNO1D(12, 3, num_experts=1, routing=routing) for routing in ("frequency", *ROUTINGS))
+    plain, *routed = (AFNO1D(12, 3, num_experts=1, routing=routing)
+                      for routing in ("frequency", *ROUTINGS))
     for mixer in routed:
-        assert mixer.load_state_dict(plain.state_dict()) and torch.equal(mixer.operator.taps(), plain.operator.taps())
+        assert mixer.load_state_dict(plain.state_dict())
+        assert torch.equal(mixer.operator.taps(), plain.operator.taps())
 
 
 # -----------------------------------------------------------------------------
@@ -274,12 +295,16 @@ def test_mask_wants_all_frequencies(n):
 
 
 def naive_layer(x: np.ndarray, operator, n: int) -> np.ndarray:
-    """The paper's layer on one sequence (L, C) zero-padded to n points: DFT by definition, loops over blocks."""
+    """The paper's layer on one sequence (L, C) zero-padded to n points.
+
+    DFT by definition, loops over blocks.
+    """
     dft = np.exp(-2j * np.pi * np.outer(np.arange(n), np.arange(n)) / n) / np.sqrt(n)
     X = dft[:, : len(x)] @ x
     modes = math.ceil(operator.fraction * (n // 2 + 1))
     blocks = operator.mlp.w1.shape[1]
-    Y = naive_mlp(operator.mlp, X[:modes].reshape(modes, blocks, -1).transpose(1, 0, 2))  # (experts, blocks, modes, out)
+    # (experts, blocks, modes, out)
+    Y = naive_mlp(operator.mlp, X[:modes].reshape(modes, blocks, -1).transpose(1, 0, 2))
     for routing, place in (("frequency", 2 * np.arange(modes) / n), ("position", [len(x)])):
         Y = Y * shares(operator.router, routing, place)[:, None, :, None]
     Y = Y.sum(0)
@@ -319,19 +344,23 @@ def test_state_is_its_recurrence(T, options):
     tau = 1 / np.log1p(np.exp(operator.log_decay.detach().numpy()))
     c = c * shares(operator.router, "frequency", angle / np.pi)[:, None]
     c = torch.from_numpy((c * shares(operator.router, "position", tau)[:, :, None]).sum(0))
-    v, k, q = (z[..., a:b].unflatten(-1, (G, -1)) for a, b in zip(np.cumsum((0, *operator.sizes)), np.cumsum(operator.sizes)))
+    ends = np.cumsum(operator.sizes)
+    v, k, q = (z[..., a:b].unflatten(-1, (G, -1)) for a, b in zip((0, *ends), ends))
     k, q = (part / (part.square().mean(-1, keepdim=True) + 1e-6).sqrt() for part in (k, q))
     k, q = (torch.complex(*part.chunk(2, -1)) for part in (k, q))
     turn, S, expected = torch.polar(torch.ones(len(angle)).double(), operator.angle), 0, []
     for t in range(T):
-        a = 1 / (1 + torch.exp(operator.log_decay + v[:, t].flatten(1) @ operator.decay.T))  # exp(-softplus(x))
+        # exp(-softplus(x))
+        a = 1 / (1 + torch.exp(operator.log_decay + v[:, t].flatten(1) @ operator.decay.T))
         S = a[..., None, None] * turn[:, None] * S + k[:, t, :, :, None] * v[:, t, :, None]
         y = ((c * q[:, t])[..., None] * S).sum(2).real
         expected.append((y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()).flatten(1))
     expected = torch.stack(expected, 1)
-    upstream, wanted = torch.randn_like(got), [z, operator.decay, operator.log_decay, operator.angle]
+    upstream = torch.randn_like(got)
+    wanted = [z, operator.decay, operator.log_decay, operator.angle]
     assert relative(got, expected) < 1e-10
-    for ours, theirs in zip(torch.autograd.grad(got, wanted, upstream), torch.autograd.grad(expected, wanted[:-1], upstream)):
+    for ours, theirs in zip(torch.autograd.grad(got, wanted, upstream),
+                            torch.autograd.grad(expected, wanted[:-1], upstream)):
         assert relative(ours, theirs) < 1e-8
 
 
@@ -342,14 +371,16 @@ def test_dyadic_is_its_definition(T, options):
     size = 64 if T <= 64 else 128 if T <= 128 else 256 if T <= 256 else 512
     u, covered = np.zeros((size, 12)), np.zeros((size, size), int)
     u[:T] = x[0]
-    expected, per_filter, near = np.zeros((size, 12)), 12 // len(operator.near), operator.near.detach().numpy()
+    expected, near = np.zeros((size, 12)), operator.near.detach().numpy()
+    per_filter = 12 // len(near)
     for t in range(size):
         for s in range(t // 64 * 64, t + 1):
             expected[t] += near[:, t - s].repeat(per_filter) * u[s]
             covered[t, s] += 1
     for L in (64, 128, 256):
         for a in range(0, size, 2 * L) if L < size else ():
-            expected[a + L : a + 2 * L] += naive_layer(u[a : a + L], operator, 2 * L)[L:] * (a + L < T)
+            later = naive_layer(u[a : a + L], operator, 2 * L)[L:]
+            expected[a + L : a + 2 * L] += later * (a + L < T)
             covered[a + L : a + 2 * L, a : a + L] += 1
     assert (covered == np.tri(size)).all()  # every pair s <= t exactly once
     assert np.abs(operator(x)[0].detach().numpy() - expected[:T]).max() < 1e-10
@@ -375,21 +406,25 @@ def naive_forward(mixer: AFNO1D, x, silu: bool = False):
     z = toeplitz_sum(x @ mixer.c_in.weight.T, mixer.short_conv.taps.T)
     value = z[..., :C]
     value = value / (1 + (-value).exp()) if silu else value
-    y = toeplitz_sum(value, torch.from_numpy(naive_taps(mixer.operator, x.size(1)))) + mixer.direct * value
+    taps = torch.from_numpy(naive_taps(mixer.operator, x.size(1)))
+    y = toeplitz_sum(value, taps) + mixer.direct * value
     y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     return y @ mixer.c_proj.weight.T
 
 
-def random_mixer(filter_length: int, form: str, dtype=torch.float64, C: int = 24, **options) -> AFNO1D:
+def random_mixer(filter_length: int, form: str, dtype=torch.float64, C: int = 24,
+                 **options) -> AFNO1D:
     torch.manual_seed(1)
-    mixer = AFNO1D(C, **{"num_blocks": 4, **options}, filter_length=filter_length, form=form).double()
+    options = {"num_blocks": 4, **options}
+    mixer = AFNO1D(C, **options, filter_length=filter_length, form=form).double()
     with torch.no_grad():
         for p in mixer.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return mixer.to(dtype)
 
 
-BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # relative, of outputs; bf16 is autocast's
+# relative, of outputs; bf16 is autocast's
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 def assert_agrees(mixer: AFNO1D, x, expected, dtype):
@@ -402,8 +437,9 @@ def assert_agrees(mixer: AFNO1D, x, expected, dtype):
 
 @seeded
 @given(form=st.sampled_from(("filter", "hilbert")), B=st.integers(1, 3), T=st.sampled_from(LENGTHS),
-       num_blocks=st.sampled_from((1, 2, 3)), size=st.sampled_from((1, 4, 17, 32)), K=st.sampled_from((1, 50, 130)),
-       dtype=st.sampled_from(list(BOUNDS)), contiguous=st.booleans(), silu=st.booleans())
+       num_blocks=st.sampled_from((1, 2, 3)), size=st.sampled_from((1, 4, 17, 32)),
+       K=st.sampled_from((1, 50, 130)), dtype=st.sampled_from(list(BOUNDS)),
+       contiguous=st.booleans(), silu=st.booleans())
 def test_the_mixer_is_its_formula(form, B, T, num_blocks, size, K, dtype, contiguous, silu):
     # filters shorter and longer than T
     mixer = random_mixer(K, form, C=num_blocks * size, num_blocks=num_blocks, silu=silu)
@@ -416,7 +452,8 @@ def test_the_mixer_is_its_formula(form, B, T, num_blocks, size, K, dtype, contig
 
 @pytest.mark.parametrize("short_conv", (1, 4, 7))
 def test_without_short_convolution_and_with_others(short_conv):
-    mixer, x = random_mixer(50, "filter", short_conv=short_conv), torch.randn(2, 60, 24, dtype=torch.float64)
+    mixer = random_mixer(50, "filter", short_conv=short_conv)
+    x = torch.randn(2, 60, 24, dtype=torch.float64)
     assert mixer.c_in.out_features == 24
     assert_agrees(mixer, x, naive_forward(mixer, x), torch.float64)
 
@@ -450,12 +487,13 @@ def generated(mixer, x):
     return token_by_token(lambda x_t, state: mixer.step(mixer.project(x_t), x_t, state=state), x)[0]
 
 
-@pytest.mark.parametrize("form", [pytest.param(form, marks=pytest.mark.slow) if form == "state" else form
-                                  for form in CAUSAL])
+@pytest.mark.parametrize("form", [
+    pytest.param(form, marks=pytest.mark.slow) if form == "state" else form for form in CAUSAL])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_token_by_token_is_the_forward_pass(form, variant):
     mixer = random_mixer(100, form, **variant)
-    x = torch.randn(2, 300, 24, dtype=torch.float64)  # beyond filter_length, and over several of the dyadic form's levels
+    # beyond filter_length, and over several of the dyadic form's levels
+    x = torch.randn(2, 300, 24, dtype=torch.float64)
     assert relative(generated(mixer, x), mixer(x)) < 1e-10
 
 
@@ -491,12 +529,14 @@ def test_after_one_optimizer_step_every_parameter_has_a_gradient(form, variant):
         pytest.skip("the paper's layer has no experts")
     torch.manual_seed(0)
     mixer = AFNO1D(32, filter_length=64, form=form, **variant)
-    optimizer, x, wanted = torch.optim.AdamW(mixer.parameters()), torch.randn(2, 150, 32), torch.randn(2, 150, 32)
+    optimizer = torch.optim.AdamW(mixer.parameters())
+    x, wanted = torch.randn(2, 150, 32), torch.randn(2, 150, 32)
     for _ in range(2):
         optimizer.zero_grad()
         (mixer(x) - wanted).square().mean().backward()
         optimizer.step()
-    assert [name for name, p in mixer.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [name for name, p in mixer.named_parameters()
+            if p.grad is None or not p.grad.any()] == []
     mlp = (mixer.operator.taps if form in ("filter", "hilbert") else mixer.operator).mlp
     for gradient in (mlp.w1.grad, mlp.w2.grad):  # every expert's, not one's alone
         sizes = gradient.flatten(1).norm(dim=1)
@@ -506,7 +546,8 @@ def test_after_one_optimizer_step_every_parameter_has_a_gradient(form, variant):
 @pytest.mark.parametrize("C, num_blocks", ((16, 16), (17, 1)))
 def test_one_channel_a_filter(C, num_blocks):
     for form in CAUSAL:
-        mixer, x = random_mixer(50, form, C=C, num_blocks=num_blocks), torch.randn(2, 150, C, dtype=torch.float64)
+        mixer = random_mixer(50, form, C=C, num_blocks=num_blocks)
+        x = torch.randn(2, 150, C, dtype=torch.float64)
         assert relative(mixer(x)[:, :70], mixer(x[:, :70])) < 1e-10
 
 
@@ -530,13 +571,16 @@ def test_norm():
 
 
 @pytest.mark.parametrize("arguments, name", (
-    (dict(num_blocks=5), "num_blocks"), (dict(num_blocks=0), "num_blocks"), (dict(num_blocks=32), "num_blocks"),
-    (dict(hidden_size=0), "hidden_size"), (dict(filter_length=3.5), "filter_length"), (dict(num_experts=2.0), "num_experts"),
+    (dict(num_blocks=5), "num_blocks"), (dict(num_blocks=0), "num_blocks"),
+    (dict(num_blocks=32), "num_blocks"), (dict(hidden_size=0), "hidden_size"),
+    (dict(filter_length=3.5), "filter_length"), (dict(num_experts=2.0), "num_experts"),
     (dict(sparsity_threshold=math.inf), "sparsity_threshold"),
-    (dict(sparsity_threshold=-0.1), "sparsity_threshold"), (dict(sparsity_threshold=math.nan), "sparsity_threshold"),
+    (dict(sparsity_threshold=-0.1), "sparsity_threshold"),
+    (dict(sparsity_threshold=math.nan), "sparsity_threshold"),
     (dict(hard_thresholding_fraction=0.0), "hard_thresholding_fraction"),
-    (dict(hard_thresholding_fraction=1.1), "hard_thresholding_fraction"), (dict(filter_length=0), "filter_length"),
-    (dict(form="padded"), "form"), (dict(num_experts=0), "num_experts"), (dict(routing="data"), "routing"),
+    (dict(hard_thresholding_fraction=1.1), "hard_thresholding_fraction"),
+    (dict(filter_length=0), "filter_length"), (dict(form="padded"), "form"),
+    (dict(num_experts=0), "num_experts"), (dict(routing="data"), "routing"),
     (dict(short_conv=0), "short_conv"), (dict(silu=2), "silu"),
     (dict(form="reference", num_experts=2), "num_experts"),
 ))
@@ -551,16 +595,19 @@ def test_bad_arguments_are_named(arguments, name):
 
 def test_the_papers_arguments_work():
     mixer = AFNO1D(hidden_size=64, num_blocks=8, sparsity_threshold=0.01)
-    assert mixer.operator.taps.mlp.w1.shape[1] == 8 and mixer.operator.taps.mlp.sparsity_threshold == 0.01
+    mlp = mixer.operator.taps.mlp
+    assert mlp.w1.shape[1] == 8 and mlp.sparsity_threshold == 0.01
     assert mixer(torch.randn(2, 10, 64)).shape == (2, 10, 64)
 
 
 def test_every_form_has_its_operator():
-    kinds = [type(make_operator(form, 24, 4, 0.01, 1.0, 50, 1, "frequency")).__name__ for form in FORMS]
-    assert kinds == ["FilterOperator", "FilterOperator", "StateOperator", "DyadicOperator", "ReferenceOperator"]
+    kinds = [type(make_operator(form, 24, 4, 0.01, 1.0, 50, 1, "frequency")).__name__
+             for form in FORMS]
+    assert kinds == ["FilterOperator", "FilterOperator", "StateOperator", "DyadicOperator",
+                     "ReferenceOperator"]
     for form, kind in zip(FORMS, kinds):  # filters: what makes taps, for all layers at once
         mixer = AFNO1D(24, form=form)
-        assert (mixer.filters is mixer.operator.taps) if kind == "FilterOperator" else mixer.filters is None
+        assert mixer.filters is (mixer.operator.taps if kind == "FilterOperator" else None)
 
 
 def test_check_arguments_is_what_the_mixer_calls(monkeypatch):
@@ -574,7 +621,8 @@ def test_check_arguments_is_what_the_mixer_calls(monkeypatch):
 def test_what_is_given_to_mix_is_used():
     mixer, x = random_mixer(40, "filter"), torch.randn(2, 90, 24, dtype=torch.float64)
     z, taps, added = mixer.project(x), mixer.filters(), torch.randn(2, 90, 24, dtype=torch.float64)
-    assert torch.equal(mixer.mix(z, x, taps=taps), mixer(x)) and relative(mixer.mix(z, x, taps=2 * taps), mixer(x)) > 0.1
+    assert torch.equal(mixer.mix(z, x, taps=taps), mixer(x))
+    assert relative(mixer.mix(z, x, taps=2 * taps), mixer(x)) > 0.1
     assert relative(mixer.mix(z + added, x), mixer.mix(z, x, added)) < 1e-14
 
 
@@ -582,7 +630,9 @@ def test_the_demonstration_prints_that_ours_has_no_leak(capsys):
     runpy.run_path(afno.__file__, run_name="__main__")
     shapes, *lines = capsys.readouterr().out.splitlines()
     assert shapes.startswith("x (1, 256, 64) -> taps (")
-    moved = {line.split("outputs before")[0].strip(): float(line.split()[-1].rstrip("%")) for line in lines}
+    moved = {line.split("outputs before")[0].strip(): float(line.split()[-1].rstrip("%"))
+             for line in lines}
     leaking = ("the paper's layer", "the paper's layer, zero-padded to 2T")
     assert moved.keys() == {*leaking, *(f"AFNO1D, form {form}" for form in CAUSAL)}
-    assert all((move > 1) == (name in leaking) and (move == 0) == (name not in leaking) for name, move in moved.items())
+    assert all((move > 1) == (name in leaking) and (move == 0) == (name not in leaking)
+               for name, move in moved.items())

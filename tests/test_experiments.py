@@ -37,7 +37,8 @@ def pair(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setitem(STUDIES, "pair", Study(
         "Two arms.", {"one": "--mixer afno", "two": "--mixer attn --learning_rate 0.003"},
-        "--preset baseline --device cpu --model d4 --batch_size 2 --grad_accumulation_steps 1 --sequence_length 16 --save_every 0", 64))
+        "--preset baseline --device cpu --model d4 --batch_size 2 "
+        "--grad_accumulation_steps 1 --sequence_length 16 --save_every 0", 64))
 
 
 @pytest.fixture
@@ -58,8 +59,8 @@ def write_run(folder: Path, rows: list[dict], end: str = "") -> Path:
 
 
 @pytest.mark.parametrize("loss, expected", (
-    (8.0, (0.0, 0)), (9.0, (0.0, 0)), (7.0, (5.0, 50)), (6.0, (10.0, 100)), (5.25, (25.0, 175)), (5.0, (30.0, 200)),
-    (4.0, (50.0, 400)), (4.75, (45.0, 350)), (3.99, None)))
+    (8.0, (0.0, 0)), (9.0, (0.0, 0)), (7.0, (5.0, 50)), (6.0, (10.0, 100)), (5.25, (25.0, 175)),
+    (5.0, (30.0, 200)), (4.0, (50.0, 400)), (4.75, (45.0, 350)), (3.99, None)))
 def test_time_to_loss_is_linear_between_validations(loss, expected):
     assert time_to_loss(CURVE, loss) == (expected and pytest.approx(expected))
     assert time_to_loss([], loss) is None
@@ -71,8 +72,10 @@ def test_metrics_are_read_up_to_a_line_that_is_cut_off(tmp_path):
             dict(step=1, tokens=32, val_loss=8.0, train_time_s=0.5)]
     summary = dict(step=1, tokens_per_s=64.0, wall_clock_time_to_target_loss=None)
     cut = read_run(write_run(tmp_path / "cut", rows, '{"step": 2, "tok'))
-    assert cut.train == [(32, 0.5, 8.5)] and cut.curve == [(0, 0.0, 9.0), (32, 0.5, 8.0)] and cut.summary is None
-    assert read_run(write_run(tmp_path / "whole", [*rows, summary]) / "metrics.jsonl").summary == summary
+    assert cut.train == [(32, 0.5, 8.5)] and cut.curve == [(0, 0.0, 9.0), (32, 0.5, 8.0)]
+    assert cut.summary is None
+    whole = read_run(write_run(tmp_path / "whole", [*rows, summary]) / "metrics.jsonl")
+    assert whole.summary == summary
     with pytest.raises(InputError, match="metrics.jsonl: line 4 is not a row"):
         read_run(write_run(tmp_path / "bad", rows, '{"step": 2, "tok\n{}\n'))
     with pytest.raises(InputError, match="metrics.jsonl: No such file"):
@@ -87,7 +90,8 @@ def test_labels_tell_runs_of_one_name_apart(tmp_path):
 def test_a_running_mean_of_a_fiftieth():
     values = np.random.default_rng(0).random(100)
     expected = [values[max(0, i - 1) : i + 1].mean() for i in range(100)]
-    assert np.allclose(plot_runs.smoothed(values), expected) and len(plot_runs.smoothed(values[:0])) == 0
+    assert np.allclose(plot_runs.smoothed(values), expected)
+    assert len(plot_runs.smoothed(values[:0])) == 0
 
 
 def test_plot_runs_makes_pictures_and_one_line_errors(tmp_path, monkeypatch, capsys):
@@ -95,15 +99,18 @@ def test_plot_runs_makes_pictures_and_one_line_errors(tmp_path, monkeypatch, cap
         monkeypatch.setattr(sys, "argv", ["plot_runs.py", *map(str, words)])
         run_main(plot_runs.main)
 
-    run = write_run(tmp_path / "run", [dict(step=i, tokens=32 * i, train_time_s=0.5 * i, **{name: 9 - 0.1 * i})
-                                       for i in range(20) for name in ("train_loss", "val_loss")])
+    run = write_run(tmp_path / "run", [
+        dict(step=i, tokens=32 * i, train_time_s=0.5 * i, **{name: 9 - 0.1 * i})
+        for i in range(20) for name in ("train_loss", "val_loss")])
     monkeypatch.chdir(tmp_path)
-    command(run, ROOT / "experiments/runs/2026-11-24-shakespeare/shakespeare-cpu/metrics.jsonl", "--x", "seconds")
+    archived = ROOT / "experiments/runs/2026-11-24-shakespeare/shakespeare-cpu/metrics.jsonl"
+    command(run, archived, "--x", "seconds")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == "curves.png: 2 runs\n"
     write_run(tmp_path / "empty", [])
-    for words, error in (((run, "empty"), "empty/metrics.jsonl: no rows of training or validation yet"),
-                         ((run, "--output", "a.text"), "--output a.text: its ending must be one of ")):
+    for words, error in (
+            ((run, "empty"), "empty/metrics.jsonl: no rows of training or validation yet"),
+            ((run, "--output", "a.text"), "--output a.text: its ending must be one of ")):
         with pytest.raises(SystemExit, match="2"):
             command(*words)
         assert re.fullmatch(f"error: {re.escape(error)}.*\n", capsys.readouterr().err)
@@ -120,21 +127,26 @@ def test_a_study_runs_then_skips_and_refuses_other_flags(data, pair, tmp_path, c
     first = capsys.readouterr().out
     assert "2 of 2 runs finished" in first and "skipped" not in first
     folder = tmp_path / "pair"
-    assert {path.name for path in folder.iterdir()} == {"one-seed1337", "two-seed1337", "table.md", "curves.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        "one-seed1337", "two-seed1337", "table.md", "curves.png"}
     for name in ("one-seed1337", "two-seed1337"):  # checkpoints are gone
+        names = {path.name for path in (folder / name).iterdir()}
         # source: of a working tree that is not committed
-        assert {path.name for path in (folder / name).iterdir()} - {"source"} == {"train.log", "metrics.jsonl"}
+        assert names - {"source"} == {"train.log", "metrics.jsonl"}
         assert read_run(folder / name).curve[-1][0] == 64
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     table = (folder / "table.md").read_text()
-    one, two = (line.split(" | ") for line in table.splitlines() if line.startswith(("| one", "| two")))
+    one, two = (line.split(" | ") for line in table.splitlines()
+                if line.startswith(("| one", "| two")))
     final = [read_run(folder / f"{arm}-seed1337").curve[-1][2] for arm in ("one", "two")]
-    assert one[1:4] == [f"{final[0]:.4f}", "one seed", "+0.0000"] and two[3] == f"{final[1] - final[0]:+.4f}"
+    assert one[1:4] == [f"{final[0]:.4f}", "one seed", "+0.0000"]
+    assert two[3] == f"{final[1] - final[0]:+.4f}"
     assert one[5] == "7,162,528" and one[7] == "64" and two[5] == "7,219,328" and float(one[8]) > 0
     header = next(line for line in table.splitlines() if line.startswith("| arm"))
     assert len(header.split(" | ")) == len(one) == len(two) and "Machine: torch " in table
-    for words in (f"--input_bin '{data}/*train_*.bin'", "--mixer attn --learning_rate 0.003 ", "--num_iterations 2 "
-                  f"--val_loss_every 1 --seed 1337 --output_dir {folder}/two-seed1337"):
+    for words in (f"--input_bin '{data}/*train_*.bin'", "--mixer attn --learning_rate 0.003 ",
+                  "--num_iterations 2 --val_loss_every 1 --seed 1337 "
+                  f"--output_dir {folder}/two-seed1337"):
         assert words in table
 
     before = table, (folder / "one-seed1337/metrics.jsonl").read_text()
@@ -142,22 +154,25 @@ def test_a_study_runs_then_skips_and_refuses_other_flags(data, pair, tmp_path, c
     assert capsys.readouterr().out.count("finished before, skipped") == 2
     assert before == ((folder / "table.md").read_text().replace(" --max_seconds 100", ""),
                       (folder / "one-seed1337/metrics.jsonl").read_text())
-    with pytest.raises(InputError, match="one-seed1337 holds a run with other flags: --warmup_iters is not given "
-                                         "there, now 3; delete it"):
+    with pytest.raises(InputError, match="one-seed1337 holds a run with other flags: "
+                                         "--warmup_iters is not given there, now 3; delete it"):
         main([*argv, "--", "--warmup_iters", "3"])
     with pytest.raises(InputError, match="--num_iterations is 2 there, now 4"):
         main([*argv, "--tokens", "128"])
 
 
 def test_a_failed_arm_is_reported_and_the_others_go_on(pair, fake_trainer, tmp_path, capsys):
-    fake_trainer.write_text("import sys\nprint('a line')\nsys.exit(f'no {sys.argv[sys.argv.index(\"--mixer\") + 1]}')")
+    fake_trainer.write_text(
+        "import sys\nprint('a line')\n"
+        "sys.exit(f'no {sys.argv[sys.argv.index(\"--mixer\") + 1]}')")
     unfinished = tmp_path / "studies/pair/two-seed2"
     unfinished.mkdir(parents=True)
     (unfinished / "state_step000001.pt").touch()
     assert main(["pair", "--seeds", "2", "--output", str(tmp_path / "studies")]) == 1
     said = capsys.readouterr()
-    assert said.err == "error: one-seed2: not finished, exit status 1: no afno\n" \
-        "error: two-seed2: not finished, exit status 1: no attn\n" and "0 of 2 runs finished" in said.out
+    assert said.err == ("error: one-seed2: not finished, exit status 1: no afno\n"
+                        "error: two-seed2: not finished, exit status 1: no attn\n")
+    assert "0 of 2 runs finished" in said.out
     assert (unfinished / "state_step000001.pt").exists()
 
 
@@ -170,7 +185,8 @@ def test_an_unfinished_run_is_resumed(pair, fake_trainer, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_longer_rows_is_evaluated_at_the_common_length(data, pair, tmp_path, monkeypatch, capsys):
+def test_a_run_of_longer_rows_is_evaluated_at_the_common_length(
+        data, pair, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation_studies, "COMMON_LENGTH", 8)
     argv = ["pair", "--data", str(data), "--output", str(tmp_path)]
     assert main([*argv, "--keep_checkpoints"]) == 0
@@ -181,24 +197,31 @@ def test_a_run_of_longer_rows_is_evaluated_at_the_common_length(data, pair, tmp_
         model = trainer.GPT(trainer.GPTConfig(**state["config"]))
         model.load_state_dict(state["model"])
         rows = [tokens[i : i + 9][None] for i in range(0, 39, 8)]  # 39 targets, each of them once
-        loss = sum(model(row[:, :-1], row[:, 1:])[1].item() * (row.size(1) - 1) for row in rows) / 39
-        said = re.search(r"sequence_length:8 val_tokens:39 val_loss:(\S+)", (folder / "eval-1024.txt").read_text())
+        loss = sum(model(row[:, :-1], row[:, 1:])[1].item() * (row.size(1) - 1)
+                   for row in rows) / 39
+        said = re.search(r"sequence_length:8 val_tokens:39 val_loss:(\S+)",
+                         (folder / "eval-1024.txt").read_text())
         assert float(said.group(1)) == pytest.approx(loss, abs=1e-3)
-    (tmp_path / "pair/two-seed1337/eval-1024.txt").unlink()  # as if the study had been stopped after the run
+    # as if the study had been stopped after the run
+    (tmp_path / "pair/two-seed1337/eval-1024.txt").unlink()
     assert main(argv) == 0  # finished, evaluated: checkpoints go
     assert not list(tmp_path.glob("pair/*/*.pt"))
     assert f"| {said.group(1)} |" in (tmp_path / "pair/table.md").read_text()
-    (tmp_path / "pair/one-seed1337/state_step000002.pt").touch()  # not a checkpoint: cannot be evaluated
+    # not a checkpoint: cannot be evaluated
+    (tmp_path / "pair/one-seed1337/state_step000002.pt").touch()
     (tmp_path / "pair/one-seed1337/eval-1024.txt").unlink()
     capsys.readouterr()
-    assert main(argv) == 1 and "error: one-seed1337: not evaluated at 8 tokens, exit status 2\n" in capsys.readouterr().err
+    assert main(argv) == 1
+    error = "error: one-seed1337: not evaluated at 8 tokens, exit status 2\n"
+    assert error in capsys.readouterr().err
 
 
 def test_a_stopped_study_stops_its_run(pair, fake_trainer, tmp_path, monkeypatch):
     """The run has time to save."""
     fake_trainer.write_text(
         "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), open('saved', 'w'), sys.exit()))\n"
+        "signal.signal(signal.SIGTERM, "
+        "lambda *_: (time.sleep(0.3), open('saved', 'w'), sys.exit()))\n"
         "print('ready', flush=True)\ntime.sleep(20)")
 
     def interrupt(*arguments, **options):
@@ -212,21 +235,27 @@ def test_a_stopped_study_stops_its_run(pair, fake_trainer, tmp_path, monkeypatch
 
 def test_means_and_differences_are_over_seeds(tmp_path):
     def run(name, losses, seconds):
-        rows = [dict(step=i, tokens=100 * i, val_loss=loss, train_time_s=seconds * i) for i, loss in enumerate(losses)]
-        rows += [dict(step=i, tokens=100 * i, train_loss=8.0, train_time_s=seconds * i) for i in (1, 2)]
+        rows = [dict(step=i, tokens=100 * i, val_loss=loss, train_time_s=seconds * i)
+                for i, loss in enumerate(losses)]
+        rows += [dict(step=i, tokens=100 * i, train_loss=8.0, train_time_s=seconds * i)
+                 for i in (1, 2)]
         folder = write_run(tmp_path / name, [*rows, dict(
-            step=2, wall_clock_time_to_target_loss=None, peak_memory_usage=2**30, train_time_s=2 * seconds,
-            train_time_with_compilation_s=3 * seconds)])
+            step=2, wall_clock_time_to_target_loss=None, peak_memory_usage=2**30,
+            train_time_s=2 * seconds, train_time_with_compilation_s=3 * seconds)])
         (folder / "train.log").write_text("model: d4, 1,000 parameters, mixers attn\n")
         return read_run(folder)
 
     anchors = {1: run("a1", (9, 7, 5), 1.0), 2: run("a2", (9, 7, 6), 1.0)}
     runs = {1: run("b1", (9, 5, 4), 2.0), 2: run("b2", (9, 8, 7), 2.0)}
     assert ablation_studies.table_row("b", runs, anchors).split(" | ") == [
-        "| b", "5.5000", "3.0000", "+0.0000", "50", "1,000", "1.0", "200", "4.0", "2.0 (1 of 2 seeds)", "1.00, 0.75", " |"]
-    (runs[1].folder / "eval-1024.txt").write_text("step:2 sequence_length:1024 val_tokens:10 val_loss:4.5000\npositions 0-9: 4\n")
-    assert ablation_studies.table_row("b", runs, anchors).endswith(" | 1.00, 0.75 | 4.5000 (1 of 2 seeds) |")
-    assert ablation_studies.table_row("a", anchors, anchors).split(" | ")[-3:] == ["2.0", "1.00, 1.00", " |"]
+        "| b", "5.5000", "3.0000", "+0.0000", "50", "1,000", "1.0", "200", "4.0",
+        "2.0 (1 of 2 seeds)", "1.00, 0.75", " |"]
+    (runs[1].folder / "eval-1024.txt").write_text(
+        "step:2 sequence_length:1024 val_tokens:10 val_loss:4.5000\npositions 0-9: 4\n")
+    row = ablation_studies.table_row("b", runs, anchors)
+    assert row.endswith(" | 1.00, 0.75 | 4.5000 (1 of 2 seeds) |")
+    row = ablation_studies.table_row("a", anchors, anchors)
+    assert row.split(" | ")[-3:] == ["2.0", "1.00, 1.00", " |"]
     assert ablation_studies.table_row("b", runs, {}).split(" | ")[3] == ""
     assert ablation_studies.table_row("c", {}, anchors).count("|") == 13
 
@@ -235,8 +264,10 @@ def test_a_warmdown_of_half_follows_the_steps(tmp_path):
     arms = dict(half="--mixer attn --warmdown_iters half", none="--mixer attn",
                 baseline="--mixer attn --warmdown_iters baseline")
     study = Study("", arms, "--batch_size 2 --grad_accumulation_steps 1 --sequence_length 50")
-    half, none, baseline = (ablation_studies.flags_of(study, arm, 1, tmp_path, 1000, {}) for arm in arms)
-    assert half["--num_iterations"] == "10" and half["--warmdown_iters"] == "5" and "--warmdown_iters" not in none
+    half, none, baseline = (ablation_studies.flags_of(study, arm, 1, tmp_path, 1000, {})
+                            for arm in arms)
+    assert half["--num_iterations"] == "10" and half["--warmdown_iters"] == "5"
+    assert "--warmdown_iters" not in none
     assert baseline["--warmdown_iters"] == "2"  # 10 of 4768 / 1024
 
 
@@ -248,13 +279,16 @@ def test_arms_differ_from_the_preset_in_what_they_say():
         return vars(trainer.merge_flags(given, torch.device("cpu"), None, print))
 
     anchor, apart = resolved("recipe", "anchor"), ("output_dir", "to_save")
-    recipe = trainer.RECIPE | dict(n_head=6, attn_layers=(5, 10), residual_bf16=1, fp8_head=1, fp8_mlp=1)
+    recipe = trainer.RECIPE | dict(
+        n_head=6, attn_layers=(5, 10), residual_bf16=1, fp8_head=1, fp8_mlp=1)
     assert all(anchor[name] == value for name, value in recipe.items())
     assert anchor["warmdown_iters"] == anchor["num_iterations"] // 2
     for arm in STUDIES["recipe"].arms:
         if arm.startswith("without-"):
-            changed = {name for name, value in resolved("recipe", arm).items() if name not in apart and value != anchor[name]}
-            expected = dict(zip(*[iter(ablation_studies.WITHOUT.get(arm[8:], "--afno_silu 0").split())] * 2))
+            changed = {name for name, value in resolved("recipe", arm).items()
+                       if name not in apart and value != anchor[name]}
+            words = ablation_studies.WITHOUT.get(arm[8:], "--afno_silu 0").split()
+            expected = dict(zip(*[iter(words)] * 2))
             assert changed == {name[2:] for name in expected}, arm
 
 
@@ -269,10 +303,12 @@ def test_every_arm_of_a_dry_run_has_flags_that_the_trainer_takes(name, capsys):
 
 
 def test_a_dry_run_refuses_what_the_trainer_would(pair, capsys):
+    both = "one", "two"
     for flags, message, arms in (
-            ("--curriculum 8:1", "--curriculum must end with --sequence_length 16, got 8", ("one", "two")),
-            ("--n_head 3", "--n_head: twice the heads must divide n_embd 128, got 3 heads", ("one", "two")),
-            ("--attn_layers 7", "--attn_layers must be in 0 ... 3, got 7", ("one",))):  # two has attention anywhere
+            ("--curriculum 8:1", "--curriculum must end with --sequence_length 16, got 8", both),
+            ("--n_head 3", "--n_head: twice the heads must divide n_embd 128, got 3 heads", both),
+            # two has attention anywhere
+            ("--attn_layers 7", "--attn_layers must be in 0 ... 3, got 7", ("one",))):
         assert main(["pair", "--dry_run", "--", *flags.split()]) == 1
         assert capsys.readouterr().err.splitlines() == [f"error: {arm}: {message}" for arm in arms]
 
@@ -283,7 +319,8 @@ def test_arms_train_on_equally_many_tokens(name, capsys):
     for line in capsys.readouterr().out.splitlines():
         steps, batch, accumulation, length = (
             int(re.search(rf"--{flag} (\d+)", line).group(1))
-            for flag in ("num_iterations", "batch_size", "grad_accumulation_steps", "sequence_length"))
+            for flag in ("num_iterations", "batch_size", "grad_accumulation_steps",
+                         "sequence_length"))
         assert abs(steps * batch * accumulation * length / STUDIES[name].tokens - 1) < 0.01, line
 
 

@@ -21,14 +21,15 @@ import test_causality  # noqa: E402
 import train_gpt2_afno  # noqa: E402
 from afno import AFNO1D, causal_conv, complex_linear, complex_relu, complex_soft_shrink
 from data.text_to_bin import InputError
-from test_causality import (check_causality, check_family, check_generation, check_model,
+from test_causality import (check_causality, check_family, check_generation, check_head,
                             gradient_leaks, moved_weights)
 from train_gpt2_afno import (GPT, MLP, CausalSelfAttention, Gates, GPTConfig, Head, Runtime,
                              refuse_leaks)
 
 CONFIG = GPTConfig(**{**test_causality.SMALL, "n_layer": 2}, sequence_length=96)
 RICH = dataclasses.replace(CONFIG, attn_layers=(0,), value_residual=1, embedding_residual=1,
-                           attn_short_conv=3, attn_gate=1, logit_softcap=15.0)
+                           attn_short_conv=3, attn_gate=1, logit_softcap=15.0, pair_rows=64,
+                           value_tables=1)
 CPU = torch.device("cpu")
 EXACT = Runtime(CPU, torch.float32, compile=False)
 HALF = Runtime(CPU, torch.bfloat16, compile=False)
@@ -110,13 +111,18 @@ LEAKS = (padded_afno, learned_response, low_frequencies_only, block_summary, off
 
 
 def start_sees(config: GPTConfig, runtime: Runtime = EXACT, T: int = 96, fp8: bool = False):
-    """Return the trainer's message where its check at start refuses a model, else None."""
+    """Return the trainer's message where its check at start refuses a model, else None.
+
+    It tries all cuts, as on a GPU.
+    """
     torch.manual_seed(0)
     model = GPT(config)
     for block in model.transformer.h:
         block.mlp.fp8 = fp8
     try:
-        refuse_leaks(model, T, 96, runtime, lambda text: None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(test_causality, "budget", lambda T, rows, device: T - 1)
+            refuse_leaks(model, [(16, T)], runtime, lambda text: None)
     except InputError as error:
         return str(error)
 
@@ -209,9 +215,21 @@ def where_next(token):
 def embedding_residual(monkeypatch):
     around = train_gpt2_afno.Block.around
 
-    def leaking(self, x, x0, v0, mix):
-        return around(self, x + self.embedding_mix[1] * NEXT(x0), x0, v0, mix)
+    def leaking(self, x, v0, inputs, mix):
+        return around(self, x + self.embedding_mix[1] * NEXT(inputs[0]), v0, inputs, mix)
     monkeypatch.setattr(train_gpt2_afno.Block, "around", leaking)
+
+
+def table_of_pairs(monkeypatch):
+    forward = train_gpt2_afno.PairTable.forward
+    monkeypatch.setattr(train_gpt2_afno.PairTable, "forward",
+                        lambda self, idx, before: forward(self, idx.roll(-1, -1), idx))
+
+
+def tables_of_values(monkeypatch):
+    around = train_gpt2_afno.Block.around
+    monkeypatch.setattr(train_gpt2_afno.Block, "around", lambda self, x, v0, inputs, mix: around(
+        self, x, v0, (*inputs[:2], NEXT(inputs[2])), mix))
 
 
 def short_conv(monkeypatch):
@@ -287,6 +305,8 @@ MUTANTS = {
     "only where the batch has more than one row": (patched_hidden(
         lambda model, idx, x: x + NEXT(x) if len(x) > 1 else x), None),
     "through the embedding residual, 0 at first": (embedding_residual, None),
+    "through the table of pairs, 0 at first": (table_of_pairs, None),
+    "through the tables of values": (tables_of_values, None),
     "through taps of a short convolution": (short_conv, None),
     "through the first value, attention": (first_value(CausalSelfAttention), None),
     "through the first value, AFNO": (first_value(AFNO1D), None),
@@ -387,6 +407,53 @@ def test_the_plans_call(monkeypatch):
     monkeypatch.setattr(AFNO1D, "mix", instead_of_mix(off_by_one))
     with pytest.raises(AssertionError, match="output"):
         test_causality.test_causality(GPT(CONFIG), seq_len=20)
+
+
+def test_weights_are_moved_once_for_all_lengths_of_a_curriculum(monkeypatch):
+    moved = []
+    monkeypatch.setattr(test_causality, "move_weights", lambda model: moved.append(1))
+    refuse_leaks(GPT(CONFIG), [(4, 24), (2, 48)], EXACT, lambda text: None)
+    assert len(moved) == 1
+
+
+@pytest.mark.parametrize("one, other", ((3, 4), (40, 2), (19, 16), (0, 47)))
+def test_every_pair_of_the_heads_positions_is_told_apart(monkeypatch, one, other):
+    """Positions are those of two rows of 24."""
+    model, loss = GPT(CONFIG), Head.loss
+    look = lambda: check_head(model, 24, 2, CPU, 5, logits=True, every_pair=True)
+    assert look() == []
+
+    def leaking(self, x, targets):
+        mean, losses = loss(self, x, targets)
+        leak = torch.zeros(48).index_fill(0, torch.tensor(one), 1) * x.view(48, -1)[other].sum()
+        return mean, losses + leak.view(2, 24)
+
+    monkeypatch.setattr(Head, "loss", leaking)
+    (leak,) = look()
+    assert str(leak) == f"output {one % 24} is the first that changes with the head's inputs at " \
+        "other positions"
+
+
+@pytest.mark.parametrize("rank", (0, 1))
+def test_every_rank_draws_rank_0s_sample_and_so_finds_the_same_leak(monkeypatch, rank):
+    """The leak depends on the tokens that are drawn: another seed finds another one, or none."""
+    hidden, sent = GPT.hidden, []
+
+    def broadcast(seed, source):
+        assert source == 0
+        sent.append(seed.item())
+        seed.fill_(7)
+
+    monkeypatch.setattr(train_gpt2_afno.dist, "broadcast", broadcast)
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx: at(5 + int(idx[0, 0]) % 80, 95)(
+        self, idx, hidden(self, idx)))
+    messages = []
+    for runtime in (dataclasses.replace(EXACT, rank=rank, world=2),) * 2:
+        torch.manual_seed(0)
+        with pytest.raises(InputError) as error:
+            refuse_leaks(GPT(CONFIG), [(4, 96)], runtime, print)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and sent[0] != sent[1]
 
 
 # -----------------------------------------------------------------------------

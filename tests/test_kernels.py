@@ -236,6 +236,34 @@ def test_depthwise_convolution(B, T, C, length, silu):
     assert torch.equal(convolution.short_conv(other, ours[1], silu)[:, : T // 2], y[:, : T // 2])
 
 
+def cross_entropy(logits, targets, *rest):
+    """Return softmax.cross_entropy's results for one target a row, (rows,)."""
+    losses, gradient = softmax.cross_entropy(logits, targets[:, None],
+                                             torch.ones_like(targets[:, None], dtype=torch.float),
+                                             *rest)
+    return losses[:, 0], gradient
+
+
+@pytest.mark.parametrize("cap", (0, 2.5))
+@pytest.mark.parametrize("vocab_size, columns", ((50, 64), (8200, 8256)))
+def test_cross_entropy_of_several_targets(cap, vocab_size, columns):
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(3, columns, generator=generator)).to(DTYPE)
+    logits[:, vocab_size:] = float("nan")
+    last = vocab_size - 1
+    targets = torch.tensor([[0, 0, 0], [last, 7, last], [3, last, 0]])
+    shares = torch.tensor([[0.5, 0.25, 0.25], [1, 0, 0.5], [0, 0, 1]])
+    exact = logits.double().requires_grad_()
+    capped = (cap * torch.tanh(exact / cap) if cap else exact)[:, :vocab_size]
+    wanted = torch.logsumexp(capped, 1, keepdim=True) - capped.gather(1, targets)
+    (wanted_gradient,) = torch.autograd.grad((shares * wanted).sum(), exact)
+    losses, gradient = softmax.cross_entropy(logits.to(DEVICE).clone(), targets.to(DEVICE),
+                                             shares.to(DEVICE), vocab_size, True, cap)
+    assert torch.allclose(losses.cpu().double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    assert (gradient.cpu().double() - wanted_gradient)[:, :vocab_size].abs().max() < BOUND
+    assert not gradient[:, vocab_size:].any()
+
+
 @pytest.mark.parametrize("cap", (0, 2.5))
 @pytest.mark.parametrize("vocab_size, columns", ((1, 1), (50, 64), (8192, 8192), (8200, 8256)))
 def test_cross_entropy(cap, vocab_size, columns):
@@ -249,8 +277,7 @@ def test_cross_entropy(cap, vocab_size, columns):
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), exact)
     for with_gradient in (False, True):
         ours = logits.to(DEVICE).clone()
-        losses, gradient = softmax.cross_entropy(ours, targets.to(DEVICE), vocab_size,
-                                                 with_gradient, cap)
+        losses, gradient = cross_entropy(ours, targets.to(DEVICE), vocab_size, with_gradient, cap)
         assert torch.allclose(losses.cpu().double(), wanted.detach(), rtol=1e-5, atol=1e-5)
         if with_gradient:
             off = (gradient.cpu().double() - wanted_gradient)[:, :vocab_size].abs().max()
@@ -266,14 +293,15 @@ def test_cross_entropys_gradient_in_a_place_of_its_own(scale):
     """As fp8 has it; here in the logits' dtype, as the interpreter's conversion to fp8 is wrong."""
     logits, targets = random(3, 64).to(DEVICE, DTYPE), torch.tensor([0, 20, 49]).to(DEVICE)
     apart, losses = torch.full_like(logits, float("nan")), torch.empty(3, device=DEVICE)
-    softmax.cross_entropy_kernel[(3,)](logits, apart, targets, losses, 50, 64, CAP=15.0,
-                                       GRADIENT=True, SCALE=scale, **softmax.SOFTMAX)
+    softmax.cross_entropy_kernel[(3,)](
+        logits, apart, targets, torch.ones(3, device=DEVICE), losses, 50, 64, CAP=15.0,
+        GRADIENT=True, SCALE=scale, K=1, **softmax.SOFTMAX)
     exact = logits.clone()
-    expected, gradient = softmax.cross_entropy(exact, targets, 50, True, 15.0)
+    expected, gradient = cross_entropy(exact, targets, 50, True, 15.0)
     assert torch.equal(losses, expected) and relative(apart / scale, gradient) < BOUND
     assert not torch.equal(logits, gradient)
     if CUDA:
-        _, gradient8 = softmax.cross_entropy(logits.clone(), targets, 50, True, 15.0, scale)
+        _, gradient8 = cross_entropy(logits.clone(), targets, 50, True, 15.0, scale)
         assert gradient8.dtype == torch.float8_e5m2
         assert relative(gradient8.float() / scale, gradient.float()) < 0.1
 
@@ -317,8 +345,7 @@ def test_cross_entropy_of_extreme_logits(cap, vocab_size, columns):
     capped = cap * torch.tanh(exact / cap) if cap else exact
     wanted = F.cross_entropy(capped[:, :vocab_size], targets, reduction="none")
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), exact)
-    losses, gradient = softmax.cross_entropy(logits.to(DEVICE), targets.to(DEVICE), vocab_size,
-                                             True, cap)
+    losses, gradient = cross_entropy(logits.to(DEVICE), targets.to(DEVICE), vocab_size, True, cap)
     assert torch.allclose(losses.cpu().double(), wanted.detach(), rtol=1e-5, atol=1e-5)
     off = (gradient.cpu().double() - wanted_gradient).abs().max()
     assert off < max(BOUND, 1e-3)  # 1e4 in fp32 is 1e-3 off
@@ -394,7 +421,7 @@ def test_kernels_are_tried_before_they_are_trusted(small_blocks, narrow, monkeyp
     for factors, what in (((1.1, 1), "loss"), ((1, 1.1), "gradient"), ((1, math.nan), "gradient")):
         monkeypatch.setattr(softmax, "cross_entropy", lambda *a: tuple(
             factor * x for factor, x in zip(factors, right_loss(*a))))
-        assert fault("loss").startswith(f"the {what} with a cap of 0 is ")
+        assert fault("loss").startswith(f"the {what} with 1 target and a cap of 0 is ")
 
 
 def test_trials_oracles_are_the_sums_that_are_meant():
@@ -486,6 +513,11 @@ def test_trials_are_as_wide_as_models():
     import afno
 
     assert (trials.CHANNELS, trials.HEAD) == (afno.CHANNELS_PER_FILTER, afno.CHANNELS_PER_HEAD)
+
+
+def test_constant_is_what_torch_marks_constants_with():
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked) == vars(kernels.constant(lambda: None)) != {}
 
 
 @pytest.mark.slow

@@ -615,11 +615,11 @@ def recorded(monkeypatch, stop_at: int | None = None) -> list:
     """
     batches, forward = [], GPT.forward
 
-    def recording(self, idx, targets=None, return_logits=True):
+    def recording(self, idx, targets=None, return_logits=True, shares=None):
         batches.append((idx, targets))
         if len(batches) == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return forward(self, idx, targets, return_logits)
+        return forward(self, idx, targets, return_logits, shares)
 
     monkeypatch.setattr(GPT, "forward", recording)
     return batches
@@ -803,9 +803,11 @@ def wait_for_step(out: Path, step: int, run: subprocess.Popen):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
-def test_killed_and_resumed_equals_uninterrupted(data, tmp_path, script, optimizer):
-    options = f"--optimizer {optimizer} --num_iterations 12 --save_every 3"
+@pytest.mark.parametrize("recipe", (
+    "--optimizer adamw", "--optimizer muon --pair_rows 40 --value_tables 1 --predict_ahead 1 "
+    "--predict_prefix 1"))
+def test_killed_and_resumed_equals_uninterrupted(data, tmp_path, script, recipe):
+    options = f"{recipe} --num_iterations 12 --save_every 3"
     killed = run_script(script, flags(data, tmp_path / "killed", options), KILL_AT="7")
     assert killed.wait() == -signal.SIGKILL, killed.stderr.read()
     resumed = run_script(script, flags(data, tmp_path / "killed", options + " --resume auto"))
