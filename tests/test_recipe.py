@@ -94,6 +94,24 @@ def test_tables_stream_and_do_not_leak(options):
     assert not check_model(model, 24, 4, torch.device("cpu"), autocast, cuts=None)
 
 
+def test_tables_recompute_to_the_same_gradients():
+    model, idx, gradients = moved(**TABLES, attn_layers=(1,)).double(), random_tokens((2, 24), 97), []
+    for recompute in (False, True):
+        for block in model.transformer.h:
+            block.recompute = recompute
+        loss = model(idx, idx.roll(-1, 1), return_logits=False)[1]
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(relative(again, kept) < 1e-12 for again, kept in zip(*gradients))
+
+
+@pytest.mark.slow
+def test_tables_compile(fresh_compiler):
+    model, idx = moved(**TABLES, attn_layers=(1,)), random_tokens((2, 24), 97)
+    before = model.hidden(idx)
+    model.compile()
+    assert relative(model.hidden(idx), before) < 1e-5
+
+
 def test_tables_have_a_group_of_their_own():
     model = tiny(**TABLES)
     adamw, _ = trainer.make_optimizers(model, "muon", 0.004, 0.1, 0.01, (0.7, 0.98), 0.9, 0.6)
