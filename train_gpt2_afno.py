@@ -12,7 +12,6 @@ generation, command line.
 import argparse
 import codecs
 import contextlib
-import glob
 import hashlib
 import json
 import math
@@ -39,8 +38,9 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
 
 from afno import (AFNO1D, FORMS, ROUTINGS, DyadicOperator, ShortConv, check_arguments, rmsnorm,
                   taps_at_once)
-from data.loader import TokenStream, TrainLoader, count_val_tokens, to_device
-from data.text_to_bin import ROOT, InputError, gpt2_encoding, relative
+from data.loader import TokenStream, TrainLoader, count_val_tokens, find_shards, to_device
+from data.text_to_bin import (ROOT, InputError, Parser, gpt2_encoding, relative, show_safely,
+                              to_path)
 from kernels import operators, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
@@ -1027,7 +1027,8 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             if resumed_step is not None:
                 self.cut_back(resumed_step)
-            self.text = open(folder / "train.log", "a", encoding="utf-8")
+            self.text = open(folder / "train.log", "a", encoding="utf-8",
+                             errors="backslashreplace")  # names of files need not be UTF-8
             self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
             for text in record_source(folder):
                 self.line(text)
@@ -1233,7 +1234,7 @@ class Run:
             load_weights(self.model, saved.pop("model"), folder)
         self.log = RunLog(folder, self.step if saved else None) if runtime.rank == 0 else None
         self.checkpoints = Checkpoints(folder)
-        self.say(f"command: {relative(shlex.join(sys.argv))}"
+        self.say(f"command: {shlex.join(map(relative, sys.argv))}"
                  + (f", resumed at step {self.step}" if saved else ""))
         if runtime.rank == 0:
             self.checkpoints.set_aside_after(self.step, self.say)
@@ -1577,9 +1578,14 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder:
 
 @torch.no_grad()
 def generate(model: GPT, text: str, args, T: int, runtime: Runtime):
-    """Print a continuation of `text` token by token; attention looks back at most T tokens."""
-    encoding = gpt2_encoding()
-    tokens = encoding.encode_ordinary(text) or [encoding.eot_token]
+    """Print a continuation of `text` token by token; attention looks back at most T tokens.
+
+    <|endoftext|> in the text is the token.
+    """
+    encoding, tokens = gpt2_encoding(), []
+    for document in text.split("<|endoftext|>"):
+        tokens += [encoding.eot_token, *encoding.encode_ordinary(document)]
+    tokens = tokens[1:] or tokens
     model.check_length(len(tokens) + args.max_new_tokens - 1)
     generator = torch.Generator().manual_seed(args.seed)
     # a character may take several tokens
@@ -1609,11 +1615,6 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
 
 # -----------------------------------------------------------------------------
 # command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(re.sub(r"^argument ", "", message))
 
 
 def show(value) -> str:
@@ -1660,7 +1661,7 @@ def choose_preset(flags: dict, device: torch.device, say) -> dict:
     """Return the preset that is named, else the best that was measured here, and say which."""
     name = flags.get("preset")
     if name is None:
-        shards = glob.glob(str(ROOT / FINEWEB["input_bin"]))
+        shards = find_shards(str(ROOT / FINEWEB["input_bin"]))
         name = "fineweb" if device.type == "cuda" and shards else "shakespeare"
         why = "a GPU and FineWeb's shards are here" if name == "fineweb" else \
             "there is no GPU" if device.type == "cpu" else "FineWeb's shards are not in data/"
@@ -1672,7 +1673,7 @@ def choose_data(flags: dict, values: dict) -> dict:
     """Return absolute patterns of the shards: a flag's from here, others from the repository."""
     if len(flags.keys() & DATA_FLAGS) == 1:
         raise InputError("--input_bin and --input_val_bin go together, one is missing")
-    return {name: os.path.abspath(values[name] if name in flags else ROOT / values[name])
+    return {name: os.path.abspath(to_path(values[name]) if name in flags else ROOT / values[name])
             for name in DATA_FLAGS}
 
 
@@ -1686,15 +1687,15 @@ def find_checkpoint(flags: dict, say) -> tuple[dict, Path]:
     """Return (state, folder of the run) that --resume, --eval_only or --generate ask for."""
     source = flags.get("resume", "auto")
     if source != "auto":
-        path = Path(source)
+        path = to_path(source)
         try:
             state = Checkpoints.load(path)
         except Exception as error:
             raise InputError(f"--resume {source}: no readable checkpoint "
                              f"({first_line(error)})") from None
-        return of_this_version(state, path), Path(flags.get("output_dir", path.parent))
+        return of_this_version(state, path), to_path(flags.get("output_dir", str(path.parent)))
     if "output_dir" in flags:
-        folder = Path(flags["output_dir"])
+        folder = to_path(flags["output_dir"])
     else:
         runs = sorted(ROOT.glob("runs/*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
         if not runs:
@@ -1760,7 +1761,7 @@ def refuse_untrainable(config: GPTConfig, args):
 def new_folder(flags: dict, args, rank: int) -> Path:
     """Return the folder of a new run; raise InputError where it holds one."""
     name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.mixer}"
-    folder = Path(flags.get("output_dir", ROOT / name))
+    folder = to_path(flags.get("output_dir", str(ROOT / name)))
     metrics = folder / "metrics.jsonl"
     holds = Checkpoints(folder).paths() or metrics.is_file() and metrics.stat().st_size
     if rank == 0 and holds:
@@ -1835,6 +1836,7 @@ def run(main_function) -> None:
     """Exit with the function's status; bad input is one clear line and status 2, divergence 1."""
     first_rank = os.environ.get("RANK", "0") == "0"  # such errors meet all ranks alike
     message = None
+    show_safely()
     try:
         status = main_function(sys.argv[1:])
     except (InputError, Diverged) as error:

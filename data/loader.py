@@ -1,6 +1,7 @@
 """Read training rows and validation tokens from .bin shards."""
 import glob
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,11 +11,19 @@ from torch import Tensor
 from data.text_to_bin import InputError, read_bin, relative
 
 
+def find_shards(pattern: str) -> list[str]:
+    """Return the files that match, sorted; as much of the pattern as exists is no pattern."""
+    there = pattern
+    while there and not os.path.exists(there):
+        there = os.path.dirname(there)
+    return sorted(glob.glob(glob.escape(there) + pattern[len(there):]))
+
+
 class TokenStream:
     """All shards that match a pattern, as one memory-mapped sequence without beginning or end."""
 
     def __init__(self, pattern: str, vocab_size: int, flag: str):
-        self.paths, self.vocab_size = sorted(glob.glob(pattern)), vocab_size
+        self.paths, self.vocab_size = find_shards(pattern), vocab_size
         if not self.paths:
             raise InputError(f"--{flag}: no shard matches {relative(pattern)} (data/shakespeare.py,"
                              " data/cached_fineweb10B.py and data/text_to_bin.py make some)")
