@@ -13,6 +13,7 @@ import argparse
 import codecs
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,9 @@ import zipfile
 from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 
+if __name__ == "__main__":  # until the loop, which saves first, Ctrl-C ends what runs at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -39,8 +43,8 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
 from afno import (AFNO1D, FORMS, ROUTINGS, DyadicOperator, ShortConv, check_arguments, rmsnorm,
                   taps_at_once)
 from data.loader import TokenStream, TrainLoader, count_val_tokens, find_shards, to_device
-from data.text_to_bin import (ROOT, InputError, Parser, gpt2_encoding, relative, show_safely,
-                              to_path)
+from data.text_to_bin import (ROOT, InputError, Parser, gpt2_encoding, handled, owned, relative,
+                              show_safely, sync_folder, to_path)
 from kernels import operators, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
@@ -872,7 +876,7 @@ class Checkpoints:
     """state_step*.pt of one run: written to a temporary file, synced, renamed; two are kept."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.warned = folder, False
 
     def paths(self) -> list[Path]:
         """Return the files, newest first."""
@@ -894,27 +898,29 @@ class Checkpoints:
                 path.replace(path.with_suffix(".pt.abandoned"))
                 say(f"{path.name} is set aside as {path.name}.abandoned, step {step} is the last "
                     "that counts")
-        for part in self.folder.glob("state_step*.pt.part"):
+        for part in self.folder.glob("state_step*.pt.*part"):
             part.unlink()  # of a run that was killed while saving
 
-    def save(self, state: dict):
+    def save(self, state: dict, say):
         path = self.folder / f"state_step{state['step']:06d}.pt"
-        part = path.with_suffix(".pt.part")
+        part = path.with_suffix(f".pt.{os.getpid()}.part")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
             with open(part, "wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
-            descriptor = os.open(self.folder, os.O_RDONLY)
-            os.fsync(descriptor)  # the rename, too, must survive a power cut
-            os.close(descriptor)
         except (OSError, RuntimeError) as error:  # torch.save turns some write errors into these
             part.unlink(missing_ok=True)
             cause = error if isinstance(error, OSError) else error.__context__
             reason = cause.strerror if isinstance(cause, OSError) else first_line(error)
             raise InputError(f"--output_dir: cannot write {path.name}: {reason}; "
                              f"checkpoints kept: {self.kept()}") from None
+        if (refused := sync_folder(self.folder)) and not self.warned:
+            say(f"warning: {self.folder} cannot be synced ({refused}): after a power cut the newest "
+                "checkpoint may be missing")
+            self.warned = True
         for old in self.paths()[2:]:
             old.unlink()
 
@@ -930,8 +936,8 @@ class Checkpoints:
             raise ValueError(f"not a checkpoint of this trainer, {min(missing)} is missing")
         return state
 
-    def newest(self, say) -> dict:
-        """Return the newest one that can be read; say which ones cannot."""
+    def newest(self, say) -> dict | None:
+        """Return the newest sound one, None where there never was one; say which are not sound."""
         for path in self.paths():
             try:
                 state = self.load(path)
@@ -940,7 +946,11 @@ class Checkpoints:
                     "trying the one before")
             else:  # if it is not for this version, the ones before are not either
                 return of_this_version(state, path)
-        raise InputError(f"--resume: no readable checkpoint state_step*.pt in {self.folder}")
+        if found := sorted(path.name for path in self.folder.glob("state_step*.pt*")
+                           if path.suffix in (".pt", ".abandoned")):
+            raise InputError(f"--resume: no readable checkpoint in {self.folder}, which has "
+                             f"{', '.join(found)}")
+        return None
 
 
 # Flags that are gone, and the value at which they did nothing: such checkpoints still load.
@@ -1027,9 +1037,7 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             if resumed_step is not None:
                 self.cut_back(resumed_step)
-            self.text = open(folder / "train.log", "a", encoding="utf-8",
-                             errors="backslashreplace")  # names of files need not be UTF-8
-            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+            (folder / "metrics.jsonl").touch()
             for text in record_source(folder):
                 self.line(text)
 
@@ -1044,28 +1052,28 @@ class RunLog:
     def cut_back(self, step: int):
         """Drop what was logged after `step`, summaries, and a line that a crash cut off."""
         path, kept = self.folder / "metrics.jsonl", []
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines(keepends=True):
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # damaged
                 values = json.loads(line)
                 summary = "wall_clock_time_to_target_loss" in values
                 if line.endswith("\n") and values["step"] <= step and not summary:
+                    if values["step"] == step and "val_loss" in values:
+                        self.val_loss = float(values["val_loss"])
                     kept.append(line)
-                    if values["step"] == step:
-                        self.val_loss = values.get("val_loss", self.val_loss)
         part = path.with_suffix(".jsonl.part")
         part.write_text("".join(kept), encoding="utf-8")
         part.replace(path)
 
-    def line(self, text: str):
+    def line(self, text: str, name: str = "train.log"):
         with self.errors():
-            self.text.write(text + "\n")
-            self.text.flush()
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+            # opened each time: so it is the file of that name; names in it need not be UTF-8
+            with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text + "\n")
 
     def metric(self, **values):
-        with self.errors():
-            self.metrics.write(json.dumps(values) + "\n")
-            self.metrics.flush()
+        self.line(json.dumps(values), "metrics.jsonl")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -1138,22 +1146,6 @@ class Runtime:
         return flags.item() > 0
 
 
-@contextlib.contextmanager
-def caught_signals():
-    """Yield a list that grows by every SIGINT and SIGTERM, which otherwise do nothing.
-
-    So a repeated one is harmless: torchrun passes on what a terminal has already sent to all.
-    """
-    signals = []
-    before = {signum: signal.signal(signum, lambda signum, frame: signals.append(signum))
-              for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 class Clock:
     """Measure the seconds of steps; on a GPU by events, as the host runs ahead of it.
 
@@ -1215,9 +1207,8 @@ def refuse_leaks(model: GPT, T: int, rows: int, runtime: Runtime, say, modes=(Tr
 class Run:
     """One training run: its model, data, optimizers and files, and where it stands."""
 
-    def __init__(self, args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder: Path,
-                 signals: list[int]):
-        self.args, self.config, self.runtime, self.signals = args, config, runtime, signals
+    def __init__(self, args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder: Path):
+        self.args, self.config, self.runtime, self.signals = args, config, runtime, []
         self.device, self.folder = runtime.device, folder
         self.T, self.total_steps = config.sequence_length, args.num_iterations
         self.tokens = args.batch_size * self.T  # of a micro-batch
@@ -1346,8 +1337,10 @@ class Run:
         begin, model, runtime = time.perf_counter(), self.model, self.runtime
         if runtime.compile:
             model.compile()
-        to_come = dict.fromkeys(length_at(self.lengths, i, self.total_steps)
-                                for i in range(self.step, self.total_steps + 1))
+        ends = itertools.accumulate(share for _, share in self.lengths)
+        starts = [self.step, *(round(end * self.total_steps) for end in ends)]
+        to_come = dict.fromkeys(length_at(self.lengths, max(start, self.step), self.total_steps)
+                                for start in starts)
         for length in to_come:  # in the shape that trains, on the very graphs
             refuse_leaks(model, length, self.tokens // length, runtime, self.say)
         self.wrapped = DistributedDataParallel(model) if runtime.world > 1 else model
@@ -1382,8 +1375,10 @@ class Run:
         """Return all of the step's micro-batches before any of its work; none at the end."""
         if self.step == self.total_steps or self.reached is not None:
             return []
-        steps = self.args.grad_accumulation_steps // self.runtime.world
-        return [self.loader.next() for _ in range(steps)]
+        steps, batches = self.args.grad_accumulation_steps // self.runtime.world, []
+        while len(batches) < steps and not self.signals:
+            batches.append(self.loader.next())
+        return batches
 
     def forward_backward(self, batches: list, length: int) -> Tensor | None:
         """Leave the step's gradients in the parameters and return losses (world, len(batches)).
@@ -1475,7 +1470,7 @@ class Run:
                 optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
                 rng=dict(cpu=torch.get_rng_state(), cuda=cuda), config=asdict(self.config),
                 args=self.args.to_save, train_time_s=self.clock.total,
-                compile_time_s=self.compile_time, wall_time_s=self.wall_time()))
+                compile_time_s=self.compile_time, wall_time_s=self.wall_time()), self.say)
         self.saved_step = self.step
         self.clock.restart()
 
@@ -1543,13 +1538,21 @@ class Run:
         return 128 + signals[0] if signals else 0
 
 
-def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder: Path,
-          signals: list[int]) -> int:
+def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder: Path) -> int:
     """Train until num_iterations, target_val_loss, max_seconds or a signal; return the status."""
-    run = Run(args, config, runtime, saved, folder, signals)
+    run = Run(args, config, runtime, saved, folder)
     run.describe()
     run.check_and_compile()
     run.open_bar()
+    # From here on a signal is noted, and a second one changes nothing: torchrun passes on what a
+    # terminal has already sent to all. Until here there was nothing to save.
+    with handled(lambda signum, frame: run.signals.append(signum)):
+        return train_loop(run)
+
+
+def train_loop(run: Run) -> int:
+    """Make steps until the run ends or is asked to; return the status."""
+    args, runtime = run.args, run.runtime
     while True:
         if run.step == 0 or run.is_due(args.save_every):
             run.save()  # before the validation, whose failure then costs nothing
@@ -1561,7 +1564,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder:
         except InputError as bad_data:
             error = bad_data
         late = args.max_seconds is not None and time.perf_counter() - START > args.max_seconds
-        if runtime.any_rank(bool(signals) or late) or not batches:
+        if runtime.any_rank(bool(run.signals) or late) or not batches:
             run.save()
             if error is not None:
                 raise error
@@ -1677,33 +1680,70 @@ def choose_data(flags: dict, values: dict) -> dict:
             for name in DATA_FLAGS}
 
 
+def ranks() -> tuple[int, int, int]:
+    """Return the rank, the number of ranks and the rank on this machine that torchrun has set."""
+    values = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name, default)
+        if not re.fullmatch("[0-9]{1,6}", text):
+            raise InputError(f"the environment's {name} must be a number, got {text!r}: unset it")
+        values.append(int(text))
+    rank, world, local_rank = values
+    if rank >= world or world > 1 and not os.environ.get("MASTER_ADDR"):
+        raise InputError(f"the environment has RANK {rank} and WORLD_SIZE {world}, but torchrun has "
+                         "not set them: unset both")
+    if local_rank >= max(1, torch.cuda.device_count()) and torch.cuda.is_available():
+        raise InputError(f"the environment has LOCAL_RANK {local_rank}, but there are "
+                         f"{torch.cuda.device_count()} CUDA devices")
+    return rank, world, local_rank
+
+
 def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no CUDA device; use cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def find_checkpoint(flags: dict, say) -> tuple[dict, Path]:
-    """Return (state, folder of the run) that --resume, --eval_only or --generate ask for."""
-    source = flags.get("resume", "auto")
-    if source != "auto":
-        path = to_path(source)
-        try:
-            state = Checkpoints.load(path)
-        except Exception as error:
-            raise InputError(f"--resume {source}: no readable checkpoint "
-                             f"({first_line(error)})") from None
-        return of_this_version(state, path), to_path(flags.get("output_dir", str(path.parent)))
+def holds_run(folder: Path) -> bool:
+    metrics = folder / "metrics.jsonl"
+    return bool(Checkpoints(folder).paths()) or metrics.is_file() and metrics.stat().st_size > 0
+
+
+def choose_folder(flags: dict, only_read: bool) -> Path | None:
+    """Return the folder that --output_dir or a checkpoint names, or None for one of a new run."""
     if "output_dir" in flags:
-        folder = to_path(flags["output_dir"])
-    else:
-        runs = sorted(ROOT.glob("runs/*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
-        if not runs:
-            raise InputError("--output_dir: no run with a checkpoint under runs/, name the folder "
-                             "of one")
-        folder = runs[-1].parent
-    say(f"checkpoint: newest in {relative(str(folder))}")
-    return Checkpoints(folder).newest(say), folder
+        return to_path(flags["output_dir"])
+    if flags.get("resume", "auto") != "auto":
+        return to_path(flags["resume"]).parent
+    if "resume" not in flags and not only_read:
+        return None
+    runs = sorted(ROOT.glob("runs/*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise InputError("--output_dir: no run with a checkpoint under runs/, name the folder of one")
+    return runs[-1].parent
+
+
+def find_checkpoint(flags: dict, folder: Path, only_read: bool, say) -> dict | None:
+    """Return the state that --resume, --eval_only or --generate ask for, None for a new run."""
+    source = flags.get("resume", "auto")
+    if source == "auto":
+        say(f"checkpoint: newest in {relative(str(folder))}")
+        state = Checkpoints(folder).newest(say)
+        if state is None and only_read:
+            raise InputError(f"--output_dir {relative(str(folder))}: no checkpoint there")
+        if state is None:
+            say("there is none yet: this run begins anew")
+        return state
+    path = to_path(source)
+    try:
+        state = Checkpoints.load(path)
+    except Exception as error:
+        raise InputError(f"--resume {source}: no readable checkpoint "
+                         f"({first_line(error)})") from None
+    if not only_read and holds_run(folder) and not folder.samefile(path.parent):
+        raise InputError(f"--output_dir {relative(str(folder))} holds another run than --resume "
+                         f"{source}: name a new folder, or go on with --resume auto")
+    return of_this_version(state, path)
 
 
 def merge_flags(flags: dict, device: torch.device, saved: dict | None, world: int, say):
@@ -1758,16 +1798,10 @@ def refuse_untrainable(config: GPTConfig, args):
                          f"dyadic, whose MLP sees completed blocks only, got {shortest}")
 
 
-def new_folder(flags: dict, args, rank: int) -> Path:
-    """Return the folder of a new run; raise InputError where it holds one."""
-    name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.mixer}"
-    folder = to_path(flags.get("output_dir", str(ROOT / name)))
-    metrics = folder / "metrics.jsonl"
-    holds = Checkpoints(folder).paths() or metrics.is_file() and metrics.stat().st_size
-    if rank == 0 and holds:
-        raise InputError(f"--output_dir {relative(str(folder))} holds a run: add --resume auto, "
-                         "or name another")
-    return folder
+def new_folder(args) -> Path:
+    """Return a folder's name for a new run."""
+    folder = ROOT / f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.mixer}"
+    return folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
 
 
 def read_checkpoint(flags: dict, args, config: GPTConfig, runtime: Runtime, saved: dict,
@@ -1799,51 +1833,59 @@ def main(argv: list[str]) -> int:
     """Train, evaluate or generate as the flags say; return the exit status."""
     flags = parse_flags(argv)
     device = choose_device(flags.get("device", "auto"))
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, local_rank = ranks()
 
     def say(text: str):  # until there is a log
         if rank == 0:
             print(text, file=sys.stderr, flush=True)
 
     only_read, saved = "generate" in flags or "eval_only" in flags, None
-    if only_read or "resume" in flags:
-        saved, folder = find_checkpoint(flags, say)
-    args = merge_flags(flags, device, saved, world, say)
-    if not saved:
-        folder = new_folder(flags, args, rank)
-    config = config_of(flags, args, saved, folder, only_read)
-    refuse_untrainable(config, args)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    runtime = Runtime(device, getattr(torch, args.dtype), bool(args.compile), rank, world)
-    if only_read:
-        if rank == 0:  # one process is enough to evaluate or to write
-            runtime.world = 1
-            read_checkpoint(flags, args, config, runtime, saved, folder, say)
-        return 0
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        with caught_signals() as signals:
-            return train(args, config, runtime, saved, folder, signals)
-    finally:
+    folder = choose_folder(flags, only_read)
+    with contextlib.ExitStack() as stack:
+        own = lambda folder: rank == 0 and not only_read and stack.enter_context(
+            owned(folder, f"--output_dir {relative(str(folder))}"))
+        if folder is not None:
+            own(folder)  # before anything in it is looked at
+        if only_read or "resume" in flags:
+            saved = find_checkpoint(flags, folder, only_read, say)
+        args = merge_flags(flags, device, saved, world, say)
+        if folder is None:
+            folder = new_folder(args)
+            own(folder)
+        if rank == 0 and not saved and holds_run(folder):
+            more = "" if "resume" in flags else "add --resume auto, or "
+            raise InputError(f"--output_dir {relative(str(folder))} holds a run: {more}name another")
+        config = config_of(flags, args, saved, folder, only_read)
+        refuse_untrainable(config, args)
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        runtime = Runtime(device, getattr(torch, args.dtype), bool(args.compile), rank, world)
+        if only_read:
+            if rank == 0:  # one process is enough to evaluate or to write
+                runtime.world = 1
+                read_checkpoint(flags, args, config, runtime, saved, folder, say)
+            return 0
         if world > 1:
-            dist.destroy_process_group()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            stack.callback(dist.destroy_process_group)
+        return train(args, config, runtime, saved, folder)
 
 
 def run(main_function) -> None:
     """Exit with the function's status; bad input is one clear line and status 2, divergence 1."""
-    first_rank = os.environ.get("RANK", "0") == "0"  # such errors meet all ranks alike
-    message = None
+    message, first_rank = None, True
     show_safely()
     try:
+        first_rank = ranks()[0] == 0  # such errors meet all ranks alike
         status = main_function(sys.argv[1:])
     except (InputError, Diverged) as error:
         message = str(error) if first_rank else None
         status = 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:  # outside training, which saves first
         status = 130
+    except OSError as error:
+        message, status = f"{error.filename or 'output'}: {error.strerror or error}", 2
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         # a compiler's errors are RuntimeErrors, too, also where they hold that memory ran out
         ran_out = any(text in str(error) for text in ("can't allocate memory", "out of memory"))

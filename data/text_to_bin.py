@@ -38,6 +38,11 @@ from pathlib import Path
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 END_OF_TEXT = 50256
 ROOT = Path(__file__).resolve().parent.parent  # the repository
@@ -56,6 +61,72 @@ def relative(path: str) -> str:
 def to_path(text: str) -> Path:
     """Return the path that a user means: ~ is their home."""
     return Path(os.path.expanduser(text))
+
+
+def lock(folder: Path, name: str):
+    """Return the open lock file of `folder`; raise InputError where another process holds it.
+
+    The file says who. A crash releases the lock and leaves the file. A file system that knows no
+    locks gets a warning.
+    """
+    path = folder / ".lock"
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                owner = file.read(1000).strip() or "another process"
+            raise InputError(f"{name} is in use by {owner}: wait for its end, or name another "
+                             "folder") from None
+        except OSError as error:
+            print(f"warning: {name}: no locks there ({error.strerror}), so see to it that no other "
+                  "process writes to it", file=sys.stderr)
+            return file
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its owner has removed it meanwhile
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+@contextlib.contextmanager
+def owned(folder: Path, name: str):
+    """Hold `folder`, called `name` in messages, for this process alone; make it if need be.
+
+    What was made is removed at the end where nothing has come into it. Raises InputError.
+    """
+    try:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock(folder, name)
+    except OSError as error:
+        raise InputError(f"{name} is not writable: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        with file, contextlib.suppress(OSError):
+            os.unlink(folder / ".lock")
+            if made:
+                folder.rmdir()
+
+
+def sync_folder(folder: Path) -> str | None:
+    """Let renames in `folder` survive a power cut; return why not, where it refuses."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 class Parser(argparse.ArgumentParser):
@@ -438,6 +509,7 @@ def appears_whole(out: Path):
         folder.mkdir(parents=True)
         yield folder
         folder.rename(out)
+        sync_folder(out.parent)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):

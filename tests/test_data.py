@@ -4,6 +4,7 @@ Only the tests of the two wheels want a network: they skip where pip reaches no 
 everything that needs GPT-2's vocabulary does where there is none yet and no way to fetch it.
 """
 import contextlib
+import hashlib
 import inspect
 import json
 import os
@@ -493,11 +494,15 @@ def hub(tmp_path, monkeypatch):
     """The hub's client; it delivers `hub.content`, and `hub.asked` lists (file, force_download)."""
     def deliver(repo_id, filename, repo_type, local_dir, force_download):
         assert (repo_id, repo_type) == ("kjj0/fineweb10B-gpt2", "dataset")
+        Path(local_dir).mkdir(parents=True, exist_ok=True)
         (Path(local_dir) / filename).write_bytes(hub.content)
         hub.asked.append((filename, force_download))
 
-    hub = SimpleNamespace(content=GOOD, asked=[], hf_hub_download=Mock(side_effect=deliver),
-                          out=move(monkeypatch, cached_fineweb10B, tmp_path))
+    hub = SimpleNamespace(
+        content=GOOD, asked=[], hf_hub_download=Mock(side_effect=deliver),
+        hf_hub_url=lambda repo, name, repo_type: f"{repo_type}/{repo}/{name}",
+        get_hf_file_metadata=lambda url: SimpleNamespace(etag=hashlib.sha256(GOOD).hexdigest()),
+        out=move(monkeypatch, cached_fineweb10B, tmp_path))
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_VERBOSITY"):
         monkeypatch.setenv(name, "1")  # the script sets them: restored after the test
@@ -586,6 +591,7 @@ def test_without_huggingface_hub(hub, monkeypatch):
 def test_the_hubs_client_takes_what_fetch_passes(tmp_path, monkeypatch):
     client = pytest.importorskip("huggingface_hub").hf_hub_download
     monkeypatch.setattr(cached_fineweb10B, "OUT", tmp_path)
-    download = Mock(side_effect=lambda **options: (tmp_path / "a.bin").write_bytes(GOOD))
+    download = Mock(side_effect=lambda local_dir, **options: (
+        Path(local_dir).mkdir(), (Path(local_dir) / "a.bin").write_bytes(GOOD)))
     cached_fineweb10B.fetch("a.bin", download)
     inspect.signature(client).bind(**download.call_args.kwargs)

