@@ -43,8 +43,8 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
 from afno import (AFNO1D, FORMS, ROUTINGS, DyadicOperator, ShortConv, check_arguments, rmsnorm,
                   taps_at_once)
 from data.loader import TokenStream, TrainLoader, count_val_tokens, find_shards, to_device
-from data.text_to_bin import (ROOT, InputError, Parser, gpt2_encoding, handled, owned, relative,
-                              show_safely, sync_folder, to_path)
+from data.text_to_bin import (ROOT, InputError, Parser, gpt2_encoding, handled, machine_memory,
+                              owned, ranks, relative, show_safely, sync_folder, to_path)
 from kernels import operators, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
@@ -76,7 +76,7 @@ class Kind:
         return value
 
 
-def integer(low: int, high: int = 10**12) -> Kind:
+def integer(low: int, high: int = 10**9) -> Kind:
     accepts = lambda value: isinstance(value, int) and low <= value <= high
     return Kind(int, accepts, f"an integer >= {low} and <= {high:,}", "N")
 
@@ -120,6 +120,7 @@ MODELS = {"d1": (1, 128), "d4": (4, 128), "d12": (12, 768), "d24": (24, 1024), "
           "d48": (48, 1600)}
 # Filters have at most so many taps unless asked for, so a token costs the same at any length.
 MOST_TAPS = 1024
+MOST_TOKENS = 2**27  # of a step: all of them are read before its work begins
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ table("model",
       ("model", "d12", one_of(*MODELS), "size: layers, heads and channels"),
       ("mixer", "afno", one_of("attn", "afno"), "what mixes tokens"),
       ("attn_layers", (), LAYERS, "layers that keep attention where the mixer is afno: the hybrid"),
-      ("sequence_length", 1024, integer(1, 2**24), "tokens a row"),
+      ("sequence_length", 1024, integer(1, 2**20), "tokens a row"),
       ("afno_form", "filter", one_of(*FORMS), "construction of the operator; reference leaks"))
 table("model",
       ("n_head", None, integer(1, 10_000), "heads of attention (n_embd / 64)"),
@@ -160,7 +161,7 @@ table("model",
       ("afno_num_blocks", 4, integer(1, 100_000), "diagonal blocks of AFNO's MLP"),
       ("afno_sparsity_threshold", 0.01, number(0, 1e6), "soft-shrink of the response"),
       ("afno_hard_thresholding_fraction", 1.0, number(0, 1, False), "share of the modes kept"),
-      ("afno_filter_length", None, integer(1, 2**24), f"taps (the row's, at most {MOST_TAPS})"),
+      ("afno_filter_length", None, integer(1, 2**20), f"taps (the row's, at most {MOST_TAPS})"),
       ("afno_num_experts", 1, integer(1, 1000), "sets of weights of AFNO's MLP"),
       ("afno_routing", "frequency", one_of(*ROUTINGS), "what mixes experts; position is the lag"),
       ("afno_short_conv", 4, integer(1, 1024), "taps of the short convolution; 1: none"),
@@ -198,8 +199,8 @@ table("data and output",
        "training rows as they stand, or from all over the data, so that no document fills a batch"),
       common=False)
 table("optimization",
-      ("batch_size", 16, integer(1, 2**24), "rows of a micro-batch on one device"),
-      ("grad_accumulation_steps", 32, integer(1, 2**24), "micro-batches a step, over all ranks"),
+      ("batch_size", 16, integer(1, 2**16), "rows of a micro-batch on one device"),
+      ("grad_accumulation_steps", 32, integer(1, 2**16), "micro-batches a step, over all ranks"),
       ("num_iterations", 4768, integer(1), "steps"),
       ("optimizer", "adamw", one_of("adamw", "muon"), "Muon is for the blocks' projections"),
       ("learning_rate", 0.0018, number(0, 1e3, False), "of AdamW and Muon alike"),
@@ -223,15 +224,15 @@ table("evaluation and checkpoints",
       ("resume", None, TEXT, "auto: the newest checkpoint; or a file; flags left out are its own"),
       ("eval_only", False, PRESENT, "validate a checkpoint, at any --sequence_length"))
 table("evaluation and checkpoints",
-      ("val_batch_size", None, integer(1, 2**24), "rows (batch_size)"),
+      ("val_batch_size", None, integer(1, 2**16), "rows (batch_size)"),
       ("val_tokens", None, integer(1), "targets, every one counts (at most 1,048,576)"),
       ("val_fp32", 0, SWITCH, "repeat the last validation in fp32, in which NoCap-Test validates"),
       common=False)
 table("generation",
       ("generate", None, TEXT, "continue TEXT with a checkpoint"),
-      ("max_new_tokens", 200, integer(1), "tokens"),
+      ("max_new_tokens", 200, integer(1, 10**6), "tokens"),
       ("temperature", 0.8, number(0, 1e6), "0: the likeliest token"),
-      ("top_k", 50, integer(1, 2**24), "sample among so many"))
+      ("top_k", 50, integer(1, 65536), "sample among so many"))
 
 RECIPE = dict(  # of the hybrid and of its control alike; each gain and each loss is in LOG.md
     mixer="afno", optimizer="muon", learning_rate=0.0043, rest_lr=0.01, momentum=0.9, beta1=0.7,
@@ -686,6 +687,12 @@ class GPT(nn.Module):
         return (self.lm_head.logits(x) if return_logits else None), loss
 
 
+def on_meta(config: GPTConfig) -> GPT:
+    """Return a model of shapes alone, which takes no memory."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
 # -----------------------------------------------------------------------------
 # validation; the training rows come from data/loader.py
 
@@ -821,7 +828,8 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
             group = dict(params=[], lr=rest_lr if has_rest_lr else learning_rate,
                          weight_decay=0.0 if is_place else weight_decay)
             groups.setdefault((has_rest_lr, is_place), group)["params"].append(p)
-    optimizers = [torch.optim.AdamW(list(groups.values()), betas=betas, fused=True)]
+    optimizers = [torch.optim.AdamW(list(groups.values()), betas=betas, 
+                                    fused=model.lm_head.weight.device.type != "meta")]
     if stacks:
         optimizers.append(Muon(list(stacks.items()), learning_rate, weight_decay, momentum))
     return optimizers
@@ -872,11 +880,14 @@ def length_phases(args, T: int, world: int) -> tuple[tuple[int, float], ...]:
 # checkpoints and log
 
 
+TIMES = ("train_time_s", "compile_time_s", "wall_time_s")
+
+
 class Checkpoints:
     """state_step*.pt of one run: written to a temporary file, synced, renamed; two are kept."""
 
     def __init__(self, folder: Path):
-        self.folder, self.warned = folder, False
+        self.folder = folder
 
     def paths(self) -> list[Path]:
         """Return the files, newest first."""
@@ -901,7 +912,7 @@ class Checkpoints:
         for part in self.folder.glob("state_step*.pt.*part"):
             part.unlink()  # of a run that was killed while saving
 
-    def save(self, state: dict, say):
+    def save(self, state: dict):
         path = self.folder / f"state_step{state['step']:06d}.pt"
         part = path.with_suffix(f".pt.{os.getpid()}.part")
         try:
@@ -917,10 +928,7 @@ class Checkpoints:
             reason = cause.strerror if isinstance(cause, OSError) else first_line(error)
             raise InputError(f"--output_dir: cannot write {path.name}: {reason}; "
                              f"checkpoints kept: {self.kept()}") from None
-        if (refused := sync_folder(self.folder)) and not self.warned:
-            say(f"warning: {self.folder} cannot be synced ({refused}): after a power cut the newest "
-                "checkpoint may be missing")
-            self.warned = True
+        sync_folder(self.folder)
         for old in self.paths()[2:]:
             old.unlink()
 
@@ -931,21 +939,28 @@ class Checkpoints:
             if bad := archive.testzip():
                 raise ValueError(f"checksum of {bad} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        wanted = {"model", "optimizers", "step", "position", "config", "args", "rng"}
+        wanted = {"model", "optimizers", "step", "position", "config", "args", "rng", *TIMES}
         if missing := wanted - set(state):
             raise ValueError(f"not a checkpoint of this trainer, {min(missing)} is missing")
+        return state
+
+    @classmethod
+    def load_sound(cls, path: Path) -> dict:
+        """Return load()'s in this version's names; raise any exception where content is damaged."""
+        state = of_this_version(cls.load(path), path)
+        refuse_damage(state)
         return state
 
     def newest(self, say) -> dict | None:
         """Return the newest sound one, None where there never was one; say which are not sound."""
         for path in self.paths():
             try:
-                state = self.load(path)
+                return self.load_sound(path)
+            except InputError:  # if it is not for this version, the ones before are not either
+                raise
             except Exception as error:  # a truncated archive fails in many ways
                 say(f"warning: {path.name} cannot be read ({first_line(error)}): "
                     "trying the one before")
-            else:  # if it is not for this version, the ones before are not either
-                return of_this_version(state, path)
         if found := sorted(path.name for path in self.folder.glob("state_step*.pt*")
                            if path.suffix in (".pt", ".abandoned")):
             raise InputError(f"--resume: no readable checkpoint in {self.folder}, which has "
@@ -983,6 +998,60 @@ def of_this_version(state: dict, path: Path) -> dict:
         raise InputError(f"{relative(str(path))} is of another version of this trainer: "
                          f"{error}") from None
     return state
+
+
+def not_finite(tree, name: str) -> str | None:
+    """Return the name of a tensor in nested dicts and lists that has NaN or infinity, if any."""
+    if isinstance(tree, Tensor):
+        return None if tree.isfinite().all() else name
+    items = tree.items() if isinstance(tree, dict) else \
+        enumerate(tree) if isinstance(tree, list) else ()
+    return next(filter(None, (not_finite(part, f"{name}.{key}") for key, part in items)), None)
+
+
+def refuse_damage(state: dict):
+    """Raise ValueError where a checkpoint does not hold what its own config and flags make."""
+    def demand(good, name: str):
+        if not good:
+            raise ValueError(f"{name} is damaged")
+
+    def demand_like(found: dict, wanted: dict, name: str):
+        demand(isinstance(found, dict) and found.keys() == wanted.keys(), name)
+        for key, like in wanted.items():
+            x = found[key]
+            demand(isinstance(x, Tensor) and x.layout == torch.strided and x.is_contiguous() and
+                   (x.shape, x.dtype) == (like.shape, like.dtype), f"{name}.{key}")
+
+    for name, value in state["args"].items():
+        absent = value is None and DEFAULTS[name] is None and name not in DATA_FLAGS
+        demand(absent or FLAGS[name].kind.accepts(value), f"args.{name}")
+    for name in ("step", "position", *TIMES):
+        demand(isinstance(state[name], (int, float) if name in TIMES else int) and
+               0 <= state[name] < math.inf, name)
+    torch.Generator().set_state(state["rng"]["cpu"])
+    cuda = state["rng"]["cuda"]
+    demand(cuda is None or isinstance(cuda, Tensor) and cuda.dtype == torch.uint8, "rng.cuda")
+    model = on_meta(GPTConfig(**state["config"]))
+    if state["model"].keys() - model.state_dict().keys():
+        return  # of another version: load_weights says so
+    demand_like(state["model"], model.state_dict(), "model")
+    names = ("optimizer", "learning_rate", "weight_decay", "rest_lr")
+    optimizers = make_optimizers(model, *(state["args"].get(name) for name in names))
+    demand(len(state["optimizers"]) == len(optimizers), "optimizers")
+    for optimizer, found in zip(optimizers, state["optimizers"]):
+        groups = ([group["params"] for group in part["param_groups"]]
+                  for part in (found, optimizer.state_dict()))
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        steps = range(len(parameters)) if state["step"] else ()  # in the first one there is none
+        demand(len({*map(str, groups)}) == 1 and found["state"].keys() == {*steps}, "an optimizer")
+        for i, values in found["state"].items():
+            averages = ("momentum_buffer",) if isinstance(optimizer, Muon) else \
+                ("exp_avg", "exp_avg_sq")
+            like = dict.fromkeys(averages, parameters[i])
+            demand_like(values, like if isinstance(optimizer, Muon) else
+                        dict(like, step=torch.zeros(())), f"an optimizer.{i}")
+    if bad := not_finite(dict(model=state["model"], optimizers=state["optimizers"]), "state"):
+        raise ValueError(f"{bad} is not finite")
 
 
 def load_weights(model: GPT, weights: dict, folder: Path):
@@ -1218,7 +1287,7 @@ class Run:
         if self.step > self.total_steps:
             raise InputError(f"--num_iterations must be >= {self.step}, the step of the "
                              f"checkpoint, got {self.total_steps}")
-        self.open_data()  # before the model: what is wrong with data should not wait for it
+        self.open_data((saved or {}).get("data_tokens"))  # before the model: what is wrong with data should not wait for it
         torch.manual_seed(args.seed)
         self.model = GPT(config).to(self.device)
         if saved:  # before the log is cut back: weights that do not fit must cost nothing
@@ -1242,9 +1311,16 @@ class Run:
         self.clock = Clock(self.device, train_time)
         self.restore_progress(saved)
 
-    def open_data(self):
+    def open_data(self, tokens_before: int | None):
+        """Open the shards; `tokens_before` were there for training when the checkpoint was saved."""
         args, runtime = self.args, self.runtime
         self.stream = TokenStream(args.input_bin, self.config.vocab_size, "input_bin")
+        now = len(self.stream)
+        if args.row_order == "spread" and tokens_before not in (None, now) and self.position:
+            raise InputError(
+                f"--input_bin holds {now:,} tokens, {tokens_before:,} when the checkpoint was saved: "
+                "--row_order spread would read some rows twice and others never. Name the shards of "
+                "before, or go on with --row_order stream")
         self.val_stream = TokenStream(args.input_val_bin, self.config.vocab_size, "input_val_bin")
         self.val_tokens = count_val_tokens(args.val_tokens, self.val_stream)
         self.loader = TrainLoader(self.stream, args.batch_size, self.T, self.position, runtime.rank,
@@ -1314,6 +1390,11 @@ class Run:
         self.say(f"softmax of the loss: {usable('loss', device, dtype)[1]}")
         if self.fp8:
             self.say(self.fp8)
+        shared = {*map(os.path.realpath, self.stream.paths)} \
+            & {*map(os.path.realpath, self.val_stream.paths)}
+        if shared:
+            self.say(f"warning: {len(shared)} shards are both for training and for validation: the "
+                     "val_loss is of text that is learned")
         a_step = args.grad_accumulation_steps * self.tokens
         passes = (self.total_steps - self.step) * a_step / len(self.stream)
         self.say(f"data: {relative(args.input_bin)}, {len(self.stream):,} tokens, {passes:.3g} "
@@ -1463,14 +1544,18 @@ class Run:
         if self.saved_step == self.step:
             return
         self.flush()
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        weights = self.model.state_dict()
+        if bad := not_finite(dict(model=weights, optimizers=optimizers), "state"):
+            self.diverged(self.step, f"{bad} is not finite", self.step)
         if self.runtime.rank == 0:
             cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
             self.checkpoints.save(dict(
-                model=self.model.state_dict(), step=self.step, position=self.position,
-                optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+                model=weights, optimizers=optimizers, step=self.step, position=self.position,
+                data_tokens=len(self.stream),
                 rng=dict(cpu=torch.get_rng_state(), cuda=cuda), config=asdict(self.config),
                 args=self.args.to_save, train_time_s=self.clock.total,
-                compile_time_s=self.compile_time, wall_time_s=self.wall_time()), self.say)
+                compile_time_s=self.compile_time, wall_time_s=self.wall_time()))
         self.saved_step = self.step
         self.clock.restart()
 
@@ -1611,7 +1696,7 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
     """Return one token of (vocab_size,): the likeliest at temperature 0, else one of the top_k."""
     if args.temperature == 0:
         return int(logits.argmax())
-    top = logits.topk(min(args.top_k, len(logits)))
+    top = logits.double().topk(min(args.top_k, len(logits)))
     scores = (top.values - top.values.max()) / args.temperature  # <= 0: none is too low
     return int(top.indices[torch.multinomial(F.softmax(scores, -1), 1, generator=generator)])
 
@@ -1680,24 +1765,6 @@ def choose_data(flags: dict, values: dict) -> dict:
             for name in DATA_FLAGS}
 
 
-def ranks() -> tuple[int, int, int]:
-    """Return the rank, the number of ranks and the rank on this machine that torchrun has set."""
-    values = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        text = os.environ.get(name, default)
-        if not re.fullmatch("[0-9]{1,6}", text):
-            raise InputError(f"the environment's {name} must be a number, got {text!r}: unset it")
-        values.append(int(text))
-    rank, world, local_rank = values
-    if rank >= world or world > 1 and not os.environ.get("MASTER_ADDR"):
-        raise InputError(f"the environment has RANK {rank} and WORLD_SIZE {world}, but torchrun has "
-                         "not set them: unset both")
-    if local_rank >= max(1, torch.cuda.device_count()) and torch.cuda.is_available():
-        raise InputError(f"the environment has LOCAL_RANK {local_rank}, but there are "
-                         f"{torch.cuda.device_count()} CUDA devices")
-    return rank, world, local_rank
-
-
 def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no CUDA device; use cpu or auto")
@@ -1736,14 +1803,16 @@ def find_checkpoint(flags: dict, folder: Path, only_read: bool, say) -> dict | N
         return state
     path = to_path(source)
     try:
-        state = Checkpoints.load(path)
+        state = Checkpoints.load_sound(path)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"--resume {source}: no readable checkpoint "
                          f"({first_line(error)})") from None
     if not only_read and holds_run(folder) and not folder.samefile(path.parent):
         raise InputError(f"--output_dir {relative(str(folder))} holds another run than --resume "
                          f"{source}: name a new folder, or go on with --resume auto")
-    return of_this_version(state, path)
+    return state
 
 
 def merge_flags(flags: dict, device: torch.device, saved: dict | None, world: int, say):
@@ -1804,6 +1873,32 @@ def new_folder(args) -> Path:
     return folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
 
 
+def refuse_too_large(config: GPTConfig, args, device: torch.device, only_read: bool):
+    """Raise InputError, naming the flags that matter, where memory cannot be enough."""
+    step = args.batch_size * config.sequence_length * args.grad_accumulation_steps
+    if step > MOST_TOKENS:
+        raise InputError("--batch_size x --sequence_length x --grad_accumulation_steps must be <= "
+                         f"{MOST_TOKENS:,} tokens a step, got {step:,}")
+    model = on_meta(config)
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" \
+        else machine_memory()
+    rows = args.val_batch_size if only_read else args.batch_size
+    # fp32 weights, their gradients and Muon's average, which is one; of each layer two residuals in
+    # bf16; the hidden layer that makes the taps
+    needs = {
+        "--model, --afno_num_experts or --afno_short_conv":
+            sum(p.numel() for p in model.parameters()) * (4 if only_read else 12),
+        "--batch_size, --val_batch_size or --sequence_length": 4 * config.n_embd * max(
+            rows * args.sequence_length * (1 if only_read else config.n_layer),
+            args.val_batch_size * args.sequence_length),
+        "--afno_filter_length or --afno_num_experts":
+            sum(4 * module.num_modes * module.mlp.w1[:, :, 0].numel()
+                for module in model.modules() if hasattr(module, "num_modes"))}
+    if (total := sum(needs.values())) > there:
+        raise InputError(f"{max(needs, key=needs.get)} ask for too much: at least "
+                         f"{total / 2**30:,.3g} GiB of memory, there are {there / 2**30:,.3g}")
+
+
 def read_checkpoint(flags: dict, args, config: GPTConfig, runtime: Runtime, saved: dict,
                     folder: Path, say):
     """Generate from a checkpoint, or print its validation loss, also by position."""
@@ -1823,8 +1918,10 @@ def read_checkpoint(flags: dict, args, config: GPTConfig, runtime: Runtime, save
     val_stream = TokenStream(args.input_val_bin, config.vocab_size, "input_val_bin")
     val_tokens = count_val_tokens(args.val_tokens, val_stream)
     total = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, runtime)
-    print(f"step:{saved['step']} sequence_length:{T} val_tokens:{val_tokens} "
-          f"val_loss:{total.sum().item() / val_tokens:.4f}")
+    loss = total.sum().item() / val_tokens
+    print(f"step:{saved['step']} sequence_length:{T} val_tokens:{val_tokens} val_loss:{loss:.4f}")
+    if not math.isfinite(loss):
+        raise Diverged(f"validation loss {loss}")
     for first, last, loss in loss_by_position(total, val_tokens):
         print(f"positions {first}-{last}: {loss:.4f}")
 
@@ -1858,8 +1955,12 @@ def main(argv: list[str]) -> int:
         config = config_of(flags, args, saved, folder, only_read)
         refuse_untrainable(config, args)
         if device.type == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                raise InputError(f"the environment has LOCAL_RANK {local_rank}, but there are "
+                                 f"{torch.cuda.device_count()} CUDA devices")
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
+        refuse_too_large(config, args, device, only_read)
         runtime = Runtime(device, getattr(torch, args.dtype), bool(args.compile), rank, world)
         if only_read:
             if rank == 0:  # one process is enough to evaluate or to write

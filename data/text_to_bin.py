@@ -83,8 +83,8 @@ def lock(folder: Path, name: str):
             raise InputError(f"{name} is in use by {owner}: wait for its end, or name another "
                              "folder") from None
         except OSError as error:
-            print(f"warning: {name}: no locks there ({error.strerror}), so see to it that no other "
-                  "process writes to it", file=sys.stderr)
+            warn_once(f"{name}: no locks there ({error.strerror}), so see to it that no other "
+                      "process writes to it")
             return file
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
@@ -116,8 +116,19 @@ def owned(folder: Path, name: str):
                 folder.rmdir()
 
 
-def sync_folder(folder: Path) -> str | None:
-    """Let renames in `folder` survive a power cut; return why not, where it refuses."""
+def machine_memory() -> float:
+    """Return the bytes of memory of this machine, or of its container; infinity where unknown."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # on Windows
+        return float("inf")
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
+def sync_folder(folder: Path):
+    """Let renames in `folder` survive a power cut; warn once where it refuses."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -125,8 +136,28 @@ def sync_folder(folder: Path) -> str | None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        return error.strerror
-    return None
+        warn_once(f"{folder} cannot be synced ({error.strerror}): after a power cut its newest "
+                  "file may be missing")
+
+
+@functools.cache
+def warn_once(text: str):
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def ranks() -> tuple[int, int, int]:
+    """Return the rank, the number of ranks and the rank on this machine that torchrun has set."""
+    values = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name, default)
+        if not re.fullmatch("[0-9]{1,6}", text):
+            raise InputError(f"the environment's {name} must be a number, got {text!r}: unset it")
+        values.append(int(text))
+    rank, world, local_rank = values
+    if rank >= world or world > 1 and not os.environ.get("MASTER_ADDR"):
+        raise InputError(f"the environment has RANK {rank} and WORLD_SIZE {world}, but torchrun has "
+                         "not set them: unset both")
+    return rank, world, local_rank
 
 
 class Parser(argparse.ArgumentParser):

