@@ -687,12 +687,6 @@ class GPT(nn.Module):
         return (self.lm_head.logits(x) if return_logits else None), loss
 
 
-def on_meta(config: GPTConfig) -> GPT:
-    """Return a model of shapes alone, which takes no memory."""
-    with torch.device("meta"):
-        return GPT(config)
-
-
 # -----------------------------------------------------------------------------
 # validation; the training rows come from data/loader.py
 
@@ -1000,15 +994,6 @@ def of_this_version(state: dict, path: Path) -> dict:
     return state
 
 
-def not_finite(tree, name: str) -> str | None:
-    """Return the name of a tensor in nested dicts and lists that has NaN or infinity, if any."""
-    if isinstance(tree, Tensor):
-        return None if tree.isfinite().all() else name
-    items = tree.items() if isinstance(tree, dict) else \
-        enumerate(tree) if isinstance(tree, list) else ()
-    return next(filter(None, (not_finite(part, f"{name}.{key}") for key, part in items)), None)
-
-
 def refuse_damage(state: dict):
     """Raise ValueError where a checkpoint does not hold what its own config and flags make."""
     def demand(good, name: str):
@@ -1019,8 +1004,9 @@ def refuse_damage(state: dict):
         demand(isinstance(found, dict) and found.keys() == wanted.keys(), name)
         for key, like in wanted.items():
             x = found[key]
-            demand(isinstance(x, Tensor) and x.layout == torch.strided and x.is_contiguous() and
-                   (x.shape, x.dtype) == (like.shape, like.dtype), f"{name}.{key}")
+            demand(isinstance(x, Tensor) and x.layout == torch.strided and x.is_contiguous()
+                   and (x.shape, x.dtype) == (like.shape, like.dtype) and x.isfinite().all(),
+                   f"{name}.{key}")
 
     for name, value in state["args"].items():
         absent = value is None and DEFAULTS[name] is None and name not in DATA_FLAGS
@@ -1031,7 +1017,8 @@ def refuse_damage(state: dict):
     torch.Generator().set_state(state["rng"]["cpu"])
     cuda = state["rng"]["cuda"]
     demand(cuda is None or isinstance(cuda, Tensor) and cuda.dtype == torch.uint8, "rng.cuda")
-    model = on_meta(GPTConfig(**state["config"]))
+    with torch.device("meta"):  # shapes alone
+        model = GPT(GPTConfig(**state["config"]))
     if state["model"].keys() - model.state_dict().keys():
         return  # of another version: load_weights says so
     demand_like(state["model"], model.state_dict(), "model")
@@ -1039,19 +1026,16 @@ def refuse_damage(state: dict):
     optimizers = make_optimizers(model, *(state["args"].get(name) for name in names))
     demand(len(state["optimizers"]) == len(optimizers), "optimizers")
     for optimizer, found in zip(optimizers, state["optimizers"]):
-        groups = ([group["params"] for group in part["param_groups"]]
-                  for part in (found, optimizer.state_dict()))
+        there, wanted = ([group["params"] for group in part["param_groups"]]
+                         for part in (found, optimizer.state_dict()))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        steps = range(len(parameters)) if state["step"] else ()  # in the first one there is none
-        demand(len({*map(str, groups)}) == 1 and found["state"].keys() == {*steps}, "an optimizer")
+        steps = range(len(parameters)) if state["step"] else ()  # before the first one there is none
+        demand(there == wanted and found["state"].keys() == {*steps}, "an optimizer")
         for i, values in found["state"].items():
-            averages = ("momentum_buffer",) if isinstance(optimizer, Muon) else \
-                ("exp_avg", "exp_avg_sq")
-            like = dict.fromkeys(averages, parameters[i])
-            demand_like(values, like if isinstance(optimizer, Muon) else
-                        dict(like, step=torch.zeros(())), f"an optimizer.{i}")
-    if bad := not_finite(dict(model=state["model"], optimizers=state["optimizers"]), "state"):
-        raise ValueError(f"{bad} is not finite")
+            p = parameters[i]
+            like = dict(momentum_buffer=p) if isinstance(optimizer, Muon) else \
+                dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p)
+            demand_like(values, like, f"an optimizer.{i}")
 
 
 def load_weights(model: GPT, weights: dict, folder: Path):
@@ -1287,7 +1271,8 @@ class Run:
         if self.step > self.total_steps:
             raise InputError(f"--num_iterations must be >= {self.step}, the step of the "
                              f"checkpoint, got {self.total_steps}")
-        self.open_data((saved or {}).get("data_tokens"))  # before the model: what is wrong with data should not wait for it
+        # before the model: what is wrong with data should not wait for it
+        self.open_data((saved or {}).get("data_tokens"))
         torch.manual_seed(args.seed)
         self.model = GPT(config).to(self.device)
         if saved:  # before the log is cut back: weights that do not fit must cost nothing
@@ -1312,15 +1297,15 @@ class Run:
         self.restore_progress(saved)
 
     def open_data(self, tokens_before: int | None):
-        """Open the shards; `tokens_before` were there for training when the checkpoint was saved."""
+        """Open the shards; `tokens_before`: of training, when the checkpoint was saved."""
         args, runtime = self.args, self.runtime
         self.stream = TokenStream(args.input_bin, self.config.vocab_size, "input_bin")
         now = len(self.stream)
         if args.row_order == "spread" and tokens_before not in (None, now) and self.position:
             raise InputError(
-                f"--input_bin holds {now:,} tokens, {tokens_before:,} when the checkpoint was saved: "
-                "--row_order spread would read some rows twice and others never. Name the shards of "
-                "before, or go on with --row_order stream")
+                f"--input_bin holds {now:,} tokens, {tokens_before:,} when the checkpoint was "
+                "saved: --row_order spread would read some rows twice and others never. Name the "
+                "shards of before, or go on with --row_order stream")
         self.val_stream = TokenStream(args.input_val_bin, self.config.vocab_size, "input_val_bin")
         self.val_tokens = count_val_tokens(args.val_tokens, self.val_stream)
         self.loader = TrainLoader(self.stream, args.batch_size, self.T, self.position, runtime.rank,
@@ -1546,8 +1531,11 @@ class Run:
         self.flush()
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         weights = self.model.state_dict()
-        if bad := not_finite(dict(model=weights, optimizers=optimizers), "state"):
-            self.diverged(self.step, f"{bad} is not finite", self.step)
+        averages = ((f"{name} of an optimizer", x) for optimizer in optimizers
+                    for values in optimizer["state"].values() for name, x in values.items())
+        for name, x in [*weights.items(), *averages]:
+            if not x.isfinite().all():
+                self.diverged(self.step, f"{name} is not finite", self.step)
         if self.runtime.rank == 0:
             cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
             self.checkpoints.save(dict(
@@ -1629,8 +1617,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder:
     run.describe()
     run.check_and_compile()
     run.open_bar()
-    # From here on a signal is noted, and a second one changes nothing: torchrun passes on what a
-    # terminal has already sent to all. Until here there was nothing to save.
+    # until here there was nothing to save; a second signal does nothing, as torchrun sends two
     with handled(lambda signum, frame: run.signals.append(signum)):
         return train_loop(run)
 
@@ -1786,7 +1773,8 @@ def choose_folder(flags: dict, only_read: bool) -> Path | None:
         return None
     runs = sorted(ROOT.glob("runs/*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise InputError("--output_dir: no run with a checkpoint under runs/, name the folder of one")
+        raise InputError("--output_dir: no run with a checkpoint under runs/, name the folder of "
+                         "one")
     return runs[-1].parent
 
 
@@ -1879,12 +1867,12 @@ def refuse_too_large(config: GPTConfig, args, device: torch.device, only_read: b
     if step > MOST_TOKENS:
         raise InputError("--batch_size x --sequence_length x --grad_accumulation_steps must be <= "
                          f"{MOST_TOKENS:,} tokens a step, got {step:,}")
-    model = on_meta(config)
+    with torch.device("meta"):  # shapes alone
+        model = GPT(config)
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" \
         else machine_memory()
     rows = args.val_batch_size if only_read else args.batch_size
-    # fp32 weights, their gradients and Muon's average, which is one; of each layer two residuals in
-    # bf16; the hidden layer that makes the taps
+    # weights, gradients and an average; two residuals a layer in bf16; what makes the taps
     needs = {
         "--model, --afno_num_experts or --afno_short_conv":
             sum(p.numel() for p in model.parameters()) * (4 if only_read else 12),
@@ -1950,8 +1938,9 @@ def main(argv: list[str]) -> int:
             folder = new_folder(args)
             own(folder)
         if rank == 0 and not saved and holds_run(folder):
-            more = "" if "resume" in flags else "add --resume auto, or "
-            raise InputError(f"--output_dir {relative(str(folder))} holds a run: {more}name another")
+            hint = "" if "resume" in flags else "add --resume auto, or "
+            raise InputError(f"--output_dir {relative(str(folder))} holds a run: {hint}name "
+                             "another")
         config = config_of(flags, args, saved, folder, only_read)
         refuse_untrainable(config, args)
         if device.type == "cuda":

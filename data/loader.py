@@ -76,8 +76,8 @@ class TokenStream:
         except OSError as error:
             raise InputError(f"{self.paths[shard]}: {error.strerror}") from None
         if len(data) < 2 * count or self.stamp(shard) != self.stamps[shard]:
-            raise InputError(f"{self.paths[shard]}: somebody has written to this file since the run "
-                             "began")
+            raise InputError(f"{self.paths[shard]}: somebody has written to this file since the "
+                             "run began")
         return np.frombuffer(data, dtype="<u2")
 
 

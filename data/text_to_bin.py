@@ -155,8 +155,8 @@ def ranks() -> tuple[int, int, int]:
         values.append(int(text))
     rank, world, local_rank = values
     if rank >= world or world > 1 and not os.environ.get("MASTER_ADDR"):
-        raise InputError(f"the environment has RANK {rank} and WORLD_SIZE {world}, but torchrun has "
-                         "not set them: unset both")
+        raise InputError(f"the environment has RANK {rank} and WORLD_SIZE {world}, but torchrun "
+                         "has not set them: unset both")
     return rank, world, local_rank
 
 
@@ -590,12 +590,13 @@ def write_shards(paths: list[Path], out: Path, val_fraction: float = 0.05, field
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("files", nargs="+", type=to_path, help=".txt or .md (one document each), .jsonl (one a line)")
+    add("files", nargs="+", type=to_path,
+        help=".txt or .md (one document each), .jsonl (one a line)")
     add("--out", type=to_path, required=True, help="new folder for train_*.bin and val_*.bin")
     add("--field", default="text", help="the field of a .jsonl object that holds the text")
     add("--val_fraction", type=float, default=0.05, help="this last part is for validation")
     add("--shard_tokens", type=int, default=100_000_000, help="tokens a shard")
-    add("--encoding", help="of the files, such as cp1251 (utf-8, or what a mark at their begin says)")
+    add("--encoding", help="of the files, such as cp1251 (utf-8, or what their mark says)")
     add("--separator", default="", metavar="TEXT",
         help="ends a document in .txt and .md, such as <|endoftext|>; otherwise that is text")
     args = parser.parse_args()

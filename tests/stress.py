@@ -152,7 +152,7 @@ def headers(shard: Path, folder: Path, count: int, draw: random.Random):
 
 
 def bits(run: Path, count: int, draw: random.Random):
-    """Load checkpoints of which one bit is another: the one before must be taken, or it is sound."""
+    """Load checkpoints of which one bit is another: it is sound, or the one before is taken."""
     newest = trainer.Checkpoints(run).paths()[0]
     whole = newest.read_bytes()
     for _ in range(count):

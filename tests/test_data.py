@@ -136,7 +136,8 @@ def test_read_bin_tells_large_counts_exactly(tmp_path):
 # text to tokens
 
 # what GPT-2's pattern treats specially around a cut, with one place to cut behind a word: "a\nb"
-FRAGMENTS = ["Hello", "a\nb", " world", "\u3000\u3000\u7532\u4e59\u3002", "\u3001", "x\u0e33", "\n", "\n\n", " ", "  ", "\t", "don't", "'s", "'", "12",
+FRAGMENTS = ["\u3000\u3000\u7532\u4e59\u3002", "\u3001", "x\u0e33", "Hello", "a\nb", " world",
+             "\n", "\n\n", " ", "  ", "\t", "don't", "'s", "'", "12",
              "?!", "é", "e\u0301", "漢字", "🙂", "\u3000", "\xa0", "\x85", "\x1c", "\u2028", "\u200b", "\r",
              "\r\n", "<|endoftext|>"]
 PARTS = st.sampled_from(FRAGMENTS) | st.characters(codec="utf-8")

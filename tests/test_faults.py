@@ -86,7 +86,7 @@ def test_a_stretch_without_a_place_to_cut_is_refused_with_its_offset(tmp_path):
 
 
 def test_a_long_stretch_of_white_space_is_tokenized(encoding):
-    text = "a" + " " * 600_000 + "x"
+    text = "a" + " " * 1_000_000 + "x"
     tokens = text_to_bin.encode([text], True).tolist()
     assert encoding.decode(tokens) == "<|endoftext|>" + text
     short = "a" + "\n" * 20_000 + " x y\t" + " " * 20_000
@@ -185,7 +185,7 @@ def test_a_download_that_hangs_is_given_up(tmp_path, monkeypatch, capsys):
     assert "tiktoken cannot download" in capsys.readouterr().out
 
 
-@pytest.fixture(params=["rep [v2]", "rep{x}", "rep %s", "ré*?", b"rep \xff".decode(errors="surrogateescape")])
+@pytest.fixture(params=["rep [v2]", "rep{x}", "rep %s", "ré*?", "rep \udcff"])
 def odd(request, tmp_path, monkeypatch) -> Path:
     """A folder whose name is a pattern, a format, or no UTF-8; it is also the working folder."""
     folder = tmp_path / request.param
@@ -367,7 +367,7 @@ def test_without_locks_there_is_a_warning(data, tmp_path, monkeypatch, capsys):
 def test_a_run_is_not_resumed_into_anothers_folder(data, tmp_path):
     for name in ("a", "b"):
         main(flags(data, tmp_path / name, "--num_iterations 2"))
-    read = lambda: {path: path.read_bytes() for path in (tmp_path / "b").iterdir() if path.is_file()}
+    read = lambda: {path: path.read_bytes() for path in (tmp_path / "b").glob("*.*")}
     before = read()
     resume = f"--resume {tmp_path}/a/state_step000002.pt --num_iterations 4"
     with pytest.raises(InputError, match="b holds another run than --resume .*a/state_step000002"):
@@ -643,8 +643,8 @@ def test_what_is_not_finite_is_not_saved(data, tmp_path, monkeypatch, what):
             tensor.view(-1)[3] = torch.nan
 
     monkeypatch.setattr(train_gpt2_afno.Run, "update", poison)
-    with pytest.raises(Diverged, match=r"step 4: state\..* is not finite; checkpoints kept: "
-                                       "state_step000002.pt, state_step000000.pt"):
+    with pytest.raises(Diverged, match=r"step 4: .*(weight|exp_avg of an optimizer) is not "
+                                       "finite; checkpoints kept: state_step000002.pt"):
         main(flags(data, tmp_path / "run"))
 
 
