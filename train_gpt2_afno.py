@@ -1013,7 +1013,7 @@ def refuse_damage(state: dict):
         demand(absent or FLAGS[name].kind.accepts(value), f"args.{name}")
     for name in ("step", "position", *TIMES):
         demand(isinstance(state[name], (int, float) if name in TIMES else int) and
-               0 <= state[name] < math.inf, name)
+               0 <= state[name] < 1e18, name)
     torch.Generator().set_state(state["rng"]["cpu"])
     cuda = state["rng"]["cuda"]
     demand(cuda is None or isinstance(cuda, Tensor) and cuda.dtype == torch.uint8, "rng.cuda")

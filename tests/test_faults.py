@@ -592,6 +592,7 @@ DAMAGE = {
     "model": lambda state: state.update(model=[]),
     "step": lambda state: state.update(step="6"),
     "position": lambda state: state.update(position=-1),
+    "huge step": lambda state: state.update(step=10**30),
     "time": lambda state: state.update(train_time_s=None),
     "random numbers": lambda state: state["rng"].update(cpu=torch.zeros(9, dtype=torch.uint8)),
     "config": lambda state: state.update(config=None),
