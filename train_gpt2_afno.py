@@ -12,8 +12,8 @@ generation, command line.
 import argparse
 import codecs
 import contextlib
-import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -31,6 +31,9 @@ from dataclasses import asdict, dataclass, make_dataclass
 from datetime import timedelta
 from pathlib import Path
 
+if __name__ == "__main__":  # until the loop, which saves first, Ctrl-C ends what runs at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -41,8 +44,9 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
 
 from afno import (AFNO1D, FORMS, ROUTINGS, DyadicOperator, ShortConv, check_arguments, rmsnorm,
                   taps_at_once)
-from data.loader import TokenStream, TrainLoader, count_val_tokens, to_device
-from data.text_to_bin import ROOT, InputError, gpt2_encoding, relative
+from data.loader import TokenStream, TrainLoader, count_val_tokens, find_shards, to_device
+from data.text_to_bin import (ROOT, InputError, Parser, gpt2_encoding, handled, machine_memory,
+                              owned, ranks, relative, show_safely, sync_folder, to_path)
 from kernels import operators, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
@@ -75,7 +79,7 @@ class Kind:
         return value
 
 
-def integer(low: int, high: int = 10**12) -> Kind:
+def integer(low: int, high: int = 10**9) -> Kind:
     accepts = lambda value: isinstance(value, int) and low <= value <= high
     return Kind(int, accepts, f"an integer >= {low} and <= {high:,}", "N")
 
@@ -119,6 +123,7 @@ MODELS = {"d1": (1, 128), "d4": (4, 128), "d12": (12, 768), "d24": (24, 1024), "
           "d48": (48, 1600)}
 # Filters have at most so many taps unless asked for, so a token costs the same at any length.
 MOST_TAPS = 1024
+MOST_TOKENS = 2**27  # of a step: all of them are read before its work begins
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ table("model",
       ("model", "d12", one_of(*MODELS), "size: layers, heads and channels"),
       ("mixer", "afno", one_of("attn", "afno"), "what mixes tokens"),
       ("attn_layers", (), LAYERS, "layers that keep attention where the mixer is afno: the hybrid"),
-      ("sequence_length", 1024, integer(1, 2**24), "tokens a row"),
+      ("sequence_length", 1024, integer(1, 2**20), "tokens a row"),
       ("afno_form", "filter", one_of(*FORMS), "construction of the operator; reference leaks"))
 table("model",
       ("n_head", None, integer(1, 10_000), "heads of attention (n_embd / 64)"),
@@ -159,7 +164,7 @@ table("model",
       ("afno_num_blocks", 4, integer(1, 100_000), "diagonal blocks of AFNO's MLP"),
       ("afno_sparsity_threshold", 0.01, number(0, 1e6), "soft-shrink of the response"),
       ("afno_hard_thresholding_fraction", 1.0, number(0, 1, False), "share of the modes kept"),
-      ("afno_filter_length", None, integer(1, 2**24), f"taps (the row's, at most {MOST_TAPS})"),
+      ("afno_filter_length", None, integer(1, 2**20), f"taps (the row's, at most {MOST_TAPS})"),
       ("afno_num_experts", 1, integer(1, 1000), "sets of weights of AFNO's MLP"),
       ("afno_routing", "frequency", one_of(*ROUTINGS), "what mixes experts; position is the lag"),
       ("afno_short_conv", 4, integer(1, 1024), "taps of the short convolution; 1: none"),
@@ -200,8 +205,8 @@ table("data and output",
        "training rows as they stand, or from all over the data, so that no document fills a batch"),
       common=False)
 table("optimization",
-      ("batch_size", 16, integer(1, 2**24), "rows of a micro-batch on one device"),
-      ("grad_accumulation_steps", 32, integer(1, 2**24), "micro-batches a step, over all ranks"),
+      ("batch_size", 16, integer(1, 2**16), "rows of a micro-batch on one device"),
+      ("grad_accumulation_steps", 32, integer(1, 2**16), "micro-batches a step, over all ranks"),
       ("num_iterations", 4768, integer(1), "steps"),
       ("optimizer", "adamw", one_of("adamw", "muon"), "Muon is for the blocks' projections"),
       ("learning_rate", 0.0018, number(0, 1e3, False), "of AdamW and Muon alike"),
@@ -228,15 +233,15 @@ table("evaluation and checkpoints",
       ("resume", None, TEXT, "auto: the newest checkpoint; or a file; flags left out are its own"),
       ("eval_only", False, PRESENT, "validate a checkpoint, at any --sequence_length"))
 table("evaluation and checkpoints",
-      ("val_batch_size", None, integer(1, 2**24), "rows (batch_size)"),
+      ("val_batch_size", None, integer(1, 2**16), "rows (batch_size)"),
       ("val_tokens", None, integer(1), "targets, every one counts (at most 1,048,576)"),
       ("val_fp32", 0, SWITCH, "repeat the last validation in fp32, in which NoCap-Test validates"),
       common=False)
 table("generation",
       ("generate", None, TEXT, "continue TEXT with a checkpoint"),
-      ("max_new_tokens", 200, integer(1), "tokens"),
+      ("max_new_tokens", 200, integer(1, 10**6), "tokens"),
       ("temperature", 0.8, number(0, 1e6), "0: the likeliest token"),
-      ("top_k", 50, integer(1, 2**24), "sample among so many"))
+      ("top_k", 50, integer(1, 65536), "sample among so many"))
 
 RECIPE = dict(  # of the hybrid and of its control alike; each gain and each loss is in LOG.md
     mixer="afno", optimizer="muon", learning_rate=0.0043, rest_lr=0.01, momentum=0.9, beta1=0.7,
@@ -908,7 +913,8 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
             group = dict(params=[], lr=rest_lr if has_rest_lr else learning_rate,
                          weight_decay=0.0 if is_place else weight_decay)
             groups.setdefault((has_rest_lr, is_place), group)["params"].append(p)
-    optimizers = [torch.optim.AdamW(list(groups.values()), betas=betas, fused=True)]
+    optimizers = [torch.optim.AdamW(list(groups.values()), betas=betas, 
+                                    fused=model.lm_head.weight.device.type != "meta")]
     if stacks:
         optimizers.append(Muon(list(stacks.items()), learning_rate, weight_decay, momentum))
     return optimizers
@@ -984,6 +990,9 @@ def length_phases(args, T: int, world: int) -> tuple[tuple[int, float], ...]:
 # checkpoints and log
 
 
+TIMES = ("train_time_s", "compile_time_s", "wall_time_s")
+
+
 class Checkpoints:
     """state_step*.pt of one run: written to a temporary file, synced, renamed; two are kept."""
 
@@ -1010,27 +1019,26 @@ class Checkpoints:
                 path.replace(path.with_suffix(".pt.abandoned"))
                 say(f"{path.name} is set aside as {path.name}.abandoned, step {step} is the last "
                     "that counts")
-        for part in self.folder.glob("state_step*.pt.part"):
+        for part in self.folder.glob("state_step*.pt.*part"):
             part.unlink()  # of a run that was killed while saving
 
     def save(self, state: dict):
         path = self.folder / f"state_step{state['step']:06d}.pt"
-        part = path.with_suffix(".pt.part")
+        part = path.with_suffix(f".pt.{os.getpid()}.part")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
             with open(part, "wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
-            descriptor = os.open(self.folder, os.O_RDONLY)
-            os.fsync(descriptor)  # the rename, too, must survive a power cut
-            os.close(descriptor)
         except (OSError, RuntimeError) as error:  # torch.save turns some write errors into these
             part.unlink(missing_ok=True)
             cause = error if isinstance(error, OSError) else error.__context__
             reason = cause.strerror if isinstance(cause, OSError) else first_line(error)
             raise InputError(f"--output_dir: cannot write {path.name}: {reason}; "
                              f"checkpoints kept: {self.kept()}") from None
+        sync_folder(self.folder)
         for old in self.paths()[2:]:
             old.unlink()
 
@@ -1041,22 +1049,33 @@ class Checkpoints:
             if bad := archive.testzip():
                 raise ValueError(f"checksum of {bad} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        wanted = {"model", "optimizers", "step", "position", "config", "args", "rng"}
+        wanted = {"model", "optimizers", "step", "position", "config", "args", "rng", *TIMES}
         if missing := wanted - set(state):
             raise ValueError(f"not a checkpoint of this trainer, {min(missing)} is missing")
         return state
 
-    def newest(self, say) -> dict:
-        """Return the newest one that can be read; say which ones cannot."""
+    @classmethod
+    def load_sound(cls, path: Path) -> dict:
+        """Return load()'s in this version's names; raise any exception where content is damaged."""
+        state = of_this_version(cls.load(path), path)
+        refuse_damage(state)
+        return state
+
+    def newest(self, say) -> dict | None:
+        """Return the newest sound one, None where there never was one; say which are not sound."""
         for path in self.paths():
             try:
-                state = self.load(path)
+                return self.load_sound(path)
+            except InputError:  # if it is not for this version, the ones before are not either
+                raise
             except Exception as error:  # a truncated archive fails in many ways
                 say(f"warning: {path.name} cannot be read ({first_line(error)}): "
                     "trying the one before")
-            else:  # if it is not for this version, the ones before are not either
-                return of_this_version(state, path)
-        raise InputError(f"--resume: no readable checkpoint state_step*.pt in {self.folder}")
+        if found := sorted(path.name for path in self.folder.glob("state_step*.pt*")
+                           if path.suffix in (".pt", ".abandoned")):
+            raise InputError(f"--resume: no readable checkpoint in {self.folder}, which has "
+                             f"{', '.join(found)}")
+        return None
 
 
 # Flags that are gone, and the value at which they did nothing: such checkpoints still load.
@@ -1089,6 +1108,51 @@ def of_this_version(state: dict, path: Path) -> dict:
         raise InputError(f"{relative(str(path))} is of another version of this trainer: "
                          f"{error}") from None
     return state
+
+
+def refuse_damage(state: dict):
+    """Raise ValueError where a checkpoint does not hold what its own config and flags make."""
+    def demand(good, name: str):
+        if not good:
+            raise ValueError(f"{name} is damaged")
+
+    def demand_like(found: dict, wanted: dict, name: str):
+        demand(isinstance(found, dict) and found.keys() == wanted.keys(), name)
+        for key, like in wanted.items():
+            x = found[key]
+            demand(isinstance(x, Tensor) and x.layout == torch.strided and x.is_contiguous()
+                   and (x.shape, x.dtype) == (like.shape, like.dtype) and x.isfinite().all(),
+                   f"{name}.{key}")
+
+    for name, value in state["args"].items():
+        absent = value is None and DEFAULTS[name] is None and name not in DATA_FLAGS
+        demand(absent or FLAGS[name].kind.accepts(value), f"args.{name}")
+    for name in ("step", "position", *TIMES):
+        demand(isinstance(state[name], (int, float) if name in TIMES else int) and
+               0 <= state[name] < 1e18, name)
+    torch.Generator().set_state(state["rng"]["cpu"])
+    cuda = state["rng"]["cuda"]
+    demand(cuda is None or isinstance(cuda, Tensor) and cuda.dtype == torch.uint8, "rng.cuda")
+    with torch.device("meta"):  # shapes alone
+        model = GPT(GPTConfig(**state["config"]))
+    if state["model"].keys() - model.state_dict().keys():
+        return  # of another version: load_weights says so
+    demand_like(state["model"], model.state_dict(), "model")
+    names = ("optimizer", "learning_rate", "weight_decay", "rest_lr")
+    optimizers = make_optimizers(model, *(state["args"].get(name) for name in names))
+    demand(len(state["optimizers"]) == len(optimizers), "optimizers")
+    for optimizer, found in zip(optimizers, state["optimizers"]):
+        there, wanted = ([group["params"] for group in part["param_groups"]]
+                         for part in (found, optimizer.state_dict()))
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # before the first step there is none
+        steps = range(len(parameters)) if state["step"] else ()
+        demand(there == wanted and found["state"].keys() == {*steps}, "an optimizer")
+        for i, values in found["state"].items():
+            p = parameters[i]
+            like = dict(momentum_buffer=p) if isinstance(optimizer, Muon) else \
+                dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p)
+            demand_like(values, like, f"an optimizer.{i}")
 
 
 def load_weights(model: GPT, weights: dict, folder: Path):
@@ -1143,8 +1207,7 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             if resumed_step is not None:
                 self.cut_back(resumed_step)
-            self.text = open(folder / "train.log", "a", encoding="utf-8")
-            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+            (folder / "metrics.jsonl").touch()
             for text in record_source(folder):
                 self.line(text)
 
@@ -1159,28 +1222,28 @@ class RunLog:
     def cut_back(self, step: int):
         """Drop what was logged after `step`, summaries, and a line that a crash cut off."""
         path, kept = self.folder / "metrics.jsonl", []
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines(keepends=True):
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # damaged
                 values = json.loads(line)
                 summary = "wall_clock_time_to_target_loss" in values
                 if line.endswith("\n") and values["step"] <= step and not summary:
+                    if values["step"] == step and "val_loss" in values:
+                        self.val_loss = float(values["val_loss"])
                     kept.append(line)
-                    if values["step"] == step:
-                        self.val_loss = values.get("val_loss", self.val_loss)
         part = path.with_suffix(".jsonl.part")
         part.write_text("".join(kept), encoding="utf-8")
         part.replace(path)
 
-    def line(self, text: str):
+    def line(self, text: str, name: str = "train.log"):
         with self.errors():
-            self.text.write(text + "\n")
-            self.text.flush()
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+            # opened each time: so it is the file of that name; names in it need not be UTF-8
+            with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text + "\n")
 
     def metric(self, **values):
-        with self.errors():
-            self.metrics.write(json.dumps(values) + "\n")
-            self.metrics.flush()
+        self.line(json.dumps(values), "metrics.jsonl")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -1273,22 +1336,6 @@ class Runtime:
         return seed.item()
 
 
-@contextlib.contextmanager
-def caught_signals():
-    """Yield a list that grows by every SIGINT and SIGTERM, which otherwise do nothing.
-
-    So a repeated one is harmless: torchrun passes on what a terminal has already sent to all.
-    """
-    signals = []
-    before = {signum: signal.signal(signum, lambda signum, frame: signals.append(signum))
-              for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 class Clock:
     """Measure the seconds of steps; on a GPU by events, as the host runs ahead of it.
 
@@ -1355,9 +1402,8 @@ def refuse_leaks(model: GPT, shapes, runtime: Runtime, say, modes=(True, False))
 class Run:
     """One training run: its model, data, optimizers and files, and where it stands."""
 
-    def __init__(self, args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder: Path,
-                 signals: list[int]):
-        self.args, self.config, self.runtime, self.signals = args, config, runtime, signals
+    def __init__(self, args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder: Path):
+        self.args, self.config, self.runtime, self.signals = args, config, runtime, []
         self.device, self.folder = runtime.device, folder
         self.T, self.total_steps = config.sequence_length, args.num_iterations
         self.tokens = args.batch_size * self.T  # of a micro-batch
@@ -1367,14 +1413,15 @@ class Run:
         if self.step > self.total_steps:
             raise InputError(f"--num_iterations must be >= {self.step}, the step of the "
                              f"checkpoint, got {self.total_steps}")
-        self.open_data()  # before the model: what is wrong with data should not wait for it
+        # before the model: what is wrong with data should not wait for it
+        self.open_data((saved or {}).get("data_tokens"))
         torch.manual_seed(args.seed)
         self.model = GPT(config).to(self.device)
         if saved:  # before the log is cut back: weights that do not fit must cost nothing
             load_weights(self.model, saved.pop("model"), folder)
         self.log = RunLog(folder, self.step if saved else None) if runtime.rank == 0 else None
         self.checkpoints = Checkpoints(folder)
-        self.say(f"command: {relative(shlex.join(sys.argv))}"
+        self.say(f"command: {shlex.join(map(relative, sys.argv))}"
                  + (f", resumed at step {self.step}" if saved else ""))
         if runtime.rank == 0:
             self.checkpoints.set_aside_after(self.step, self.say)
@@ -1393,9 +1440,16 @@ class Run:
         self.clock = Clock(self.device, train_time)
         self.restore_progress(saved)
 
-    def open_data(self):
+    def open_data(self, tokens_before: int | None):
+        """Open the shards; `tokens_before`: of training, when the checkpoint was saved."""
         args, runtime = self.args, self.runtime
         self.stream = TokenStream(args.input_bin, self.config.vocab_size, "input_bin")
+        now = len(self.stream)
+        if args.row_order == "spread" and tokens_before not in (None, now) and self.position:
+            raise InputError(
+                f"--input_bin holds {now:,} tokens, {tokens_before:,} when the checkpoint was "
+                "saved: --row_order spread would read some rows twice and others never. Name the "
+                "shards of before, or go on with --row_order stream")
         self.val_stream = TokenStream(args.input_val_bin, self.config.vocab_size, "input_val_bin")
         self.val_tokens = count_val_tokens(args.val_tokens, self.val_stream)
         self.loader = TrainLoader(self.stream, args.batch_size, self.T, self.position, runtime.rank,
@@ -1465,6 +1519,11 @@ class Run:
         self.say(f"softmax of the loss: {usable('loss', device, dtype)[1]}")
         if self.fp8:
             self.say(self.fp8)
+        shared = {*map(os.path.realpath, self.stream.paths)} \
+            & {*map(os.path.realpath, self.val_stream.paths)}
+        if shared:
+            self.say(f"warning: {len(shared)} shards are both for training and for validation: the "
+                     "val_loss is of text that is learned")
         a_step = args.grad_accumulation_steps * self.tokens
         passes = (self.total_steps - self.step) * a_step / len(self.stream)
         self.say(f"data: {relative(args.input_bin)}, {len(self.stream):,} tokens, {passes:.3g} "
@@ -1488,8 +1547,10 @@ class Run:
         begin, model, runtime = time.perf_counter(), self.model, self.runtime
         if runtime.compile:
             model.compile()
-        to_come = dict.fromkeys(length_at(self.lengths, i, self.total_steps)
-                                for i in range(self.step, self.total_steps + 1))
+        ends = itertools.accumulate(share for _, share in self.lengths)
+        starts = [self.step, *(round(end * self.total_steps) for end in ends)]
+        to_come = dict.fromkeys(length_at(self.lengths, max(start, self.step), self.total_steps)
+                                for start in starts)
         # in the shapes that train, on the very graphs
         shapes = [(self.tokens // length, length) for length in to_come]
         refuse_leaks(model, shapes, runtime, self.say)
@@ -1525,8 +1586,10 @@ class Run:
         """Return all of the step's micro-batches before any of its work; none at the end."""
         if self.step == self.total_steps or self.reached is not None:
             return []
-        steps = self.args.grad_accumulation_steps // self.runtime.world
-        return [self.loader.next() for _ in range(steps)]
+        steps, batches = self.args.grad_accumulation_steps // self.runtime.world, []
+        while len(batches) < steps and not self.signals:
+            batches.append(self.loader.next())
+        return batches
 
     def goals(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return GPT.forward's targets and shares for the next tokens y (B, T)."""
@@ -1627,11 +1690,18 @@ class Run:
         if self.saved_step == self.step:
             return
         self.flush()
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        weights = self.model.state_dict()
+        averages = ((f"{name} of an optimizer", x) for optimizer in optimizers
+                    for values in optimizer["state"].values() for name, x in values.items())
+        for name, x in [*weights.items(), *averages]:
+            if not x.isfinite().all():
+                self.diverged(self.step, f"{name} is not finite", self.step)
         if self.runtime.rank == 0:
             cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
             self.checkpoints.save(dict(
-                model=self.model.state_dict(), step=self.step, position=self.position,
-                optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+                model=weights, optimizers=optimizers, step=self.step, position=self.position,
+                data_tokens=len(self.stream),
                 rng=dict(cpu=torch.get_rng_state(), cuda=cuda), config=asdict(self.config),
                 args=self.args.to_save, train_time_s=self.clock.total,
                 compile_time_s=self.compile_time, wall_time_s=self.wall_time()))
@@ -1706,13 +1776,20 @@ class Run:
         return 128 + signals[0] if signals else 0
 
 
-def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder: Path,
-          signals: list[int]) -> int:
+def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder: Path) -> int:
     """Train until num_iterations, target_val_loss, max_seconds or a signal; return the status."""
-    run = Run(args, config, runtime, saved, folder, signals)
+    run = Run(args, config, runtime, saved, folder)
     run.describe()
     run.check_and_compile()
     run.open_bar()
+    # until here there was nothing to save; a second signal does nothing, as torchrun sends two
+    with handled(lambda signum, frame: run.signals.append(signum)):
+        return train_loop(run)
+
+
+def train_loop(run: Run) -> int:
+    """Make steps until the run ends or is asked to; return the status."""
+    args, runtime = run.args, run.runtime
     while True:
         if run.step == 0 or run.is_due(args.save_every):
             run.save()  # before the validation, whose failure then costs nothing
@@ -1724,7 +1801,8 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder:
         except InputError as bad_data:
             error = bad_data
         late = args.max_seconds is not None and time.perf_counter() - START > args.max_seconds
-        if runtime.any_rank(bool(signals) or late or error is not None) or not batches:
+        stopped = bool(run.signals) or late or error is not None
+        if runtime.any_rank(stopped) or not batches:
             run.save()
             failed = runtime.of_ranks(error is not None)
             if any(failed):
@@ -1742,9 +1820,14 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder:
 
 @torch.no_grad()
 def generate(model: GPT, text: str, args, T: int, runtime: Runtime):
-    """Print a continuation of `text` token by token; attention looks back at most T tokens."""
-    encoding = gpt2_encoding()
-    tokens = encoding.encode_ordinary(text) or [encoding.eot_token]
+    """Print a continuation of `text` token by token; attention looks back at most T tokens.
+
+    <|endoftext|> in the text is the token.
+    """
+    encoding, tokens = gpt2_encoding(), []
+    for document in text.split("<|endoftext|>"):
+        tokens += [encoding.eot_token, *encoding.encode_ordinary(document)]
+    tokens = tokens[1:] or tokens
     model.check_length(len(tokens) + args.max_new_tokens - 1)
     generator = torch.Generator().manual_seed(args.seed)
     # a character may take several tokens
@@ -1767,18 +1850,13 @@ def sample(logits: Tensor, args, generator: torch.Generator) -> int:
     """Return one token of (vocab_size,): the likeliest at temperature 0, else one of the top_k."""
     if args.temperature == 0:
         return int(logits.argmax())
-    top = logits.topk(min(args.top_k, len(logits)))
+    top = logits.double().topk(min(args.top_k, len(logits)))
     scores = (top.values - top.values.max()) / args.temperature  # <= 0: none is too low
     return int(top.indices[torch.multinomial(F.softmax(scores, -1), 1, generator=generator)])
 
 
 # -----------------------------------------------------------------------------
 # command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(re.sub(r"^argument ", "", message))
 
 
 def show(value) -> str:
@@ -1825,7 +1903,7 @@ def choose_preset(flags: dict, device: torch.device, say) -> dict:
     """Return the preset that is named, else the best that was measured here, and say which."""
     name = flags.get("preset")
     if name is None:
-        shards = glob.glob(str(ROOT / FINEWEB["input_bin"]))
+        shards = find_shards(str(ROOT / FINEWEB["input_bin"]))
         name = "fineweb" if device.type == "cuda" and shards else "shakespeare"
         why = "a GPU and FineWeb's shards are here" if name == "fineweb" else \
             "there is no GPU" if device.type == "cpu" else "FineWeb's shards are not in data/"
@@ -1837,7 +1915,7 @@ def choose_data(flags: dict, values: dict) -> dict:
     """Return absolute patterns of the shards: a flag's from here, others from the repository."""
     if len(flags.keys() & DATA_FLAGS) == 1:
         raise InputError("--input_bin and --input_val_bin go together, one is missing")
-    return {name: os.path.abspath(values[name] if name in flags else ROOT / values[name])
+    return {name: os.path.abspath(to_path(values[name]) if name in flags else ROOT / values[name])
             for name in DATA_FLAGS}
 
 
@@ -1848,7 +1926,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_gpus(asked: int | None, device: torch.device, micro_batches: int, say) -> int:
-    """Return how many cards share out a step's micro-batches; raise InputError for --gpus."""
+    """Return how many processes to start, one a card, which share out a step's micro-batches.
+
+    It is 1 where torchrun has started this one. Raises InputError for --gpus.
+    """
+    if "RANK" in os.environ:
+        if asked not in (None, world := ranks()[1]):
+            raise InputError(f"--gpus must be the number of ranks under torchrun, {world}, "
+                             f"got {asked}")
+        return 1
     there = torch.cuda.device_count() if device.type == "cuda" else 0
     if asked is None:
         most = max(n for n in range(1, max(there, 1) + 1) if micro_batches % n == 0)
@@ -1865,16 +1951,25 @@ def choose_gpus(asked: int | None, device: torch.device, micro_batches: int, say
     return asked
 
 
-def launch(ranks: int) -> int:
+def own_card(local_rank: int) -> torch.device:
+    """Return this process's CUDA device, which becomes the current one."""
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(f"the environment has LOCAL_RANK {local_rank}, but there are "
+                         f"{torch.cuda.device_count()} CUDA devices")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def launch(processes: int) -> int:
     """Run this command by torchrun in so many processes, one a card; return the exit status."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # torchrun would choose 1 and warn
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     try:
-        torchrun.main(["--standalone", f"--nproc_per_node={ranks}", *sys.argv])
+        torchrun.main(["--standalone", f"--nproc_per_node={processes}", *sys.argv])
     except SignalException as stopped:  # it has passed the signal on, and the ranks have saved
         return 128 + stopped.sigval
     except ChildFailedError as error:
@@ -1890,27 +1985,49 @@ def launch(ranks: int) -> int:
     return 0
 
 
-def find_checkpoint(flags: dict, say) -> tuple[dict, Path]:
-    """Return (state, folder of the run) that --resume, --eval_only or --generate ask for."""
-    source = flags.get("resume", "auto")
-    if source != "auto":
-        path = Path(source)
-        try:
-            state = Checkpoints.load(path)
-        except Exception as error:
-            raise InputError(f"--resume {source}: no readable checkpoint "
-                             f"({first_line(error)})") from None
-        return of_this_version(state, path), Path(flags.get("output_dir", path.parent))
+def holds_run(folder: Path) -> bool:
+    metrics = folder / "metrics.jsonl"
+    return bool(Checkpoints(folder).paths()) or metrics.is_file() and metrics.stat().st_size > 0
+
+
+def choose_folder(flags: dict, only_read: bool) -> Path | None:
+    """Return the folder that --output_dir or a checkpoint names, or None for one of a new run."""
     if "output_dir" in flags:
-        folder = Path(flags["output_dir"])
-    else:
-        runs = sorted(ROOT.glob("runs/*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
-        if not runs:
-            raise InputError("--output_dir: no run with a checkpoint under runs/, name the folder "
-                             "of one")
-        folder = runs[-1].parent
-    say(f"checkpoint: newest in {relative(str(folder))}")
-    return Checkpoints(folder).newest(say), folder
+        return to_path(flags["output_dir"])
+    if flags.get("resume", "auto") != "auto":
+        return to_path(flags["resume"]).parent
+    if "resume" not in flags and not only_read:
+        return None
+    runs = sorted(ROOT.glob("runs/*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise InputError("--output_dir: no run with a checkpoint under runs/, name the folder of "
+                         "one")
+    return runs[-1].parent
+
+
+def find_checkpoint(flags: dict, folder: Path, only_read: bool, say) -> dict | None:
+    """Return the state that --resume, --eval_only or --generate ask for, None for a new run."""
+    source = flags.get("resume", "auto")
+    if source == "auto":
+        say(f"checkpoint: newest in {relative(str(folder))}")
+        state = Checkpoints(folder).newest(say)
+        if state is None and only_read:
+            raise InputError(f"--output_dir {relative(str(folder))}: no checkpoint there")
+        if state is None:
+            say("there is none yet: this run begins anew")
+        return state
+    path = to_path(source)
+    try:
+        state = Checkpoints.load_sound(path)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"--resume {source}: no readable checkpoint "
+                         f"({first_line(error)})") from None
+    if not only_read and holds_run(folder) and not folder.samefile(path.parent):
+        raise InputError(f"--output_dir {relative(str(folder))} holds another run than --resume "
+                         f"{source}: name a new folder, or go on with --resume auto")
+    return state
 
 
 def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
@@ -1963,16 +2080,36 @@ def refuse_untrainable(config: GPTConfig, args):
                          f"dyadic, whose MLP sees completed blocks only, got {shortest}")
 
 
-def new_folder(flags: dict, args, rank: int) -> Path:
-    """Return the folder of a new run; raise InputError where it holds one."""
-    name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.mixer}"
-    folder = Path(flags.get("output_dir", ROOT / name))
-    metrics = folder / "metrics.jsonl"
-    holds = Checkpoints(folder).paths() or metrics.is_file() and metrics.stat().st_size
-    if rank == 0 and holds:
-        raise InputError(f"--output_dir {relative(str(folder))} holds a run: add --resume auto, "
-                         "or name another")
-    return folder
+def new_folder(args) -> Path:
+    """Return a folder's name for a new run."""
+    folder = ROOT / f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.mixer}"
+    return folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
+
+
+def refuse_too_large(config: GPTConfig, args, device: torch.device, only_read: bool):
+    """Raise InputError, naming the flags that matter, where memory cannot be enough."""
+    step = args.batch_size * config.sequence_length * args.grad_accumulation_steps
+    if step > MOST_TOKENS:
+        raise InputError("--batch_size x --sequence_length x --grad_accumulation_steps must be <= "
+                         f"{MOST_TOKENS:,} tokens a step, got {step:,}")
+    with torch.device("meta"):  # shapes alone
+        model = GPT(config)
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" \
+        else machine_memory()
+    rows = args.val_batch_size if only_read else args.batch_size
+    # weights, gradients and an average; two residuals a layer in bf16; what makes the taps
+    needs = {
+        "--model, --afno_num_experts or --afno_short_conv":
+            sum(p.numel() for p in model.parameters()) * (4 if only_read else 12),
+        "--batch_size, --val_batch_size or --sequence_length": 4 * config.n_embd * max(
+            rows * args.sequence_length * (1 if only_read else config.n_layer),
+            args.val_batch_size * args.sequence_length),
+        "--afno_filter_length or --afno_num_experts":
+            sum(4 * module.num_modes * module.mlp.w1[:, :, 0].numel()
+                for module in model.modules() if hasattr(module, "num_modes"))}
+    if (total := sum(needs.values())) > there:
+        raise InputError(f"{max(needs, key=needs.get)} ask for too much: at least "
+                         f"{total / 2**30:,.3g} GiB of memory, there are {there / 2**30:,.3g}")
 
 
 def read_checkpoint(flags: dict, args, config: GPTConfig, runtime: Runtime, saved: dict,
@@ -1994,8 +2131,10 @@ def read_checkpoint(flags: dict, args, config: GPTConfig, runtime: Runtime, save
     val_stream = TokenStream(args.input_val_bin, config.vocab_size, "input_val_bin")
     val_tokens = count_val_tokens(args.val_tokens, val_stream)
     total = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, runtime)
-    print(f"step:{saved['step']} sequence_length:{T} val_tokens:{val_tokens} "
-          f"val_loss:{total.sum().item() / val_tokens:.4f}")
+    loss = total.sum().item() / val_tokens
+    print(f"step:{saved['step']} sequence_length:{T} val_tokens:{val_tokens} val_loss:{loss:.4f}")
+    if not math.isfinite(loss):
+        raise Diverged(f"validation loss {loss}")
     for first, last, loss in loss_by_position(total, val_tokens):
         print(f"positions {first}-{last}: {loss:.4f}")
 
@@ -2004,57 +2143,67 @@ def main(argv: list[str]) -> int:
     """Train, evaluate or generate as the flags say; return the exit status."""
     flags = parse_flags(argv)
     device = choose_device(flags.get("device", "auto"))
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, local_rank = ranks()
 
     def say(text: str):  # until there is a log
         if rank == 0:
             print(text, file=sys.stderr, flush=True)
 
     only_read, saved = "generate" in flags or "eval_only" in flags, None
-    if only_read or "resume" in flags:
-        saved, folder = find_checkpoint(flags, say)
-    args = merge_flags(flags, device, saved, say)
-    if not saved:
-        folder = new_folder(flags, args, rank)
-    config = config_of(flags, args, saved, folder, only_read)
-    refuse_untrainable(config, args)
-    if "RANK" in os.environ:
-        if args.gpus not in (None, world):
-            raise InputError(f"--gpus must be the number of ranks under torchrun, {world}, "
-                             f"got {args.gpus}")
-    elif not only_read:
-        gpus = choose_gpus(args.gpus, device, args.grad_accumulation_steps, say)
+    folder = choose_folder(flags, only_read)
+    with contextlib.ExitStack() as stack:
+        own = lambda folder: rank == 0 and not only_read and stack.enter_context(
+            owned(folder, f"--output_dir {relative(str(folder))}"))
+        if folder is not None:
+            own(folder)  # before anything in it is looked at
+        if only_read or "resume" in flags:
+            saved = find_checkpoint(flags, folder, only_read, say)
+        args = merge_flags(flags, device, saved, say)
+        if folder is None:
+            folder = new_folder(args)
+            own(folder)
+        if rank == 0 and not saved and holds_run(folder):
+            hint = "" if "resume" in flags else "add --resume auto, or "
+            raise InputError(f"--output_dir {relative(str(folder))} holds a run: {hint}name "
+                             "another")
+        config = config_of(flags, args, saved, folder, only_read)
+        refuse_untrainable(config, args)
+        refuse_too_large(config, args, device, only_read)
+        gpus = 1 if only_read else choose_gpus(args.gpus, device, args.grad_accumulation_steps, say)
         if gpus > 1:
+            stack.close()  # the folder is rank 0's
             return launch(gpus)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    runtime = Runtime(device, getattr(torch, args.dtype), bool(args.compile), rank, world)
-    if only_read:
-        if rank == 0:  # one process is enough to evaluate or to write
-            runtime.world = 1
-            read_checkpoint(flags, args, config, runtime, saved, folder, say)
-        return 0
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=LONGEST_WAIT)
-        runtime.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
-    with caught_signals() as signals:
-        status = train(args, config, runtime, saved, folder, signals)
-    if world > 1:  # not after an error: it would wait for ranks that do not come
-        dist.destroy_process_group()
-    return status
+        runtime = Runtime(device, getattr(torch, args.dtype), bool(args.compile), rank, world)
+        if device.type == "cuda":
+            runtime.device = own_card(local_rank)
+        if only_read:
+            if rank == 0:  # one process is enough to evaluate or to write
+                runtime.world = 1
+                read_checkpoint(flags, args, config, runtime, saved, folder, say)
+            return 0
+        if world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                    timeout=LONGEST_WAIT)
+            runtime.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+        status = train(args, config, runtime, saved, folder)
+        if world > 1:  # not after an error: it would wait for ranks that do not come
+            dist.destroy_process_group()
+        return status
 
 
 def run(main_function) -> None:
     """Exit with the function's status; bad input is one clear line and status 2, divergence 1."""
-    rank, message = os.environ.get("RANK"), None
+    rank, message = None, None
+    show_safely()
     try:
+        rank = ranks()[0] if "RANK" in os.environ else None
         status = main_function(sys.argv[1:])
     except (InputError, Diverged) as error:
         message, status = str(error), 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:  # outside training, which saves first
         status = 130
+    except OSError as error:
+        message, status = f"{error.filename or 'output'}: {error.strerror or error}", 2
     except Exception as error:
         # a compiler's errors are RuntimeErrors, too, also where they hold that memory ran out
         ran_out = isinstance(error, RuntimeError) and any(

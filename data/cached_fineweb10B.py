@@ -2,16 +2,20 @@
 
     python data/cached_fineweb10B.py [N]    # the validation shard and N training shards (25)
 
-25 shards are the 2.5B tokens of the baseline's run; there are 103. A shard counts as present once
-its header and its size agree. Downloads that were cut off go on where they stopped.
+25 shards are the 2.5B tokens of the baseline's run; there are 103. A download is compared with the
+hub's sha256 once, before the shard gets its name; a shard that has its name counts as present where
+its header and its size agree. A shard whose download was cut off is downloaded again from its
+beginning.
 """
+import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data.text_to_bin import InputError, read_bin, run_main
+from data.text_to_bin import InputError, owned, read_bin, run_main
 
 REPO, OUT, ALL = "kjj0/fineweb10B-gpt2", ROOT / "data" / "fineweb10B", 103
 
@@ -24,23 +28,41 @@ def is_complete(path: Path) -> bool:
     return True
 
 
-def fetch(name: str, download) -> None:
+def fetch(name: str, download, sha256=None) -> None:
     """Make OUT/name a verified shard, or raise InputError.
 
-    `download` is huggingface_hub.hf_hub_download.
+    `download` is huggingface_hub.hf_hub_download; sha256(name) is the hub's digest, or None.
     """
-    path = OUT / name
-    if is_complete(path):
+    if is_complete(OUT / name):
         return
+    folder = OUT / ".download"
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
     try:
-        # a complete file that failed the check is a wrong one: force makes the client take it anew
-        download(repo_id=REPO, filename=name, repo_type="dataset", local_dir=str(OUT),
-                 force_download=path.exists())
-    except Exception as error:  # the hub's client lets those of its HTTP library through
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name}: no download from {REPO}, is the network there? "
-                         f"({reason})") from None
-    read_bin(path)
+        try:
+            download(repo_id=REPO, filename=name, repo_type="dataset", local_dir=str(folder),
+                     force_download=(OUT / name).exists())
+            expected = sha256(name) if sha256 else None
+        except Exception as error:  # the hub's client lets those of its HTTP library through
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{name}: no download from {REPO}, is the network there? "
+                             f"({reason})") from None
+        read_bin(folder / name)
+        if expected and (found := digest_of(folder / name)) != expected:
+            raise InputError(f"{name}: the download's sha256 is {found}, the hub's {expected}: "
+                             "try again")
+        os.replace(folder / name, OUT / name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def digest_of(path: Path) -> str:
+    """Return the sha256 of a file that is on the disk for good."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def main():
@@ -57,15 +79,17 @@ def main():
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not our one line
         try:
-            from huggingface_hub import hf_hub_download
+            from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
         except ImportError:
             raise InputError("the FineWeb download needs huggingface_hub: "
                              "pip install huggingface_hub") from None
         from tqdm import tqdm
 
-        OUT.mkdir(parents=True, exist_ok=True)
-        for name in tqdm(missing, desc="FineWeb shards", disable=None):
-            fetch(name, hf_hub_download)
+        sha256 = lambda name: get_hf_file_metadata(  # the tag of a large file
+            hf_hub_url(REPO, name, repo_type="dataset")).etag
+        with owned(OUT, str(OUT.relative_to(ROOT))):
+            for name in tqdm(missing, desc="FineWeb shards", disable=None):
+                fetch(name, hf_hub_download, sha256)
     print(f"{OUT.relative_to(ROOT)}: {len(names)} shards, {len(missing)} of them new")
 
 

@@ -1,28 +1,48 @@
 """Read training rows and validation tokens from .bin shards."""
 import glob
 import math
+import os
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.text_to_bin import InputError, read_bin, relative
+from data.text_to_bin import HEADER_BYTES, InputError, read_bin, relative
+
+
+def find_shards(pattern: str) -> list[str]:
+    """Return the files that match, sorted; as much of the pattern as exists is no pattern."""
+    there = pattern
+    while there and not os.path.exists(there):
+        there = os.path.dirname(there)
+    return sorted(glob.glob(glob.escape(there) + pattern[len(there):]))
 
 
 class TokenStream:
-    """All shards that match a pattern, as one memory-mapped sequence without beginning or end."""
+    """All shards that match a pattern, as one sequence without beginning or end.
+
+    They are read, not mapped: a mapped file that shrinks would kill the process.
+    """
 
     def __init__(self, pattern: str, vocab_size: int, flag: str):
-        self.paths, self.vocab_size = sorted(glob.glob(pattern)), vocab_size
+        self.paths, self.vocab_size = find_shards(pattern), vocab_size
         if not self.paths:
             raise InputError(f"--{flag}: no shard matches {relative(pattern)} (data/shakespeare.py,"
                              " data/cached_fineweb10B.py and data/text_to_bin.py make some)")
-        self.shards = [read_bin(path) for path in self.paths]
-        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self.starts = np.cumsum([0] + [len(read_bin(path)) for path in self.paths])
+        self.files = [os.open(path, os.O_RDONLY) for path in self.paths]
+        weakref.finalize(self, lambda files: [os.close(file) for file in files], self.files)
+        self.stamps = [self.stamp(shard) for shard in range(len(self.files))]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def stamp(self, shard: int) -> tuple[int, int]:
+        """Return what changes when somebody writes to the file: its size and its time."""
+        status = os.fstat(self.files[shard])
+        return status.st_size, status.st_mtime_ns
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return (number of the shard, offset of the token in it)."""
@@ -39,14 +59,26 @@ class TokenStream:
         parts, begin = [], position
         while count > 0:
             shard, offset = self.locate(begin)
-            parts.append(self.shards[shard][offset : offset + count].astype(np.int64))
-            begin, count = begin + len(parts[-1]), count - len(parts[-1])
-        tokens = np.concatenate(parts)
+            size = min(count, int(self.starts[shard + 1] - self.starts[shard]) - offset)
+            parts.append(self.read_shard(shard, offset, size))
+            begin, count = begin + size, count - size
+        tokens = np.concatenate(parts).astype(np.int64)
         if tokens.max() >= self.vocab_size:
             at = int((tokens >= self.vocab_size).argmax())
             raise InputError(f"{self.where(position + at)}: token {tokens[at]}, "
                              f"the vocabulary has {self.vocab_size}")
         return torch.from_numpy(tokens)
+
+    def read_shard(self, shard: int, offset: int, count: int) -> np.ndarray:
+        """Return tokens of one shard, uint16; raise InputError where it is not what it was."""
+        try:
+            data = os.pread(self.files[shard], 2 * count, HEADER_BYTES + 2 * offset)
+        except OSError as error:
+            raise InputError(f"{self.paths[shard]}: {error.strerror}") from None
+        if len(data) < 2 * count or self.stamp(shard) != self.stamps[shard]:
+            raise InputError(f"{self.paths[shard]}: somebody has written to this file since the "
+                             "run began")
+        return np.frombuffer(data, dtype="<u2")
 
 
 def to_device(tokens: Tensor, device: torch.device) -> Tensor:

@@ -12,7 +12,6 @@ evaluated at 1024 (eval-1024.txt). Ctrl-C or SIGTERM stops the run in hand, whic
 command goes on from there and skips finished runs.
 """
 import argparse
-import glob
 import math
 import os
 import re
@@ -30,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_gpt2_afno as trainer  # noqa: E402
+from data.loader import find_shards  # noqa: E402
 from data.text_to_bin import InputError  # noqa: E402
 from experiments.plot_runs import Run, plot, read_run, time_to_loss  # noqa: E402
 
@@ -230,7 +230,7 @@ def data_flags(data: str) -> dict[str, str]:
     found, start = {}, f"{data}/*" if os.path.isdir(data) else data
     for flag, part in (("--input_bin", "train"), ("--input_val_bin", "val")):
         pattern = f"{start}{part}_*.bin"
-        if not glob.glob(pattern):
+        if not find_shards(pattern):
             raise InputError(f"--data {data}: not a folder of shards, nor how their paths begin: "
                              f"no file {pattern}")
         found[flag] = trainer.relative(os.path.abspath(pattern))

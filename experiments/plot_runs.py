@@ -58,7 +58,7 @@ def read_run(path: Path) -> Run:
                 run.curve.append((row["tokens"], row["train_time_s"], row["val_loss"]))
             elif "wall_clock_time_to_target_loss" in row:
                 run.summary = row
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):
                 raise InputError(f"{run.file}: line {number} is not a row of metrics") from None
             # the last line of a run that was killed, or is still writing, may be cut off

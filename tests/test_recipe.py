@@ -95,7 +95,8 @@ def test_tables_stream_and_do_not_leak(options):
 
 
 def test_tables_recompute_to_the_same_gradients():
-    model, idx, gradients = moved(**TABLES, attn_layers=(1,)).double(), random_tokens((2, 24), 97), []
+    model, gradients = moved(**TABLES, attn_layers=(1,)).double(), []
+    idx = random_tokens((2, 24), 97)
     for recompute in (False, True):
         for block in model.transformer.h:
             block.recompute = recompute

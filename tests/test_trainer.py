@@ -1013,7 +1013,6 @@ def test_two_ranks_give_one_processs_losses(data, tmp_path, script, more, tolera
      "--curriculum must be > 64 .*, got 8"),
     ("--momentum 1", "--momentum: must be a number >= 0 and <= 0.9999, got 1"),
     ("--beta2 -0.1", "--beta2: must be a number >= 0 and <= 0.999999, got -0.1"),
-    ("--resume auto", "--resume: no readable checkpoint"),
     ("--resume nothing.pt", "--resume nothing.pt: no readable checkpoint"),
 ))
 def test_bad_flags_get_one_line(data, tmp_path, more, message):
