@@ -45,8 +45,9 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
 from afno import (AFNO1D, FORMS, ROUTINGS, DyadicOperator, ShortConv, check_arguments, rmsnorm,
                   taps_at_once)
 from data.loader import TokenStream, TrainLoader, count_val_tokens, find_shards, to_device
-from data.text_to_bin import (ROOT, InputError, Parser, gpt2_encoding, handled, machine_memory,
-                              owned, ranks, relative, show_safely, sync_folder, to_path)
+from data.text_to_bin import (ROOT, InputError, Kind, Parser, gpt2_encoding, handled, integer,
+                              machine_memory, number, one_of, owned, ranks, relative, show_safely,
+                              sync_folder, to_path)
 from kernels import operators, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
@@ -57,43 +58,6 @@ START = time.perf_counter()
 
 # -----------------------------------------------------------------------------
 # flags: one table. GPTConfig, --help, range checks, presets and checkpoints come from it.
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a flag's value may be: `parse` makes it of text, `accepts` tests it, `words` say it."""
-
-    parse: callable
-    accepts: callable
-    words: str
-    metavar: str
-
-    def __call__(self, text: str):
-        """Return the value of the command line's text; raise argparse's error with the range."""
-        try:
-            value = self.parse(text)
-        except ValueError:
-            value = None
-        if value is None or not self.accepts(value):
-            raise argparse.ArgumentTypeError(f"must be {self.words}, got {text}")
-        return value
-
-
-def integer(low: int, high: int = 10**9) -> Kind:
-    accepts = lambda value: isinstance(value, int) and low <= value <= high
-    return Kind(int, accepts, f"an integer >= {low} and <= {high:,}", "N")
-
-
-def number(low: float, high: float, include_low: bool = True) -> Kind:
-    accepts = lambda value: low <= value <= high and (include_low or value > low)
-    sign = ">=" if include_low else ">"
-    return Kind(float, accepts, f"a number {sign} {low:g} and <= {high:g}", "X")
-
-
-def one_of(*choices) -> Kind:
-    parse = {str(choice): choice for choice in choices}.get
-    names = [str(choice) for choice in choices]
-    return Kind(parse, choices.__contains__, f"one of {', '.join(names)}", "|".join(names))
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -111,9 +75,11 @@ def parse_shares(text: str) -> tuple[tuple[int, float], ...]:
 SWITCH = one_of(0, 1)
 PRESENT = one_of(False, True)  # a flag without a value
 TEXT = Kind(str, lambda value: isinstance(value, str), "text", "TEXT")
-LAYERS = Kind(parse_layers, lambda value: True, "layer numbers such as 3,9, or none", "L,L")
+LAYERS = Kind(parse_layers, lambda value: isinstance(value, tuple) and
+              {*map(type, value)} <= {int}, "layer numbers such as 3,9, or none", "L,L")
 SHARES = Kind(
-    parse_shares, lambda parts: all(length >= 1 and share > 0 for length, share in parts) and
+    parse_shares, lambda parts: all(type(length) is int and length >= 1 and share > 0
+                                    for length, share in parts) and
     math.isclose(sum(share for _, share in parts), 1, abs_tol=1e-6),
     "length:share,length:share,... with integer lengths >= 1 and shares > 0 that sum to 1",
     "T:SHARE,...")
@@ -1056,7 +1022,7 @@ class Checkpoints:
 
     @classmethod
     def load_sound(cls, path: Path) -> dict:
-        """Return load()'s in this version's names; raise any exception where content is damaged."""
+        """Return load()'s in this version's names; raise OtherVersion or, for damage, any other."""
         state = of_this_version(cls.load(path), path)
         refuse_damage(state)
         return state
@@ -1066,7 +1032,7 @@ class Checkpoints:
         for path in self.paths():
             try:
                 return self.load_sound(path)
-            except InputError:  # if it is not for this version, the ones before are not either
+            except OtherVersion:  # the ones before are not for this version either
                 raise
             except Exception as error:  # a truncated archive fails in many ways
                 say(f"warning: {path.name} cannot be read ({first_line(error)}): "
@@ -1078,12 +1044,16 @@ class Checkpoints:
         return None
 
 
+class OtherVersion(InputError):
+    """Say that a whole checkpoint is of another version of this trainer."""
+
+
 # Flags that are gone, and the value at which they did nothing: such checkpoints still load.
 GONE = dict(afno_gate=0, afno_relu="cartesian", mlp_ratio=4, grad_clip=0.0)
 
 
 def of_this_version(state: dict, path: Path) -> dict:
-    """Return the checkpoint in this version's names; raise InputError for flags that are gone."""
+    """Return the checkpoint in this version's names; raise OtherVersion for what is gone."""
     config = state["config"]
     baseline = (2 * config["n_layer"]) ** -0.5
     # what it was before there was a flag for it
@@ -1098,15 +1068,15 @@ def of_this_version(state: dict, path: Path) -> dict:
             if values.get(name) == neutral:
                 del values[name]
         if gone := sorted(name for name in values if name not in known and values[name]):
-            raise InputError(f"{relative(str(path))} is of another version of this trainer, which "
-                             f"had {', '.join(gone)}: its train.log names that version")
+            raise OtherVersion(f"{relative(str(path))} is of another version of this trainer, "
+                               f"which had {', '.join(gone)}: its train.log names that version")
         for name in set(values) - set(known):
             del values[name]
-    try:
-        GPTConfig(**config)
-    except InputError as error:  # a choice that is gone
-        raise InputError(f"{relative(str(path))} is of another version of this trainer: "
-                         f"{error}") from None
+    for name, value in config.items():
+        flag = FLAGS[name]
+        if isinstance(value, str) and isinstance(flag.default, str) and not flag.kind.accepts(value):
+            raise OtherVersion(f"{relative(str(path))} is of another version of this trainer: "
+                               f"--{name} must be {flag.kind.words}, got {value}")
     return state
 
 
@@ -1124,6 +1094,7 @@ def refuse_damage(state: dict):
                    and (x.shape, x.dtype) == (like.shape, like.dtype) and x.isfinite().all(),
                    f"{name}.{key}")
 
+    demand(state["args"].keys() >= {"optimizer", *DATA_FLAGS}, "args")
     for name, value in state["args"].items():
         absent = value is None and DEFAULTS[name] is None and name not in DATA_FLAGS
         demand(absent or FLAGS[name].kind.accepts(value), f"args.{name}")
@@ -1135,9 +1106,11 @@ def refuse_damage(state: dict):
     demand(cuda is None or isinstance(cuda, Tensor) and cuda.dtype == torch.uint8, "rng.cuda")
     with torch.device("meta"):  # shapes alone
         model = GPT(GPTConfig(**state["config"]))
-    if state["model"].keys() - model.state_dict().keys():
-        return  # of another version: load_weights says so
-    demand_like(state["model"], model.state_dict(), "model")
+    found, wanted = state["model"], model.state_dict()
+    shapes = lambda weights: sorted(x.shape for x in weights.values())
+    if found.keys() != wanted.keys() and shapes(found) == shapes(wanted):
+        return  # other names, so of another version: load_weights says so
+    demand_like(found, wanted, "model")
     names = ("optimizer", "learning_rate", "weight_decay", "rest_lr")
     optimizers = make_optimizers(model, *(state["args"].get(name) for name in names))
     demand(len(state["optimizers"]) == len(optimizers), "optimizers")
@@ -2019,7 +1992,7 @@ def find_checkpoint(flags: dict, folder: Path, only_read: bool, say) -> dict | N
     path = to_path(source)
     try:
         state = Checkpoints.load_sound(path)
-    except InputError:
+    except OtherVersion:
         raise
     except Exception as error:
         raise InputError(f"--resume {source}: no readable checkpoint "

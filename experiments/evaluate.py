@@ -221,13 +221,13 @@ class Checkpoint:
         try:
             self.state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
             self.state = trainer.of_this_version(self.state, self.path)
-        except InputError:
+            self.config = trainer.GPTConfig(**self.state["config"])
+            self.label = f"{self.path.absolute().parent.name}@{self.state['step']}"
+        except trainer.OtherVersion:
             raise
         except Exception as error:  # a truncated archive fails in many ways
             raise InputError(f"{source}: no readable checkpoint "
                              f"({trainer.first_line(error)})") from None
-        self.config = trainer.GPTConfig(**self.state["config"])
-        self.label = f"{self.path.absolute().parent.name}@{self.state['step']}"
 
     def key(self, *more) -> list:
         """Return what a result depends on: the file and whatever else is named."""
