@@ -74,6 +74,9 @@ def parse_shares(text: str) -> tuple[tuple[int, float], ...]:
 
 SWITCH = one_of(0, 1)
 PRESENT = one_of(False, True)  # a flag without a value
+# below, rounding makes all logits alike, and the check at start finds that nothing depends on them
+SOFTCAP = Kind(float, lambda value: value == 0 or number(0.01, 1e6).accepts(value),
+               "a number >= 0 and <= 1e+06, but not between 0 and 0.01", "X")
 TEXT = Kind(str, lambda value: isinstance(value, str), "text", "TEXT")
 LAYERS = Kind(parse_layers, lambda value: isinstance(value, tuple) and
               {*map(type, value)} <= {int}, "layer numbers such as 3,9, or none", "L,L")
@@ -144,7 +147,7 @@ table("model",
       ("half_rotary", 0, SWITCH, "half of the rotary frequencies are 0, the rest from 1 to 1/1024"),
       ("value_residual", 0, SWITCH, "add a gated share of the first mixer's value to each value"),
       ("embedding_norm", 0, SWITCH, "rmsnorm after embedding and position"),
-      ("logit_softcap", 0.0, number(0, 1e6), "X: logits are X tanh(logits / X); 0: as they are"),
+      ("logit_softcap", 0.0, SOFTCAP, "X: logits are X tanh(logits / X); 0: as they are"),
       ("embedding_residual", 0, SWITCH, "each block reads a x + b embedding; a and b are learned"),
       ("pair_rows", 0, integer(0, 10**8), "rows of the table of token pairs; 0: none"),
       ("value_tables", 0, SWITCH, "layers 1, 2 and the last three add a table's row to the value"),
@@ -169,6 +172,7 @@ table("data and output",
 table("data and output",
       ("row_order", "stream", one_of("stream", "spread"),
        "training rows as they stand, or from all over the data, so that no document fills a batch"),
+      ("new_pass", 0, SWITCH, "spread: resume with other data than before, once each row was read"),
       common=False)
 table("optimization",
       ("batch_size", 16, integer(1, 2**16), "rows of a micro-batch on one device"),
@@ -232,7 +236,8 @@ PRESETS = {
 }
 DATA_FLAGS = ("input_bin", "input_val_bin")
 NOT_KEPT = ("preset", "output_dir", "device", "gpus", "compile", "resume", "eval_only", "generate",
-            "max_seconds", "max_new_tokens", "temperature", "top_k")  # not a checkpoint's to set
+            "max_seconds", "max_new_tokens", "temperature", "top_k",
+            "new_pass")  # not a checkpoint's to set
 DEFAULTS = {flag.name: flag.default for flag in FLAGS.values() if flag.group != "shape"}
 CONFIG_FLAGS = [flag for flag in FLAGS.values()
                 if flag.group in ("shape", "model") and flag.name not in ("preset", "model")]
@@ -1074,7 +1079,7 @@ def of_this_version(state: dict, path: Path) -> dict:
             del values[name]
     for name, value in config.items():
         flag = FLAGS[name]
-        if isinstance(value, str) and isinstance(flag.default, str) and not flag.kind.accepts(value):
+        if {type(value), type(flag.default)} == {str} and not flag.kind.accepts(value):
             raise OtherVersion(f"{relative(str(path))} is of another version of this trainer: "
                                f"--{name} must be {flag.kind.words}, got {value}")
     return state
@@ -1098,18 +1103,20 @@ def refuse_damage(state: dict):
     for name, value in state["args"].items():
         absent = value is None and DEFAULTS[name] is None and name not in DATA_FLAGS
         demand(absent or FLAGS[name].kind.accepts(value), f"args.{name}")
-    for name in ("step", "position", *TIMES):
-        demand(isinstance(state[name], (int, float) if name in TIMES else int) and
-               0 <= state[name] < 1e18, name)
+    for name in ("step", "position", "data_tokens", "pass_began", *TIMES):
+        value = state.get(name, 0)  # before there was a key for it
+        demand(type(value) in ((int, float) if name in TIMES else (int,)) and 0 <= value < 1e18,
+               name)
     torch.Generator().set_state(state["rng"]["cpu"])
     cuda = state["rng"]["cuda"]
     demand(cuda is None or isinstance(cuda, Tensor) and cuda.dtype == torch.uint8, "rng.cuda")
     with torch.device("meta"):  # shapes alone
         model = GPT(GPTConfig(**state["config"]))
     found, wanted = state["model"], model.state_dict()
+    names = lambda weights: {re.sub(r"\d+", "", name) for name in weights}
     shapes = lambda weights: sorted(x.shape for x in weights.values())
-    if found.keys() != wanted.keys() and shapes(found) == shapes(wanted):
-        return  # other names, so of another version: load_weights says so
+    if names(found) != names(wanted) and shapes(found) == shapes(wanted):
+        return  # renamed, so of another version: load_weights says so
     demand_like(found, wanted, "model")
     names = ("optimizer", "learning_rate", "weight_decay", "rest_lr")
     optimizers = make_optimizers(model, *(state["args"].get(name) for name in names))
@@ -1387,7 +1394,7 @@ class Run:
             raise InputError(f"--num_iterations must be >= {self.step}, the step of the "
                              f"checkpoint, got {self.total_steps}")
         # before the model: what is wrong with data should not wait for it
-        self.open_data((saved or {}).get("data_tokens"))
+        self.open_data(saved or {})
         torch.manual_seed(args.seed)
         self.model = GPT(config).to(self.device)
         if saved:  # before the log is cut back: weights that do not fit must cost nothing
@@ -1413,16 +1420,22 @@ class Run:
         self.clock = Clock(self.device, train_time)
         self.restore_progress(saved)
 
-    def open_data(self, tokens_before: int | None):
-        """Open the shards; `tokens_before`: of training, when the checkpoint was saved."""
+    def open_data(self, saved: dict):
+        """Open the shards; in the order `spread` a pass that has begun needs the same data."""
         args, runtime = self.args, self.runtime
         self.stream = TokenStream(args.input_bin, self.config.vocab_size, "input_bin")
-        now = len(self.stream)
-        if args.row_order == "spread" and tokens_before not in (None, now) and self.position:
-            raise InputError(
-                f"--input_bin holds {now:,} tokens, {tokens_before:,} when the checkpoint was "
-                "saved: --row_order spread would read some rows twice and others never. Name the "
-                "shards of before, or go on with --row_order stream")
+        self.pass_began, now = saved.get("pass_began", 0), len(self.stream)
+        before = saved.get("data_tokens") or now
+        if args.row_order == "spread" and before != now and self.position:
+            left = self.pass_began + (before - 1) // self.T * self.T - self.position
+            if left > 0 or not args.new_pass:
+                step = self.step + max(0, -(-left // (args.grad_accumulation_steps * self.tokens)))
+                raise InputError(
+                    f"--input_bin holds {now:,} tokens, {before:,} when the checkpoint was saved: "
+                    "--row_order spread would read some rows twice and others never. Name the "
+                    f"shards of before, or go on with --row_order stream, or from step {step} on, "
+                    "when each row was read, begin a pass over the new data with --new_pass 1")
+            self.pass_began = self.position
         self.val_stream = TokenStream(args.input_val_bin, self.config.vocab_size, "input_val_bin")
         self.val_tokens = count_val_tokens(args.val_tokens, self.val_stream)
         self.loader = TrainLoader(self.stream, args.batch_size, self.T, self.position, runtime.rank,
@@ -1674,7 +1687,7 @@ class Run:
             cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
             self.checkpoints.save(dict(
                 model=weights, optimizers=optimizers, step=self.step, position=self.position,
-                data_tokens=len(self.stream),
+                data_tokens=len(self.stream), pass_began=self.pass_began,
                 rng=dict(cpu=torch.get_rng_state(), cuda=cuda), config=asdict(self.config),
                 args=self.args.to_save, train_time_s=self.clock.total,
                 compile_time_s=self.compile_time, wall_time_s=self.wall_time()))
