@@ -74,8 +74,8 @@ def parse_shares(text: str) -> tuple[tuple[int, float], ...]:
 
 SWITCH = one_of(0, 1)
 PRESENT = one_of(False, True)  # a flag without a value
-# below, rounding makes all logits alike, and the check at start finds that nothing depends on them
-SOFTCAP = Kind(float, lambda value: value == 0 or number(0.01, 1e6).accepts(value),
+# a smaller cap rounds all logits to the same: then no output depends on any token
+SOFTCAP = Kind(float, lambda value: number(0, 1e6).accepts(value) and not 0 < value < 0.01,
                "a number >= 0 and <= 1e+06, but not between 0 and 0.01", "X")
 TEXT = Kind(str, lambda value: isinstance(value, str), "text", "TEXT")
 LAYERS = Kind(parse_layers, lambda value: isinstance(value, tuple) and

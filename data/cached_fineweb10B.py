@@ -20,7 +20,6 @@ from data.text_to_bin import InputError, owned, read_bin, run_main, warn_once
 
 REPO, OUT, ALL = "kjj0/fineweb10B-gpt2", ROOT / "data" / "fineweb10B", 103
 SUMS = "sha256.txt"  # as sha256sum writes and checks it
-NOT_COMPARED = "the shards that are there are not compared with the hub's: {}"
 
 
 def is_complete(path: Path) -> bool:
@@ -53,14 +52,15 @@ def fetch(name: str, download, sha256=None) -> None:
             expected = sha256(name) if sha256 else None
             if is_complete(path) and digest_of(path) != expected:
                 path.unlink()
-            if not is_complete(path):
+            missing = not is_complete(path)
+            if missing:
                 download(repo_id=REPO, filename=name, repo_type="dataset", local_dir=str(folder),
                          force_download=path.exists())
         except Exception as error:  # the hub's client lets those of its HTTP library through
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"{name}: no download from {REPO}, is the network there? "
                              f"({reason})") from None
-        if folder.exists():
+        if missing:
             read_bin(folder / name)
             if expected and (found := digest_of(folder / name)) != expected:
                 raise InputError(f"{name}: the download's sha256 is {found}, the hub's {expected}: "
@@ -83,6 +83,24 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def fetch_all(names: list[str]):
+    """Fetch shards from the hub, or compare them with it."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not our one line
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    except ImportError:
+        raise InputError("the FineWeb download needs huggingface_hub: "
+                         "pip install huggingface_hub") from None
+    from tqdm import tqdm
+
+    sha256 = lambda name: get_hf_file_metadata(  # the tag of a large file
+        hf_hub_url(REPO, name, repo_type="dataset")).etag
+    with owned(OUT, str(OUT.relative_to(ROOT))):
+        for name in tqdm(names, desc="FineWeb shards", disable=None):
+            fetch(name, hf_hub_download, sha256)
+
+
 def main():
     try:
         count = int(sys.argv[1]) if len(sys.argv) > 1 else 25
@@ -94,28 +112,12 @@ def main():
     names.insert(0, "fineweb_val_000000.bin")
     missing = [name for name in names if not is_complete(OUT / name)]
     if unknown := [*missing, *sorted({*names} - {*missing} - verified())]:
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not our one line
         try:
-            from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-        except ImportError:
-            if not missing:
-                return warn_once(NOT_COMPARED.format("huggingface_hub is not installed"))
-            raise InputError("the FineWeb download needs huggingface_hub: "
-                             "pip install huggingface_hub") from None
-        from tqdm import tqdm
-
-        sha256 = lambda name: get_hf_file_metadata(  # the tag of a large file
-            hf_hub_url(REPO, name, repo_type="dataset")).etag
-        with owned(OUT, str(OUT.relative_to(ROOT))):
-            for name in tqdm(unknown, desc="FineWeb shards", disable=None):
-                try:
-                    fetch(name, hf_hub_download, sha256)
-                except InputError as error:
-                    if not is_complete(OUT / name):
-                        raise
-                    warn_once(NOT_COMPARED.format(error))
-                    break
+            fetch_all(unknown)
+        except InputError as error:
+            if not all(is_complete(OUT / name) for name in names):
+                raise
+            warn_once(f"shards that are there are not compared with the hub's: {error}")
     print(f"{OUT.relative_to(ROOT)}: {len(names)} shards, {len(missing)} of them new")
 
 

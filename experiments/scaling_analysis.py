@@ -553,7 +553,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--parts", default=",".join(PARTS),
         help=f"some of {', '.join(PARTS)}, or none: tables and plots alone")
-    add("--lengths", type=lambda text: list(map(tokens, text.split(","))), 
+    add("--lengths", type=lambda text: list(map(tokens, text.split(","))),
         default="256,512,1024,2048,4096,8192,16384,32768,65536",
         help="of operator and step; batch is measured at those of 1024 and 8192 among them")
     add("--tokens", type=tokens, default=65536, help="at every length")

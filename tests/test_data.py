@@ -535,7 +535,8 @@ def test_shards_of_before_are_kept_where_the_hub_cannot_be_asked(hub, monkeypatc
     hub.get_hf_file_metadata = Mock(side_effect=ConnectionError("no route"))
     fineweb(monkeypatch, "1")
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith("warning: the shards that are there are not")
+    assert len(said) == 1 and said[0].startswith("warning: shards that are there are not compared")
+    assert not (hub.out / "sha256.txt").exists()
     with pytest.raises(InputError, match="fineweb_train_000002.bin: no download"):
         fineweb(monkeypatch, "2")
 
