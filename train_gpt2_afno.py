@@ -2177,8 +2177,12 @@ def main(argv: list[str]) -> int:
         return status
 
 
-def run(main_function) -> None:
-    """Exit with the function's status; bad input is one clear line and status 2, divergence 1."""
+def run(main_function, memory: str = "--batch_size (and raise --grad_accumulation_steps to match), "
+        "or --val_batch_size, --sequence_length or --model") -> None:
+    """Exit with the function's status; bad input is one clear line and status 2, divergence 1.
+
+    memory: the flags to lower where there is not enough.
+    """
     rank, message = None, None
     show_safely()
     try:
@@ -2195,9 +2199,7 @@ def run(main_function) -> None:
         ran_out = isinstance(error, RuntimeError) and any(
             text in str(error) for text in ("can't allocate memory", "out of memory"))
         if ran_out or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            message = "out of memory: lower --batch_size (and raise --grad_accumulation_steps to " \
-                f"match), or --val_batch_size, --sequence_length or --model ({first_line(error)})"
-            status = 2
+            message, status = f"out of memory: lower {memory} ({first_line(error)})", 2
         elif rank is None:
             raise
         else:

@@ -581,4 +581,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    trainer.run(main)
+    trainer.run(main, memory="--batch_tokens or --rows")

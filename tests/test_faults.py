@@ -947,3 +947,22 @@ def test_the_smallest_and_the_largest_number_of_a_flag_train(data, tmp_path, nam
     for value in (values[0], values[-1]):
         main(flags(data, tmp_path / f"{value}", f"--{name} {value} --num_iterations 2 "
                    "--optimizer muon --pair_rows 50 --warmup_iters 0"))
+
+
+@pytest.mark.parametrize("script, options, message", [
+    ("evaluate", "x", "lower --batch_tokens or --rows (4 GiB)"),
+    ("scaling_analysis", "--parts none", "lower --tokens (4 GiB)"),
+    ("generation_speed", "--preset shakespeare --attn_layers 1",
+     "lower --sequence_length or --model (4 GiB)"),
+])
+def test_an_experiment_without_memory_names_its_own_flags(monkeypatch, capsys, script, options,
+                                                          message):
+    def ran_out(*_, **__):
+        raise MemoryError("4 GiB")
+
+    for where, name in ((train_gpt2_afno, "choose_device"), (Path, "mkdir")):
+        monkeypatch.setattr(where, name, ran_out)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *options.split()])
+    path = text_to_bin.ROOT / f"experiments/{script}.py"
+    status, said = status_of(capsys, lambda: runpy.run_path(str(path), run_name="__main__"))
+    assert status == 2 and said.splitlines()[-1] == f"error: out of memory: {message}"
