@@ -45,8 +45,9 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
 from afno import (AFNO1D, FORMS, ROUTINGS, DyadicOperator, ShortConv, check_arguments, rmsnorm,
                   taps_at_once)
 from data.loader import TokenStream, TrainLoader, count_val_tokens, find_shards, to_device
-from data.text_to_bin import (ROOT, InputError, Parser, gpt2_encoding, handled, machine_memory,
-                              owned, ranks, relative, show_safely, sync_folder, to_path)
+from data.text_to_bin import (ROOT, InputError, Kind, Parser, gpt2_encoding, handled, integer,
+                              machine_memory, number, one_of, owned, ranks, relative, show_safely,
+                              sync_folder, to_path)
 from kernels import operators, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
@@ -57,43 +58,6 @@ START = time.perf_counter()
 
 # -----------------------------------------------------------------------------
 # flags: one table. GPTConfig, --help, range checks, presets and checkpoints come from it.
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a flag's value may be: `parse` makes it of text, `accepts` tests it, `words` say it."""
-
-    parse: callable
-    accepts: callable
-    words: str
-    metavar: str
-
-    def __call__(self, text: str):
-        """Return the value of the command line's text; raise argparse's error with the range."""
-        try:
-            value = self.parse(text)
-        except ValueError:
-            value = None
-        if value is None or not self.accepts(value):
-            raise argparse.ArgumentTypeError(f"must be {self.words}, got {text}")
-        return value
-
-
-def integer(low: int, high: int = 10**9) -> Kind:
-    accepts = lambda value: isinstance(value, int) and low <= value <= high
-    return Kind(int, accepts, f"an integer >= {low} and <= {high:,}", "N")
-
-
-def number(low: float, high: float, include_low: bool = True) -> Kind:
-    accepts = lambda value: low <= value <= high and (include_low or value > low)
-    sign = ">=" if include_low else ">"
-    return Kind(float, accepts, f"a number {sign} {low:g} and <= {high:g}", "X")
-
-
-def one_of(*choices) -> Kind:
-    parse = {str(choice): choice for choice in choices}.get
-    names = [str(choice) for choice in choices]
-    return Kind(parse, choices.__contains__, f"one of {', '.join(names)}", "|".join(names))
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -110,10 +74,15 @@ def parse_shares(text: str) -> tuple[tuple[int, float], ...]:
 
 SWITCH = one_of(0, 1)
 PRESENT = one_of(False, True)  # a flag without a value
+# a smaller cap rounds all logits to the same: then no output depends on any token
+SOFTCAP = Kind(float, lambda value: number(0, 1e6).accepts(value) and not 0 < value < 0.01,
+               "a number >= 0 and <= 1e+06, but not between 0 and 0.01", "X")
 TEXT = Kind(str, lambda value: isinstance(value, str), "text", "TEXT")
-LAYERS = Kind(parse_layers, lambda value: True, "layer numbers such as 3,9, or none", "L,L")
+LAYERS = Kind(parse_layers, lambda value: isinstance(value, tuple) and
+              {*map(type, value)} <= {int}, "layer numbers such as 3,9, or none", "L,L")
 SHARES = Kind(
-    parse_shares, lambda parts: all(length >= 1 and share > 0 for length, share in parts) and
+    parse_shares, lambda parts: all(type(length) is int and length >= 1 and share > 0
+                                    for length, share in parts) and
     math.isclose(sum(share for _, share in parts), 1, abs_tol=1e-6),
     "length:share,length:share,... with integer lengths >= 1 and shares > 0 that sum to 1",
     "T:SHARE,...")
@@ -178,7 +147,7 @@ table("model",
       ("half_rotary", 0, SWITCH, "half of the rotary frequencies are 0, the rest from 1 to 1/1024"),
       ("value_residual", 0, SWITCH, "add a gated share of the first mixer's value to each value"),
       ("embedding_norm", 0, SWITCH, "rmsnorm after embedding and position"),
-      ("logit_softcap", 0.0, number(0, 1e6), "X: logits are X tanh(logits / X); 0: as they are"),
+      ("logit_softcap", 0.0, SOFTCAP, "X: logits are X tanh(logits / X); 0: as they are"),
       ("embedding_residual", 0, SWITCH, "each block reads a x + b embedding; a and b are learned"),
       ("pair_rows", 0, integer(0, 10**8), "rows of the table of token pairs; 0: none"),
       ("value_tables", 0, SWITCH, "layers 1, 2 and the last three add a table's row to the value"),
@@ -203,6 +172,7 @@ table("data and output",
 table("data and output",
       ("row_order", "stream", one_of("stream", "spread"),
        "training rows as they stand, or from all over the data, so that no document fills a batch"),
+      ("new_pass", 0, SWITCH, "spread: resume with other data than before, once each row was read"),
       common=False)
 table("optimization",
       ("batch_size", 16, integer(1, 2**16), "rows of a micro-batch on one device"),
@@ -266,7 +236,8 @@ PRESETS = {
 }
 DATA_FLAGS = ("input_bin", "input_val_bin")
 NOT_KEPT = ("preset", "output_dir", "device", "gpus", "compile", "resume", "eval_only", "generate",
-            "max_seconds", "max_new_tokens", "temperature", "top_k")  # not a checkpoint's to set
+            "max_seconds", "max_new_tokens", "temperature", "top_k",
+            "new_pass")  # not a checkpoint's to set
 DEFAULTS = {flag.name: flag.default for flag in FLAGS.values() if flag.group != "shape"}
 CONFIG_FLAGS = [flag for flag in FLAGS.values()
                 if flag.group in ("shape", "model") and flag.name not in ("preset", "model")]
@@ -1056,7 +1027,7 @@ class Checkpoints:
 
     @classmethod
     def load_sound(cls, path: Path) -> dict:
-        """Return load()'s in this version's names; raise any exception where content is damaged."""
+        """Return load()'s in this version's names; raise OtherVersion or, for damage, any other."""
         state = of_this_version(cls.load(path), path)
         refuse_damage(state)
         return state
@@ -1066,7 +1037,7 @@ class Checkpoints:
         for path in self.paths():
             try:
                 return self.load_sound(path)
-            except InputError:  # if it is not for this version, the ones before are not either
+            except OtherVersion:  # the ones before are not for this version either
                 raise
             except Exception as error:  # a truncated archive fails in many ways
                 say(f"warning: {path.name} cannot be read ({first_line(error)}): "
@@ -1078,12 +1049,16 @@ class Checkpoints:
         return None
 
 
+class OtherVersion(InputError):
+    """Say that a whole checkpoint is of another version of this trainer."""
+
+
 # Flags that are gone, and the value at which they did nothing: such checkpoints still load.
 GONE = dict(afno_gate=0, afno_relu="cartesian", mlp_ratio=4, grad_clip=0.0)
 
 
 def of_this_version(state: dict, path: Path) -> dict:
-    """Return the checkpoint in this version's names; raise InputError for flags that are gone."""
+    """Return the checkpoint in this version's names; raise OtherVersion for what is gone."""
     config = state["config"]
     baseline = (2 * config["n_layer"]) ** -0.5
     # what it was before there was a flag for it
@@ -1098,15 +1073,15 @@ def of_this_version(state: dict, path: Path) -> dict:
             if values.get(name) == neutral:
                 del values[name]
         if gone := sorted(name for name in values if name not in known and values[name]):
-            raise InputError(f"{relative(str(path))} is of another version of this trainer, which "
-                             f"had {', '.join(gone)}: its train.log names that version")
+            raise OtherVersion(f"{relative(str(path))} is of another version of this trainer, "
+                               f"which had {', '.join(gone)}: its train.log names that version")
         for name in set(values) - set(known):
             del values[name]
-    try:
-        GPTConfig(**config)
-    except InputError as error:  # a choice that is gone
-        raise InputError(f"{relative(str(path))} is of another version of this trainer: "
-                         f"{error}") from None
+    for name, value in config.items():
+        flag = FLAGS[name]
+        if {type(value), type(flag.default)} == {str} and not flag.kind.accepts(value):
+            raise OtherVersion(f"{relative(str(path))} is of another version of this trainer: "
+                               f"--{name} must be {flag.kind.words}, got {value}")
     return state
 
 
@@ -1124,20 +1099,25 @@ def refuse_damage(state: dict):
                    and (x.shape, x.dtype) == (like.shape, like.dtype) and x.isfinite().all(),
                    f"{name}.{key}")
 
+    demand(state["args"].keys() >= {"optimizer", *DATA_FLAGS}, "args")
     for name, value in state["args"].items():
         absent = value is None and DEFAULTS[name] is None and name not in DATA_FLAGS
         demand(absent or FLAGS[name].kind.accepts(value), f"args.{name}")
-    for name in ("step", "position", *TIMES):
-        demand(isinstance(state[name], (int, float) if name in TIMES else int) and
-               0 <= state[name] < 1e18, name)
+    for name in ("step", "position", "data_tokens", "pass_began", *TIMES):
+        value = state.get(name, 0)  # before there was a key for it
+        demand(type(value) in ((int, float) if name in TIMES else (int,)) and 0 <= value < 1e18,
+               name)
     torch.Generator().set_state(state["rng"]["cpu"])
     cuda = state["rng"]["cuda"]
     demand(cuda is None or isinstance(cuda, Tensor) and cuda.dtype == torch.uint8, "rng.cuda")
     with torch.device("meta"):  # shapes alone
         model = GPT(GPTConfig(**state["config"]))
-    if state["model"].keys() - model.state_dict().keys():
-        return  # of another version: load_weights says so
-    demand_like(state["model"], model.state_dict(), "model")
+    found, wanted = state["model"], model.state_dict()
+    names = lambda weights: {re.sub(r"\d+", "", name) for name in weights}
+    shapes = lambda weights: sorted(x.shape for x in weights.values())
+    if names(found) != names(wanted) and shapes(found) == shapes(wanted):
+        return  # renamed, so of another version: load_weights says so
+    demand_like(found, wanted, "model")
     names = ("optimizer", "learning_rate", "weight_decay", "rest_lr")
     optimizers = make_optimizers(model, *(state["args"].get(name) for name in names))
     demand(len(state["optimizers"]) == len(optimizers), "optimizers")
@@ -1414,7 +1394,7 @@ class Run:
             raise InputError(f"--num_iterations must be >= {self.step}, the step of the "
                              f"checkpoint, got {self.total_steps}")
         # before the model: what is wrong with data should not wait for it
-        self.open_data((saved or {}).get("data_tokens"))
+        self.open_data(saved or {})
         torch.manual_seed(args.seed)
         self.model = GPT(config).to(self.device)
         if saved:  # before the log is cut back: weights that do not fit must cost nothing
@@ -1440,16 +1420,22 @@ class Run:
         self.clock = Clock(self.device, train_time)
         self.restore_progress(saved)
 
-    def open_data(self, tokens_before: int | None):
-        """Open the shards; `tokens_before`: of training, when the checkpoint was saved."""
+    def open_data(self, saved: dict):
+        """Open the shards; in the order `spread` a pass that has begun needs the same data."""
         args, runtime = self.args, self.runtime
         self.stream = TokenStream(args.input_bin, self.config.vocab_size, "input_bin")
-        now = len(self.stream)
-        if args.row_order == "spread" and tokens_before not in (None, now) and self.position:
-            raise InputError(
-                f"--input_bin holds {now:,} tokens, {tokens_before:,} when the checkpoint was "
-                "saved: --row_order spread would read some rows twice and others never. Name the "
-                "shards of before, or go on with --row_order stream")
+        self.pass_began, now = saved.get("pass_began", 0), len(self.stream)
+        before = saved.get("data_tokens") or now
+        if args.row_order == "spread" and before != now and self.position:
+            left = self.pass_began + (before - 1) // self.T * self.T - self.position
+            if left > 0 or not args.new_pass:
+                step = self.step + max(0, -(-left // (args.grad_accumulation_steps * self.tokens)))
+                raise InputError(
+                    f"--input_bin holds {now:,} tokens, {before:,} when the checkpoint was saved: "
+                    "--row_order spread would read some rows twice and others never. Name the "
+                    f"shards of before, or go on with --row_order stream, or from step {step} on, "
+                    "when each row was read, begin a pass over the new data with --new_pass 1")
+            self.pass_began = self.position
         self.val_stream = TokenStream(args.input_val_bin, self.config.vocab_size, "input_val_bin")
         self.val_tokens = count_val_tokens(args.val_tokens, self.val_stream)
         self.loader = TrainLoader(self.stream, args.batch_size, self.T, self.position, runtime.rank,
@@ -1701,7 +1687,7 @@ class Run:
             cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
             self.checkpoints.save(dict(
                 model=weights, optimizers=optimizers, step=self.step, position=self.position,
-                data_tokens=len(self.stream),
+                data_tokens=len(self.stream), pass_began=self.pass_began,
                 rng=dict(cpu=torch.get_rng_state(), cuda=cuda), config=asdict(self.config),
                 args=self.args.to_save, train_time_s=self.clock.total,
                 compile_time_s=self.compile_time, wall_time_s=self.wall_time()))
@@ -2019,7 +2005,7 @@ def find_checkpoint(flags: dict, folder: Path, only_read: bool, say) -> dict | N
     path = to_path(source)
     try:
         state = Checkpoints.load_sound(path)
-    except InputError:
+    except OtherVersion:
         raise
     except Exception as error:
         raise InputError(f"--resume {source}: no readable checkpoint "
@@ -2191,8 +2177,12 @@ def main(argv: list[str]) -> int:
         return status
 
 
-def run(main_function) -> None:
-    """Exit with the function's status; bad input is one clear line and status 2, divergence 1."""
+def run(main_function, memory: str = "--batch_size (and raise --grad_accumulation_steps to match), "
+        "or --val_batch_size, --sequence_length or --model") -> None:
+    """Exit with the function's status; bad input is one clear line and status 2, divergence 1.
+
+    memory: the flags to lower where there is not enough.
+    """
     rank, message = None, None
     show_safely()
     try:
@@ -2209,9 +2199,7 @@ def run(main_function) -> None:
         ran_out = isinstance(error, RuntimeError) and any(
             text in str(error) for text in ("can't allocate memory", "out of memory"))
         if ran_out or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            message = "out of memory: lower --batch_size (and raise --grad_accumulation_steps to " \
-                f"match), or --val_batch_size, --sequence_length or --model ({first_line(error)})"
-            status = 2
+            message, status = f"out of memory: lower {memory} ({first_line(error)})", 2
         elif rank is None:
             raise
         else:

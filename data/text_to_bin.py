@@ -7,7 +7,7 @@ Files are UTF-8, UTF-16 or UTF-32 with a mark, or what --encoding says. The fold
 the end, with all shards.
 
 Also the one place for what all scripts share: the .bin format, the GPT-2 tokenizer, the error for
-bad input, locks, and how a script starts and ends.
+bad input, ranges of flags, locks, and how a script starts and ends.
 
 A .bin shard is llm.c's: 256 little-endian int32 (20240520, 1, number of tokens), then uint16
 tokens; every document is preceded by token 50256.
@@ -34,6 +34,7 @@ import unicodedata
 import zipfile
 from collections import deque
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,46 @@ def ranks() -> tuple[int, int, int]:
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(re.sub(r"^argument ", "", message))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a flag's value may be: `parse` makes it of text, `accepts` tests it, `words` say it."""
+
+    parse: callable
+    accepts: callable
+    words: str
+    metavar: str
+
+    def __call__(self, text: str):
+        """Return the value of the command line's text; raise argparse's error with the range."""
+        try:
+            value = self.parse(text)
+        except ValueError:
+            value = None
+        if value is None or not self.accepts(value):
+            raise argparse.ArgumentTypeError(f"must be {self.words}, got {text}")
+        return value
+
+
+def integer(low: int, high: int = 10**9) -> Kind:
+    accepts = lambda value: type(value) is int and low <= value <= high
+    return Kind(int, accepts, f"an integer >= {low} and <= {high:,}", "N")
+
+
+def number(low: float, high: float, include_low: bool = True) -> Kind:
+    accepts = lambda value: type(value) in (int, float) and low <= value <= high and (
+        include_low or value > low)
+    sign = ">=" if include_low else ">"
+    return Kind(float, accepts, f"a number {sign} {low:g} and <= {high:g}", "X")
+
+
+def one_of(*choices) -> Kind:
+    parse = {str(choice): choice for choice in choices}.get
+    names = [str(choice) for choice in choices]
+    accepts = lambda value: any(type(value) is type(choice) and value == choice
+                                for choice in choices)
+    return Kind(parse, accepts, f"one of {', '.join(names)}", "|".join(names))
 
 
 # -----------------------------------------------------------------------------

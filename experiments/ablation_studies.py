@@ -450,8 +450,9 @@ def seeds(text: str) -> list[int]:
         found = list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         found = [-1]
-    if min(found) < 0:
-        raise argparse.ArgumentTypeError(f"must be integers >= 0 such as 1337,2, got {text}")
+    if not all(map(trainer.FLAGS["seed"].kind.accepts, found)):
+        raise argparse.ArgumentTypeError(f"must be integers >= 0 such as 1337,2, got {text}; "
+                                         "the largest is 2^63 - 1")
     return found
 
 

@@ -221,13 +221,13 @@ class Checkpoint:
         try:
             self.state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
             self.state = trainer.of_this_version(self.state, self.path)
-        except InputError:
+            self.config = trainer.GPTConfig(**self.state["config"])
+            self.label = f"{self.path.absolute().parent.name}@{self.state['step']}"
+        except trainer.OtherVersion:
             raise
         except Exception as error:  # a truncated archive fails in many ways
             raise InputError(f"{source}: no readable checkpoint "
                              f"({trainer.first_line(error)})") from None
-        self.config = trainer.GPTConfig(**self.state["config"])
-        self.label = f"{self.path.absolute().parent.name}@{self.state['step']}"
 
     def key(self, *more) -> list:
         """Return what a result depends on: the file and whatever else is named."""
@@ -540,16 +540,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments; raise InputError where they are wrong."""
     parser = trainer.Parser(description=__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
-    positive = trainer.integer(1, 2**40)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--bin", metavar="PATTERN", help="shards of the text")
-    parser.add_argument("--tokens", type=positive, metavar="N", help="targets [at most 1,048,576]")
-    parser.add_argument("--rows", type=positive, metavar="T", help="tokens a row [as trained]")
+    parser.add_argument("--tokens", type=trainer.FLAGS["val_tokens"].kind, metavar="N",
+                        help="targets [at most 1,048,576]")
+    parser.add_argument("--rows", type=trainer.FLAGS["sequence_length"].kind, metavar="T",
+                        help="tokens a row [as trained]")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for what is found")
     parser.add_argument("--filters", action="store_true", help="look at AFNO's filters, too")
     parser.add_argument("--device", type=trainer.one_of("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--compile", type=trainer.SWITCH, default=0, help="as the trainer does")
-    parser.add_argument("--batch_tokens", type=positive, help="tokens a batch [65536, CPU: 8192]")
+    parser.add_argument("--batch_tokens", type=trainer.integer(1, trainer.MOST_TOKENS),
+                        help="tokens a batch [65536, CPU: 8192]")
     return parser.parse_args(argv)
 
 
@@ -579,4 +581,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    trainer.run(main)
+    trainer.run(main, memory="--batch_tokens or --rows")

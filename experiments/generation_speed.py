@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.text_to_bin import InputError  # noqa: E402
 from test_causality import random_tokens  # noqa: E402
 from train_gpt2_afno import (GPT, GPTConfig, Runtime, choose_device, merge_flags,  # noqa: E402
-                             model_fields, parse_flags, run)
+                             model_fields, parse_flags, refuse_too_large, run)
 
 
 def main(argv: list[str]) -> int:
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     if count >= config.sequence_length:
         raise InputError("--max_new_tokens must be < --sequence_length "
                          f"{config.sequence_length}, got {count}")
+    refuse_too_large(config, args, device, only_read=True)
     runtime = Runtime(device, getattr(torch, args.dtype), compile=False)
     torch.manual_seed(args.seed)
     model, T = GPT(config).to(device), config.sequence_length
@@ -71,4 +72,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, memory="--sequence_length or --model")

@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.text_to_bin import InputError, run_main  # noqa: E402
+from data.text_to_bin import InputError, Parser, run_main  # noqa: E402
 
 X = ("tokens", "seconds")
 
@@ -137,8 +137,7 @@ def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a metrics.jsonl")
     add("--output", type=Path, default=Path("curves.png"), help="(curves.png)")

@@ -28,10 +28,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import afno  # noqa: E402
+from data.text_to_bin import InputError, Parser, integer, one_of  # noqa: E402
 from kernels import usable  # noqa: E402
 from test_causality import random_tokens  # noqa: E402
 from train_gpt2_afno import (GPT, MODELS, GPTConfig, Runtime, flops_per_token,  # noqa: E402
-                             make_optimizers, measure_matmul_rate)
+                             make_optimizers, measure_matmul_rate, run)
 
 PARTS = ("operator", "batch", "step", "profile")
 C = 768
@@ -545,29 +546,29 @@ def plot(rows: list[dict], folder: Path):
         plt.close(figure)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the arguments; raise InputError where they are wrong."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tokens = integer(1, 2**24)
     add = parser.add_argument
     add("--parts", default=",".join(PARTS),
         help=f"some of {', '.join(PARTS)}, or none: tables and plots alone")
-    add("--lengths", default="256,512,1024,2048,4096,8192,16384,32768,65536",
+    add("--lengths", type=lambda text: list(map(tokens, text.split(","))),
+        default="256,512,1024,2048,4096,8192,16384,32768,65536",
         help="of operator and step; batch is measured at those of 1024 and 8192 among them")
-    add("--tokens", type=int, default=65536, help="at every length")
+    add("--tokens", type=tokens, default=65536, help="at every length")
     add("--model", choices=("d4", "d12"), default="d12", help="of step and profile")
     add("--only", type=re.compile, default=re.compile(""), metavar="PATTERN",
         help="of operator, batch and step: rows with such names")
-    add("--residual_bf16", type=int, choices=(0, 1), default=1,
-        help="the trainer's, of step and profile")
-    add("--compile", type=int, choices=(0, 1), default=1)
+    add("--residual_bf16", type=one_of(0, 1), default=1, help="the trainer's, of step and profile")
+    add("--compile", type=one_of(0, 1), default=1)
     add("--output", type=Path, default=Path(__file__).resolve().parent.parent / "runs/speed")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.parts = [part for part in args.parts.split(",") if part != "none"]
     if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"--parts must be of {', '.join(PARTS)} or none, got {', '.join(unknown)}")
-    args.lengths = [int(T) for T in args.lengths.split(",")]
-    if bad := [T for T in args.lengths if not 1 <= T <= args.tokens]:
-        parser.error(f"--lengths must be in [1, --tokens {args.tokens}], got {bad[0]}")
+        raise InputError(f"--parts must be of {', '.join(PARTS)} or none, got {', '.join(unknown)}")
+    if max(args.lengths) > args.tokens:
+        raise InputError(f"--lengths must be <= --tokens {args.tokens}, got {max(args.lengths)}")
     return args
 
 
@@ -603,9 +604,9 @@ def measure_parts(args: argparse.Namespace, device, runtime: Runtime, emit):
                     operator(B, T, "batch")
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """Measure what is asked for, write tables and plots, and return the exit status."""
-    args = parse()
+    args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # on a CPU this only shows that the script works
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -637,4 +638,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main, memory="--tokens")

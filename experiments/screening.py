@@ -23,15 +23,19 @@ from statistics import median
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.text_to_bin import InputError, Parser, number, run_main  # noqa: E402
+
 # for so many runs: the second row of the design; the others are its shifts
 SECOND = {12: "++-+++---+-", 24: "+++++-+-++--++--+-+----"}
 
 
 def design(techniques: int) -> list[str]:
-    """Return the signs of every run, one for each technique; raise SystemExit for too many."""
+    """Return the signs of every run, one for each technique; raise InputError for too many."""
     size = next((size for size in SECOND if techniques < size), None)
     if size is None:
-        raise SystemExit(f"error: at most {max(SECOND) - 1} techniques, got {techniques}")
+        raise InputError(f"at most {max(SECOND) - 1} techniques, got {techniques}")
     minus = SECOND[size].translate(str.maketrans("+-", "-+"))  # so that one run has all
     rows = ["+" * (size - 1)] + [minus[-i:] + minus[:-i] for i in range(size - 1)]
     return [row[:techniques] for row in rows]
@@ -41,7 +45,7 @@ def plan(path: Path):
     """Print design.csv for the techniques in a file."""
     lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
     if any(len(line) < 2 for line in lines):
-        raise SystemExit(f"error: {path}: a line must be a name, then flags")
+        raise InputError(f"{path}: a line must be a name, then flags")
     out = csv.writer(sys.stdout, lineterminator="\n")
     out.writerow(["run", *(name for name, _ in lines), "flags"])
     for number, signs in enumerate(design(len(lines)), 1):
@@ -60,7 +64,7 @@ def fit(X: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return least squares' coefficients of y = X c, and their standard errors, NaN if unknown."""
     c, _, rank, _ = np.linalg.lstsq(X, y, rcond=None)
     if rank < X.shape[1]:
-        raise SystemExit(f"error: {len(X)} runs do not tell {X.shape[1] - 1} techniques apart")
+        raise InputError(f"{len(X)} runs do not tell {X.shape[1] - 1} techniques apart")
     left = len(X) - rank
     variance = ((y - X @ c) ** 2).sum() / left if left else np.nan
     return c, np.sqrt(variance * np.diag(np.linalg.inv(X.T @ X)))
@@ -80,17 +84,18 @@ def effects(folder: Path, slope: float):
 
 def main():
     """Run one of the two commands."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("plan", "effects"))
     parser.add_argument("path", type=Path)
-    parser.add_argument("--slope", type=float, default=0.175)
+    parser.add_argument("--slope", type=number(0, 1e3), default=0.175)
     args = parser.parse_args()
     try:
         plan(args.path) if args.command == "plan" else effects(args.path, args.slope)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise SystemExit(f"error: {args.path}: {error}") from None
+        raise InputError(f"{args.path}: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

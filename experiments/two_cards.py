@@ -181,18 +181,21 @@ def parts(args):
     dist.destroy_process_group()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]):
+    parser = trainer.Parser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("speed", "ends", "parts"))
-    parser.add_argument("--cards", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--cards", type=trainer.one_of(1, 2, 4), nargs="+", default=[1, 2])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", default="runs/cards")
     for name in trainer.DATA_FLAGS:
         parser.add_argument(f"--{name}", default=trainer.FINEWEB[name])
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if 1 not in args.cards:
+        raise trainer.InputError(f"--cards must have 1, which others are compared with, got "
+                                 f"{' '.join(map(str, args.cards))}")
     globals()[args.what](args)
 
 
 if __name__ == "__main__":
-    main()
+    trainer.run(main)

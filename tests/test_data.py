@@ -523,9 +523,22 @@ def test_only_what_is_no_complete_shard_is_fetched(hub, monkeypatch, bad):
     (hub.out / "fineweb_train_000001.bin").write_bytes(bad)
     fineweb(monkeypatch, "2")
     assert hub.asked == [("fineweb_train_000001.bin", True), ("fineweb_train_000002.bin", False)]
-    assert [path.read_bytes() for path in hub.out.iterdir()] == [GOOD] * 3
+    assert [path.read_bytes() for path in hub.out.glob("*.bin")] == [GOOD] * 3
+    hub.get_hf_file_metadata = None  # all three are verified by now
     fineweb(monkeypatch, "2")
     assert len(hub.asked) == 2
+
+
+def test_shards_of_before_are_kept_where_the_hub_cannot_be_asked(hub, monkeypatch, capsys):
+    for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
+        (hub.out / name).write_bytes(GOOD)
+    hub.get_hf_file_metadata = Mock(side_effect=ConnectionError("no route"))
+    fineweb(monkeypatch, "1")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("warning: shards that are there are not compared")
+    assert not (hub.out / "sha256.txt").exists()
+    with pytest.raises(InputError, match="fineweb_train_000002.bin: no download"):
+        fineweb(monkeypatch, "2")
 
 
 def test_fetch_leaves_a_complete_shard_alone(hub):

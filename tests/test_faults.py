@@ -3,10 +3,12 @@
 Each test was a fault once. Those that need GPT-2's vocabulary skip where it cannot be had.
 """
 import argparse
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import runpy
 import shlex
 import shutil
 import signal
@@ -24,7 +26,7 @@ import torch
 
 import train_gpt2_afno
 from data import cached_fineweb10B, shakespeare, text_to_bin
-from data.loader import TokenStream, find_shards
+from data.loader import TokenStream, TrainLoader, find_shards
 from data.text_to_bin import InputError, ShardWriter, read_bin, relative, run_main, write_shards
 from test_data import (END_OF_TEXT, encoding, one_line, package_index,  # noqa: F401
                              shard_bytes, stored, tokens_of_documents)
@@ -599,7 +601,20 @@ DAMAGE = {
     "config": lambda state: state.update(config=None),
     "arguments": lambda state: state["args"].update(batch_size="2"),
     "pattern": lambda state: state["args"].update(input_bin=None),
-    "layers": lambda state: state["config"].update(n_layer=3),
+    "no arguments": lambda state: state["args"].clear(),
+    "tokens of data": lambda state: state.update(data_tokens="many"),
+    "other names": lambda state: state["model"].update(
+        {"transformer.h.0.mixer.wavelet": torch.zeros(3)}),
+    "a switch": lambda state: state["args"].update(val_fp32=False),
+    "curriculum": lambda state: state["args"].update(curriculum=((8.0, 0.5), (16.0, 0.5))),
+    **{f"{name} {value}": lambda state, name=name, value=value: state["config"].update(
+        {name: value}) for name, value in (
+            ("n_layer", 3), ("n_layer", 1), ("n_layer", 0), ("n_layer", 1000), ("n_layer", None),
+            ("n_head", -1), ("n_head", 3), ("n_embd", 10**30), ("n_embd", 16.0), ("swiglu", 1),
+            ("swiglu", "0"), ("qk_norm", False), ("attn_layers", (0,)), ("attn_layers", 1),
+            ("attn_layers", ("1",)), ("attn_layers", (1.0,)), ("attn_layers", (5,)),
+            ("position", "learned"), ("mixer", "attn"), ("mixer", 1), ("afno_num_blocks", 5),
+            ("logit_softcap", -1.0), ("logit_softcap", "x"), ("vocab_size", 497))},
 }
 
 
@@ -708,6 +723,29 @@ def test_data_that_grew_since_the_checkpoint(data, tmp_path):
     assert newest(tmp_path / "run")["step"] == 4
 
 
+def test_a_pass_over_data_that_grew_begins_once_each_row_was_read(data, tmp_path):
+    shards = shards_of(data, tmp_path)
+    spread = "--row_order spread --save_every 1 --val_loss_every 0 --resume auto --num_iterations "
+    main(flags(shards, tmp_path / "run", spread + "13"))  # of 27 rows 26 are read
+    shutil.copy(shards / "train_0_000000.bin", shards / "train_9.bin")
+    for new_pass in ("", " --new_pass 1"):
+        with pytest.raises(InputError, match="from step 14 on, .* with --new_pass 1$") as error:
+            main(flags(shards, tmp_path / "run", spread + "40" + new_pass))
+        one_line(error)
+    (shards / "train_9.bin").rename(tmp_path / "later.bin")
+    main(flags(shards, tmp_path / "run", spread + "14"))
+    (tmp_path / "later.bin").rename(shards / "train_9.bin")
+    with pytest.raises(InputError, match="from step 14 on"):
+        main(flags(shards, tmp_path / "run", spread + "40"))
+    main(flags(shards, tmp_path / "run", spread + "20 --new_pass 1"))
+    stream = TokenStream(str(shards / "train_*.bin"), VOCABULARY, "input_bin")
+    loader = TrainLoader(stream, 2, 16, 28 * 16, 0, 1, "cpu", "spread")
+    assert sorted(loader.start(row) // 16 for row in range(28, 28 + 33)) == list(range(33))
+    shutil.copy(shards / "train_9.bin", shards / "train_91.bin")
+    with pytest.raises(InputError, match="637 tokens, 537 .*from step 31 on"):
+        main(flags(shards, tmp_path / "run", spread + "40 --new_pass 1"))
+
+
 def test_validation_within_training_data_is_said(data, tmp_path):
     main(flags(data, tmp_path / "apart", "--num_iterations 1"))
     (tmp_path / "link.bin").symlink_to(next(data.glob("train_0*.bin")))
@@ -721,6 +759,7 @@ def test_a_download_is_verified_by_its_content(tmp_path, monkeypatch):
     monkeypatch.setattr(cached_fineweb10B, "OUT", tmp_path / "fineweb")
     (tmp_path / "fineweb").mkdir()
     good, zeros = shard_bytes([1, 2, 3]), shard_bytes([0, 0, 0])
+    hashed, digest_of = [], cached_fineweb10B.digest_of
     digest = hashlib.sha256(good).hexdigest()
 
     def deliver(content):
@@ -732,17 +771,27 @@ def test_a_download_is_verified_by_its_content(tmp_path, monkeypatch):
                 raise ConnectionError("cut off")
         return download
 
+    out, asked = tmp_path / "fineweb", []
+    ask = lambda name: asked.append(name) or digest
     for content, message in ((zeros, f"a.bin: the download's sha256 is .*, the hub's {digest}"),
                              (b"", "a.bin: no download from .*cut off")):
         with pytest.raises(InputError, match=message) as error:
-            cached_fineweb10B.fetch("a.bin", deliver(content), lambda name: digest)
+            cached_fineweb10B.fetch("a.bin", deliver(content), ask)
         one_line(error)
         assert not os.listdir(tmp_path / "fineweb")  # neither .incomplete files nor the shard
-    cached_fineweb10B.fetch("a.bin", deliver(good), lambda name: digest)
-    assert os.listdir(tmp_path / "fineweb") == ["a.bin"]
-    hashed = []  # not again at each start
-    cached_fineweb10B.fetch("a.bin", None, hashed.append)
-    assert not hashed
+    cached_fineweb10B.fetch("a.bin", deliver(good), ask)
+    assert sorted(os.listdir(out)) == ["a.bin", "sha256.txt"] and len(asked) == 3
+    assert (out / "sha256.txt").read_text() == f"{digest}  a.bin\n"
+    cached_fineweb10B.fetch("a.bin", None, None)  # not again at each start
+    (out / "b.bin").write_bytes(good)
+    (out / "c.bin").write_bytes(zeros)
+    monkeypatch.setattr(cached_fineweb10B, "digest_of",
+                        lambda path: hashed.append(path.name) or digest_of(path))
+    for _ in range(2):  # what was there before is looked at once
+        for name in ("a.bin", "b.bin", "c.bin"):
+            cached_fineweb10B.fetch(name, deliver(good), ask)
+    assert hashed == ["b.bin", "c.bin", "c.bin"] and (out / "c.bin").read_bytes() == good
+    assert subprocess.run(["sha256sum", "-c", "sha256.txt"], cwd=out).returncode == 0
 
 
 def test_plays_with_wrong_content_are_made_again(encoding, tmp_path, monkeypatch):
@@ -843,3 +892,77 @@ def test_numbers_of_text_to_bin(tmp_path, monkeypatch, capsys, options, message)
     monkeypatch.setattr(sys, "argv", argv)
     status, said = status_of(capsys, run_main, text_to_bin.main)
     assert status == 2 and said.startswith(message) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("script, options, message", [
+    ("scaling_analysis", "--tokens 0", "--tokens: must be an integer >= 1 and <= 16,777,216"),
+    ("scaling_analysis", "--tokens 1000000000000", "--tokens: must be an integer"),
+    ("scaling_analysis", "--lengths 1024,x", "--lengths: must be an integer"),
+    ("scaling_analysis", "--lengths 0", "--lengths: must be an integer"),
+    ("scaling_analysis", "--lengths 8192 --tokens 4096", "--lengths must be <= --tokens 4096"),
+    ("scaling_analysis", "--compile 2", "--compile: must be one of 0, 1, got 2"),
+    ("scaling_analysis", "--parts x", "--parts must be of operator,"),
+    ("two_cards", "speed --cards 3", "--cards: must be one of 1, 2, 4, got 3"),
+    ("two_cards", "speed --cards 2", "--cards must have 1, which"),
+    ("screening", "effects x --slope nan", "--slope: must be a number >= 0 and <= 1000, got nan"),
+    ("screening", "effects x --slope 1e9", "--slope: must be a number"),
+    ("screening", "effects nothing", "nothing: "),
+    ("evaluate", "x --rows 1000000000", "--rows: must be an integer >= 1 and <= 1,048,576"),
+    ("evaluate", "x --tokens 1000000000000", "--tokens: must be an integer >= 1"),
+    ("evaluate", "x --batch_tokens 1000000000", "--batch_tokens: must be an integer >= 1"),
+    ("ablation_studies", "recipe --seeds 9223372036854775808", "--seeds: must be integers >= 0"),
+    ("ablation_studies", "recipe --tokens 1e18", "--tokens: must be a number > 0 and <= 1e+15"),
+    ("generation_speed", "--preset shakespeare --attn_layers 1 --max_new_tokens 256",
+     "--max_new_tokens must be <"),
+    ("generation_speed", "--preset shakespeare --model d48 --device cpu", "--model, --afno_num"),
+    ("plot_runs", "x --x 3", "--x: invalid choice: '3'"),
+])
+def test_numbers_of_the_experiments(tmp_path, monkeypatch, capsys, script, options, message):
+    monkeypatch.setattr(train_gpt2_afno, "machine_memory", lambda: 2e9)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *options.split()])
+    path = text_to_bin.ROOT / f"experiments/{script}.py"
+    status, said = status_of(capsys, lambda: runpy.run_path(str(path), run_name="__main__"))
+    lines = [line for line in said.splitlines() if not line.startswith("preset ")]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"error: {message}")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("value, good", [(0, True), (5e-324, False), (1e-50, False), (0.01, True),
+                                         (15, True), (1e6, True)])
+def test_a_soft_cap_that_rounds_all_logits_away_is_refused(data, tmp_path, value, good):
+    argv = flags(data, tmp_path / "run", f"--num_iterations 2 --logit_softcap {value}")
+    refused = pytest.raises(InputError, match="--logit_softcap: must be .* between 0 and 0.01, got")
+    with contextlib.nullcontext() if good else refused:
+        main(argv)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [flag.name for flag in train_gpt2_afno.FLAGS.values()
+                                  if flag.kind.metavar == "X" and flag.group != "generation"])
+def test_the_smallest_and_the_largest_number_of_a_flag_train(data, tmp_path, name):
+    accepts = train_gpt2_afno.FLAGS[name].kind.accepts
+    values = [value for value in (5e-324, 1e-50, 0.01, 0.9999, 1e3, 1e6, 1e9) if accepts(value)]
+    for value in (values[0], values[-1]):
+        main(flags(data, tmp_path / f"{value}", f"--{name} {value} --num_iterations 2 "
+                   "--optimizer muon --pair_rows 50 --warmup_iters 0"))
+
+
+@pytest.mark.parametrize("script, options, message", [
+    ("evaluate", "x", "lower --batch_tokens or --rows (4 GiB)"),
+    ("scaling_analysis", "--parts none", "lower --tokens (4 GiB)"),
+    ("generation_speed", "--preset shakespeare --attn_layers 1",
+     "lower --sequence_length or --model (4 GiB)"),
+])
+def test_an_experiment_without_memory_names_its_own_flags(monkeypatch, capsys, script, options,
+                                                          message):
+    def ran_out(*_, **__):
+        raise MemoryError("4 GiB")
+
+    for where, name in ((train_gpt2_afno, "choose_device"), (Path, "mkdir")):
+        monkeypatch.setattr(where, name, ran_out)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *options.split()])
+    path = text_to_bin.ROOT / f"experiments/{script}.py"
+    status, said = status_of(capsys, lambda: runpy.run_path(str(path), run_name="__main__"))
+    assert status == 2 and said.splitlines()[-1] == f"error: out of memory: {message}"
