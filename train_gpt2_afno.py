@@ -1085,20 +1085,24 @@ def of_this_version(state: dict, path: Path) -> dict:
     return state
 
 
+def demand(good, name: str):
+    """Raise ValueError where a checkpoint's content, called `name`, is not good."""
+    if not good:
+        raise ValueError(f"{name} is damaged")
+
+
+def demand_like(found: dict, wanted: dict, name: str):
+    """Raise ValueError where tensors have not the names, shapes and dtypes of others, or NaN."""
+    demand(isinstance(found, dict) and found.keys() == wanted.keys(), name)
+    for key, like in wanted.items():
+        x = found[key]
+        demand(isinstance(x, Tensor) and x.layout == torch.strided and x.is_contiguous()
+               and (x.shape, x.dtype) == (like.shape, like.dtype) and x.isfinite().all(),
+               f"{name}.{key}")
+
+
 def refuse_damage(state: dict):
     """Raise ValueError where a checkpoint does not hold what its own config and flags make."""
-    def demand(good, name: str):
-        if not good:
-            raise ValueError(f"{name} is damaged")
-
-    def demand_like(found: dict, wanted: dict, name: str):
-        demand(isinstance(found, dict) and found.keys() == wanted.keys(), name)
-        for key, like in wanted.items():
-            x = found[key]
-            demand(isinstance(x, Tensor) and x.layout == torch.strided and x.is_contiguous()
-                   and (x.shape, x.dtype) == (like.shape, like.dtype) and x.isfinite().all(),
-                   f"{name}.{key}")
-
     demand(state["args"].keys() >= {"optimizer", *DATA_FLAGS}, "args")
     for name, value in state["args"].items():
         absent = value is None and DEFAULTS[name] is None and name not in DATA_FLAGS
@@ -1115,9 +1119,14 @@ def refuse_damage(state: dict):
     found, wanted = state["model"], model.state_dict()
     names = lambda weights: {re.sub(r"\d+", "", name) for name in weights}
     shapes = lambda weights: sorted(x.shape for x in weights.values())
-    if names(found) != names(wanted) and shapes(found) == shapes(wanted):
-        return  # renamed, so of another version: load_weights says so
-    demand_like(found, wanted, "model")
+    if names(found) == names(wanted) or shapes(found) != shapes(wanted):
+        demand_like(found, wanted, "model")
+        refuse_damaged_optimizers(state, model)
+    # else renamed, so of another version: load_weights says so
+
+
+def refuse_damaged_optimizers(state: dict, model: GPT):
+    """Raise ValueError where the optimizers' state is not that of the model, on the device meta."""
     names = ("optimizer", "learning_rate", "weight_decay", "rest_lr")
     optimizers = make_optimizers(model, *(state["args"].get(name) for name in names))
     demand(len(state["optimizers"]) == len(optimizers), "optimizers")

@@ -22,7 +22,7 @@ from kernels import convolution as conv, softmax, state  # noqa: E402
 
 HALF = ("x_ptr y_ptr u_ptr dy_ptr dm_ptr tiles_ptr near_ptr mixed_ptr half_ptr out_ptr q_ptr k_ptr "
         "v_ptr state_ptr dsent_ptr dq_ptr dk_ptr dv_ptr logits_ptr gradient_ptr")
-FULL = "response_ptr taps_ptr log_a_ptr dlog_a_ptr losses_ptr"
+FULL = "response_ptr taps_ptr log_a_ptr dlog_a_ptr losses_ptr shares_ptr"
 POINTERS = dict.fromkeys(HALF.split(), "*bf16") | dict.fromkeys(FULL.split(), "*fp32")
 POINTERS["targets_ptr"] = "*i64"
 UNALIGNED = ("num_blocks num_lags blocks splits units together units_each K tile_step row_step "
@@ -92,8 +92,9 @@ def launches(arch: int):
     yield state.state_kernel, chunk, {}, {}
     yield state.state_gradient_kernel, chunk, state.STATE_GRADIENT, {}
     width, warps = ({name: softmax.SOFTMAX[name]} for name in ("BV", "num_warps"))
-    for cap, dtype, scale in ((0.0, "bf16", 1.0), (15.0, "bf16", 1.0), (15.0, "fp8e5", 32768.0)):
-        constants = dict(width, CAP=cap, GRADIENT=True, SCALE=scale)
+    for cap, dtype, scale, K in ((0.0, "bf16", 1.0, 1), (15.0, "bf16", 1.0, 1),
+                                 (15.0, "fp8e5", 32768.0, 1), (15.0, "fp8e5", 32768.0, 4)):
+        constants = dict(width, CAP=cap, GRADIENT=True, SCALE=scale, K=K)
         yield softmax.cross_entropy_kernel, constants, warps, dict(gradient_ptr=f"*{dtype}")
     bytes_alone = dict(x_ptr="*i8", y_ptr="*i8")
     yield softmax.transpose_kernel, dict(BLOCK=128), dict(num_warps=8), bytes_alone
