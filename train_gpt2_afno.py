@@ -851,6 +851,7 @@ def embedding_tables(model: GPT) -> set[nn.Parameter]:
 
 # Places, logarithms and factors, for which zero is no neutral value: they do not decay.
 PLACES = ("angle", "centre", "log_decay", "log_width", "embedding_mix", "value_mix", "pair_mix")
+ROW_TABLES = ("pairs.", "values.")  # tables of which a batch meets few rows
 
 
 def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float,
@@ -874,17 +875,17 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
             elif key.endswith(".weight"):
                 stacks[p] = 1
     tables, groups = embedding_tables(model), {}
-    rows = [p for key, p in model.named_parameters() if key.startswith(("pairs.", "values."))]
+    rows = [p for key, p in model.named_parameters() if key.startswith(ROW_TABLES)]
     if rows:
         groups["rows"] = dict(params=rows, lr=table_lr, weight_decay=0.0, betas=(0.75, 0.95),
                               eps=1e-10)
     for key, p in model.named_parameters():
-        if p not in stacks and not key.startswith(("pairs.", "values.")):
+        if p not in stacks and not key.startswith(ROW_TABLES):
             is_place, has_rest_lr = key.endswith(PLACES), rest_lr is not None and p not in tables
             group = dict(params=[], lr=rest_lr if has_rest_lr else learning_rate,
                          weight_decay=0.0 if is_place else weight_decay)
             groups.setdefault((has_rest_lr, is_place), group)["params"].append(p)
-    optimizers = [torch.optim.AdamW(list(groups.values()), betas=betas, 
+    optimizers = [torch.optim.AdamW(list(groups.values()), betas=betas,
                                     fused=model.lm_head.weight.device.type != "meta")]
     if stacks:
         optimizers.append(Muon(list(stacks.items()), learning_rate, weight_decay, momentum))
@@ -1955,6 +1956,13 @@ def own_card(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def join_ranks(runtime: Runtime):
+    """Join the groups of all ranks: one that waits a minute, and a patient one."""
+    backend = "cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=LONGEST_WAIT)
+    runtime.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+
+
 def launch(processes: int) -> int:
     """Run this command by torchrun in so many processes, one a card; return the exit status."""
     from torch.distributed import run as torchrun
@@ -1983,6 +1991,13 @@ def launch(processes: int) -> int:
 def holds_run(folder: Path) -> bool:
     metrics = folder / "metrics.jsonl"
     return bool(Checkpoints(folder).paths()) or metrics.is_file() and metrics.stat().st_size > 0
+
+
+def refuse_used(folder: Path, resuming: bool):
+    """Raise InputError where the folder of a new run holds one."""
+    if holds_run(folder):
+        hint = "" if resuming else "add --resume auto, or "
+        raise InputError(f"--output_dir {relative(str(folder))} holds a run: {hint}name another")
 
 
 def choose_folder(flags: dict, only_read: bool) -> Path | None:
@@ -2157,10 +2172,8 @@ def main(argv: list[str]) -> int:
         if folder is None:
             folder = new_folder(args)
             own(folder)
-        if rank == 0 and not saved and holds_run(folder):
-            hint = "" if "resume" in flags else "add --resume auto, or "
-            raise InputError(f"--output_dir {relative(str(folder))} holds a run: {hint}name "
-                             "another")
+        if rank == 0 and not saved:
+            refuse_used(folder, "resume" in flags)
         config = config_of(flags, args, saved, folder, only_read)
         refuse_untrainable(config, args)
         refuse_too_large(config, args, device, only_read)
@@ -2177,9 +2190,7 @@ def main(argv: list[str]) -> int:
                 read_checkpoint(flags, args, config, runtime, saved, folder, say)
             return 0
         if world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                    timeout=LONGEST_WAIT)
-            runtime.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+            join_ranks(runtime)
         status = train(args, config, runtime, saved, folder)
         if world > 1:  # not after an error: it would wait for ranks that do not come
             dist.destroy_process_group()

@@ -17,6 +17,17 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
 
 
+def kept_and_recomputed(model: GPT, idx: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Return all parameters' gradients for tokens idx, without and with recomputing."""
+    gradients = []
+    for recompute in (False, True):
+        for block in model.transformer.h:
+            block.recompute = recompute
+        loss = model(idx, idx.roll(-1, 1), return_logits=False)[1]
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    return gradients
+
+
 def toeplitz_sum(u: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     """Return y_t = sum over s <= t of taps[t - s] u_s, term by term of the lag."""
     T, per_filter = u.size(1), u.size(2) // taps.size(0)

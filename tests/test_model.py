@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, relative, tiny, token_by_token
+from helpers import kept_and_recomputed, relative, TINY, tiny, token_by_token
 
 import kernels
 import kernels.loss
@@ -279,12 +279,7 @@ def test_values_and_shares_are_in_bf16_under_autocast(options):
 def test_the_recipe_recomputes():
     model, idx = tiny(attn_layers=(1,), **RECIPE).double(), random_tokens((2, 24), 97)
     move_weights(model)
-    gradients = []
-    for recompute in (False, True):
-        for block in model.transformer.h:
-            block.recompute = recompute
-        loss = model(idx, idx.roll(-1, 1), return_logits=False)[1]
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    gradients = kept_and_recomputed(model, idx)
     assert all(relative(again, kept) < 1e-12 for again, kept in zip(*gradients))
 
 

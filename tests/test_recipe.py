@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 import train_gpt2_afno as trainer
 from data.text_to_bin import gpt2_encoding
+from helpers import kept_and_recomputed, relative, tiny
 from kernels.loss import cross_entropy_chunk, linear_cross_entropy
 from test_causality import check_generation, check_model, move_weights, random_tokens
-from tests.helpers import relative, tiny
 
 TABLES = dict(pair_rows=50, value_tables=1, embedding_residual=1, value_residual=1)
 MIXERS = (dict(mixer="attn"), dict(attn_layers=(1,)), dict(mixer="afno", afno_form="state"))
@@ -95,13 +95,8 @@ def test_tables_stream_and_do_not_leak(options):
 
 
 def test_tables_recompute_to_the_same_gradients():
-    model, gradients = moved(**TABLES, attn_layers=(1,)).double(), []
-    idx = random_tokens((2, 24), 97)
-    for recompute in (False, True):
-        for block in model.transformer.h:
-            block.recompute = recompute
-        loss = model(idx, idx.roll(-1, 1), return_logits=False)[1]
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    model, idx = moved(**TABLES, attn_layers=(1,)).double(), random_tokens((2, 24), 97)
+    gradients = kept_and_recomputed(model, idx)
     assert all(relative(again, kept) < 1e-12 for again, kept in zip(*gradients))
 
 
