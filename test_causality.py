@@ -317,6 +317,25 @@ def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, F
     return leaks
 
 
+def refuse_leaks(model, shapes, runtime, say, modes=(True, False)):
+    """Raise InputError where an output depends on a later token or on another row, bit for bit.
+
+    shapes: (rows, T) of the batches to try. runtime: the trainer's Runtime. modes: check_model's.
+    """
+    from data.text_to_bin import InputError
+
+    seed = runtime.new_seed()  # every rank sees the same leak, and rank 0 names it
+    with moved_weights(model):
+        for rows, T in shapes:
+            begin = time.perf_counter()
+            leaks = check_model(model, T, rows, runtime.device, runtime.autocast, modes, seed=seed)
+            if leaks:
+                raise InputError(
+                    f"causality check: the model leaks, refusing to go on: {leaks[0]}")
+            say(f"causality check, {rows} rows of {T}: bit-identical, {leaks.coverage:.1%} of the "
+                f"pairs of positions (seed {seed}, {time.perf_counter() - begin:.1f} s)")
+
+
 @torch.no_grad()
 def check_generation(model, T: int, device) -> float:
     """Return how far step(), token by token, is from hidden() over T tokens, relative, in fp32."""
@@ -405,8 +424,10 @@ def check_family(gate: Gate, trainer, configs: dict, runtime):
 
     The first of them has the head, logits included: it is the same in all.
     """
+    from runtime import Runtime
+
     device = runtime.device
-    exact = trainer.Runtime(device, torch.float32, compile=False)
+    exact = Runtime(device, torch.float32, compile=False)
     for count, (name, config) in enumerate(configs.items()):
         model, T = moved_model(trainer, config, 0, device), config.sequence_length
         for mode in [exact] + [runtime] * (runtime.dtype != torch.float32):
@@ -441,12 +462,13 @@ def passed_file(args, config) -> pathlib.Path:
 def main(argv: list[str]) -> int:
     """Run the gate for the model that the trainer's flags ask for; return the exit status."""
     import train_gpt2_afno as trainer
+    from runtime import Runtime, choose_device
 
     flags = trainer.parse_flags(argv)
-    device = trainer.choose_device(flags.get("device", "auto"))
+    device = choose_device(flags.get("device", "auto"))
     args = trainer.merge_flags(flags, device, None, print)
     config = trainer.GPTConfig(**trainer.model_fields(vars(args)))
-    runtime = trainer.Runtime(device, getattr(torch, args.dtype), bool(args.compile))
+    runtime = Runtime(device, getattr(torch, args.dtype), bool(args.compile))
     print(f"{args.model}, mixer {config.mixer}, {device.type}; convolution: "
           f"{trainer.usable('convolution', device, runtime.dtype)[1]}")
     passed = passed_file(args, config)
@@ -484,7 +506,8 @@ def test_causality(model=None, seq_len: int = 100):
 
 def assert_causal(**options):
     """Raise AssertionError where a small model is not causal, at one block and at several."""
-    from train_gpt2_afno import GPT, GPTConfig, Runtime, choose_device
+    from runtime import Runtime, choose_device
+    from train_gpt2_afno import GPT, GPTConfig
 
     device = choose_device("auto")
     modes = [Runtime(device, torch.float32, compile=False)]
@@ -529,6 +552,6 @@ def test_hybrids_are_causal():
 
 
 if __name__ == "__main__":
-    from train_gpt2_afno import run
+    from runtime import run
 
     run(main)

@@ -6,29 +6,20 @@
     python train_gpt2_afno.py --output_dir runs/mine --resume auto
     python train_gpt2_afno.py --output_dir runs/mine --generate "To be, or not"
 
-Read from top to bottom: flags and presets, model, data, optimizers, checkpoints and log, training,
-generation, command line.
+Read from top to bottom: flags and presets, model, optimizers, training, command line. Devices, ranks,
+validation and generation are in runtime.py, checkpoints and the log in checkpoints.py.
 """
 import argparse
-import codecs
 import contextlib
-import hashlib
 import itertools
-import json
 import math
 import os
-import re
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
-import traceback
 import warnings
-import zipfile
 from dataclasses import asdict, dataclass, make_dataclass
-from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__":  # until the loop, which saves first, Ctrl-C ends what runs at once
@@ -39,20 +30,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
-                                    create_selective_checkpoint_contexts)
+from torch.utils.checkpoint import checkpoint
 
 from afno import (AFNO1D, FORMS, ROUTINGS, DyadicOperator, ShortConv, check_arguments, rmsnorm,
                   taps_at_once)
-from data.loader import TokenStream, TrainLoader, count_val_tokens, find_shards, to_device
-from data.text_to_bin import (ROOT, InputError, Kind, Parser, gpt2_encoding, handled, integer,
-                              machine_memory, number, one_of, owned, ranks, relative, show_safely,
-                              sync_folder, to_path)
-from kernels import operators, usable
+from checkpoints import (Checkpoints, RunLog, choose_folder, find_checkpoint, load_weights,
+                         new_folder, of_this_version, read_checkpoint, refuse_damaged_tensors,
+                         refuse_damaged_values, refuse_used)
+from data.loader import TokenStream, TrainLoader, count_val_tokens, find_shards
+from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, machine_memory,
+                              number, one_of, owned, prefix_table, relative, to_path)
+from kernels import keep_products, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
-from test_causality import (check_generation, check_model, moved_weights, new_seed,
-                            random_tokens)
+from runtime import (Clock, Diverged, Runtime, choose_device, choose_gpus, evaluate, join_ranks,
+                     launch, measure_matmul_rate, own_card, peak_memory, ranks, run)
+from test_causality import random_tokens, refuse_leaks
 
 START = time.perf_counter()
 
@@ -443,24 +436,6 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(hidden))
 
 
-def keep_products():
-    """Return torch.utils.checkpoint's contexts for --recompute: keep products, recompute the rest.
-
-    Kept for backward are the results of matrix products, attention, convolutions and states.
-    """
-    attention = [f"_scaled_dot_product_{name}" for name in (
-        "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]
-    kept = {getattr(torch.ops.aten, name).default
-            for name in ("mm", "addmm", "bmm", "_scaled_mm", *attention)}
-    kept |= operators()
-
-    def policy(context, op, *args, **kwargs):
-        keep = op in kept
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
-
-
 class Block(nn.Module):
     """Mixer, then MLP, each on the normed residual stream.
 
@@ -732,51 +707,6 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# validation; the training rows come from data/loader.py
-
-
-@torch.no_grad()
-def evaluate(model: GPT, stream: TokenStream, val_tokens: int, B: int, T: int, runtime: "Runtime",
-             interrupted=lambda: False) -> Tensor | None:
-    """Return the sums of the losses of the stream's first `val_tokens` targets, (T,), float64.
-
-    Every one of them counts, by its position in windows of T tokens. The last row and the last
-    batch are filled up with targets that do not count, so all batches have one shape. Returns None
-    where interrupted() says so, which it does to all ranks at once.
-    """
-    device = runtime.device
-    total = torch.zeros(T, dtype=torch.float64, device=device)
-    for first in range(0, val_tokens, runtime.world * B * T):
-        if interrupted():
-            return None
-        begin = first + runtime.rank * B * T
-        if begin >= val_tokens:
-            continue
-        count = min(B * T, val_tokens - begin)
-        tokens = F.pad(stream.read(begin, count + 1), (0, B * T - count))
-        targets = tokens[1:].clone()
-        targets[count:] = -1
-        with runtime.autocast():
-            hidden = model.hidden(to_device(tokens[:-1].view(B, T), device))
-            _, losses = model.lm_head.loss(hidden, to_device(targets.view(B, T), device))
-        total += losses.double().sum(0)
-    if runtime.world > 1:
-        dist.all_reduce(total)
-    return total
-
-
-def loss_by_position(total: Tensor, val_tokens: int) -> list[tuple[int, int, float]]:
-    """Return (first, last, mean loss) of the positions 0-63, 64-127, 128-255, ... of a window."""
-    T = len(total)
-    counts = torch.full((T,), val_tokens // T)
-    counts[: val_tokens % T] += 1  # the last window may be cut off
-    bounds = [0] + [64 << i for i in range(T.bit_length()) if 64 << i < T] + [T]
-    spans = [(a, b - 1, int(counts[a:b].sum()), total[a:b].sum().item())
-             for a, b in zip(bounds, bounds[1:])]
-    return [(first, last, loss / count) for first, last, count, loss in spans if count]
-
-
-# -----------------------------------------------------------------------------
 # optimizers
 
 
@@ -901,18 +831,6 @@ def learning_rate_factor(step: int, num_iterations: int, warmup_iters: int, warm
     return final + (1 - final) * left
 
 
-def prefix_table(vocab_size: int) -> Tensor:
-    """Return the longest other token that each of GPT-2's tokens begins with; -1: there is none."""
-    encoding = gpt2_encoding()
-    tokens = {encoding.decode_single_token_bytes(token): token
-              for token in range(min(vocab_size, encoding.eot_token))}
-    table = torch.full((vocab_size,), -1)
-    for text, token in tokens.items():
-        table[token] = next((tokens[text[:n]] for n in range(len(text) - 1, 0, -1)
-                             if text[:n] in tokens), -1)
-    return table
-
-
 def shares_at(done: float, ahead: bool, prefix: bool) -> tuple[list[float], float]:
     """Return the weights of the tokens after the next one, and of the next one's prefix.
 
@@ -959,309 +877,26 @@ def length_phases(args, T: int, world: int) -> tuple[tuple[int, float], ...]:
 
 
 # -----------------------------------------------------------------------------
-# checkpoints and log
+# training; checkpoints and the log are in checkpoints.py, ranks and clocks in runtime.py
 
 
-TIMES = ("train_time_s", "compile_time_s", "wall_time_s")
+CHECKPOINT_FLAGS = dict(config={flag.name: flag for flag in CONFIG_FLAGS},
+                        args={name: FLAGS[name] for name in DEFAULTS})
 
 
-class Checkpoints:
-    """state_step*.pt of one run: written to a temporary file, synced, renamed; two are kept."""
+def sound(state: dict, path: Path) -> dict:
+    """Return the checkpoint in this version's names.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def paths(self) -> list[Path]:
-        """Return the files, newest first."""
-        found = [path for path in self.folder.glob("state_step*.pt")
-                 if re.fullmatch(r"state_step\d+\.pt", path.name)]
-        return sorted(found, key=self.step_of, reverse=True)
-
-    @staticmethod
-    def step_of(path: Path) -> int:
-        return int(re.sub(r"\D", "", path.name))
-
-    def kept(self) -> str:
-        return ", ".join(path.name for path in self.paths()) or "none"
-
-    def set_aside_after(self, step: int, say):
-        """Rename checkpoints later than `step`: a run that goes on from there has not made them."""
-        for path in self.paths():
-            if self.step_of(path) > step:
-                path.replace(path.with_suffix(".pt.abandoned"))
-                say(f"{path.name} is set aside as {path.name}.abandoned, step {step} is the last "
-                    "that counts")
-        for part in self.folder.glob("state_step*.pt.*part"):
-            part.unlink()  # of a run that was killed while saving
-
-    def save(self, state: dict):
-        path = self.folder / f"state_step{state['step']:06d}.pt"
-        part = path.with_suffix(f".pt.{os.getpid()}.part")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-            with open(part, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except (OSError, RuntimeError) as error:  # torch.save turns some write errors into these
-            part.unlink(missing_ok=True)
-            cause = error if isinstance(error, OSError) else error.__context__
-            reason = cause.strerror if isinstance(cause, OSError) else first_line(error)
-            raise InputError(f"--output_dir: cannot write {path.name}: {reason}; "
-                             f"checkpoints kept: {self.kept()}") from None
-        sync_folder(self.folder)
-        for old in self.paths()[2:]:
-            old.unlink()
-
-    @staticmethod
-    def load(path: Path) -> dict:
-        """Return what save() wrote; raise any exception where the file is not whole and sound."""
-        with zipfile.ZipFile(path) as archive:
-            if bad := archive.testzip():
-                raise ValueError(f"checksum of {bad} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        wanted = {"model", "optimizers", "step", "position", "config", "args", "rng", *TIMES}
-        if missing := wanted - set(state):
-            raise ValueError(f"not a checkpoint of this trainer, {min(missing)} is missing")
-        return state
-
-    @classmethod
-    def load_sound(cls, path: Path) -> dict:
-        """Return load()'s in this version's names; raise OtherVersion or, for damage, any other."""
-        state = of_this_version(cls.load(path), path)
-        refuse_damage(state)
-        return state
-
-    def newest(self, say) -> dict | None:
-        """Return the newest sound one, None where there never was one; say which are not sound."""
-        for path in self.paths():
-            try:
-                return self.load_sound(path)
-            except OtherVersion:  # the ones before are not for this version either
-                raise
-            except Exception as error:  # a truncated archive fails in many ways
-                say(f"warning: {path.name} cannot be read ({first_line(error)}): "
-                    "trying the one before")
-        if found := sorted(path.name for path in self.folder.glob("state_step*.pt*")
-                           if path.suffix in (".pt", ".abandoned")):
-            raise InputError(f"--resume: no readable checkpoint in {self.folder}, which has "
-                             f"{', '.join(found)}")
-        return None
-
-
-class OtherVersion(InputError):
-    """Say that a whole checkpoint is of another version of this trainer."""
-
-
-# Flags that are gone, and the value at which they did nothing: such checkpoints still load.
-GONE = dict(afno_gate=0, afno_relu="cartesian", mlp_ratio=4, grad_clip=0.0)
-
-
-def of_this_version(state: dict, path: Path) -> dict:
-    """Return the checkpoint in this version's names; raise OtherVersion for what is gone."""
-    config = state["config"]
-    baseline = (2 * config["n_layer"]) ** -0.5
-    # what it was before there was a flag for it
-    before = baseline if config.get("mixer") == "attn" else 1.0
-    scale = config.get("mixer_scale", None if "depth_scale" in config else before)
-    fields = [flag.name for flag in CONFIG_FLAGS]
-    for values, known in ((config, fields), (state["args"], DEFAULTS)):
-        if scale in (1.0, baseline):  # a factor once, a switch now
-            values.pop("mixer_scale", None)
-            values["depth_scale"] = int(scale == baseline)
-        for name, neutral in GONE.items():
-            if values.get(name) == neutral:
-                del values[name]
-        if gone := sorted(name for name in values if name not in known and values[name]):
-            raise OtherVersion(f"{relative(str(path))} is of another version of this trainer, "
-                               f"which had {', '.join(gone)}: its train.log names that version")
-        for name in set(values) - set(known):
-            del values[name]
-    for name, value in config.items():
-        flag = FLAGS[name]
-        if {type(value), type(flag.default)} == {str} and not flag.kind.accepts(value):
-            raise OtherVersion(f"{relative(str(path))} is of another version of this trainer: "
-                               f"--{name} must be {flag.kind.words}, got {value}")
-    return state
-
-
-def demand(good, name: str):
-    """Raise ValueError where a checkpoint's content, called `name`, is not good."""
-    if not good:
-        raise ValueError(f"{name} is damaged")
-
-
-def demand_like(found: dict, wanted: dict, name: str):
-    """Raise ValueError where tensors have not the names, shapes and dtypes of others, or NaN."""
-    demand(isinstance(found, dict) and found.keys() == wanted.keys(), name)
-    for key, like in wanted.items():
-        x = found[key]
-        demand(isinstance(x, Tensor) and x.layout == torch.strided and x.is_contiguous()
-               and (x.shape, x.dtype) == (like.shape, like.dtype) and x.isfinite().all(),
-               f"{name}.{key}")
-
-
-def refuse_damage(state: dict):
-    """Raise ValueError where a checkpoint does not hold what its own config and flags make."""
-    demand(state["args"].keys() >= {"optimizer", *DATA_FLAGS}, "args")
-    for name, value in state["args"].items():
-        absent = value is None and DEFAULTS[name] is None and name not in DATA_FLAGS
-        demand(absent or FLAGS[name].kind.accepts(value), f"args.{name}")
-    for name in ("step", "position", "data_tokens", "pass_began", *TIMES):
-        value = state.get(name, 0)  # before there was a key for it
-        demand(type(value) in ((int, float) if name in TIMES else (int,)) and 0 <= value < 1e18,
-               name)
-    torch.Generator().set_state(state["rng"]["cpu"])
-    cuda = state["rng"]["cuda"]
-    demand(cuda is None or isinstance(cuda, Tensor) and cuda.dtype == torch.uint8, "rng.cuda")
+    Raises OtherVersion or, where it does not hold what its own config and flags make, any other.
+    """
+    state = of_this_version(state, path, CHECKPOINT_FLAGS)
+    refuse_damaged_values(state, CHECKPOINT_FLAGS["args"])
     with torch.device("meta"):  # shapes alone
         model = GPT(GPTConfig(**state["config"]))
-    found, wanted = state["model"], model.state_dict()
-    names = lambda weights: {re.sub(r"\d+", "", name) for name in weights}
-    shapes = lambda weights: sorted(x.shape for x in weights.values())
-    if names(found) == names(wanted) or shapes(found) != shapes(wanted):
-        demand_like(found, wanted, "model")
-        refuse_damaged_optimizers(state, model)
-    # else renamed, so of another version: load_weights says so
-
-
-def refuse_damaged_optimizers(state: dict, model: GPT):
-    """Raise ValueError where the optimizers' state is not that of the model, on the device meta."""
-    names = ("optimizer", "learning_rate", "weight_decay", "rest_lr")
-    optimizers = make_optimizers(model, *(state["args"].get(name) for name in names))
-    demand(len(state["optimizers"]) == len(optimizers), "optimizers")
-    for optimizer, found in zip(optimizers, state["optimizers"]):
-        there, wanted = ([group["params"] for group in part["param_groups"]]
-                         for part in (found, optimizer.state_dict()))
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        # before the first step there is none
-        steps = range(len(parameters)) if state["step"] else ()
-        demand(there == wanted and found["state"].keys() == {*steps}, "an optimizer")
-        for i, values in found["state"].items():
-            p = parameters[i]
-            like = dict(momentum_buffer=p) if isinstance(optimizer, Muon) else \
-                dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p)
-            demand_like(values, like, f"an optimizer.{i}")
-
-
-def load_weights(model: GPT, weights: dict, folder: Path):
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:  # of another version of this code
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{relative(str(folder))}: the checkpoint does not fit this version's "
-                         f"model ({reason})") from None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def record_source(folder: Path) -> list[str]:
-    """Return lines that name the code that runs; keep in folder/source what no commit holds.
-
-    With git: the commit, the diff to it where there is one, and files that git does not know.
-    Without: the files themselves.
-    """
-    files = [path for where in ("", "kernels/", "data/")
-             for path in sorted(ROOT.glob(f"{where}*.py"))]
-    names = [str(path.relative_to(ROOT)) for path in files]
-    git = ["git", "-C", str(ROOT)]
-    run = lambda *words: subprocess.run([*git, *words], capture_output=True, check=True).stdout
-    try:
-        commit, diff = run("rev-parse", "HEAD").decode().strip(), run("diff", "HEAD", "--", *names)
-        kept = run("ls-files", "--others", "--", *names).decode().splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        commit, diff, kept = "none (no git here): the source is in source/", b"", names
-    else:
-        commit += " and source/" * bool(kept)
-    for name in kept:
-        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, folder / "source" / name)
-    if diff:
-        (folder / "source").mkdir(parents=True, exist_ok=True)
-        name = f"{hashlib.sha256(diff).hexdigest()[:12]}.diff"
-        (folder / "source" / name).write_bytes(diff)
-        commit += f" and source/{name}"
-    return [f"commit: {commit}", *(f"sha256: {hashlib.sha256(path.read_bytes()).hexdigest()} {name}"
-                                   for path, name in zip(files, names))]
-
-
-class RunLog:
-    """Write train.log (the source's version, all that is printed) and metrics.jsonl of a run."""
-
-    def __init__(self, folder: Path, resumed_step: int | None):
-        self.folder, self.val_loss = folder, None  # of the resumed step, if it is in the metrics
-        with self.errors():
-            folder.mkdir(parents=True, exist_ok=True)
-            if resumed_step is not None:
-                self.cut_back(resumed_step)
-            (folder / "metrics.jsonl").touch()
-            for text in record_source(folder):
-                self.line(text)
-
-    @contextlib.contextmanager
-    def errors(self):
-        try:
-            yield
-        except OSError as error:
-            raise InputError(f"--output_dir {self.folder} is not writable: {error.strerror}; "
-                             f"checkpoints kept: {Checkpoints(self.folder).kept()}") from None
-
-    def cut_back(self, step: int):
-        """Drop what was logged after `step`, summaries, and a line that a crash cut off."""
-        path, kept = self.folder / "metrics.jsonl", []
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        for line in text.splitlines(keepends=True):
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # damaged
-                values = json.loads(line)
-                summary = "wall_clock_time_to_target_loss" in values
-                if line.endswith("\n") and values["step"] <= step and not summary:
-                    if values["step"] == step and "val_loss" in values:
-                        self.val_loss = float(values["val_loss"])
-                    kept.append(line)
-        part = path.with_suffix(".jsonl.part")
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(path)
-
-    def line(self, text: str, name: str = "train.log"):
-        with self.errors():
-            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-            # opened each time: so it is the file of that name; names in it need not be UTF-8
-            with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text + "\n")
-
-    def metric(self, **values):
-        self.line(json.dumps(values), "metrics.jsonl")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes so far: of tensors on a GPU, resident on a CPU (0 where unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a large matrix product in this dtype: what the MFU is a share of."""
-    n, repeats = (8192, 10) if device.type == "cuda" else (1024, 3)
-    a, b = (torch.randn(n, n, generator=torch.Generator().manual_seed(i)).to(device, dtype)
-            for i in range(2))
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for _ in range(2):  # the first round warms up
-        synchronize()
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            a @ b
-        synchronize()
-        seconds = time.perf_counter() - begin
-    return repeats * 2 * n**3 / seconds
+    flags = ("optimizer", "learning_rate", "weight_decay", "rest_lr")
+    refuse_damaged_tensors(state, model, lambda: make_optimizers(
+        model, *(state["args"].get(name) for name in flags)))
+    return state
 
 
 def flops_per_token(model: GPT, T: int) -> float:
@@ -1276,88 +911,6 @@ def flops_per_token(model: GPT, T: int) -> float:
     return 6 * parameters + 12 * attention * config.n_embd * T / 2
 
 
-# -----------------------------------------------------------------------------
-# training
-
-
-LONGEST_WAIT = timedelta(minutes=1)  # of a rank for the others: then the run ends
-
-
-class Diverged(RuntimeError):
-    """A loss or gradient that is not finite."""
-
-
-@dataclass
-class Runtime:
-    """Where and how everything runs: one process, or one of several under torchrun."""
-
-    device: torch.device
-    dtype: torch.dtype
-    compile: bool
-    rank: int = 0
-    world: int = 1
-    patient: object = None  # a group of all ranks that waits longer than LONGEST_WAIT
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def of_ranks(self, value: int) -> list[int]:
-        """Return every rank's value: on the CPU, through gloo, which does not wait for the GPU."""
-        values = torch.zeros(self.world, dtype=torch.int64)
-        values[self.rank] = value
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values.tolist()
-
-    def any_rank(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank: ranks must leave the loop together."""
-        return any(self.of_ranks(flag))
-
-    def wait(self):
-        """Wait for all ranks, after work that may take one of them more than LONGEST_WAIT."""
-        if self.world > 1:
-            dist.barrier(self.patient)
-
-    def new_seed(self) -> int:
-        """Return rank 0's new seed, so that all ranks draw the same."""
-        seed = torch.tensor(new_seed())
-        if self.world > 1:
-            dist.broadcast(seed, 0)
-        return seed.item()
-
-
-class Clock:
-    """Measure the seconds of steps; on a GPU by events, as the host runs ahead of it.
-
-    `total` excludes compilation, validation and saving: restart() begins the next step after those.
-    """
-
-    def __init__(self, device: torch.device, total: float):
-        self.device, self.total = device, total
-        self.restart()
-
-    def now(self):
-        if self.device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def restart(self):
-        self.mark = self.now()
-
-    def add_until(self, ended) -> float:
-        """Wait for the moment `ended`, count the seconds since the last one and return them."""
-        if self.device.type == "cpu":
-            seconds = ended - self.mark
-        else:
-            ended.synchronize()
-            seconds = self.mark.elapsed_time(ended) / 1000
-        self.mark = ended
-        self.total += seconds
-        return seconds
-
-
 def choose_fp8(model: GPT, args, device: torch.device, dtype: torch.dtype) -> str | None:
     """Turn fp8 on where it is asked for and works; return what to say of it, if anything."""
     asked = (("the head", args.fp8_head), ("the MLPs' first layers", args.fp8_mlp))
@@ -1369,24 +922,6 @@ def choose_fp8(model: GPT, args, device: torch.device, dtype: torch.dtype) -> st
     for block in model.transformer.h:
         block.mlp.fp8 = works and bool(args.fp8_mlp)
     return f"products of {names}: {why}"
-
-
-def refuse_leaks(model: GPT, shapes, runtime: Runtime, say, modes=(True, False)):
-    """Raise InputError where an output depends on a later token or on another row, bit for bit.
-
-    shapes: (rows, T) of the batches to try. modes: with gradients the graph that trains runs,
-    without the one that validates.
-    """
-    seed = runtime.new_seed()  # every rank sees the same leak, and rank 0 names it
-    with moved_weights(model):
-        for rows, T in shapes:
-            begin = time.perf_counter()
-            leaks = check_model(model, T, rows, runtime.device, runtime.autocast, modes, seed=seed)
-            if leaks:
-                raise InputError(
-                    f"causality check: the model leaks, refusing to go on: {leaks[0]}")
-            say(f"causality check, {rows} rows of {T}: bit-identical, {leaks.coverage:.1%} of the "
-                f"pairs of positions (seed {seed}, {time.perf_counter() - begin:.1f} s)")
 
 
 class Run:
@@ -1423,7 +958,7 @@ class Run:
         self.rates = [[group["lr"] for group in optimizer.param_groups]
                       for optimizer in self.optimizers]  # at a factor of 1
         if args.predict_prefix:
-            self.prefixes = prefix_table(config.vocab_size).to(self.device)
+            self.prefixes = torch.tensor(prefix_table(config.vocab_size), device=self.device)
         self.compile_time, self.past_wall, self.pending = 0.0, 0.0, None
         train_time = self.restore(saved) if saved else 0.0
         self.fp8 = choose_fp8(self.model, args, self.device, runtime.dtype)
@@ -1811,47 +1346,6 @@ def train_loop(run: Run) -> int:
 
 
 # -----------------------------------------------------------------------------
-# generation
-
-
-@torch.no_grad()
-def generate(model: GPT, text: str, args, T: int, runtime: Runtime):
-    """Print a continuation of `text` token by token; attention looks back at most T tokens.
-
-    <|endoftext|> in the text is the token.
-    """
-    encoding, tokens = gpt2_encoding(), []
-    for document in text.split("<|endoftext|>"):
-        tokens += [encoding.eot_token, *encoding.encode_ordinary(document)]
-    tokens = tokens[1:] or tokens
-    model.check_length(len(tokens) + args.max_new_tokens - 1)
-    generator = torch.Generator().manual_seed(args.seed)
-    # a character may take several tokens
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    print(text, end="", flush=True)
-    with runtime.autocast():  # once: so weights are cast once
-        state = None
-        for token in tokens[:-1]:
-            _, state = model.step(torch.tensor([token], device=runtime.device), state, T)
-        token = tokens[-1]
-        for _ in range(args.max_new_tokens):
-            hidden, state = model.step(torch.tensor([token], device=runtime.device), state, T)
-            token = sample(model.lm_head.logits(hidden[0]).cpu(), args, generator)
-            piece = decoder.decode(encoding.decode_single_token_bytes(token))
-            print(piece, end="", flush=True)
-    print(decoder.decode(b"", final=True))
-
-
-def sample(logits: Tensor, args, generator: torch.Generator) -> int:
-    """Return one token of (vocab_size,): the likeliest at temperature 0, else one of the top_k."""
-    if args.temperature == 0:
-        return int(logits.argmax())
-    top = logits.double().topk(min(args.top_k, len(logits)))
-    scores = (top.values - top.values.max()) / args.temperature  # <= 0: none is too low
-    return int(top.indices[torch.multinomial(F.softmax(scores, -1), 1, generator=generator)])
-
-
-# -----------------------------------------------------------------------------
 # command line
 
 
@@ -1915,131 +1409,6 @@ def choose_data(flags: dict, values: dict) -> dict:
             for name in DATA_FLAGS}
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this torch sees no CUDA device; use cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def choose_gpus(asked: int | None, device: torch.device, micro_batches: int, say) -> int:
-    """Return how many processes to start, one a card, which share out a step's micro-batches.
-
-    It is 1 where torchrun has started this one. Raises InputError for --gpus.
-    """
-    if "RANK" in os.environ:
-        if asked not in (None, world := ranks()[1]):
-            raise InputError(f"--gpus must be the number of ranks under torchrun, {world}, "
-                             f"got {asked}")
-        return 1
-    there = torch.cuda.device_count() if device.type == "cuda" else 0
-    if asked is None:
-        most = max(n for n in range(1, max(there, 1) + 1) if micro_batches % n == 0)
-        if there > 1:
-            say(f"{most} of {there} GPUs: the most that divide the {micro_batches} micro-batches "
-                "of a step (--gpus chooses)")
-        return most
-    if asked > there:
-        raise InputError(f"--gpus must be <= {there}, the GPUs here for --device "
-                         f"{device.type}, got {asked}")
-    if micro_batches % asked:
-        raise InputError(f"--gpus must divide --grad_accumulation_steps {micro_batches}, "
-                         f"got {asked}")
-    return asked
-
-
-def own_card(local_rank: int) -> torch.device:
-    """Return this process's CUDA device, which becomes the current one."""
-    if local_rank >= torch.cuda.device_count():
-        raise InputError(f"the environment has LOCAL_RANK {local_rank}, but there are "
-                         f"{torch.cuda.device_count()} CUDA devices")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def join_ranks(runtime: Runtime):
-    """Join the groups of all ranks: one that waits a minute, and a patient one."""
-    backend = "cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=LONGEST_WAIT)
-    runtime.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
-
-
-def launch(processes: int) -> int:
-    """Run this command by torchrun in so many processes, one a card; return the exit status."""
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    # torchrun would choose 1 and warn
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    try:
-        torchrun.main(["--standalone", f"--nproc_per_node={processes}", *sys.argv])
-    except SignalException as stopped:  # it has passed the signal on, and the ranks have saved
-        return 128 + stopped.sigval
-    except ChildFailedError as error:
-        # the first to fail; not one that within a second failed for want of it (1) or was ended
-        first = min(failure.timestamp for failure in error.failures.values())
-        ended = [(rank, failure.exitcode) for rank, failure in error.failures.items()
-                 if failure.timestamp <= first + 1]
-        rank, status = min(ended, key=lambda pair: pair[1] in (1, -signal.SIGTERM))
-        how = f"ended with status {status}" if status > 0 else \
-            f"was killed by {signal.Signals(-status).name}"
-        print(f"error: rank {rank} {how}", file=sys.stderr, flush=True)
-        return status if status > 0 else 128 - status
-    return 0
-
-
-def holds_run(folder: Path) -> bool:
-    metrics = folder / "metrics.jsonl"
-    return bool(Checkpoints(folder).paths()) or metrics.is_file() and metrics.stat().st_size > 0
-
-
-def refuse_used(folder: Path, resuming: bool):
-    """Raise InputError where the folder of a new run holds one."""
-    if holds_run(folder):
-        hint = "" if resuming else "add --resume auto, or "
-        raise InputError(f"--output_dir {relative(str(folder))} holds a run: {hint}name another")
-
-
-def choose_folder(flags: dict, only_read: bool) -> Path | None:
-    """Return the folder that --output_dir or a checkpoint names, or None for one of a new run."""
-    if "output_dir" in flags:
-        return to_path(flags["output_dir"])
-    if flags.get("resume", "auto") != "auto":
-        return to_path(flags["resume"]).parent
-    if "resume" not in flags and not only_read:
-        return None
-    runs = sorted(ROOT.glob("runs/*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise InputError("--output_dir: no run with a checkpoint under runs/, name the folder of "
-                         "one")
-    return runs[-1].parent
-
-
-def find_checkpoint(flags: dict, folder: Path, only_read: bool, say) -> dict | None:
-    """Return the state that --resume, --eval_only or --generate ask for, None for a new run."""
-    source = flags.get("resume", "auto")
-    if source == "auto":
-        say(f"checkpoint: newest in {relative(str(folder))}")
-        state = Checkpoints(folder).newest(say)
-        if state is None and only_read:
-            raise InputError(f"--output_dir {relative(str(folder))}: no checkpoint there")
-        if state is None:
-            say("there is none yet: this run begins anew")
-        return state
-    path = to_path(source)
-    try:
-        state = Checkpoints.load_sound(path)
-    except OtherVersion:
-        raise
-    except Exception as error:
-        raise InputError(f"--resume {source}: no readable checkpoint "
-                         f"({first_line(error)})") from None
-    if not only_read and holds_run(folder) and not folder.samefile(path.parent):
-        raise InputError(f"--output_dir {relative(str(folder))} holds another run than --resume "
-                         f"{source}: name a new folder, or go on with --resume auto")
-    return state
-
-
 def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
     """Return all flags: defaults < preset < checkpoint < command line."""
     preset = {} if saved else choose_preset(flags, device, say)
@@ -2090,12 +1459,6 @@ def refuse_untrainable(config: GPTConfig, args):
                          f"dyadic, whose MLP sees completed blocks only, got {shortest}")
 
 
-def new_folder(args) -> Path:
-    """Return a folder's name for a new run."""
-    folder = ROOT / f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.mixer}"
-    return folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
-
-
 def refuse_too_large(config: GPTConfig, args, device: torch.device, only_read: bool):
     """Raise InputError, naming the flags that matter, where memory cannot be enough."""
     step = args.batch_size * config.sequence_length * args.grad_accumulation_steps
@@ -2122,33 +1485,6 @@ def refuse_too_large(config: GPTConfig, args, device: torch.device, only_read: b
                          f"{total / 2**30:,.3g} GiB of memory, there are {there / 2**30:,.3g}")
 
 
-def read_checkpoint(flags: dict, args, config: GPTConfig, runtime: Runtime, saved: dict,
-                    folder: Path, say):
-    """Generate from a checkpoint, or print its validation loss, also by position."""
-    model, T = GPT(config).to(runtime.device), args.sequence_length
-    load_weights(model, saved["model"], folder)
-    say(f"step {saved['step']}, {runtime.device.type}, {args.dtype}, sequence length {T} "
-        f"(trained at {config.sequence_length})")
-    if "generate" in flags:
-        if (off := check_generation(model, min(T, 128), runtime.device)) > 1e-4:
-            raise InputError(f"--generate: token by token the model is {off:.1e} off its parallel "
-                             "pass, more than 1e-4: it would not write what was trained")
-        return generate(model, flags["generate"], args, T, runtime)
-    model.check_length(T)
-    if runtime.compile:
-        model.compile()
-    refuse_leaks(model, [(args.val_batch_size, T)], runtime, say, modes=(False,))
-    val_stream = TokenStream(args.input_val_bin, config.vocab_size, "input_val_bin")
-    val_tokens = count_val_tokens(args.val_tokens, val_stream)
-    total = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, runtime)
-    loss = total.sum().item() / val_tokens
-    print(f"step:{saved['step']} sequence_length:{T} val_tokens:{val_tokens} val_loss:{loss:.4f}")
-    if not math.isfinite(loss):
-        raise Diverged(f"validation loss {loss}")
-    for first, last, loss in loss_by_position(total, val_tokens):
-        print(f"positions {first}-{last}: {loss:.4f}")
-
-
 def main(argv: list[str]) -> int:
     """Train, evaluate or generate as the flags say; return the exit status."""
     flags = parse_flags(argv)
@@ -2167,7 +1503,7 @@ def main(argv: list[str]) -> int:
         if folder is not None:
             own(folder)  # before anything in it is looked at
         if only_read or "resume" in flags:
-            saved = find_checkpoint(flags, folder, only_read, say)
+            saved = find_checkpoint(flags, folder, only_read, sound, say)
         args = merge_flags(flags, device, saved, say)
         if folder is None:
             folder = new_folder(args)
@@ -2187,7 +1523,8 @@ def main(argv: list[str]) -> int:
         if only_read:
             if rank == 0:  # one process is enough to evaluate or to write
                 runtime.world = 1
-                read_checkpoint(flags, args, config, runtime, saved, folder, say)
+                model = GPT(config).to(runtime.device)
+                read_checkpoint(flags, args, model, runtime, saved, folder, say)
             return 0
         if world > 1:
             join_ranks(runtime)
@@ -2195,43 +1532,6 @@ def main(argv: list[str]) -> int:
         if world > 1:  # not after an error: it would wait for ranks that do not come
             dist.destroy_process_group()
         return status
-
-
-def run(main_function, memory: str = "--batch_size (and raise --grad_accumulation_steps to match), "
-        "or --val_batch_size, --sequence_length or --model") -> None:
-    """Exit with the function's status; bad input is one clear line and status 2, divergence 1.
-
-    memory: the flags to lower where there is not enough.
-    """
-    rank, message = None, None
-    show_safely()
-    try:
-        rank = ranks()[0] if "RANK" in os.environ else None
-        status = main_function(sys.argv[1:])
-    except (InputError, Diverged) as error:
-        message, status = str(error), 2 if isinstance(error, InputError) else 1
-    except KeyboardInterrupt:  # outside training, which saves first
-        status = 130
-    except OSError as error:
-        message, status = f"{error.filename or 'output'}: {error.strerror or error}", 2
-    except Exception as error:
-        # a compiler's errors are RuntimeErrors, too, also where they hold that memory ran out
-        ran_out = isinstance(error, RuntimeError) and any(
-            text in str(error) for text in ("can't allocate memory", "out of memory"))
-        if ran_out or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            message, status = f"out of memory: lower {memory} ({first_line(error)})", 2
-        elif rank is None:
-            raise
-        else:
-            traceback.print_exc()
-            message, status = first_line(error), 1
-    if message:
-        who = "" if rank is None else f"rank {rank}: "
-        print(f"error: {who}{message}", file=sys.stderr, flush=True)
-        if rank is not None:  # at once: NCCL would wait for the other ranks first
-            sys.stdout.flush()
-            os._exit(status)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,11 @@ class InputError(ValueError):
     """Say what is wrong with the user's input, in the one line that they get; exit status 2."""
 
 
+def first_line(error: Exception) -> str:
+    """Return an error's text as far as one line goes, or its name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def relative(path: str) -> str:
     """Return a path inside the repository relative to it, so that it is the same everywhere."""
     return path.removeprefix(f"{ROOT}{os.sep}")
@@ -144,21 +149,6 @@ def sync_folder(folder: Path):
 @functools.cache
 def warn_once(text: str):
     print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def ranks() -> tuple[int, int, int]:
-    """Return the rank, the number of ranks and the rank on this machine that torchrun has set."""
-    values = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        text = os.environ.get(name, default)
-        if not re.fullmatch("[0-9]{1,6}", text):
-            raise InputError(f"the environment's {name} must be a number, got {text!r}: unset it")
-        values.append(int(text))
-    rank, world, local_rank = values
-    if rank >= world or world > 1 and not os.environ.get("MASTER_ADDR"):
-        raise InputError(f"the environment has RANK {rank} and WORLD_SIZE {world}, but torchrun "
-                         "has not set them: unset both")
-    return rank, world, local_rank
 
 
 class Parser(argparse.ArgumentParser):
@@ -356,6 +346,17 @@ def gpt2_encoding():
     ranks = data_gym_to_mergeable_bpe_ranks(*paths, *VOCABULARY.values())
     return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": END_OF_TEXT}, explicit_n_vocab=50257)
+
+
+def prefix_table(vocab_size: int) -> list[int]:
+    """Return the longest other token that each of GPT-2's tokens begins with; -1: there is none."""
+    encoding, table = gpt2_encoding(), [-1] * vocab_size
+    tokens = {encoding.decode_single_token_bytes(token): token
+              for token in range(min(vocab_size, encoding.eot_token))}
+    for text, token in tokens.items():
+        table[token] = next((tokens[text[:n]] for n in range(len(text) - 1, 0, -1)
+                             if text[:n] in tokens), -1)
+    return table
 
 
 # -----------------------------------------------------------------------------

@@ -32,6 +32,7 @@ import train_gpt2_afno as trainer  # noqa: E402
 from data.loader import find_shards  # noqa: E402
 from data.text_to_bin import InputError  # noqa: E402
 from experiments.plot_runs import Run, plot, read_run, time_to_loss  # noqa: E402
+from runtime import run  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # the studies: what differs from a preset of the trainer
@@ -536,4 +537,4 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     # so that the run in hand is stopped, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    trainer.run(main)
+    run(main)

@@ -42,8 +42,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt2_afno as trainer  # noqa: E402
+from checkpoints import Checkpoints, OtherVersion, load_weights, of_this_version  # noqa: E402
 from data.loader import TokenStream, count_val_tokens, to_device  # noqa: E402
-from data.text_to_bin import END_OF_TEXT, ROOT, InputError, relative  # noqa: E402
+from data.text_to_bin import END_OF_TEXT, ROOT, InputError, first_line, relative  # noqa: E402
+from runtime import Runtime, choose_device, run  # noqa: E402
 
 MEASURES = ("stream", "documents")
 UNITS = dict(stream="rows", documents="documents")  # over which errors are taken
@@ -100,7 +102,7 @@ def cut_documents(tokens: np.ndarray, count: int, T: int) -> Pieces:
 
 @torch.no_grad()
 def losses_of(model: trainer.GPT, tokens: np.ndarray, pieces: Pieces, T: int,
-              runtime: trainer.Runtime, batch_tokens: int) -> np.ndarray:
+              runtime: Runtime, batch_tokens: int) -> np.ndarray:
     """Return every target's loss, (N,) float32, in pieces of at most T tokens.
 
     Pieces of similar length make a batch of about batch_tokens, filled up on the right to the next
@@ -214,20 +216,21 @@ class Checkpoint:
     def __init__(self, source: str):
         self.path = Path(source)
         if self.path.is_dir():
-            found = trainer.Checkpoints(self.path).paths()
+            found = Checkpoints(self.path).paths()
             if not found:
                 raise InputError(f"{source}: no state_step*.pt in this folder")
             self.path = found[0]
         try:
             self.state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-            self.state = trainer.of_this_version(self.state, self.path)
+            self.state = of_this_version(self.state, self.path,
+                                         trainer.CHECKPOINT_FLAGS)
             self.config = trainer.GPTConfig(**self.state["config"])
             self.label = f"{self.path.absolute().parent.name}@{self.state['step']}"
-        except trainer.OtherVersion:
+        except OtherVersion:
             raise
         except Exception as error:  # a truncated archive fails in many ways
             raise InputError(f"{source}: no readable checkpoint "
-                             f"({trainer.first_line(error)})") from None
+                             f"({first_line(error)})") from None
 
     def key(self, *more) -> list:
         """Return what a result depends on: the file and whatever else is named."""
@@ -244,10 +247,10 @@ class Checkpoint:
         torch.manual_seed(self.state["args"]["seed"])
         return trainer.GPT(self.config)
 
-    def model(self, runtime: trainer.Runtime) -> trainer.GPT:
+    def model(self, runtime: Runtime) -> trainer.GPT:
         """Return the model with the checkpoint's weights, ready to be evaluated."""
         model = self.initial()
-        trainer.load_weights(model, self.state["model"], self.path)
+        load_weights(model, self.state["model"], self.path)
         model = model.to(runtime.device).eval()
         if runtime.compile:
             model.compile()
@@ -329,7 +332,7 @@ def read_text(args, checkpoints: list[Checkpoint]) -> Text:
     return Text(relative(os.path.abspath(pattern)), tokens, T, pieces)
 
 
-def compute(checkpoint: Checkpoint, text: Text, args, runtime: trainer.Runtime, results: Results):
+def compute(checkpoint: Checkpoint, text: Text, args, runtime: Runtime, results: Results):
     """Put a checkpoint's missing results into `results`."""
     key = checkpoint.key(text.name, text.count, text.T, str(runtime.dtype))
     batch_tokens, label = args.batch_tokens or BATCH_TOKENS[runtime.device.type], checkpoint.label
@@ -558,9 +561,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Evaluate what is missing and print the tables; return the exit status."""
     args = parse(argv)
-    device = trainer.choose_device(args.device)
+    device = choose_device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    runtime = trainer.Runtime(device, dtype, bool(args.compile))
+    runtime = Runtime(device, dtype, bool(args.compile))
     checkpoints = [Checkpoint(source) for source in args.checkpoints]
     labels = [checkpoint.label for checkpoint in checkpoints]
     if twice := [label for label in labels if labels.count(label) > 1]:
@@ -581,4 +584,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    trainer.run(main, memory="--batch_tokens or --rows")
+    run(main, memory="--batch_tokens or --rows")

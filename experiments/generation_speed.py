@@ -15,9 +15,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.text_to_bin import InputError  # noqa: E402
+from runtime import Runtime, choose_device, run  # noqa: E402
 from test_causality import random_tokens  # noqa: E402
-from train_gpt2_afno import (GPT, GPTConfig, Runtime, choose_device, merge_flags,  # noqa: E402
-                             model_fields, parse_flags, refuse_too_large, run)
+from train_gpt2_afno import (GPT, GPTConfig, merge_flags, model_fields,  # noqa: E402
+                             parse_flags, refuse_too_large)
 
 
 def main(argv: list[str]) -> int:

@@ -28,6 +28,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import train_gpt2_afno as trainer  # noqa: E402
+from runtime import Clock, run  # noqa: E402
 
 SCRIPT = trainer.ROOT / "train_gpt2_afno.py"
 FIRST_50 = "--preset fineweb --num_iterations 50 --warmup_iters 258 --warmdown_iters 0 " \
@@ -144,7 +145,7 @@ def ends(args):
 
 
 def milliseconds(function, device: torch.device, repeats: int = 20) -> float:
-    clock = trainer.Clock(device, 0.0)
+    clock = Clock(device, 0.0)
     for _ in range(3):  # the first ones warm up
         function()
     clock.restart()
@@ -198,4 +199,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    trainer.run(main)
+    run(main)

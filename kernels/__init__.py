@@ -7,11 +7,13 @@
     loss.py           linear_cross_entropy, and what fp8 is; imports without Triton
     trials.py         every kernel against float64, before it is trusted
 
-This file imports without Triton. `usable` says whether a kernel may be used, and why.
+This file imports without Triton. `usable` says whether a kernel may be used, and why;
+`keep_products` what --recompute keeps.
 """
 import functools
 
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 
 def installed() -> bool:
@@ -30,6 +32,24 @@ def operators() -> set:
     from kernels import convolution, state  # noqa: F401 (registers them)
 
     return {torch.ops.afno.block_conv.default, torch.ops.afno.state_scan.default}
+
+
+def keep_products():
+    """Return torch.utils.checkpoint's contexts for --recompute: keep products, recompute the rest.
+
+    Kept for backward are the results of matrix products, attention, convolutions and states.
+    """
+    attention = [f"_scaled_dot_product_{name}" for name in (
+        "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]
+    kept = {getattr(torch.ops.aten, name).default
+            for name in ("mm", "addmm", "bmm", "_scaled_mm", *attention)}
+    kept |= operators()
+
+    def policy(context, op, *args, **kwargs):
+        keep = op in kept
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def constant(function):

@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import runtime
 import train_gpt2_afno as trainer
+from checkpoints import Checkpoints
 from data.text_to_bin import InputError, ShardWriter
 
 SMALL = "--preset baseline --mixer afno --attn_layers 1 --device cpu --model d4 --batch_size 2 " \
@@ -47,7 +49,7 @@ def start(arguments: list[str], output: Path) -> int:
     sys.argv[1:] = arguments
     status = 99
     try:
-        trainer.run(trainer.main)
+        runtime.run(trainer.main)
     except SystemExit as end:
         status = end.code
     except BaseException:
@@ -153,14 +155,14 @@ def headers(shard: Path, folder: Path, count: int, draw: random.Random):
 
 def bits(run: Path, count: int, draw: random.Random):
     """Load checkpoints of which one bit is another: it is sound, or the one before is taken."""
-    newest = trainer.Checkpoints(run).paths()[0]
+    newest = Checkpoints(run).paths()[0]
     whole = newest.read_bytes()
     for _ in range(count):
         content = bytearray(whole)
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         newest.write_bytes(content)
         try:
-            state = trainer.Checkpoints(run).newest(lambda text: None)
+            state = Checkpoints(run).newest(trainer.sound, lambda text: None)
             yield None if state["step"] in (9, 12) else f"step {state['step']}"
         except Exception as error:
             yield f"traceback: {error!r}"

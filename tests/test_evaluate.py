@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import runtime
 import train_gpt2_afno as trainer
 from data.loader import TokenStream
 from data.text_to_bin import InputError, ShardWriter
@@ -12,7 +13,8 @@ from experiments import evaluate
 from experiments.evaluate import (CUTS, FIGURES, Text, cut_documents, cut_rows, cut_taps,
                                   filter_figures, groups_of, longest_matches, losses_of, main,
                                   mean_and_error, taps_of)
-from train_gpt2_afno import GPT, GPTConfig, Runtime
+from runtime import Runtime
+from train_gpt2_afno import GPT, GPTConfig
 
 CPU = Runtime(torch.device("cpu"), torch.float32, compile=False)
 END_OF_TEXT = 49  # of a small vocabulary, for time
@@ -70,7 +72,7 @@ def write_checkpoint(folder, model: GPT, pattern: str, step: int = 7, seed: int 
 def test_stream_is_the_trainers_validation(model, tokens, tmp_path, count, T):
     stream = TokenStream(write_text(tmp_path, tokens), 50, "bin")
     losses = losses_of(model, tokens[: count + 1], cut_rows(count, T), T, CPU, 300)
-    total = trainer.evaluate(model, stream, count, 3, T, CPU)
+    total = runtime.evaluate(model, stream, count, 3, T, CPU)
     assert len(losses) == count
     assert losses.mean(dtype=np.float64) == pytest.approx(total.sum().item() / count, abs=1e-6)
     by_place = np.bincount(np.arange(count) % T, losses, minlength=T)

@@ -25,12 +25,14 @@ import tiktoken
 import torch
 
 import train_gpt2_afno
+from checkpoints import new_folder
 from data import cached_fineweb10B, shakespeare, text_to_bin
 from data.loader import TokenStream, TrainLoader, find_shards
 from data.text_to_bin import InputError, ShardWriter, read_bin, relative, run_main, write_shards
+from runtime import Diverged, run, sample
 from test_data import (END_OF_TEXT, encoding, one_line, package_index,  # noqa: F401
                              shard_bytes, stored, tokens_of_documents)
-from test_trainer import (VOCABULARY, Diverged, Letters, data, flags, losses, main,  # noqa: F401
+from test_trainer import (VOCABULARY, Letters, data, flags, losses, main,  # noqa: F401
                                 metrics, newest, run_script, script, small, wait_for_step)
 
 PROSE = "The quick brown fox, as they say, jumps over it. "
@@ -250,8 +252,8 @@ def test_generation_takes_the_end_of_text_for_the_token(data, tmp_path, monkeypa
     main(flags(data, tmp_path / "run", "--num_iterations 1"))
     fed = []
     step = train_gpt2_afno.GPT.step
-    monkeypatch.setattr(train_gpt2_afno, "gpt2_encoding", Letters)
-    monkeypatch.setattr(train_gpt2_afno, "check_generation", lambda *_: 0.0)
+    monkeypatch.setattr("runtime.gpt2_encoding", Letters)
+    monkeypatch.setattr("checkpoints.check_generation", lambda *_: 0.0)
     monkeypatch.setattr(train_gpt2_afno.GPT, "step",
                         lambda self, idx, *more: fed.append(int(idx)) or step(self, idx, *more))
     end = Letters.eot_token
@@ -382,12 +384,12 @@ def test_a_run_is_not_resumed_into_anothers_folder(data, tmp_path):
 
 
 def test_two_runs_of_one_second_have_two_folders(monkeypatch, tmp_path):
-    monkeypatch.setattr(train_gpt2_afno, "ROOT", tmp_path)
+    monkeypatch.setattr("checkpoints.ROOT", tmp_path)
     monkeypatch.setattr(time, "strftime", lambda *_: "now")
     args = argparse.Namespace(model="d4", mixer="afno")
-    first = train_gpt2_afno.new_folder(args)
+    first = new_folder(args)
     first.mkdir(parents=True)
-    assert first.name == "now-d4-afno" and train_gpt2_afno.new_folder(args) != first
+    assert first.name == "now-d4-afno" and new_folder(args) != first
 
 
 def test_two_first_runs_of_the_plays_do_not_destroy_them(encoding, tmp_path, monkeypatch):
@@ -853,7 +855,7 @@ def test_a_tiny_temperature_takes_the_likeliest():
     logits, generator = torch.tensor([1.0, 3.0, 2.0, 3.0 - 1e-6]), torch.Generator()
     for temperature in (1e-50, 1e-300, 5e-324):
         args = argparse.Namespace(temperature=temperature, top_k=4)
-        assert train_gpt2_afno.sample(logits, args, generator) == 1
+        assert sample(logits, args, generator) == 1
 
 
 @pytest.mark.parametrize("variables, message", [
@@ -869,7 +871,7 @@ def test_variables_of_another_job_are_one_line(data, tmp_path, monkeypatch, caps
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train_gpt2_afno.py", *flags(data, tmp_path / "run")])
-    status, said = status_of(capsys, train_gpt2_afno.run, main)
+    status, said = status_of(capsys, run, main)
     assert status == 2 and said.startswith(f"error: {message}") and said.count("\n") == 1
 
 
@@ -877,7 +879,7 @@ def test_variables_of_another_job_are_one_line(data, tmp_path, monkeypatch, caps
 def test_a_name_of_300_characters_is_one_line(data, tmp_path, monkeypatch, capsys, flag):
     argv = [*flags(data, tmp_path / "run"), flag, str(tmp_path / ("x" * 300))]
     monkeypatch.setattr(sys, "argv", ["train_gpt2_afno.py", *argv])
-    status, said = status_of(capsys, train_gpt2_afno.run, main)
+    status, said = status_of(capsys, run, main)
     assert status == 2 and said.startswith("error: ") and said.count("\n") == 1
 
 
@@ -960,8 +962,8 @@ def test_an_experiment_without_memory_names_its_own_flags(monkeypatch, capsys, s
     def ran_out(*_, **__):
         raise MemoryError("4 GiB")
 
-    for where, name in ((train_gpt2_afno, "choose_device"), (Path, "mkdir")):
-        monkeypatch.setattr(where, name, ran_out)
+    for name in ("runtime.choose_device", "pathlib.Path.mkdir"):
+        monkeypatch.setattr(name, ran_out)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *options.split()])
     path = text_to_bin.ROOT / f"experiments/{script}.py"
     status, said = status_of(capsys, lambda: runpy.run_path(str(path), run_name="__main__"))

@@ -21,10 +21,10 @@ import test_causality  # noqa: E402
 import train_gpt2_afno  # noqa: E402
 from afno import AFNO1D, causal_conv, complex_linear, complex_relu, complex_soft_shrink
 from data.text_to_bin import InputError
+from runtime import Runtime
 from test_causality import (check_causality, check_family, check_generation, check_head,
-                            gradient_leaks, moved_weights)
-from train_gpt2_afno import (GPT, MLP, CausalSelfAttention, Gates, GPTConfig, Head, Runtime,
-                             refuse_leaks)
+                            gradient_leaks, moved_weights, refuse_leaks)
+from train_gpt2_afno import GPT, MLP, CausalSelfAttention, Gates, GPTConfig, Head
 
 CONFIG = GPTConfig(**{**test_causality.SMALL, "n_layer": 2}, sequence_length=96)
 RICH = dataclasses.replace(CONFIG, attn_layers=(0,), value_residual=1, embedding_residual=1,

@@ -16,11 +16,12 @@ import kernels
 import kernels.loss
 import test_causality
 from afno import FORMS, rmsnorm
+from checkpoints import loss_by_position
 from data.text_to_bin import InputError
 from kernels.loss import Fp8HeadProducts, Fp8Linear, linear_cross_entropy
 from test_causality import check_causality, move_weights, moved_weights, random_tokens
 from train_gpt2_afno import (GPT, MODELS, GPTConfig, Muon, flops_per_token, learning_rate_factor,
-                             length_at, loss_by_position, make_optimizers, rotary_tables)
+                             length_at, make_optimizers, rotary_tables)
 
 RECIPE = dict(swiglu=1, qk_norm=1, attn_short_conv=3, attn_gate=1, embedding_norm=1,
               logit_softcap=2.0, embedding_residual=1, depth_scale=1, half_rotary=1,
@@ -588,13 +589,16 @@ def imported(name: str) -> set[str]:
 
 def test_no_import_goes_round_in_a_circle():
     root = Path(test_causality.__file__).parent
-    ours = {"afno", "kernels", "train_gpt2_afno", "test_causality", "data"}
+    ours = {"afno", "checkpoints", "data", "kernels", "runtime", "test_causality",
+            "train_gpt2_afno"}
     files = [path.relative_to(root).as_posix() for path in root.glob("kernels/*.py")]
     assert len(files) > 3 and all(imported(name) & ours <= {"kernels"} for name in files)
     assert imported("afno.py") & ours == {"kernels"}
     assert imported("data/loader.py") & ours == {"data"}
     assert not imported("data/text_to_bin.py") & ours
     assert "train_gpt2_afno" not in imported("data/loader.py") | imported("afno.py")
+    assert imported("runtime.py") & ours == {"data", "test_causality"}
+    assert imported("checkpoints.py") & ours == {"data", "runtime", "test_causality"}
     # the gate imports the trainer, which imports its check: inside functions alone
     top = ast.parse((root / "test_causality.py").read_text(encoding="utf-8")).body
     names = [alias.name for node in top if isinstance(node, ast.Import) for alias in node.names]

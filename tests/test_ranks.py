@@ -11,9 +11,10 @@ import torch
 
 import train_gpt2_afno
 from data.text_to_bin import InputError
+from runtime import choose_gpus
 from test_trainer import (SCRIPT, VOCABULARY, data, flags, losses, main, newest,  # noqa: F401
                           small, wait_for_step)
-from train_gpt2_afno import Muon, choose_gpus
+from train_gpt2_afno import Muon
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LONG = "--num_iterations 1000000 --save_every 0 --val_loss_every 0 --grad_accumulation_steps 2"
@@ -118,11 +119,14 @@ def script(tmp_path_factory) -> Path:
 import datetime, os, signal, sys, time
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import torch
+import runtime
 import train_gpt2_afno as trainer
+from checkpoints import Checkpoints
+from data.text_to_bin import InputError
 
 BAD = os.environ.get("BAD")
 trainer.MODELS["d4"] = (2, 16)
-fields, save = trainer.model_fields, trainer.Checkpoints.save
+fields, save = trainer.model_fields, Checkpoints.save
 next_batches = trainer.Run.next_batches
 
 def bad_batches(run):
@@ -132,7 +136,7 @@ def bad_batches(run):
         elif BAD == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory")
         elif BAD == "data":
-            raise trainer.InputError("a token too large")
+            raise InputError("a token too large")
         elif BAD == "stuck":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(600)
@@ -144,12 +148,12 @@ def slow_save(checkpoints, state):
     save(checkpoints, state)
 
 if BAD in ("stuck", "slow"):
-    trainer.LONGEST_WAIT = datetime.timedelta(seconds=5)
+    runtime.LONGEST_WAIT = datetime.timedelta(seconds=5)
 trainer.model_fields = lambda values: fields(values) | dict(vocab_size={VOCABULARY})
 trainer.measure_matmul_rate = lambda *_: 1e12
 trainer.choose_gpus = lambda *_: 1 if "RANK" in os.environ else 2
-trainer.Run.next_batches, trainer.Checkpoints.save = bad_batches, slow_save
-trainer.run(trainer.main)
+trainer.Run.next_batches, Checkpoints.save = bad_batches, slow_save
+runtime.run(trainer.main)
 """)
     return path
 

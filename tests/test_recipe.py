@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt2_afno as trainer
-from data.text_to_bin import gpt2_encoding
+from data.text_to_bin import gpt2_encoding, prefix_table
 from helpers import kept_and_recomputed, relative, tiny
 from kernels.loss import cross_entropy_chunk, linear_cross_entropy
+from runtime import Runtime
 from test_causality import check_generation, check_model, move_weights, random_tokens
 
 TABLES = dict(pair_rows=50, value_tables=1, embedding_residual=1, value_residual=1)
@@ -90,7 +91,7 @@ def test_a_layer_adds_its_rows_as_the_formula_says(options):
 def test_tables_stream_and_do_not_leak(options):
     model = moved(**TABLES, **options)
     assert check_generation(model, 24, torch.device("cpu")) < 1e-5
-    autocast = trainer.Runtime(torch.device("cpu"), torch.float32, compile=False).autocast
+    autocast = Runtime(torch.device("cpu"), torch.float32, compile=False).autocast
     assert not check_model(model, 24, 4, torch.device("cpu"), autocast, cuts=None)
 
 
@@ -187,12 +188,12 @@ def test_goals_are_later_tokens_and_prefixes():
 
 
 def test_a_prefix_is_the_longest_token_that_a_token_begins_with():
-    encoding, table = gpt2_encoding(), trainer.prefix_table(50257)
+    encoding, table = gpt2_encoding(), prefix_table(50257)
     text = [encoding.decode_single_token_bytes(token) for token in range(50256)]
     for token in [0, 255, 256, 50255, *random_tokens((20,), 50256).tolist()]:
         shorter = [other for other in text if len(other) < len(text[token])
                    and text[token].startswith(other)]
-        prefix = table[token].item()
+        prefix = table[token]
         assert (prefix == -1) == (not shorter)
         assert not shorter or text[prefix] == max(shorter, key=len)
     assert table[50256] == -1  # <|endoftext|> is no text

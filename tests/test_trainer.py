@@ -21,16 +21,18 @@ from torch import nn
 
 import train_gpt2_afno
 from afno import AFNO1D, causal_conv
+from checkpoints import Checkpoints, of_this_version, record_source
 from data import text_to_bin
+from data.loader import TokenStream, TrainLoader
 from data.text_to_bin import InputError, ShardWriter
-from train_gpt2_afno import (DEFAULTS, FLAGS, GPT, PRESETS, Checkpoints, Diverged, GPTConfig,
-                             TokenStream, TrainLoader)
+from runtime import Diverged, Runtime, evaluate, measure_matmul_rate, run
+from train_gpt2_afno import DEFAULTS, FLAGS, GPT, PRESETS, GPTConfig
 
 SCRIPT = Path(train_gpt2_afno.__file__)
 CPU = torch.device("cpu")
 STOPPED = 128 + signal.SIGTERM  # the exit status then
 VOCABULARY = 496  # instead of 50257, so that a step takes milliseconds
-MATMUL_RATE = train_gpt2_afno.measure_matmul_rate
+MATMUL_RATE = measure_matmul_rate
 # without a recipe: what the table of flags says by default, and AFNO in layer 0
 SMALL = "--preset baseline --mixer afno --depth_scale 0 --attn_layers 1 --device cpu " \
     "--dtype float32 --compile 0 --model d4 --batch_size 2 --grad_accumulation_steps 1 " \
@@ -254,7 +256,7 @@ def test_a_value_outside_its_range_is_one_line_and_status_2(monkeypatch, capsys,
     for text in OUTSIDE.get(flag.kind.metavar, ("nonsense", "2.5")):
         monkeypatch.setattr(sys, "argv", ["train_gpt2_afno.py", f"--{flag.name}", text])
         with pytest.raises(SystemExit) as status:
-            train_gpt2_afno.run(main)
+            run(main)
         (line,) = capsys.readouterr().err.splitlines()
         assert status.value.code == 2
         assert line == f"error: --{flag.name}: must be {flag.kind.words}, got {text}"
@@ -414,7 +416,8 @@ def test_a_run_learns_and_logs(data, tmp_path, monkeypatch):
     for said in ("commit: ", "command: ", f"torch {torch.__version__}", "mixers afno attn",
                  "optimizer adamw", "peak_memory_usage"):
         assert said in log
-    for name in ("train_gpt2_afno.py", "afno.py", "kernels/convolution.py", "data/loader.py"):
+    for name in ("train_gpt2_afno.py", "afno.py", "checkpoints.py", "runtime.py",
+                 "kernels/convolution.py", "data/loader.py"):
         digest = hashlib.sha256((SCRIPT.parent / name).read_bytes()).hexdigest()
         assert f"sha256: {digest} {name}\n" in log
 
@@ -439,7 +442,7 @@ def tree(tmp_path, monkeypatch):
     git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *words], check=True)
-    monkeypatch.setattr(train_gpt2_afno, "ROOT", root)
+    monkeypatch.setattr("checkpoints.ROOT", root)
     return root
 
 
@@ -455,7 +458,7 @@ def digests(*texts: str) -> list[str]:
 
 def test_a_committed_source_is_named_by_its_commit(tree, tmp_path):
     (tree / "README.md").write_text("new\n")  # is no source
-    lines = train_gpt2_afno.record_source(tmp_path / "run")
+    lines = record_source(tmp_path / "run")
     assert lines == [f"commit: {head_of(tree)}", *digests("old\n", "old\n")]
     assert not (tmp_path / "run").exists()
 
@@ -463,7 +466,7 @@ def test_a_committed_source_is_named_by_its_commit(tree, tmp_path):
 def test_a_changed_source_is_a_commit_and_a_diff(tree, tmp_path):
     (tmp_path / "run").mkdir()
     (tree / "trainer.py").write_text("new\n")
-    lines = train_gpt2_afno.record_source(tmp_path / "run")
+    lines = record_source(tmp_path / "run")
     (path,) = (tmp_path / "run/source").iterdir()
     name = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     assert path.name == f"{name}.diff"
@@ -474,7 +477,7 @@ def test_a_changed_source_is_a_commit_and_a_diff(tree, tmp_path):
 
 def test_a_source_that_git_does_not_know_is_kept(tree, tmp_path):
     (tree / "kernels/new.py").write_text("a kernel\n")
-    lines = train_gpt2_afno.record_source(tmp_path / "run")
+    lines = record_source(tmp_path / "run")
     assert lines[0] == f"commit: {head_of(tree)} and source/"
     assert [path.name for path in (tmp_path / "run/source").rglob("*.py")] == ["new.py"]
     assert (tmp_path / "run/source/kernels/new.py").read_text() == "a kernel\n"
@@ -486,7 +489,7 @@ def test_without_git_the_source_is_kept(tree, tmp_path, monkeypatch, missing):
         shutil.rmtree(tree / ".git")
     else:
         monkeypatch.setenv("PATH", str(tmp_path))
-    lines = train_gpt2_afno.record_source(tmp_path / "run")
+    lines = record_source(tmp_path / "run")
     assert lines == ["commit: none (no git here): the source is in source/",
                      *digests("old\n", "old\n")]
     for name in ("trainer.py", "kernels/state.py"):
@@ -507,8 +510,8 @@ def test_validation_counts_every_token(data, val_tokens):
     shape = dict(vocab_size=VOCABULARY, n_layer=1, n_head=1, n_embd=8, sequence_length=16)
     model = GPT(GPTConfig(**shape)).double()
     stream = TokenStream(f"{data}/val_*.bin", VOCABULARY, "input_val_bin")
-    runtime = train_gpt2_afno.Runtime(CPU, torch.float32, compile=False)
-    got = train_gpt2_afno.evaluate(model, stream, val_tokens, 2, 16, runtime)
+    runtime = Runtime(CPU, torch.float32, compile=False)
+    got = evaluate(model, stream, val_tokens, 2, 16, runtime)
     assert got.shape == (16,) and not got[val_tokens:].any()
     tokens = stream.read(0, 151)
     each = []
@@ -773,9 +776,11 @@ def script(tmp_path_factory) -> Path:
 import os, signal, sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import train_gpt2_afno as trainer
+from checkpoints import RunLog
+from runtime import run
 
 trainer.MODELS["d4"] = (2, 16)
-fields, metric = trainer.model_fields, trainer.RunLog.metric
+fields, metric = trainer.model_fields, RunLog.metric
 
 def log(self, **values):
     metric(self, **values)
@@ -783,8 +788,8 @@ def log(self, **values):
         os.kill(os.getpid(), signal.SIGKILL)
 
 trainer.model_fields = lambda values: fields(values) | dict(vocab_size={VOCABULARY})
-trainer.RunLog.metric = log
-trainer.run(trainer.main)
+RunLog.metric = log
+run(trainer.main)
 """)
     return path
 
@@ -930,7 +935,7 @@ def test_training_longer_continues(data, tmp_path):
 
 def test_a_full_disk_costs_no_checkpoint(data, tmp_path, monkeypatch):
     # without git it is more than the limit
-    monkeypatch.setattr(train_gpt2_afno, "record_source", lambda folder: [])
+    monkeypatch.setattr("checkpoints.record_source", lambda folder: [])
     main(flags(data, tmp_path / "run", "--num_iterations 2"))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     # a write beyond 64 KiB fails as on a full disk
@@ -1161,7 +1166,7 @@ def test_checkpoints_with_what_is_gone_are_refused_by_name(data, tmp_path, field
         state["config"][field] = value  # whoever gave the flag got it there, too
     match = rf"x\.pt is of another version of this trainer, which had {field}: its train.log"
     with pytest.raises(InputError, match=match):
-        train_gpt2_afno.of_this_version(state, Path("x.pt"))
+        of_this_version(state, Path("x.pt"), train_gpt2_afno.CHECKPOINT_FLAGS)
 
 
 def test_a_run_is_not_overwritten(data, tmp_path):
@@ -1191,7 +1196,7 @@ def test_out_of_memory_names_the_flag(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
 
     with pytest.raises(SystemExit) as status:
-        train_gpt2_afno.run(out_of_memory)
+        run(out_of_memory)
     (line,) = capsys.readouterr().err.splitlines()
     assert status.value.code == 2 and "lower --batch_size" in line and "20.00 GiB" in line
 
@@ -1241,7 +1246,7 @@ class Letters:
 
 def generate(monkeypatch, capsys, folder: Path, *more: str) -> str:
     """Return what --generate with `more` prints."""
-    monkeypatch.setattr(train_gpt2_afno, "gpt2_encoding", Letters)
+    monkeypatch.setattr("runtime.gpt2_encoding", Letters)
     capsys.readouterr()
     main(["--output_dir", str(folder), "--device", "cpu", *more])
     return capsys.readouterr().out

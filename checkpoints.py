@@ -1,0 +1,415 @@
+"""What a run leaves behind: its folder, its checkpoints, its log.
+
+Files are written so that a kill at any moment loses nothing, and read so that damage is refused.
+The trainer says what its checkpoints must hold: its flags, its model, its optimizers.
+"""
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data.loader import TokenStream, count_val_tokens
+from data.text_to_bin import ROOT, InputError, first_line, relative, sync_folder, to_path
+from runtime import Diverged, Runtime, evaluate, generate
+from test_causality import check_generation, refuse_leaks
+
+TIMES = ("train_time_s", "compile_time_s", "wall_time_s")
+NEEDED = {"optimizer", "input_bin", "input_val_bin"}  # of the flags: each has a value
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+
+class Checkpoints:
+    """state_step*.pt of one run: written to a temporary file, synced, renamed; two are kept."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def paths(self) -> list[Path]:
+        """Return the files, newest first."""
+        found = [path for path in self.folder.glob("state_step*.pt")
+                 if re.fullmatch(r"state_step\d+\.pt", path.name)]
+        return sorted(found, key=self.step_of, reverse=True)
+
+    @staticmethod
+    def step_of(path: Path) -> int:
+        return int(re.sub(r"\D", "", path.name))
+
+    def kept(self) -> str:
+        return ", ".join(path.name for path in self.paths()) or "none"
+
+    def set_aside_after(self, step: int, say):
+        """Rename checkpoints later than `step`: a run that goes on from there has not made them."""
+        for path in self.paths():
+            if self.step_of(path) > step:
+                path.replace(path.with_suffix(".pt.abandoned"))
+                say(f"{path.name} is set aside as {path.name}.abandoned, step {step} is the last "
+                    "that counts")
+        for part in self.folder.glob("state_step*.pt.*part"):
+            part.unlink()  # of a run that was killed while saving
+
+    def save(self, state: dict):
+        path = self.folder / f"state_step{state['step']:06d}.pt"
+        part = path.with_suffix(f".pt.{os.getpid()}.part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+            with open(part, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # torch.save turns some write errors into these
+            part.unlink(missing_ok=True)
+            cause = error if isinstance(error, OSError) else error.__context__
+            reason = cause.strerror if isinstance(cause, OSError) else first_line(error)
+            raise InputError(f"--output_dir: cannot write {path.name}: {reason}; "
+                             f"checkpoints kept: {self.kept()}") from None
+        sync_folder(self.folder)
+        for old in self.paths()[2:]:
+            old.unlink()
+
+    @staticmethod
+    def load(path: Path) -> dict:
+        """Return what save() wrote; raise any exception where the file is not whole and sound."""
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():
+                raise ValueError(f"checksum of {bad} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        wanted = {"model", "optimizers", "step", "position", "config", "args", "rng", *TIMES}
+        if missing := wanted - set(state):
+            raise ValueError(f"not a checkpoint of this trainer, {min(missing)} is missing")
+        return state
+
+    def newest(self, sound, say) -> dict | None:
+        """Return the newest sound one, None where there never was one; say which are not sound.
+
+        sound(state, path): the state in this version's names; raises OtherVersion or, for damage,
+        any other exception.
+        """
+        for path in self.paths():
+            try:
+                return sound(self.load(path), path)
+            except OtherVersion:  # the ones before are not for this version either
+                raise
+            except Exception as error:  # a truncated archive fails in many ways
+                say(f"warning: {path.name} cannot be read ({first_line(error)}): "
+                    "trying the one before")
+        if found := sorted(path.name for path in self.folder.glob("state_step*.pt*")
+                           if path.suffix in (".pt", ".abandoned")):
+            raise InputError(f"--resume: no readable checkpoint in {self.folder}, which has "
+                             f"{', '.join(found)}")
+        return None
+
+
+class OtherVersion(InputError):
+    """Say that a whole checkpoint is of another version of this trainer."""
+
+
+# Flags that are gone, and the value at which they did nothing: such checkpoints still load.
+GONE = dict(afno_gate=0, afno_relu="cartesian", mlp_ratio=4, grad_clip=0.0)
+
+
+def of_this_version(state: dict, path: Path, flags: dict[str, dict]) -> dict:
+    """Return the checkpoint in this version's names; raise OtherVersion for what is gone.
+
+    flags: {name: Flag} of the trainer, for the checkpoint's config and for its args.
+    """
+    config = state["config"]
+    baseline = (2 * config["n_layer"]) ** -0.5
+    # what it was before there was a flag for it
+    before = baseline if config.get("mixer") == "attn" else 1.0
+    scale = config.get("mixer_scale", None if "depth_scale" in config else before)
+    for part, known in flags.items():
+        values = state[part]
+        if scale in (1.0, baseline):  # a factor once, a switch now
+            values.pop("mixer_scale", None)
+            values["depth_scale"] = int(scale == baseline)
+        for name, neutral in GONE.items():
+            if values.get(name) == neutral:
+                del values[name]
+        if gone := sorted(name for name in values if name not in known and values[name]):
+            raise OtherVersion(f"{relative(str(path))} is of another version of this trainer, "
+                               f"which had {', '.join(gone)}: its train.log names that version")
+        for name in set(values) - set(known):
+            del values[name]
+    for name, value in config.items():
+        flag = flags["config"][name]
+        if {type(value), type(flag.default)} == {str} and not flag.kind.accepts(value):
+            raise OtherVersion(f"{relative(str(path))} is of another version of this trainer: "
+                               f"--{name} must be {flag.kind.words}, got {value}")
+    return state
+
+
+def demand(good, name: str):
+    """Raise ValueError where a checkpoint's content, called `name`, is not good."""
+    if not good:
+        raise ValueError(f"{name} is damaged")
+
+
+def demand_like(found: dict, wanted: dict, name: str):
+    """Raise ValueError where tensors have not the names, shapes and dtypes of others, or NaN."""
+    demand(isinstance(found, dict) and found.keys() == wanted.keys(), name)
+    for key, like in wanted.items():
+        x = found[key]
+        demand(isinstance(x, Tensor) and x.layout == torch.strided and x.is_contiguous()
+               and (x.shape, x.dtype) == (like.shape, like.dtype) and x.isfinite().all(),
+               f"{name}.{key}")
+
+
+def refuse_damaged_values(state: dict, flags: dict):
+    """Raise ValueError where a checkpoint's flags, numbers or random states cannot be.
+
+    flags: {name: Flag} of its args.
+    """
+    demand(state["args"].keys() >= NEEDED, "args")
+    for name, value in state["args"].items():
+        absent = value is None and flags[name].default is None and name not in NEEDED
+        demand(absent or flags[name].kind.accepts(value), f"args.{name}")
+    for name in ("step", "position", "data_tokens", "pass_began", *TIMES):
+        value = state.get(name, 0)  # before there was a key for it
+        demand(type(value) in ((int, float) if name in TIMES else (int,)) and 0 <= value < 1e18,
+               name)
+    torch.Generator().set_state(state["rng"]["cpu"])
+    cuda = state["rng"]["cuda"]
+    demand(cuda is None or isinstance(cuda, Tensor) and cuda.dtype == torch.uint8, "rng.cuda")
+
+
+def refuse_damaged_tensors(state: dict, model: nn.Module, make_optimizers):
+    """Raise ValueError where weights and averages are not those of the model, on the device meta.
+
+    make_optimizers(): the model's. Weights with other names and the same shapes are of another
+    version: load_weights says so.
+    """
+    found, wanted = state["model"], model.state_dict()
+    names = lambda weights: {re.sub(r"\d+", "", name) for name in weights}
+    shapes = lambda weights: sorted(x.shape for x in weights.values())
+    if names(found) != names(wanted) and shapes(found) == shapes(wanted):
+        return
+    demand_like(found, wanted, "model")
+    optimizers = make_optimizers()
+    demand(len(state["optimizers"]) == len(optimizers), "optimizers")
+    for optimizer, found in zip(optimizers, state["optimizers"]):
+        there, wanted = ([group["params"] for group in part["param_groups"]]
+                         for part in (found, optimizer.state_dict()))
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # before the first step there is none
+        steps = range(len(parameters)) if state["step"] else ()
+        demand(there == wanted and found["state"].keys() == {*steps}, "an optimizer")
+        for i, values in found["state"].items():
+            p = parameters[i]
+            like = dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) \
+                if isinstance(optimizer, torch.optim.AdamW) else dict(momentum_buffer=p)
+            demand_like(values, like, f"an optimizer.{i}")
+
+
+def load_weights(model: nn.Module, weights: dict, folder: Path):
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # of another version of this code
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{relative(str(folder))}: the checkpoint does not fit this version's "
+                         f"model ({reason})") from None
+
+
+# -----------------------------------------------------------------------------
+# log
+
+
+def record_source(folder: Path) -> list[str]:
+    """Return lines that name the code that runs; keep in folder/source what no commit holds.
+
+    With git: the commit, the diff to it where there is one, and files that git does not know.
+    Without: the files themselves.
+    """
+    files = [path for where in ("", "kernels/", "data/")
+             for path in sorted(ROOT.glob(f"{where}*.py"))]
+    names = [str(path.relative_to(ROOT)) for path in files]
+    git = ["git", "-C", str(ROOT)]
+    run = lambda *words: subprocess.run([*git, *words], capture_output=True, check=True).stdout
+    try:
+        commit, diff = run("rev-parse", "HEAD").decode().strip(), run("diff", "HEAD", "--", *names)
+        kept = run("ls-files", "--others", "--", *names).decode().splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        commit, diff, kept = "none (no git here): the source is in source/", b"", names
+    else:
+        commit += " and source/" * bool(kept)
+    for name in kept:
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / "source" / name)
+    if diff:
+        (folder / "source").mkdir(parents=True, exist_ok=True)
+        name = f"{hashlib.sha256(diff).hexdigest()[:12]}.diff"
+        (folder / "source" / name).write_bytes(diff)
+        commit += f" and source/{name}"
+    return [f"commit: {commit}", *(f"sha256: {hashlib.sha256(path.read_bytes()).hexdigest()} {name}"
+                                   for path, name in zip(files, names))]
+
+
+class RunLog:
+    """Write train.log (the source's version, all that is printed) and metrics.jsonl of a run."""
+
+    def __init__(self, folder: Path, resumed_step: int | None):
+        self.folder, self.val_loss = folder, None  # of the resumed step, if it is in the metrics
+        with self.errors():
+            folder.mkdir(parents=True, exist_ok=True)
+            if resumed_step is not None:
+                self.cut_back(resumed_step)
+            (folder / "metrics.jsonl").touch()
+            for text in record_source(folder):
+                self.line(text)
+
+    @contextlib.contextmanager
+    def errors(self):
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"--output_dir {self.folder} is not writable: {error.strerror}; "
+                             f"checkpoints kept: {Checkpoints(self.folder).kept()}") from None
+
+    def cut_back(self, step: int):
+        """Drop what was logged after `step`, summaries, and a line that a crash cut off."""
+        path, kept = self.folder / "metrics.jsonl", []
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in text.splitlines(keepends=True):
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # damaged
+                values = json.loads(line)
+                summary = "wall_clock_time_to_target_loss" in values
+                if line.endswith("\n") and values["step"] <= step and not summary:
+                    if values["step"] == step and "val_loss" in values:
+                        self.val_loss = float(values["val_loss"])
+                    kept.append(line)
+        part = path.with_suffix(".jsonl.part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(path)
+
+    def line(self, text: str, name: str = "train.log"):
+        with self.errors():
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+            # opened each time: so it is the file of that name; names in it need not be UTF-8
+            with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text + "\n")
+
+    def metric(self, **values):
+        self.line(json.dumps(values), "metrics.jsonl")
+
+
+# -----------------------------------------------------------------------------
+# the folder
+
+
+def holds_run(folder: Path) -> bool:
+    metrics = folder / "metrics.jsonl"
+    return bool(Checkpoints(folder).paths()) or metrics.is_file() and metrics.stat().st_size > 0
+
+
+def refuse_used(folder: Path, resuming: bool):
+    """Raise InputError where the folder of a new run holds one."""
+    if holds_run(folder):
+        hint = "" if resuming else "add --resume auto, or "
+        raise InputError(f"--output_dir {relative(str(folder))} holds a run: {hint}name another")
+
+
+def choose_folder(flags: dict, only_read: bool) -> Path | None:
+    """Return the folder that --output_dir or a checkpoint names, or None for one of a new run."""
+    if "output_dir" in flags:
+        return to_path(flags["output_dir"])
+    if flags.get("resume", "auto") != "auto":
+        return to_path(flags["resume"]).parent
+    if "resume" not in flags and not only_read:
+        return None
+    runs = sorted(ROOT.glob("runs/*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise InputError("--output_dir: no run with a checkpoint under runs/, name the folder of "
+                         "one")
+    return runs[-1].parent
+
+
+def new_folder(args) -> Path:
+    """Return a folder's name for a new run."""
+    folder = ROOT / f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.mixer}"
+    return folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
+
+
+def find_checkpoint(flags: dict, folder: Path, only_read: bool, sound, say) -> dict | None:
+    """Return the state that --resume, --eval_only or --generate ask for, None for a new run.
+
+    sound: as for Checkpoints.newest.
+    """
+    source = flags.get("resume", "auto")
+    if source == "auto":
+        say(f"checkpoint: newest in {relative(str(folder))}")
+        state = Checkpoints(folder).newest(sound, say)
+        if state is None and only_read:
+            raise InputError(f"--output_dir {relative(str(folder))}: no checkpoint there")
+        if state is None:
+            say("there is none yet: this run begins anew")
+        return state
+    path = to_path(source)
+    try:
+        state = sound(Checkpoints.load(path), path)
+    except OtherVersion:
+        raise
+    except Exception as error:
+        raise InputError(f"--resume {source}: no readable checkpoint "
+                         f"({first_line(error)})") from None
+    if not only_read and holds_run(folder) and not folder.samefile(path.parent):
+        raise InputError(f"--output_dir {relative(str(folder))} holds another run than --resume "
+                         f"{source}: name a new folder, or go on with --resume auto")
+    return state
+
+
+# -----------------------------------------------------------------------------
+# --eval_only and --generate
+
+
+def loss_by_position(total: Tensor, val_tokens: int) -> list[tuple[int, int, float]]:
+    """Return (first, last, mean loss) of the positions 0-63, 64-127, 128-255, ... of a window."""
+    T = len(total)
+    counts = torch.full((T,), val_tokens // T)
+    counts[: val_tokens % T] += 1  # the last window may be cut off
+    bounds = [0] + [64 << i for i in range(T.bit_length()) if 64 << i < T] + [T]
+    spans = [(a, b - 1, int(counts[a:b].sum()), total[a:b].sum().item())
+             for a, b in zip(bounds, bounds[1:])]
+    return [(first, last, loss / count) for first, last, count, loss in spans if count]
+
+
+def read_checkpoint(flags: dict, args, model: nn.Module, runtime: Runtime, saved: dict,
+                    folder: Path, say):
+    """Generate from a checkpoint, or print its validation loss, also by position.
+
+    model: of the checkpoint's config, on its device.
+    """
+    config, T = model.config, args.sequence_length
+    load_weights(model, saved["model"], folder)
+    say(f"step {saved['step']}, {runtime.device.type}, {args.dtype}, sequence length {T} "
+        f"(trained at {config.sequence_length})")
+    if "generate" in flags:
+        if (off := check_generation(model, min(T, 128), runtime.device)) > 1e-4:
+            raise InputError(f"--generate: token by token the model is {off:.1e} off its parallel "
+                             "pass, more than 1e-4: it would not write what was trained")
+        return generate(model, flags["generate"], args, T, runtime)
+    model.check_length(T)
+    if runtime.compile:
+        model.compile()
+    refuse_leaks(model, [(args.val_batch_size, T)], runtime, say, modes=(False,))
+    val_stream = TokenStream(args.input_val_bin, config.vocab_size, "input_val_bin")
+    val_tokens = count_val_tokens(args.val_tokens, val_stream)
+    total = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, runtime)
+    loss = total.sum().item() / val_tokens
+    print(f"step:{saved['step']} sequence_length:{T} val_tokens:{val_tokens} val_loss:{loss:.4f}")
+    if not math.isfinite(loss):
+        raise Diverged(f"validation loss {loss}")
+    for first, last, loss in loss_by_position(total, val_tokens):
+        print(f"positions {first}-{last}: {loss:.4f}")
