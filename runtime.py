@@ -3,6 +3,7 @@
 Nothing here knows how the model is made: it has `hidden`, `step`, `check_length` and `lm_head`.
 """
 import codecs
+import contextlib
 import os
 import re
 import signal
@@ -123,11 +124,17 @@ def own_card(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def join_ranks(runtime: Runtime):
-    """Join the groups of all ranks: one that waits a minute, and a patient one."""
+@contextlib.contextmanager
+def joined_ranks(runtime: Runtime):
+    """Join the groups of all ranks, if there are several: one that waits a minute, a patient one."""
+    if runtime.world == 1:
+        yield
+        return
     backend = "cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=LONGEST_WAIT)
     runtime.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that do not come
 
 
 def launch(processes: int) -> int:

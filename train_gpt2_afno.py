@@ -43,7 +43,7 @@ from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, 
 from kernels import keep_products, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
-from runtime import (Clock, Diverged, Runtime, choose_device, choose_gpus, evaluate, join_ranks,
+from runtime import (Clock, Diverged, Runtime, choose_device, choose_gpus, evaluate, joined_ranks,
                      launch, measure_matmul_rate, own_card, peak_memory, ranks, run)
 from test_causality import random_tokens, refuse_leaks
 
@@ -1028,15 +1028,15 @@ class Run:
         return self.runtime.any_rank(bool(self.signals))
 
     def describe(self):
-        """Say what will run: versions, model, kernels, data, steps, flags that are not default."""
-        args, config, device, dtype = self.args, self.config, self.device, self.runtime.dtype
+        """Say what will run: versions, model and kernels."""
+        config, device, dtype = self.config, self.device, self.runtime.dtype
         chip = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" \
             if device.type == "cuda" else "CPU"
         self.say(f"torch {torch.__version__}, Python {sys.version.split()[0]}, "
                  f"{self.runtime.world} x {chip}, {torch.get_num_threads()} threads")
         mixers = [config.mixer_of(layer) for layer in range(config.n_layer)]
         count = sum(p.numel() for p in self.model.parameters())
-        self.say(f"model: {args.model}, {count:,} parameters, mixers {' '.join(mixers)}, "
+        self.say(f"model: {self.args.model}, {count:,} parameters, mixers {' '.join(mixers)}, "
                  f"{config.n_head} heads, position {config.position}")
         if config.mixer == "afno":
             self.say("afno: " + ", ".join(f"{name} {value}"
@@ -1050,6 +1050,10 @@ class Run:
         self.say(f"softmax of the loss: {usable('loss', device, dtype)[1]}")
         if self.fp8:
             self.say(self.fp8)
+
+    def describe_plan(self):
+        """Say what it will do: data, steps, flags that are not default, output."""
+        args = self.args
         shared = {*map(os.path.realpath, self.stream.paths)} \
             & {*map(os.path.realpath, self.val_stream.paths)}
         if shared:
@@ -1070,7 +1074,7 @@ class Run:
         self.say(f"flags that differ from --help's defaults: {', '.join(changed) or 'none'}")
         if args.optimizer == "adamw" and args.momentum != DEFAULTS["momentum"]:
             self.say(f"momentum {args.momentum} is Muon's and does nothing here")
-        self.say(f"device: {device.type}, {args.dtype}, compile "
+        self.say(f"device: {self.device.type}, {args.dtype}, compile "
                  f"{int(self.runtime.compile)}; output: {relative(str(self.folder))}")
 
     def check_and_compile(self):
@@ -1311,6 +1315,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder:
     """Train until num_iterations, target_val_loss, max_seconds or a signal; return the status."""
     run = Run(args, config, runtime, saved, folder)
     run.describe()
+    run.describe_plan()
     run.check_and_compile()
     run.open_bar()
     # until here there was nothing to save; a second signal does nothing, as torchrun sends two
@@ -1526,12 +1531,8 @@ def main(argv: list[str]) -> int:
                 model = GPT(config).to(runtime.device)
                 read_checkpoint(flags, args, model, runtime, saved, folder, say)
             return 0
-        if world > 1:
-            join_ranks(runtime)
-        status = train(args, config, runtime, saved, folder)
-        if world > 1:  # not after an error: it would wait for ranks that do not come
-            dist.destroy_process_group()
-        return status
+        with joined_ranks(runtime):
+            return train(args, config, runtime, saved, folder)
 
 
 if __name__ == "__main__":
