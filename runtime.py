@@ -126,7 +126,7 @@ def own_card(local_rank: int) -> torch.device:
 
 @contextlib.contextmanager
 def joined_ranks(runtime: Runtime):
-    """Join the groups of all ranks, if there are several: one that waits a minute, a patient one."""
+    """Join the groups of all ranks, of several: one that waits a minute, and a patient one."""
     if runtime.world == 1:
         yield
         return

@@ -6,8 +6,8 @@
     python train_gpt2_afno.py --output_dir runs/mine --resume auto
     python train_gpt2_afno.py --output_dir runs/mine --generate "To be, or not"
 
-Read from top to bottom: flags and presets, model, optimizers, training, command line. Devices, ranks,
-validation and generation are in runtime.py, checkpoints and the log in checkpoints.py.
+Read from top to bottom: flags and presets, model, optimizers, training, command line. Devices,
+ranks, validation and generation are in runtime.py, checkpoints and the log in checkpoints.py.
 """
 import argparse
 import contextlib
@@ -43,8 +43,8 @@ from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, 
 from kernels import keep_products, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
-from runtime import (Clock, Diverged, Runtime, choose_device, choose_gpus, evaluate, joined_ranks,
-                     launch, measure_matmul_rate, own_card, peak_memory, ranks, run)
+from runtime import (Clock, Diverged, Runtime, choose_device, choose_gpus, evaluate,
+                     joined_ranks, launch, measure_matmul_rate, own_card, peak_memory, ranks, run)
 from test_causality import random_tokens, refuse_leaks
 
 START = time.perf_counter()
