@@ -222,8 +222,7 @@ class Checkpoint:
             self.path = found[0]
         try:
             self.state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-            self.state = of_this_version(self.state, self.path,
-                                         trainer.CHECKPOINT_FLAGS)
+            self.state = of_this_version(self.state, self.path, trainer.CHECKPOINT_FLAGS)
             self.config = trainer.GPTConfig(**self.state["config"])
             self.label = f"{self.path.absolute().parent.name}@{self.state['step']}"
         except OtherVersion:

@@ -32,8 +32,7 @@ from data.text_to_bin import InputError, Parser, integer, one_of  # noqa: E402
 from kernels import usable  # noqa: E402
 from runtime import Runtime, measure_matmul_rate, run  # noqa: E402
 from test_causality import random_tokens  # noqa: E402
-from train_gpt2_afno import (GPT, MODELS, GPTConfig, flops_per_token,  # noqa: E402
-                             make_optimizers)
+from train_gpt2_afno import GPT, MODELS, GPTConfig, flops_per_token, make_optimizers  # noqa: E402
 
 PARTS = ("operator", "batch", "step", "profile")
 C = 768
