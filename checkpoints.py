@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, its checkpoints, its log.
+"""What a run leaves behind: its folder, its checkpoints, its log; and --eval_only and --generate.
 
 Files are written so that a kill at any moment loses nothing, and read so that damage is refused.
 The trainer says what its checkpoints must hold: its flags, its model, its optimizers.
