@@ -540,7 +540,7 @@ class PairTable(nn.Embedding):
     """
 
     def __init__(self, rows: int, n_embd: int):
-        super().__init__(rows, n_embd)
+        super().__init__(rows, n_embd, sparse=True)
         nn.init.zeros_(self.weight)
 
     def forward(self, idx: Tensor, before: Tensor) -> Tensor:
@@ -588,7 +588,7 @@ class GPT(nn.Module):
         self.lm_head = Head(config)
         self.transformer.wte.weight = self.lm_head.weight  # one tensor, with nn.Linear's start
         self.pairs = PairTable(config.pair_rows, C) if config.pair_rows else None
-        self.values = nn.ModuleDict({str(layer): nn.Embedding(config.vocab_size, C)
+        self.values = nn.ModuleDict({str(layer): nn.Embedding(config.vocab_size, C, sparse=True)
                                      for layer in config.value_layers()})
         for table in self.values.values():
             nn.init.normal_(table.weight, std=0.01)
@@ -774,14 +774,71 @@ class Muon(torch.optim.Optimizer):
             p.grad = None
 
 
+class RowAdam(torch.optim.Optimizer):
+    """Adam without momentum for tables whose gradients are sparse: other rows do not move.
+
+    A row's second moment is one number, the mean of its channels. It fades by beta2 in every step,
+    whether the row is met or not. It begins as zero and is not corrected for that: so a row that is
+    met for the first time moves by 4.5 rates, as far as momentum of 0.75 would carry it in the
+    steps that follow. Momentum itself would move rows that no token of a step has asked for.
+    """
+
+    def __init__(self, tables: list[nn.Parameter], lr: float, beta2: float = 0.95,
+                 eps: float = 1e-10):
+        super().__init__(tables, dict(lr=lr, beta2=beta2, eps=eps))
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        for p in group["params"]:
+            gradient, state = p.grad.coalesce(), self.state[p]
+            if not state:
+                state["step"] = p.new_zeros(())
+                state["square"] = p.new_zeros(len(p), 1)  # the second moment of each row
+                state["met"] = p.new_zeros(len(p), 1)  # the step that met it last
+            state["step"] += 1
+            rows, change = gradient.indices()[0], gradient.values()
+            fading = group["beta2"] ** (state["step"] - state["met"][rows])
+            mean = change.square().mean(1, keepdim=True)
+            square = fading * state["square"][rows] + (1 - group["beta2"]) * mean
+            state["square"][rows], state["met"][rows] = square, state["step"]
+            p.index_add_(0, rows, change / (square.sqrt() + group["eps"]), alpha=-group["lr"])
+
+
+def gather_rows(gradients: list[Tensor]) -> list[Tensor]:
+    """Return the means over all ranks of coalesced sparse gradients, of which only rows travel."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1 or not gradients:
+        return gradients
+    mine = torch.tensor([len(g.values()) for g in gradients], device=gradients[0].device)
+    counts = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(counts, mine)
+    means = []
+    for g, numbers in zip(gradients, torch.stack(counts, 1).tolist()):
+        parts = []
+        for part, dim in ((g.indices(), 1), (g.values(), 0)):  # padded, as all ranks send as much
+            room = [0, max(numbers) - len(g.values())]
+            sent = F.pad(part, room if dim else [0, 0, *room]).contiguous()
+            got = [torch.empty_like(sent) for _ in range(world)]
+            dist.all_gather(got, sent)
+            parts.append(torch.cat([x.narrow(dim, 0, n) for x, n in zip(got, numbers)], dim))
+        means.append(torch.sparse_coo_tensor(parts[0], parts[1] / world, g.shape).coalesce())
+    return means
+
+
 def embedding_tables(model: GPT) -> set[nn.Parameter]:
     """Return the weights of all embeddings: of tokens (the head's, too) and of positions."""
     return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
+def row_tables(model: GPT) -> dict[str, nn.Parameter]:
+    """Return the weights, by name, of the tables of which a batch meets few rows."""
+    return {f"{name}.weight": module.weight for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and module.sparse}
+
+
 # Places, logarithms and factors, for which zero is no neutral value: they do not decay.
 PLACES = ("angle", "centre", "log_decay", "log_width", "embedding_mix", "value_mix", "pair_mix")
-ROW_TABLES = ("pairs.", "values.")  # tables of which a batch meets few rows
 
 
 def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float,
@@ -792,8 +849,8 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
 
     AdamW has the rest, AFNO's MLPs among them: many small matrices, to which Muon brings nothing.
     With rest_lr what is neither Muon's nor an embedding has that learning rate. betas are AdamW's.
-    Tables of pairs and of values have table_lr, and no decay: a row is seldom met, and then has to
-    learn at once (modded-nanogpt's rate, betas and epsilon).
+    Tables of pairs and of values have RowAdam with table_lr, and no decay: a row is seldom met, and
+    then has to learn at once (modded-nanogpt's rate).
     """
     stacks = {}
     if name == "muon":
@@ -805,12 +862,9 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
             elif key.endswith(".weight"):
                 stacks[p] = 1
     tables, groups = embedding_tables(model), {}
-    rows = [p for key, p in model.named_parameters() if key.startswith(ROW_TABLES)]
-    if rows:
-        groups["rows"] = dict(params=rows, lr=table_lr, weight_decay=0.0, betas=(0.75, 0.95),
-                              eps=1e-10)
+    rows = row_tables(model)
     for key, p in model.named_parameters():
-        if p not in stacks and not key.startswith(ROW_TABLES):
+        if p not in stacks and key not in rows:
             is_place, has_rest_lr = key.endswith(PLACES), rest_lr is not None and p not in tables
             group = dict(params=[], lr=rest_lr if has_rest_lr else learning_rate,
                          weight_decay=0.0 if is_place else weight_decay)
@@ -819,6 +873,8 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
                                     fused=model.lm_head.weight.device.type != "meta")]
     if stacks:
         optimizers.append(Muon(list(stacks.items()), learning_rate, weight_decay, momentum))
+    if rows:
+        optimizers.append(RowAdam(list(rows.values()), table_lr))
     return optimizers
 
 
@@ -1090,7 +1146,11 @@ class Run:
         shapes = [(self.tokens // length, length) for length in to_come]
         refuse_leaks(model, shapes, runtime, self.say)
         runtime.wait()
-        self.wrapped = DistributedDataParallel(model) if runtime.world > 1 else model
+        self.wrapped, self.tables = model, row_tables(model)
+        if runtime.world > 1:
+            # gather_rows() is for these
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, self.tables)
+            self.wrapped = DistributedDataParallel(model)
         if runtime.compile:
             for shape in shapes:
                 tokens = random_tokens(shape, self.config.vocab_size).to(self.device)
@@ -1161,13 +1221,19 @@ class Run:
                 with self.runtime.autocast():
                     _, loss = self.wrapped(x.view(-1, length), targets, False, shares)
                 (loss / len(batches)).backward()
+            for p in self.tables.values():  # a row once, however many tokens met it
+                p.grad = p.grad.coalesce()
             losses[self.runtime.rank, i] = loss.detach()
+        tables = list(self.tables.values())
+        for p, gradient in zip(tables, gather_rows([p.grad for p in tables])):
+            p.grad = gradient
         return losses
 
     def update(self, losses: Tensor, length: int):
         """Make the optimizers' step, and queue its figures."""
         args, model = self.args, self.model
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        gradients = [p.grad.values() if p.grad.is_sparse else p.grad for p in model.parameters()]
+        grad_norm = torch.nn.utils.get_total_norm(gradients)
         factor = learning_rate_factor(self.step, self.total_steps, args.warmup_iters,
                                       args.warmdown_iters, args.final_lr_fraction)
         for optimizer, full in zip(self.optimizers, self.rates):
@@ -1475,10 +1541,12 @@ def refuse_too_large(config: GPTConfig, args, device: torch.device, only_read: b
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" \
         else machine_memory()
     rows = args.val_batch_size if only_read else args.batch_size
+    numbers = sum(p.numel() for p in model.parameters())
+    in_rows = sum(p.numel() for p in row_tables(model).values())
     # weights, gradients and an average; two residuals a layer in bf16; what makes the taps
     needs = {
-        "--model, --afno_num_experts or --afno_short_conv":
-            sum(p.numel() for p in model.parameters()) * (4 if only_read else 12),
+        "--model, --afno_num_experts, --afno_short_conv or --pair_rows":
+            4 * (numbers if only_read else 3 * (numbers - in_rows) + in_rows),
         "--batch_size, --val_batch_size or --sequence_length": 4 * config.n_embd * max(
             rows * args.sequence_length * (1 if only_read else config.n_layer),
             args.val_batch_size * args.sequence_length),

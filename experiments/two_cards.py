@@ -7,9 +7,9 @@
 speed: the first 50 steps of the hybrid in micro-batches of 32 rows on so many cards, and of 16 rows
 on one card, which says how far rounding alone moves the losses. ends: a small model on two cards
 gets SIGTERM, goes on on one, then on two, of which one is killed. parts: what the gradients' way
-between cards takes, and Muon with its matrices shared out or made on every card. With --device cpu
-the first two try themselves out on a tiny model, through gloo. --input_bin and --input_val_bin are
-the trainer's.
+between cards takes, the tables' by row or whole, and Muon with its matrices shared out or made on
+every card. With --device cpu they try themselves out on a tiny model, through gloo. --input_bin and
+--input_val_bin are the trainer's.
 """
 import argparse
 import json
@@ -28,6 +28,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import train_gpt2_afno as trainer  # noqa: E402
+from data.loader import TokenStream, TrainLoader  # noqa: E402
 from runtime import Clock, run  # noqa: E402
 
 SCRIPT = trainer.ROOT / "train_gpt2_afno.py"
@@ -160,20 +161,35 @@ def parts(args):
     if args.device == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
-    values = trainer.DEFAULTS | trainer.PRESETS["fineweb"]
+    values, world = trainer.DEFAULTS | trainer.PRESETS["fineweb"], dist.get_world_size()
     if args.device == "cpu":
-        values |= dict(model="d4", attn_layers=(2,), n_head=2)
+        values |= dict(model="d1", attn_layers=(), n_head=2, sequence_length=64, batch_size=2)
     torch.manual_seed(0)
     model = trainer.GPT(trainer.GPTConfig(**trainer.model_fields(values))).to(device)
-    adamw, muon = trainer.make_optimizers(model, "muon", 0.001, 0.1)
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    gradients = torch.zeros(sum(p.numel() for p in model.parameters()), device=device)
+    adamw, muon, row_adam = trainer.make_optimizers(model, "muon", 0.001, 0.1)
+    tables = trainer.row_tables(model)
+    loader = TrainLoader(TokenStream(args.input_bin, model.config.vocab_size, "input_bin"),
+                         values["batch_size"], model.config.sequence_length, 0, rank, world, device,
+                         values["row_order"])
+    for _ in range(values["grad_accumulation_steps"] // world):
+        x, y = loader.next()
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+            loss = model(x, y, return_logits=False)[1]
+        loss.backward()
+        for p in tables.values():
+            p.grad = p.grad.coalesce()
+    by_row = [p.grad for p in tables.values()]
+    sent = sum(g.values().nbytes + g.indices().nbytes for g in by_row)
+    whole = torch.zeros(sum(p.numel() for p in tables.values()), device=device)
+    others = torch.zeros(sum(p.numel() for p in model.parameters()) - len(whole), device=device)
     if rank == 0:
-        print(f"{dist.get_world_size()} ranks, {gradients.nbytes:,} bytes of gradients")
-    for name, function in (("all-reduce of the gradients", lambda: dist.all_reduce(gradients)),
-                           ("AdamW", adamw.step), ("Muon, shared out", muon.step),
-                           ("Muon, on every card", muon.step)):
+        print(f"{world} ranks, bytes of gradients: {others.nbytes:,} but for the "
+              f"tables, {sent:,} of rank 0's rows of the tables, {whole.nbytes:,} of whole tables")
+    for name, function in (("all-reduce but for the tables", lambda: dist.all_reduce(others)),
+                           ("tables by row", lambda: trainer.gather_rows(by_row)),
+                           ("all-reduce of whole tables", lambda: dist.all_reduce(whole)),
+                           ("AdamW", adamw.step), ("RowAdam", row_adam.step),
+                           ("Muon, shared out", muon.step), ("Muon, on every card", muon.step)):
         if name == "Muon, on every card":
             muon.orthogonalize_by_ranks = muon.orthogonalize
         taken = milliseconds(function, device)

@@ -107,6 +107,34 @@ def test_muons_matrices_are_shared_out(monkeypatch, matrices, world):
     assert (together - alone).abs().max() < 0.02  # bf16
 
 
+@pytest.mark.slow
+def test_rows_of_tables_are_averaged_over_ranks(tmp_path):
+    """Three ranks with other rows each, one with none; the oracle averages dense gradients."""
+    script = tmp_path / "rows.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import torch
+import torch.distributed as dist
+from train_gpt2_afno import gather_rows
+
+dist.init_process_group("gloo")
+torch.manual_seed(dist.get_rank())
+for met in ((3, 5, 1), (4, 0, 2)):
+    n = met[dist.get_rank()]
+    mine = [torch.sparse_coo_tensor(torch.randint(rows, (1, n)), torch.randn(n, 4), (rows, 4))
+            .coalesce() for rows in (6, 9)]
+    for mean, own in zip(gather_rows(mine), mine):
+        dense = own.to_dense()
+        dist.all_reduce(dense)
+        assert mean.is_coalesced() and (mean.to_dense() - dense / 3).abs().max() < 1e-6
+""")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=3", str(script)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 # -----------------------------------------------------------------------------
 # how runs end
 

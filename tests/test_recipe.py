@@ -109,18 +109,57 @@ def test_tables_compile(fresh_compiler):
     assert relative(model.hidden(idx), before) < 1e-5
 
 
-def test_tables_have_a_group_of_their_own():
+def test_tables_have_an_optimizer_of_their_own():
     model = tiny(**TABLES)
-    adamw, _ = trainer.make_optimizers(model, "muon", 0.004, 0.1, 0.01, (0.7, 0.98), 0.9, 0.6)
+    *_, rows = trainer.make_optimizers(model, "muon", 0.004, 0.1, 0.01, (0.7, 0.98), 0.9, 0.6)
     tables = [model.pairs.weight, *(table.weight for table in model.values.values())]
-    (group,) = [g for g in adamw.param_groups if any(p is tables[0] for p in g["params"])]
+    (group,) = rows.param_groups
     assert {id(p) for p in group["params"]} == {id(p) for p in tables}
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
-        0.6, (0.75, 0.95), 1e-10, 0.0)
+    assert (group["lr"], group["beta2"], group["eps"]) == (0.6, 0.95, 1e-10)
     every = [p for optimizer in trainer.make_optimizers(model, "muon", 0.004, 0.1)
              for g in optimizer.param_groups for p in g["params"]]
     assert len({p.data_ptr() for p in every}) == len(every)  # Muon's are views
     assert sum(p.numel() for p in every) == sum(p.numel() for p in model.parameters())
+
+
+def test_rows_move_as_an_oracle_moves_them():
+    """The oracle keeps the moments of every row, met or not, and sums gradients by itself."""
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(11, 4, sparse=True).double()
+    rows = trainer.RowAdam([table.weight], 0.3, 0.9, 1e-8)
+    weights = table.weight.detach().clone()
+    square, factor = [0.0] * 11, torch.randn(11, 4).double()
+    for step in range(6):
+        idx = torch.tensor([[0, 3, 3, 7], [step, 10, 5, 3]])
+        (table(idx) * factor[idx] * (step + 1)).sum().backward()
+        before = table.weight.detach().clone()
+        rows.step()
+        rows.zero_grad()
+        met = idx.flatten().tolist()
+        for row in range(11):
+            gradient = met.count(row) * (step + 1) * factor[row]
+            square[row] = 0.9 * square[row] + 0.1 * gradient.square().mean().item()
+            if row in met:
+                weights[row] -= 0.3 * gradient / (square[row] ** 0.5 + 1e-8)
+            else:
+                assert torch.equal(table.weight[row], before[row])
+    assert relative(table.weight, weights) < 1e-12
+
+
+@pytest.mark.parametrize("options", MIXERS)
+def test_gradients_of_tables_have_the_rows_that_a_batch_met(options):
+    """In float64, the same as dense gradients of the same tables."""
+    model, idx = moved(**TABLES, **options).double(), random_tokens((2, 9), 97)
+    model(idx, idx.roll(-1, 1), return_logits=False)[1].backward()
+    sparse = {name: p.grad.to_dense() for name, p in trainer.row_tables(model).items()}
+    assert {*sparse} == {"pairs.weight", *(f"values.{i}.weight" for i in model.values)}
+    assert model.values["1"].weight.grad.coalesce().indices()[0].tolist() == idx.unique().tolist()
+    model.zero_grad()
+    for table in (model.pairs, *model.values.values()):
+        table.sparse = False
+    model(idx, idx.roll(-1, 1), return_logits=False)[1].backward()
+    for name, gradient in sparse.items():
+        assert relative(gradient, model.get_parameter(name).grad) < 1e-12, name
 
 
 # -----------------------------------------------------------------------------
