@@ -609,7 +609,7 @@ DAMAGE = {
     "curriculum": lambda state: state["args"].update(curriculum=((8.0, 0.5), (16.0, 0.5))),
     **{f"{name} {value}": lambda state, name=name, value=value: state["config"].update(
         {name: value}) for name, value in (
-            ("n_layer", 3), ("n_layer", 1), ("n_layer", 0), ("n_layer", 1000), ("n_layer", None),
+            ("n_layer", 3), ("n_layer", 1), ("n_layer", 0), ("n_layer", 100), ("n_layer", None),
             ("n_head", -1), ("n_head", 3), ("n_embd", 10**30), ("n_embd", 16.0), ("swiglu", 1),
             ("swiglu", "0"), ("qk_norm", False), ("attn_layers", (0,)), ("attn_layers", 1),
             ("attn_layers", ("1",)), ("attn_layers", (1.0,)), ("attn_layers", (5,)),
