@@ -26,8 +26,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items):
-    """Mark test_causality.py's slow tests, group those with processes, and move slow ones to the end.
-    """
+    """Mark and group slow tests, and move them to the end."""
     for item in items:
         if item.nodeid.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
