@@ -14,8 +14,8 @@ if not torch.cuda.is_available():
 
 # Of test_causality.py, which has no pytest in it: what takes more than two seconds.
 SLOW = ("test_causality.py::",)
-# Slow tests of these start processes and wait for them: with -n 2 one at a time, so that none waits
-# too long.
+# Slow tests of these start processes and wait for them, some for so many seconds at most: with
+# pytest's -n 2 they are done one at a time.
 PROCESSES = ("test_trainer", "test_faults", "test_ranks", "test_experiments")
 
 

@@ -87,6 +87,7 @@ def test_a_stretch_without_a_place_to_cut_is_refused_with_its_offset(tmp_path):
         pieces(path, 1 << 16)
 
 
+@pytest.mark.slow
 def test_a_long_stretch_of_white_space_is_tokenized(encoding):
     text = "a" + " " * 1_000_000 + "x"
     tokens = text_to_bin.encode([text], True).tolist()
@@ -303,7 +304,7 @@ def test_a_failing_call_removes_nothing_of_others(encoding, tmp_path, monkeypatc
     assert (out / "other_dataset.bin").read_bytes() == b"precious"
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("signum", ["SIGTERM", "SIGINT", "SIGHUP", "SIGKILL"])
 def test_a_stopped_text_to_bin_leaves_no_set_and_no_workers(encoding, tmp_path, signum):
     (tmp_path / "a.txt").write_text(PROSE * 1_000_000)
@@ -938,7 +939,6 @@ def test_a_soft_cap_that_rounds_all_logits_away_is_refused(data, tmp_path, value
         main(argv)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [flag.name for flag in train_gpt2_afno.FLAGS.values()
                                   if flag.kind.metavar == "X" and flag.group != "generation"])
 def test_the_smallest_and_the_largest_number_of_a_flag_train(data, tmp_path, name):

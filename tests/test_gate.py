@@ -345,6 +345,7 @@ def test_every_mutant_is_refused(monkeypatch, name):
         assert re.search(r"output \d+ is the first that changes", said) and "output" in lines[0]
 
 
+@pytest.mark.slow
 def test_a_scale_of_the_whole_batch_in_fp8_is_a_leak(monkeypatch):
     assert start_sees(RICH, HALF, fp8=True) is None
     fp8_scale_of_the_batch(monkeypatch)
