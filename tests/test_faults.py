@@ -941,6 +941,7 @@ def test_a_soft_cap_that_rounds_all_logits_away_is_refused(data, tmp_path, value
         main(argv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [flag.name for flag in train_gpt2_afno.FLAGS.values()
                                   if flag.kind.metavar == "X" and flag.group != "generation"])
 def test_the_smallest_and_the_largest_number_of_a_flag_train(data, tmp_path, name):
