@@ -116,7 +116,7 @@ import sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import torch
 import torch.distributed as dist
-from train_gpt2_afno import gather_rows
+from runtime import gather_rows
 
 dist.init_process_group("gloo")
 torch.manual_seed(dist.get_rank())
