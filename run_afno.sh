@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash run_afno.sh [fineweb|shakespeare|baseline|test] [flags...]
 #
-#   fineweb      the production run on 24 GB GPUs: the hybrid on 0.94B tokens of FineWeb
+#   fineweb      the production run on 24 GB GPUs: the hybrid on 0.5B tokens of FineWeb
 #                (fineweb --mixer attn: the control, attention in every layer)
 #   shakespeare  a small model on Shakespeare's plays: minutes on a laptop, no GPU needed
 #   baseline     NoCap-Test's run: attention and its own recipe on 2.5B tokens of FineWeb
@@ -80,7 +80,7 @@ if [ -z "$preset" ]; then
 fi
 
 case $preset in
-  fineweb) data=(cached_fineweb10B.py 10) ;; # 1.0B tokens
+  fineweb) data=(cached_fineweb10B.py 5) ;; # 0.5B tokens
   baseline) data=(cached_fineweb10B.py 25) ;; # 2.5B tokens
   shakespeare) data=(shakespeare.py) ;;
 esac
