@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# bash run_afno.sh [fineweb|shakespeare|baseline|test] [flags...]
+# bash run_afno.sh [fineweb|fineweb-4k|shakespeare|baseline|test] [flags...]
 #
 #   fineweb      the production run on 24 GB GPUs: the hybrid on 0.5B tokens of FineWeb
 #                (fineweb --mixer attn: the control, attention in every layer)
+#   fineweb-4k   the same in rows of 4096 tokens
 #   shakespeare  a small model on Shakespeare's plays: minutes on a laptop, no GPU needed
 #   baseline     NoCap-Test's run: attention and its own recipe on 2.5B tokens of FineWeb
 #   test         the test suite; --fast leaves out the slow ones, other flags go to pytest
@@ -17,10 +18,10 @@ fail() { echo "error: run_afno.sh: $*" >&2; exit 2; }
 
 preset=""
 case "${1:-}" in
-  fineweb | shakespeare | baseline | test) preset=$1; shift ;;
-  -h | --help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+  fineweb | fineweb-4k | shakespeare | baseline | test) preset=$1; shift ;;
+  -h | --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
   "" | -*) ;;
-  *) fail "unknown preset $1, choose fineweb, shakespeare, baseline or test" ;;
+  *) fail "unknown preset $1, choose fineweb, fineweb-4k, shakespeare, baseline or test" ;;
 esac
 
 # packages: a python that has torch keeps it and gets the rest; otherwise everything goes into .venv
@@ -80,7 +81,7 @@ if [ -z "$preset" ]; then
 fi
 
 case $preset in
-  fineweb) data=(cached_fineweb10B.py 5) ;; # 0.5B tokens
+  fineweb | fineweb-4k) data=(cached_fineweb10B.py 5) ;; # 0.5B tokens
   baseline) data=(cached_fineweb10B.py 25) ;; # 2.5B tokens
   shakespeare) data=(shakespeare.py) ;;
 esac

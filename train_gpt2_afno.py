@@ -114,7 +114,8 @@ table("shape", # GPTConfig's alone: --model sets the last two
       ("n_layer", 12, integer(1, 1000), "layers"),
       ("n_embd", 768, integer(2, 100_000), "channels"))
 table("model",
-      ("preset", None, one_of("fineweb", "shakespeare", "baseline"), "flags by name, see above"),
+      ("preset", None, one_of("fineweb", "fineweb-4k", "shakespeare", "baseline"),
+       "flags by name, see above"),
       ("model", "d12", one_of(*MODELS), "size: layers, heads and channels"),
       ("mixer", "afno", one_of("attn", "afno"), "what mixes tokens"),
       ("attn_layers", (), LAYERS, "layers that keep attention where the mixer is afno: the hybrid"),
@@ -227,6 +228,8 @@ PRESETS = {
     # NoCap-Test's run: all else is the table's default
     "baseline": FINEWEB | dict(mixer="attn", depth_scale=1),
 }
+# the same in rows of 4096
+PRESETS["fineweb-4k"] = PRESETS["fineweb"] | dict(sequence_length=4096, batch_size=8)
 DATA_FLAGS = ("input_bin", "input_val_bin")
 NOT_KEPT = ("preset", "output_dir", "device", "gpus", "compile", "resume", "eval_only", "generate",
             "max_seconds", "max_new_tokens", "temperature", "top_k",
