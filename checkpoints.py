@@ -209,9 +209,9 @@ def refuse_damaged_tensors(state: dict, model: nn.Module, make_optimizers):
         demand(there == wanted and found["state"].keys() == {*steps}, "an optimizer")
         for i, values in found["state"].items():
             p = parameters[i]
-            one, each = torch.zeros(()), torch.zeros(len(p), 1)
-            like = dict(AdamW=dict(step=one, exp_avg=p, exp_avg_sq=p), Muon=dict(momentum_buffer=p),
-                        RowAdam=dict(step=one, square=each, met=each))[type(optimizer).__name__]
+            kind = type(optimizer).__name__
+            like = dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) if kind == "AdamW" else \
+                dict(momentum_buffer=p) if kind == "Muon" else dict(square=p[:, :1])
             demand_like(values, like, f"an optimizer.{i}")
 
 

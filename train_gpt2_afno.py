@@ -43,7 +43,7 @@ from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, 
 from kernels import keep_products, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
-from runtime import (Clock, Diverged, Runtime, choose_device, choose_gpus, evaluate, gather_rows,
+from runtime import (Clock, Diverged, Runtime, average_rows, choose_device, choose_gpus, evaluate,
                      joined_ranks, launch, measure_matmul_rate, own_card, peak_memory, ranks, run)
 from test_causality import random_tokens, refuse_leaks
 
@@ -543,7 +543,7 @@ class PairTable(nn.Embedding):
     """
 
     def __init__(self, rows: int, n_embd: int):
-        super().__init__(rows, n_embd, sparse=True)
+        super().__init__(rows, n_embd)
         nn.init.zeros_(self.weight)
 
     def forward(self, idx: Tensor, before: Tensor) -> Tensor:
@@ -591,7 +591,7 @@ class GPT(nn.Module):
         self.lm_head = Head(config)
         self.transformer.wte.weight = self.lm_head.weight  # one tensor, with nn.Linear's start
         self.pairs = PairTable(config.pair_rows, C) if config.pair_rows else None
-        self.values = nn.ModuleDict({str(layer): nn.Embedding(config.vocab_size, C, sparse=True)
+        self.values = nn.ModuleDict({str(layer): nn.Embedding(config.vocab_size, C)
                                      for layer in config.value_layers()})
         for table in self.values.values():
             nn.init.normal_(table.weight, std=0.01)
@@ -740,17 +740,6 @@ class Muon(torch.optim.Optimizer):
             X = torch.baddbmm(X, A, X, beta=3.4445)
         return X.mT.contiguous() if tall else X
 
-    def orthogonalize_by_ranks(self, G: Tensor) -> Tensor:
-        """Return orthogonalize(G), of which each rank makes an equal share."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        if world == 1:
-            return self.orthogonalize(G)
-        share = math.ceil(len(G) / world)
-        mine = F.pad(G, (0, 0, 0, 0, 0, share * world - len(G))).chunk(world)[dist.get_rank()]
-        shares = [torch.empty_like(mine) for _ in range(world)]
-        dist.all_gather(shares, self.orthogonalize(mine))
-        return torch.cat(shares)[: len(G)]
-
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
@@ -767,7 +756,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
             nesterov = torch._foreach_lerp(gradients, averages, group["momentum"])
             stacked = torch.stack([part.bfloat16() for part in nesterov])
-            updates = self.orthogonalize_by_ranks(stacked).float().unbind()
+            updates = self.orthogonalize(stacked).float().unbind()
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             rate = group["lr"] * 0.2 * math.sqrt(max(shape))
             torch._foreach_add_(matrices, updates, alpha=-rate)
@@ -778,7 +767,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam without momentum for tables whose gradients are sparse: other rows do not move.
+    """Adam without momentum for tables of which a step meets few rows: the others do not move.
 
     A row's second moment is one number, the mean of its channels. It fades by beta2 in every step,
     whether the row is met or not. It begins as zero and is not corrected for that: so a row that is
@@ -794,18 +783,12 @@ class RowAdam(torch.optim.Optimizer):
     def step(self):
         (group,) = self.param_groups
         for p in group["params"]:
-            gradient, state = p.grad.coalesce(), self.state[p]
+            state = self.state[p]
             if not state:
-                state["step"] = p.new_zeros(())
-                state["square"] = p.new_zeros(len(p), 1)  # the second moment of each row
-                state["met"] = p.new_zeros(len(p), 1)  # the step that met it last
-            state["step"] += 1
-            rows, change = gradient.indices()[0], gradient.values()
-            fading = group["beta2"] ** (state["step"] - state["met"][rows])
-            mean = change.square().mean(1, keepdim=True)
-            square = fading * state["square"][rows] + (1 - group["beta2"]) * mean
-            state["square"][rows], state["met"][rows] = square, state["step"]
-            p.index_add_(0, rows, change / (square.sqrt() + group["eps"]), alpha=-group["lr"])
+                state["square"] = p.new_zeros(len(p), 1)
+            mean = p.grad.norm(dim=1, keepdim=True).square() / p.size(1)
+            state["square"].lerp_(mean, 1 - group["beta2"])
+            p.addcdiv_(p.grad, state["square"].sqrt() + group["eps"], value=-group["lr"])
 
 
 def embedding_tables(model: GPT) -> set[nn.Parameter]:
@@ -815,8 +798,8 @@ def embedding_tables(model: GPT) -> set[nn.Parameter]:
 
 def row_tables(model: GPT) -> dict[str, nn.Parameter]:
     """Return the weights, by name, of the tables of which a batch meets few rows."""
-    return {f"{name}.weight": module.weight for name, module in model.named_modules()
-            if isinstance(module, nn.Embedding) and module.sparse}
+    return {name: p for name, p in model.named_parameters()
+            if name.startswith(("pairs.", "values."))}
 
 
 # Places, logarithms and factors, for which zero is no neutral value: they do not decay.
@@ -1130,7 +1113,7 @@ class Run:
         runtime.wait()
         self.wrapped, self.tables = model, row_tables(model)
         if runtime.world > 1:
-            # gather_rows() is for these
+            # average_rows() is for these
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, self.tables)
             self.wrapped = DistributedDataParallel(model)
         if runtime.compile:
@@ -1203,19 +1186,15 @@ class Run:
                 with self.runtime.autocast():
                     _, loss = self.wrapped(x.view(-1, length), targets, False, shares)
                 (loss / len(batches)).backward()
-            for p in self.tables.values():  # a row once, however many tokens met it
-                p.grad = p.grad.coalesce()
             losses[self.runtime.rank, i] = loss.detach()
-        tables = list(self.tables.values())
-        for p, gradient in zip(tables, gather_rows([p.grad for p in tables])):
-            p.grad = gradient
+        if world > 1 and self.tables:
+            average_rows([p.grad for p in self.tables.values()])
         return losses
 
     def update(self, losses: Tensor, length: int):
         """Make the optimizers' step, and queue its figures."""
         args, model = self.args, self.model
-        gradients = [p.grad.values() if p.grad.is_sparse else p.grad for p in model.parameters()]
-        grad_norm = torch.nn.utils.get_total_norm(gradients)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         factor = learning_rate_factor(self.step, self.total_steps, args.warmup_iters,
                                       args.warmdown_iters, args.final_lr_fraction)
         for optimizer, full in zip(self.optimizers, self.rates):
@@ -1525,10 +1504,11 @@ def refuse_too_large(config: GPTConfig, args, device: torch.device, only_read: b
     rows = args.val_batch_size if only_read else args.batch_size
     numbers = sum(p.numel() for p in model.parameters())
     in_rows = sum(p.numel() for p in row_tables(model).values())
-    # weights, gradients and an average; two residuals a layer in bf16; what makes the taps
+    # weights, gradients and an average (tables have none); two residuals a layer in bf16; what
+    # makes the taps
     needs = {
         "--model, --afno_num_experts, --afno_short_conv or --pair_rows":
-            4 * (numbers if only_read else 3 * (numbers - in_rows) + in_rows),
+            4 * (numbers if only_read else 3 * numbers - in_rows),
         "--batch_size, --val_batch_size or --sequence_length": 4 * config.n_embd * max(
             rows * args.sequence_length * (1 if only_read else config.n_layer),
             args.val_batch_size * args.sequence_length),

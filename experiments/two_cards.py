@@ -7,9 +7,8 @@
 speed: the first 50 steps of the hybrid in micro-batches of 32 rows on so many cards, and of 16 rows
 on one card, which says how far rounding alone moves the losses. ends: a small model on two cards
 gets SIGTERM, goes on on one, then on two, of which one is killed. parts: what the gradients' way
-between cards takes, the tables' by row or whole, and Muon with its matrices shared out or made on
-every card. With --device cpu they try themselves out on a tiny model, through gloo. --input_bin and
---input_val_bin are the trainer's.
+between cards takes, the tables' by row or whole, and the optimizers. With --device cpu they try
+themselves out on a tiny model, through gloo. --input_bin and --input_val_bin are the trainer's.
 """
 import argparse
 import json
@@ -29,7 +28,7 @@ import torch.distributed as dist  # noqa: E402
 
 import train_gpt2_afno as trainer  # noqa: E402
 from data.loader import TokenStream, TrainLoader  # noqa: E402
-from runtime import Clock, gather_rows, run  # noqa: E402
+from runtime import Clock, average_rows, run  # noqa: E402
 
 SCRIPT = trainer.ROOT / "train_gpt2_afno.py"
 FIRST_50 = "--preset fineweb --num_iterations 50 --warmup_iters 258 --warmdown_iters 0 " \
@@ -176,22 +175,19 @@ def parts(args):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
             loss = model(x, y, return_logits=False)[1]
         loss.backward()
-        for p in tables.values():
-            p.grad = p.grad.coalesce()
-    by_row = [p.grad for p in tables.values()]
-    sent = sum(g.values().nbytes + g.indices().nbytes for g in by_row)
+    gradients = [p.grad for p in tables.values()]
+    met = sum(g.any(1).sum().item() for g in gradients)
     whole = torch.zeros(sum(p.numel() for p in tables.values()), device=device)
     others = torch.zeros(sum(p.numel() for p in model.parameters()) - len(whole), device=device)
     if rank == 0:
-        print(f"{world} ranks, bytes of gradients: {others.nbytes:,} but for the "
-              f"tables, {sent:,} of rank 0's rows of the tables, {whole.nbytes:,} of whole tables")
+        print(f"{world} ranks, bytes of gradients: {others.nbytes:,} but for the tables, "
+              f"{met * gradients[0][0].nbytes:,} of the tables' rows that rank 0 met, "
+              f"{whole.nbytes:,} of whole tables")
     for name, function in (("all-reduce but for the tables", lambda: dist.all_reduce(others)),
-                           ("tables by row", lambda: gather_rows(by_row)),
+                           ("tables by row", lambda: average_rows(gradients)),
                            ("all-reduce of whole tables", lambda: dist.all_reduce(whole)),
                            ("AdamW", adamw.step), ("RowAdam", row_adam.step),
-                           ("Muon, shared out", muon.step), ("Muon, on every card", muon.step)):
-        if name == "Muon, on every card":
-            muon.orthogonalize_by_ranks = muon.orthogonalize
+                           ("Muon", muon.step)):
         taken = milliseconds(function, device)
         if rank == 0:
             print(f"{name}: {taken:.2f} ms")
