@@ -66,7 +66,8 @@ def small(monkeypatch):
     fields = train_gpt2_afno.model_fields
     monkeypatch.setattr(train_gpt2_afno, "model_fields",
                         lambda values: fields(values) | dict(vocab_size=VOCABULARY))
-    monkeypatch.setattr(train_gpt2_afno, "measure_matmul_rate", lambda *_: 1e12)  # takes long
+    for name in ("measure_matmul_rate", "report_at_end"):  # they take long
+        monkeypatch.setattr(train_gpt2_afno, name, lambda *_: 1e12)
 
 
 @pytest.fixture
@@ -789,6 +790,7 @@ def log(self, **values):
 
 trainer.model_fields = lambda values: fields(values) | dict(vocab_size={VOCABULARY})
 RunLog.metric = log
+trainer.report_at_end = lambda run: None
 run(trainer.main)
 """)
     return path
