@@ -209,7 +209,7 @@ def refuse_damaged_tensors(state: dict, model: nn.Module, make_optimizers):
         demand(there == wanted and found["state"].keys() == {*steps}, "an optimizer")
         for i, values in found["state"].items():
             p = parameters[i]
-            one, each = torch.zeros(()), torch.zeros(len(p), 1)
+            one, each = torch.zeros(()), torch.zeros(*p.shape[:1], 1)  # factors have no rows
             like = dict(AdamW=dict(step=one, exp_avg=p, exp_avg_sq=p), Muon=dict(momentum_buffer=p),
                         RowAdam=dict(step=one, square=each, met=each))[type(optimizer).__name__]
             demand_like(values, like, f"an optimizer.{i}")
