@@ -25,6 +25,7 @@ from data.text_to_bin import (InputError, Parser, appears_whole, first_line, gpt
 from runtime import Runtime, generate
 
 PROMPTS = ("The history of", "Once upon a time", "To be, or not to be")
+SAMPLING = dict(seed=1337, temperature=0.8, top_k=50, max_new_tokens=50)
 
 # The baseline to compare with: NoCap-Test's own run on one RTX 4090, which took 5.401 h for 2.50B
 # tokens (README.md). This is wandb/run-20250410_203158-64s1zc1w/files/output.log of the repository.
@@ -167,12 +168,11 @@ def samples(model, step: int) -> str:
     if gpt2_encoding().eot_token >= model.config.vocab_size:
         raise InputError(f"the model's {model.config.vocab_size} tokens are not GPT-2's")
     runtime = Runtime(model.lm_head.weight.device, torch.float32, False)
-    args = argparse.Namespace(seed=1337, temperature=0.8, top_k=50, max_new_tokens=50)
-    texts = [f"Of step {step}; seed {args.seed}, temperature {args.temperature}, the likeliest "
-             f"{args.top_k} tokens."]
+    args = argparse.Namespace(**SAMPLING)
+    texts = [f"Of step {step}: " + ", ".join(f"{name} {value}" for name, value in SAMPLING.items())]
     for prompt in PROMPTS:
         text = io.StringIO()
-        with contextlib.redirect_stdout(text), torch.compiler.set_stance("force_eager"):
+        with contextlib.redirect_stdout(text):
             generate(model, prompt, args, model.config.sequence_length, runtime)
         texts += [f"{prompt!r}:", textwrap.indent(text.getvalue().rstrip(), "    ", lambda _: True)]
     return "\n\n".join(texts)
