@@ -100,8 +100,11 @@ def labels(runs: list[Run]) -> list[str]:
             for run, name in zip(runs, names)]
 
 
-def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X, xscale: str = "linear"):
-    """Write the picture; raise InputError for a run without rows, or a name of no picture."""
+def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X, log: bool = False):
+    """Write the picture; raise InputError for a run without rows, or a name of no picture.
+
+    log: x is logarithmic, without what is at 0.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -129,7 +132,9 @@ def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X, xscale: str = "
     margin = 0.05 * (max(settled) - min(settled)) or 0.1
     for x, axes in zip(xs, panels[0]):
         axes.set(xlabel=x if x == "tokens" else "training seconds, without compilation",
-                 xscale=xscale, ylim=(min(settled) - margin, max(settled) + margin))
+                 ylim=(min(settled) - margin, max(settled) + margin))
+        if log:
+            axes.set_xscale("log", nonpositive="mask")
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("loss: points validation, thin lines training")
     panels[0, -1].legend(fontsize=7)

@@ -73,7 +73,7 @@ def test_numbers_are_those_of_the_metrics(data, tmp_path, monkeypatch):
     for name in ("commit", "command"):
         (line,) = re.findall(f"^{name}: (.*)", log, re.MULTILINE)
         assert line in text
-    assert f"- torch: {torch.__version__}, Python {sys.version.split()[0]}, " in text
+    assert f"- torch {torch.__version__}, Python {sys.version.split()[0]}, " in text
     samples = text.split("## Samples")[1].split("## To")[0]
     assert "Of step 6: seed 1337, " in samples
     for prompt in report.PROMPTS:
@@ -126,7 +126,10 @@ def test_what_is_missing_is_said(data, tmp_path, monkeypatch):
     assert table["validation loss"].endswith(", at step 3, not the last")
     assert table["compilation"] == "not known: the run did not end"
     assert table["tokens"] == "128" and "MiB" in table["peak memory"]
-    assert text.count(", resumed at step 0") == 1
+    assert text.count("  # resumed at step 0") == 1
+    with open(run / "train.log", "a") as log:
+        log.write("error: step 5: loss nan\n")
+    assert "step 4 of 6: it failed at step 5: loss nan.\n" in written(monkeypatch, run)[0]
     (run / "train.log").unlink()
     (run / "metrics.jsonl").write_text(json.dumps(rows[1]) + "\n")
     text, table = written(monkeypatch, run)
@@ -235,6 +238,8 @@ def test_an_exported_model_has_the_checkpoints_logits(data, tmp_path, monkeypatc
     assert capsys.readouterr().out.endswith(": model.safetensors and config.json, of step 6\n")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "config.json", "model.safetensors"}
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1  # safetensors would let nobody else read its file
     state, found = newest(tmp_path / "run"), {}
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert GPTConfig(**config["model"]) == GPTConfig(**state["config"])
