@@ -44,7 +44,7 @@ from kernels import keep_products, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
 from report import report_at_end
-from runtime import (Clock, Diverged, Runtime, choose_device, choose_gpus, evaluate,
+from runtime import (Clock, Diverged, Runtime, choose_device, choose_gpus, evaluate, gather_rows,
                      gpu_driver, gpu_energy, joined_ranks, launch, measure_matmul_rate, own_card,
                      peak_memory, ranks, run)
 from test_causality import random_tokens, refuse_leaks
@@ -805,27 +805,6 @@ class RowAdam(torch.optim.Optimizer):
             square = fading * state["square"][rows] + (1 - group["beta2"]) * mean
             state["square"][rows], state["met"][rows] = square, state["step"]
             p.index_add_(0, rows, change / (square.sqrt() + group["eps"]), alpha=-group["lr"])
-
-
-def gather_rows(gradients: list[Tensor]) -> list[Tensor]:
-    """Return the means over all ranks of coalesced sparse gradients, of which only rows travel."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world == 1 or not gradients:
-        return gradients
-    mine = torch.tensor([len(g.values()) for g in gradients], device=gradients[0].device)
-    counts = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(counts, mine)
-    means = []
-    for g, numbers in zip(gradients, torch.stack(counts, 1).tolist()):
-        parts = []
-        for part, dim in ((g.indices(), 1), (g.values(), 0)):  # padded, as all ranks send as much
-            room = [0, max(numbers) - len(g.values())]
-            sent = F.pad(part, room if dim else [0, 0, *room]).contiguous()
-            got = [torch.empty_like(sent) for _ in range(world)]
-            dist.all_gather(got, sent)
-            parts.append(torch.cat([x.narrow(dim, 0, n) for x, n in zip(got, numbers)], dim))
-        means.append(torch.sparse_coo_tensor(parts[0], parts[1] / world, g.shape).coalesce())
-    return means
 
 
 def embedding_tables(model: GPT) -> set[nn.Parameter]:
