@@ -265,7 +265,7 @@ def export(folder: Path, out: Path) -> int:
             raise InputError(f"--export {out}: {first_line(error)}") from None
         shutil.copymode(new / "config.json", new / "model.safetensors")  # which is the owner's
         for path in new.iterdir():
-            with open(path, "rb") as file:
+            with open(path, "r+b") as file:
                 os.fsync(file.fileno())
     return state["step"]
 

@@ -1,10 +1,12 @@
 """The report of a run and the export of its model, of tiny runs of the trainer."""
 import ast
+import io
 import json
 import re
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 import report
 import train_gpt2_afno
 from data.text_to_bin import ROOT
+from runtime import gpu_driver, gpu_energy
 from test_trainer import (STOPPED, Letters, data, flags, main, metrics,  # noqa: F401
                           newest, small, validations)
 from train_gpt2_afno import GPT, GPTConfig
@@ -214,6 +217,24 @@ def test_the_energy_is_the_difference_of_the_drivers_counter(data, tmp_path, mon
     assert metrics(tmp_path / "run")[-1]["energy_j"] == 12_340
     table = written(monkeypatch, tmp_path / "run")[1]
     assert table["energy"] == "12,340 J of the GPUs in the run's last process"
+
+
+def test_what_the_driver_tells(monkeypatch):
+    """Two functions that only a GPU's machine answers, with what NVIDIA documents."""
+    nvml = SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID={"GPU-a-b": 7}.get,
+                           nvmlDeviceGetTotalEnergyConsumption={7: 12_345}.get)
+    assert gpu_energy(torch.device("cpu")) == 0
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="a-b"))
+    assert gpu_energy(torch.device("cuda")) == 12_345
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert gpu_energy(torch.device("cuda")) == 0
+    for line, version in (
+            ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May", "535.183.01"),
+            ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15 ", "570.86.15"),
+            ("", "unknown")):
+        monkeypatch.setattr("runtime.open", lambda *_, **__: io.StringIO(line), raising=False)
+        assert gpu_driver() == version
 
 
 # -----------------------------------------------------------------------------
