@@ -160,12 +160,12 @@ def test_the_picture_and_what_to_install_for_it(data, tmp_path, monkeypatch):
     rows = [dict(step=i, tokens=32 * i, train_time_s=0.5 * i, wall_time_s=i, val_loss=9 - i)
             for i in range(3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    text = written(monkeypatch, run)[0]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        text = written(monkeypatch, run)[0]
     assert re.search(r"## Curve\n\nNone: .*matplotlib.* `pip install matplotlib`, then "
                      f"`python report.py {run}`.\n", text)
     assert not (run / "curve.png").exists()
-    monkeypatch.delitem(sys.modules, "matplotlib")
     assert "![loss against tokens and seconds](curve.png)" in written(monkeypatch, run)[0]
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
 
