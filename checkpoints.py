@@ -108,7 +108,7 @@ class Checkpoints:
                     "trying the one before")
         if found := sorted(path.name for path in self.folder.glob("state_step*.pt*")
                            if path.suffix in (".pt", ".abandoned")):
-            raise InputError(f"--resume: no readable checkpoint in {self.folder}, which has "
+            raise InputError(f"no readable checkpoint in {self.folder}, which has "
                              f"{', '.join(found)}")
         return None
 
@@ -330,10 +330,14 @@ def choose_folder(flags: dict, only_read: bool) -> Path | None:
         return to_path(flags["resume"]).parent
     if "resume" not in flags and not only_read:
         return None
+    return newest_run("--output_dir")
+
+
+def newest_run(name: str) -> Path:
+    """Return the folder under runs/ with the newest checkpoint; raise InputError for `name`."""
     runs = sorted(ROOT.glob("runs/*/state_step*.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise InputError("--output_dir: no run with a checkpoint under runs/, name the folder of "
-                         "one")
+        raise InputError(f"{name}: no run with a checkpoint under runs/, name the folder of one")
     return runs[-1].parent
 
 

@@ -222,6 +222,32 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def gpu_energy(device: torch.device) -> int:
+    """Return the millijoules that this GPU has used since its driver was loaded; 0 where unknown.
+
+    It takes the package nvidia-ml-py, which is pynvml, and a GPU from 2017 on.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid
+        card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(card)
+    except Exception:  # NVML has many
+        return 0
+
+
+def gpu_driver() -> str:
+    """Return the version of NVIDIA's driver, as far as Linux tells it."""
+    try:
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
+            found = re.search(r"\b\d{3}(\.\d+)+\b", file.readline())
+    except OSError:
+        found = None
+    return found[0] if found else "unknown"
+
+
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a large matrix product in this dtype: what the MFU is a share of."""
     n, repeats = (8192, 10) if device.type == "cuda" else (1024, 3)

@@ -43,8 +43,10 @@ from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, 
 from kernels import keep_products, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
+from report import report_at_end
 from runtime import (Clock, Diverged, Runtime, average_rows, choose_device, choose_gpus, evaluate,
-                     joined_ranks, launch, measure_matmul_rate, own_card, peak_memory, ranks, run)
+                     gpu_driver, gpu_energy, joined_ranks, launch, measure_matmul_rate, own_card,
+                     peak_memory, ranks, run)
 from test_causality import random_tokens, refuse_leaks
 
 START = time.perf_counter()
@@ -983,7 +985,7 @@ class Run:
         self.compile_time, self.past_wall, self.pending = 0.0, 0.0, None
         train_time = self.restore(saved) if saved else 0.0
         self.fp8 = choose_fp8(self.model, args, self.device, runtime.dtype)
-        self.clock = Clock(self.device, train_time)
+        self.clock, self.energy = Clock(self.device, train_time), gpu_energy(self.device)
         self.restore_progress(saved)
 
     def open_data(self, saved: dict):
@@ -1051,8 +1053,8 @@ class Run:
     def describe(self):
         """Say what will run: versions, model and kernels."""
         config, device, dtype = self.config, self.device, self.runtime.dtype
-        chip = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" \
-            if device.type == "cuda" else "CPU"
+        chip = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, driver " \
+            f"{gpu_driver()}" if device.type == "cuda" else "CPU"
         self.say(f"torch {torch.__version__}, Python {sys.version.split()[0]}, "
                  f"{self.runtime.world} x {chip}, {torch.get_num_threads()} threads")
         mixers = [config.mixer_of(layer) for layer in range(config.n_layer)]
@@ -1322,6 +1324,7 @@ class Run:
         with_compilation = train_time + self.compile_time
         rate = self.position / train_time if train_time else 0.0
         peaks = self.runtime.of_ranks(peak_memory(self.device))
+        energy = sum(self.runtime.of_ranks(gpu_energy(self.device) - self.energy)) / 1000
         no_target = "not reached" if args.target_val_loss else "no target"
         to_target = f"{self.reached:.1f} s" if self.reached is not None else no_target
         if len(peaks) > 1:
@@ -1334,7 +1337,7 @@ class Run:
             self.log.metric(step=step, tokens_per_s=rate, peak_memory_usage=max(peaks),
                             train_time_s=train_time, train_time_with_compilation_s=with_compilation,
                             wall_time_s=self.wall_time(),
-                            wall_clock_time_to_target_loss=self.reached)
+                            wall_clock_time_to_target_loss=self.reached, energy_j=energy or None)
         return 128 + signals[0] if signals else 0
 
 
@@ -1347,7 +1350,9 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder:
     run.open_bar()
     # until here there was nothing to save; a second signal does nothing, as torchrun sends two
     with handled(lambda signum, frame: run.signals.append(signum)):
-        return train_loop(run)
+        status = train_loop(run)
+    report_at_end(run)
+    return status
 
 
 def train_loop(run: Run) -> int:

@@ -11,7 +11,7 @@ Needs matplotlib.
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ class Run:
     train: list[tuple[int, float, float]]  # (tokens, training seconds, loss) of every step
     curve: list[tuple[int, float, float]]  # the same of every validation
     summary: dict | None  # what the trainer wrote when it stopped, at the last step or before
+    rows: list[dict] = field(default_factory=list)  # all of the file
 
     @property
     def folder(self) -> Path:
@@ -58,6 +59,7 @@ def read_run(path: Path) -> Run:
                 run.curve.append((row["tokens"], row["train_time_s"], row["val_loss"]))
             elif "wall_clock_time_to_target_loss" in row:
                 run.summary = row
+            run.rows.append(row)
         except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):
                 raise InputError(f"{run.file}: line {number} is not a row of metrics") from None
@@ -98,8 +100,11 @@ def labels(runs: list[Run]) -> list[str]:
             for run, name in zip(runs, names)]
 
 
-def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X):
-    """Write the picture; raise InputError for a run without rows, or a name of no picture."""
+def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X, log: bool = False):
+    """Write the picture; raise InputError for a run without rows, or a name of no picture.
+
+    log: x is logarithmic, without what is at 0.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -128,6 +133,8 @@ def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X):
     for x, axes in zip(xs, panels[0]):
         axes.set(xlabel=x if x == "tokens" else "training seconds, without compilation",
                  ylim=(min(settled) - margin, max(settled) + margin))
+        if log:
+            axes.set_xscale("log", nonpositive="mask")
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("loss: points validation, thin lines training")
     panels[0, -1].legend(fontsize=7)

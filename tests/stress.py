@@ -32,7 +32,7 @@ SMALL = "--preset baseline --mixer afno --attn_layers 1 --device cpu --model d4 
 trainer.MODELS["d4"] = (2, 16)
 model_fields = trainer.model_fields
 trainer.model_fields = lambda values: model_fields(values) | dict(vocab_size=496)
-trainer.measure_matmul_rate = lambda *_: 1e12
+trainer.measure_matmul_rate = trainer.report_at_end = lambda *_: 1e12
 
 
 def start(arguments: list[str], output: Path) -> int:

@@ -3,6 +3,7 @@
 Reading of metrics, skipped and refused runs, failures, tables and pictures, every arm's flags.
 """
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -32,9 +33,13 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def pair(monkeypatch):
-    """A study of two arms of two steps; one thread each, for cores that others use, too."""
+def pair(monkeypatch, tmp_path_factory):
+    """A study of two arms of two steps, without reports; one thread each: others use the cores."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(
+        "import sys, types\nsys.modules['report'] = types.SimpleNamespace(report_at_end=id)\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     monkeypatch.setitem(STUDIES, "pair", Study(
         "Two arms.", {"one": "--mixer afno", "two": "--mixer attn --learning_rate 0.003"},
         "--preset baseline --device cpu --model d4 --batch_size 2 "

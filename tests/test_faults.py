@@ -630,7 +630,8 @@ def muon_run(data, tmp_path_factory):
         fields = train_gpt2_afno.model_fields
         patch.setattr(train_gpt2_afno, "model_fields",
                       lambda values: fields(values) | dict(vocab_size=VOCABULARY))
-        patch.setattr(train_gpt2_afno, "measure_matmul_rate", lambda *_: 1e12)
+        for name in ("measure_matmul_rate", "report_at_end"):
+            patch.setattr(train_gpt2_afno, name, lambda *_: 1e12)
         main(flags(data, out, "--optimizer muon"))
     return out
 

@@ -166,7 +166,7 @@ def slow_save(checkpoints, state):
 if BAD in ("stuck", "slow"):
     runtime.LONGEST_WAIT = datetime.timedelta(seconds=5)
 trainer.model_fields = lambda values: fields(values) | dict(vocab_size={VOCABULARY})
-trainer.measure_matmul_rate = lambda *_: 1e12
+trainer.measure_matmul_rate = trainer.report_at_end = lambda *_: 1e12
 trainer.refuse_too_large = lambda *_: None  # so the launcher imports no compiler
 trainer.choose_gpus = lambda *_: 1 if "RANK" in os.environ else 2
 trainer.Run.next_batches, Checkpoints.save = bad_batches, slow_save

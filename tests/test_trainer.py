@@ -68,7 +68,8 @@ def small(monkeypatch):
     fields = train_gpt2_afno.model_fields
     monkeypatch.setattr(train_gpt2_afno, "model_fields",
                         lambda values: fields(values) | dict(vocab_size=VOCABULARY))
-    monkeypatch.setattr(train_gpt2_afno, "measure_matmul_rate", lambda *_: 1e12)
+    for name in ("measure_matmul_rate", "report_at_end"):  # they take long
+        monkeypatch.setattr(train_gpt2_afno, name, lambda *_: 1e12)
     # of the cuts at start 2, not all 15: what the check sees is tests/test_gate.py's
     monkeypatch.setattr(test_causality, "budget", lambda *_: 2)
 
@@ -794,6 +795,7 @@ def log(self, **values):
 
 trainer.model_fields = lambda values: fields(values) | dict(vocab_size={VOCABULARY})
 RunLog.metric = log
+trainer.report_at_end = lambda run: None
 run(trainer.main)
 """)
     return path
