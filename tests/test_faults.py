@@ -833,7 +833,7 @@ def test_every_number_has_an_upper_bound(name):
     ("--val_batch_size 65536 --sequence_length 1048576 --batch_size 1",
      "^--batch_size, --val_batch_size or --sequence_length ask for too much: at least"),
     ("--model d48",
-     "^--model, --afno_num_experts or --afno_short_conv ask for too much: at least"),
+     "^--model, --afno_num_experts, --afno_short_conv or --pair_rows ask for too much: at least"),
     ("--afno_filter_length 1048576 --model d48 --attn_layers none",
      "^--afno_filter_length or --afno_num_experts ask for too much: at least"),
 ])

@@ -998,7 +998,7 @@ def test_two_ranks_give_one_processs_losses(data, tmp_path, script, more, tolera
     ("--afno_form analytic", "--afno_form: must be one of filter, .*, got analytic"),
     ("--mixer mamba", "--mixer: must be one of attn, afno, got mamba"),
     ("--preset fastest",
-     "--preset: must be one of fineweb, shakespeare, baseline, got fastest"),
+     "--preset: must be one of fineweb, fineweb-4k, shakespeare, baseline, got fastest"),
     ("--batch_size 0", "--batch_size: must be an integer >= 1 .*, got 0"),
     ("--learning_rate -1", "--learning_rate: must be a number > 0 .*, got -1"),
     ("--attn_layers one", "--attn_layers: must be layer numbers such as 3,9, or none, got one"),
