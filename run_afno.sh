@@ -37,7 +37,8 @@ for path in sys.argv[1:]:
     for line in open(path, encoding="utf-8"):
         requirement = line.partition("#")[0].strip()
         name = re.split(r"[^\w-]", requirement)[0]
-        if name and name != "torch" and importlib.util.find_spec(name.replace("-", "_")) is None:
+        module = name.replace("-", "_").removeprefix("pytest_")  # of pytest-xdist: xdist
+        if name and name != "torch" and importlib.util.find_spec(module) is None:
             print(requirement)
 EOF
 }
@@ -66,7 +67,7 @@ fi
 if [ "$preset" = test ]; then
   cd "$here"
   if [ "${1:-}" = --fast ]; then shift; set -- -m "not slow" "$@"; fi
-  exec "$python" -m pytest -q test_causality.py tests "$@"
+  exec "$python" -m pytest -q -n 2 --dist loadgroup test_causality.py tests "$@"
 fi
 if [ -z "$preset" ]; then
   if "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then

@@ -166,6 +166,27 @@ def launch(processes: int) -> int:
 # measuring
 
 
+def gather_rows(gradients: list[Tensor]) -> list[Tensor]:
+    """Return the means over all ranks of coalesced sparse gradients, of which only rows travel."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1 or not gradients:
+        return gradients
+    mine = torch.tensor([len(g.values()) for g in gradients], device=gradients[0].device)
+    counts = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(counts, mine)
+    means = []
+    for g, numbers in zip(gradients, torch.stack(counts, 1).tolist()):
+        parts = []
+        for part, dim in ((g.indices(), 1), (g.values(), 0)):  # padded, as all ranks send as much
+            room = [0, max(numbers) - len(g.values())]
+            sent = F.pad(part, room if dim else [0, 0, *room]).contiguous()
+            got = [torch.empty_like(sent) for _ in range(world)]
+            dist.all_gather(got, sent)
+            parts.append(torch.cat([x.narrow(dim, 0, n) for x, n in zip(got, numbers)], dim))
+        means.append(torch.sparse_coo_tensor(parts[0], parts[1] / world, g.shape).coalesce())
+    return means
+
+
 class Clock:
     """Measure the seconds of steps; on a GPU by events, as the host runs ahead of it.
 

@@ -29,7 +29,7 @@ import torch.distributed as dist  # noqa: E402
 
 import train_gpt2_afno as trainer  # noqa: E402
 from data.loader import TokenStream, TrainLoader  # noqa: E402
-from runtime import Clock, run  # noqa: E402
+from runtime import Clock, gather_rows, run  # noqa: E402
 
 SCRIPT = trainer.ROOT / "train_gpt2_afno.py"
 FIRST_50 = "--preset fineweb --num_iterations 50 --warmup_iters 258 --warmdown_iters 0 " \
@@ -186,7 +186,7 @@ def parts(args):
         print(f"{world} ranks, bytes of gradients: {others.nbytes:,} but for the "
               f"tables, {sent:,} of rank 0's rows of the tables, {whole.nbytes:,} of whole tables")
     for name, function in (("all-reduce but for the tables", lambda: dist.all_reduce(others)),
-                           ("tables by row", lambda: trainer.gather_rows(by_row)),
+                           ("tables by row", lambda: gather_rows(by_row)),
                            ("all-reduce of whole tables", lambda: dist.all_reduce(whole)),
                            ("AdamW", adamw.step), ("RowAdam", row_adam.step),
                            ("Muon, shared out", muon.step), ("Muon, on every card", muon.step)):

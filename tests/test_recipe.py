@@ -103,7 +103,7 @@ def test_tables_recompute_to_the_same_gradients():
 
 @pytest.mark.slow
 def test_tables_compile(fresh_compiler):
-    model, idx = moved(**TABLES, attn_layers=(1,)), random_tokens((2, 24), 97)
+    model, idx = moved(n_layer=2, **TABLES, attn_layers=(1,)), random_tokens((2, 24), 97)
     before = model.hidden(idx)
     model.compile()
     assert relative(model.hidden(idx), before) < 1e-5

@@ -32,6 +32,7 @@ def packed(tmp_path) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.mark.xdist_group("restored")
 def test_every_file_is_restored_byte_for_byte(restored):
     files = {path.relative_to(restored).as_posix(): path
              for path in restored.rglob("*") if path.is_file()}
@@ -41,6 +42,7 @@ def test_every_file_is_restored_byte_for_byte(restored):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == manifest[name], name
 
 
+@pytest.mark.xdist_group("restored")
 def test_restored_log_is_sources_and_readable_log(restored):
     logs = [path for path in archive.RUNS.glob("2*/**/train.log")]
     assert len(logs) >= sum(len(names) for _, _, names in results.ROWS)
