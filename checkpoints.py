@@ -470,11 +470,11 @@ def cooldown_step(args: dict) -> int:
 def measured_slope(validations: list[dict], first: int, last: int) -> float | None:
     """Return d loss / d ln(tokens) between two steps by least squares, None where it is no fall.
 
-    It needs three validations.
+    It needs two validations.
     """
     points = [(math.log(line["tokens"]), line["val_loss"]) for line in validations
               if first <= line["step"] <= last and line["tokens"] > 0]
-    if len(points) < 3:
+    if len(points) < 2:
         return None
     x, y = ([point[i] - sum(p[i] for p in points) / len(points) for point in points]
             for i in range(2))
@@ -485,10 +485,10 @@ def measured_slope(validations: list[dict], first: int, last: int) -> float | No
 def more_steps(validations: list[dict], target: float, args) -> tuple[int, str]:
     """Return how many more steps the target may take, and by which slope.
 
-    The curve flattens: so the slope is that of the second half of the constant phase.
+    The curve flattens: so the slope is that of the last quarter of the constant phase.
     """
     last, begin = validations[-1], cooldown_step(vars(args))
-    slope = measured_slope(validations, (args.warmup_iters + begin) // 2, begin)
+    slope = measured_slope(validations, (args.warmup_iters + 3 * begin) // 4, begin)
     whose = f"{slope:.3f}, this run's" if slope else f"{SLOPE}, a larger model's"
     distance = min((last["val_loss"] - target) / -(slope or SLOPE), 20)  # of no more than e^20
     return max(1, math.ceil(last["step"] * math.expm1(distance))), whose
@@ -502,8 +502,8 @@ def describe_miss(log: RunLog, checkpoints: Checkpoints, target: float, args) ->
     steps, whose = more_steps(log.validations, target, args)
     tokens = round(last["tokens"] / last["step"] * steps)
     lines = [f"missed: val_loss {last['val_loss']:.4f} is {last['val_loss'] - target:.4f} above "
-             f"{target:g}; estimate: {tokens:,} more tokens, {steps} steps (slope of the loss by "
-             f"ln(tokens): {whose})"]
+             f"{target:g}; estimate: {tokens:,} more tokens at least, {steps} steps (slope of the "
+             f"loss by ln(tokens): {whose})"]
     begin = cooldown_step(vars(args))
     if any(step <= begin for step in checkpoints.steps()):
         lines.append(f"go on from step {begin}, before the cooldown: python train_gpt2_afno.py "

@@ -3,7 +3,7 @@
     python train_gpt2_afno.py                                # the preset for this device
     python train_gpt2_afno.py --preset fineweb --mixer attn  # the control: same recipe, attention
     python train_gpt2_afno.py --preset baseline              # NoCap-Test's run, the clock to beat
-    python train_gpt2_afno.py --output_dir runs/mine --resume auto
+    python train_gpt2_afno.py --preset fineweb --extend 400  # goes on with a longer schedule
     python train_gpt2_afno.py --output_dir runs/mine --generate "To be, or not"
 
 Read from top to bottom: flags and presets, model, optimizers, training, command line. Devices,
@@ -239,7 +239,8 @@ PRESETS = {
 NOT_KEPT = ("preset", "output_dir", "device", "gpus", "compile", "resume", "eval_only", "generate",
             "max_seconds", "max_new_tokens", "temperature", "top_k",
             "new_pass")  # not a checkpoint's to set
-SAME_RUN = {*NOT_KEPT, "extend"}  # the folder's name does not depend on these
+SAME_RUN = {*NOT_KEPT, "extend", "save_every", "save_minutes", "val_loss_every",
+            "target_val_loss", "goal_val_loss"}  # the folder's name does not depend on these
 DEFAULTS = {flag.name: flag.default for flag in FLAGS.values() if flag.group != "shape"}
 CONFIG_FLAGS = [flag for flag in FLAGS.values()
                 if flag.group in ("shape", "model") and flag.name not in ("preset", "model")]

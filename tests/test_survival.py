@@ -78,6 +78,7 @@ def test_a_run_that_died_between_its_last_checkpoint_and_validation_is_not_finis
     (dict(mixer="afno", seed=1337), "fineweb"),  # the preset's own
     (dict(seed=2, mixer="attn"), "fineweb-mixer-attn-seed-2"),
     (dict(device="cpu", gpus=2, compile=0, max_seconds=9.0, extend=5), "fineweb"),
+    (dict(save_minutes=1.0, target_val_loss=3.4), "fineweb"),  # the same weights
     (dict(learning_rate=0.003, attn_layers=(3, 9)), "fineweb-attn_layers-3,9-learning_rate-0.003"),
     (dict(input_bin="a/b_*.bin"), r"fineweb-input_bin-a_b__.bin-[0-9a-f]{8}"),
     (dict(input_bin="x" * 300), r"fineweb-input_bin-x{52}-[0-9a-f]{8}")))
@@ -181,7 +182,8 @@ def test_a_disk_that_is_full_while_the_thread_writes(data, tmp_path, monkeypatch
     assert newest(tmp_path / "run")["step"] == 2 and not list((tmp_path / "run").glob("*.part"))
 
 
-def test_a_signal_while_a_write_is_under_way_waits_for_it(data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_signal_while_a_write_is_under_way_waits_for_it(data, tmp_path,  # noqa: F811
+                                                          monkeypatch):
     write = Checkpoints.write
 
     def signalled(self, state, copied=None):
@@ -214,7 +216,7 @@ def test_a_miss_is_made_good_from_the_cooldowns_start(data, tmp_path):  # noqa: 
     said = (out / "train.log").read_text()
     first, loss = losses(out), validations(out)[-1]["val_loss"]
     steps = int(re.search(rf"missed: val_loss {loss:.4f} is {loss - 3:.4f} above 3; estimate: "
-                          r"[\d,]+ more tokens, (\d+) steps", said)[1])
+                          r"[\d,]+ more tokens at least, (\d+) steps", said)[1])
     assert f"step 6, before the cooldown: python train_gpt2_afno.py --output_dir {out} --resume " \
         f"auto --extend {steps}\n" in said
     main(flags(data, out, LONGER + " --resume auto --extend 7"))
@@ -289,10 +291,10 @@ def test_the_steps_of_a_miss_are_those_of_the_measured_curve():
     curve = [dict(step=step, tokens=10 * step, val_loss=9 - 0.5 * math.log(step))
              for step in range(10, 101, 10)]
     args = argparse.Namespace(num_iterations=100, warmdown_iters=20, warmup_iters=10, extend=0)
-    assert measured_slope(curve, 45, 80) == pytest.approx(-0.5)
+    assert measured_slope(curve, 62, 80) == pytest.approx(-0.5)
     steps, whose = more_steps(curve, curve[-1]["val_loss"] - 0.5 * math.log(1.5), args)
     assert abs(steps - 50) <= 1 and whose == "-0.500, this run's"
-    for few in (curve[:3] + curve[-1:], [line | dict(val_loss=3.0) for line in curve]):
+    for few in (curve[:7] + curve[-1:], [line | dict(val_loss=3.0) for line in curve]):
         steps, whose = more_steps(few, few[-1]["val_loss"] - 0.175 * math.log(2), args)
         assert abs(steps - 100) <= 1 and whose == "-0.175, a larger model's"
 
