@@ -446,9 +446,6 @@ class RunLog:
         if "val_loss" in values:
             self.validations.append(values)
 
-    def val_loss(self, step: int) -> float | None:
-        return {line["step"]: line["val_loss"] for line in self.validations}.get(step)
-
 
 # -----------------------------------------------------------------------------
 # the schedule, and what to do where it was too short

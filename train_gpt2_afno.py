@@ -1555,9 +1555,8 @@ def main(argv: list[str]) -> int:
         folder = preset_folder(flags, {**DEFAULTS, **preset}, SAME_RUN)
         flags["resume"] = "auto"
     with contextlib.ExitStack() as stack:
-        own = lambda folder: rank == 0 and not only_read and stack.enter_context(
-            owned(folder, f"--output_dir {relative(str(folder))}"))
-        own(folder)  # before anything in it is looked at
+        if rank == 0 and not only_read:  # before anything in it is looked at
+            stack.enter_context(owned(folder, f"--output_dir {relative(str(folder))}"))
         if only_read or "resume" in flags:
             saved = find_checkpoint(flags, folder, only_read, sound, say)
         args = merge_flags(flags, device, saved, say)
@@ -1566,7 +1565,8 @@ def main(argv: list[str]) -> int:
         config = config_of(flags, args, saved, folder, only_read)
         goes_on = saved and not only_read and flags["resume"] == "auto"
         if goes_on and (line := finished(saved, args, folder)):
-            print(line)
+            if rank == 0:
+                print(line)
             return 0
         refuse_untrainable(config, args)
         refuse_too_large(config, args, device, only_read)
