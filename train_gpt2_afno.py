@@ -1005,11 +1005,10 @@ class Run:
                       for optimizer in self.optimizers]  # at a factor of 1
         if args.predict_prefix:
             self.prefixes = torch.tensor(prefix_table(config.vocab_size), device=self.device)
-        self.pending, times = None, dict.fromkeys(TIMES, 0.0)
+        self.pending, times = None, saved or dict.fromkeys(TIMES, 0.0)
         if saved:
             load_optimizers(self.optimizers, saved.pop("optimizers"), folder)
             set_random_state(saved["rng"], self.device)
-            times = saved
         self.compile_time, self.past_wall = times["compile_time_s"], times["wall_time_s"]
         self.fp8 = choose_fp8(self.model, args, self.device, runtime.dtype)
         self.clock = Clock(self.device, times["train_time_s"])
@@ -1383,8 +1382,7 @@ def train_loop(run: Run) -> int:
     args, runtime = run.args, run.runtime
     while True:
         if run.step in (0, run.cooldown) or run.is_due(args.save_every):
-            # before the validation, whose failure then costs nothing; the first one is there
-            # before the log has a step
+            # before the validation, whose failure then costs nothing; the first before the log
             run.save(wait=run.step == 0)
         if run.is_due(args.val_loss_every):
             run.validate()
