@@ -13,17 +13,19 @@ import shutil
 import subprocess
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from data.loader import TokenStream, count_val_tokens
-from data.text_to_bin import ROOT, InputError, first_line, relative, sync_folder, to_path
+from data.text_to_bin import ROOT, InputError, first_line, relative, show, sync_folder, to_path
 from runtime import Diverged, Runtime, evaluate, generate
 from test_causality import check_generation, refuse_leaks
 
 TIMES = ("train_time_s", "compile_time_s", "wall_time_s")
+VALIDATED = ("val_loss", "tokens", "train_time_s")  # of a validation in metrics.jsonl
 NEEDED = {"optimizer", "input_bin", "input_val_bin"}  # of the flags: each has a value
 
 
@@ -32,16 +34,35 @@ NEEDED = {"optimizer", "input_bin", "input_val_bin"}  # of the flags: each has a
 
 
 class Checkpoints:
-    """state_step*.pt of one run: written to a temporary file, synced, renamed; two are kept."""
+    """state_step*.pt of one run: copied to the host's memory, then written by a thread.
+
+    A file is written under another name, synced, renamed. One write at most is under way. The two
+    last files are kept, and those of the steps in `keep`.
+    """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.keep = folder, dict(best=None, cooldown=None)
+        self.best, self.last = math.inf, None  # the best one's loss, the step saved last
+        self.memory, self.writing, self.seconds = {}, None, 0.0  # of the last write
+        self.thread = ThreadPoolExecutor(1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        """Wait for the write under way; where there is an error already, that one counts."""
+        self.thread.shutdown()
+        with contextlib.suppress(InputError) if error else contextlib.nullcontext():
+            self.wait()
 
     def paths(self) -> list[Path]:
         """Return the files, newest first."""
         found = [path for path in self.folder.glob("state_step*.pt")
                  if re.fullmatch(r"state_step\d+\.pt", path.name)]
         return sorted(found, key=self.step_of, reverse=True)
+
+    def steps(self) -> list[int]:
+        return [self.step_of(path) for path in self.paths()]
 
     @staticmethod
     def step_of(path: Path) -> int:
@@ -61,9 +82,47 @@ class Checkpoints:
             part.unlink()  # of a run that was killed while saving
 
     def save(self, state: dict):
+        """Copy the state, and begin to write the copy; first wait for the write before."""
+        self.wait()
+        self.last = state["step"]
+        copy, copied = self.copy(state), None
+        if torch.cuda.is_initialized():
+            copied = torch.cuda.Event()
+            copied.record()
+        self.writing = self.thread.submit(self.write, copy, copied)
+
+    def copy(self, state: dict) -> dict:
+        """Return the state with copies of its tensors, in the memory of the copies before.
+
+        Steps that follow on a GPU's stream begin after the copies, and the host does not wait.
+        """
+        before, self.memory = self.memory, {}
+
+        def copied(x):
+            if isinstance(x, dict):
+                return {key: copied(value) for key, value in x.items()}
+            if isinstance(x, list):
+                return [copied(value) for value in x]
+            if not isinstance(x, Tensor):
+                return x
+            key = x.data_ptr(), x.shape, x.dtype  # tied weights stay one
+            if key not in self.memory:
+                there = before.get(key)
+                if there is None:
+                    there = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+                self.memory[key] = there.copy_(x, non_blocking=True)
+            return self.memory[key]
+
+        return copied(state)
+
+    def write(self, state: dict, copied=None):
+        """Write the state once it is copied; raise InputError where that fails."""
+        begin = time.perf_counter()
         path = self.folder / f"state_step{state['step']:06d}.pt"
         part = path.with_suffix(f".pt.{os.getpid()}.part")
         try:
+            if copied:
+                copied.synchronize()
             self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
             with open(part, "wb") as file:
                 torch.save(state, file)
@@ -77,8 +136,34 @@ class Checkpoints:
             raise InputError(f"--output_dir: cannot write {path.name}: {reason}; "
                              f"checkpoints kept: {self.kept()}") from None
         sync_folder(self.folder)
+        self.remove_old()
+        self.seconds = time.perf_counter() - begin
+
+    def remove_old(self):
         for old in self.paths()[2:]:
-            old.unlink()
+            if self.step_of(old) not in self.keep.values():
+                old.unlink(missing_ok=True)
+
+    def note(self, loss: float, step: int):
+        """Keep this step's file, if there is one or will be, as the best where the loss is.
+
+        The one before is removed when a write under way has ended.
+        """
+        if loss < self.best and step in (self.last, *self.steps()):
+            self.best, self.keep["best"] = loss, step
+            self.thread.submit(self.remove_old)
+
+    def wait(self):
+        """Wait for the write under way; raise InputError where it fails."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+    def busy(self) -> bool:
+        """Return whether a write is under way; raise InputError where the last one has failed."""
+        if self.writing and self.writing.done():
+            self.wait()
+        return self.writing is not None
 
     @staticmethod
     def load(path: Path) -> dict:
@@ -92,13 +177,15 @@ class Checkpoints:
             raise ValueError(f"not a checkpoint of this trainer, {min(missing)} is missing")
         return state
 
-    def newest(self, sound, say) -> dict | None:
+    def newest(self, sound, say, last: float = math.inf) -> dict | None:
         """Return the newest sound one, None where there never was one; say which are not sound.
 
         sound(state, path): the state in this version's names; raises OtherVersion or, for damage,
-        any other exception.
+        any other exception. last: the last step that may be taken.
         """
         for path in self.paths():
+            if self.step_of(path) > last:
+                continue
             try:
                 return sound(self.load(path), path)
             except OtherVersion:  # the ones before are not for this version either
@@ -106,6 +193,9 @@ class Checkpoints:
             except Exception as error:  # a truncated archive fails in many ways
                 say(f"warning: {path.name} cannot be read ({first_line(error)}): "
                     "trying the one before")
+        if last < math.inf:
+            raise InputError(f"--extend goes on from step {last} or one before, where the cooldown "
+                             f"had not begun; checkpoints kept: {self.kept()}")
         if found := sorted(path.name for path in self.folder.glob("state_step*.pt*")
                            if path.suffix in (".pt", ".abandoned")):
             raise InputError(f"no readable checkpoint in {self.folder}, which has "
@@ -215,6 +305,16 @@ def refuse_damaged_tensors(state: dict, model: nn.Module, make_optimizers):
             demand_like(values, like, f"an optimizer.{i}")
 
 
+def not_finite(weights: dict, optimizers: list[dict]) -> str | None:
+    """Return the name of a tensor that holds NaN or infinity; wait for a GPU once."""
+    named = [*weights.items(), *((f"{name} of an optimizer", x) for optimizer in optimizers
+                                 for values in optimizer["state"].values()
+                                 for name, x in values.items())]
+    device = named[0][1].device
+    finite = torch.stack([x.isfinite().all().to(device) for _, x in named]).tolist()
+    return next((name for (name, _), good in zip(named, finite) if not good), None)
+
+
 def load_weights(model: nn.Module, weights: dict, folder: Path):
     try:
         model.load_state_dict(weights)
@@ -222,6 +322,30 @@ def load_weights(model: nn.Module, weights: dict, folder: Path):
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{relative(str(folder))}: the checkpoint does not fit this version's "
                          f"model ({reason})") from None
+
+
+def load_optimizers(optimizers: list, states: list[dict], folder: Path):
+    """Load averages; rates and such stay the flags'."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        chosen = [{name: value for name, value in group.items() if name != "params"}
+                  for group in optimizer.param_groups]
+        if len(chosen) != len(state["param_groups"]):
+            raise InputError("--rest_lr makes groups of parameters: give it from the first step "
+                             f"on, or never; {relative(str(folder))} began otherwise")
+        optimizer.load_state_dict(state)
+        for group, values in zip(optimizer.param_groups, chosen):
+            group.update(values)
+
+
+def random_state(device: torch.device) -> dict:
+    cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
+    return dict(cpu=torch.get_rng_state(), cuda=cuda)
+
+
+def set_random_state(state: dict, device: torch.device):
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 # -----------------------------------------------------------------------------
@@ -258,11 +382,28 @@ def record_source(folder: Path) -> list[str]:
                                    for path, name in zip(files, names))]
 
 
+def read_metrics(folder: Path) -> list[tuple[str, dict]]:
+    """Return (line, its values) of metrics.jsonl, without the lines that are damaged or cut off."""
+    path, found = folder / "metrics.jsonl", []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            values = json.loads(line)
+            if line.endswith("\n") and values["step"] >= 0:
+                numbers = {name: float(values[name]) for name in VALIDATED if "val_loss" in values}
+                found.append((line, values | numbers))
+    return found
+
+
+def is_summary(values: dict) -> bool:
+    return "wall_clock_time_to_target_loss" in values
+
+
 class RunLog:
     """Write train.log (the source's version, all that is printed) and metrics.jsonl of a run."""
 
     def __init__(self, folder: Path, resumed_step: int | None):
-        self.folder, self.val_loss = folder, None  # of the resumed step, if it is in the metrics
+        self.folder, self.validations = folder, []  # each with VALIDATED and its step
         with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
             if resumed_step is not None:
@@ -280,17 +421,15 @@ class RunLog:
                              f"checkpoints kept: {Checkpoints(self.folder).kept()}") from None
 
     def cut_back(self, step: int):
-        """Drop what was logged after `step`, summaries, and a line that a crash cut off."""
-        path, kept = self.folder / "metrics.jsonl", []
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        for line in text.splitlines(keepends=True):
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # damaged
-                values = json.loads(line)
-                summary = "wall_clock_time_to_target_loss" in values
-                if line.endswith("\n") and values["step"] <= step and not summary:
-                    if values["step"] == step and "val_loss" in values:
-                        self.val_loss = float(values["val_loss"])
-                    kept.append(line)
+        """Set aside what was logged after `step`, and summaries; drop lines that are damaged."""
+        kept, aside, path = [], [], self.folder / "metrics.jsonl"
+        for line, values in read_metrics(self.folder):
+            counts = values["step"] <= step and not is_summary(values)
+            (kept if counts else aside).append(line)
+            if counts and "val_loss" in values:
+                self.validations.append(values)
+        if aside:  # before it is gone from the other
+            self.line("".join(aside).removesuffix("\n"), "metrics.jsonl.abandoned")
         part = path.with_suffix(".jsonl.part")
         part.write_text("".join(kept), encoding="utf-8")
         part.replace(path)
@@ -304,6 +443,71 @@ class RunLog:
 
     def metric(self, **values):
         self.line(json.dumps(values), "metrics.jsonl")
+        if "val_loss" in values:
+            self.validations.append(values)
+
+
+# -----------------------------------------------------------------------------
+# the schedule, and what to do where it was too short
+
+SLOPE = -0.175  # of the loss by ln(tokens): the hybrid d12, T = 2048 (experiments/LOG.md)
+
+
+def fall_steps(args: dict) -> int:
+    """Return the steps of the cooldown: the flag's, or the baseline's share."""
+    given = args["warmdown_iters"]
+    return round(args["num_iterations"] * 1024 / 4768) if given is None else given
+
+
+def cooldown_step(args: dict) -> int:
+    """Return the step at which the cooldown of a run with these flags begins."""
+    return max(0, args["num_iterations"] + (args.get("extend") or 0) - fall_steps(args))
+
+
+def measured_slope(validations: list[dict], first: int, last: int) -> float | None:
+    """Return d loss / d ln(tokens) between two steps by least squares, None where it is no fall.
+
+    It needs two validations.
+    """
+    points = [(math.log(line["tokens"]), line["val_loss"]) for line in validations
+              if first <= line["step"] <= last and line["tokens"] > 0]
+    if len(points) < 2:
+        return None
+    x, y = ([point[i] - sum(p[i] for p in points) / len(points) for point in points]
+            for i in range(2))
+    slope = sum(a * b for a, b in zip(x, y)) / sum(a * a for a in x)
+    return slope if slope < 0 else None
+
+
+def more_steps(validations: list[dict], target: float, args) -> tuple[int, str]:
+    """Return how many more steps the target may take, and by which slope.
+
+    The curve flattens: so the slope is that of the last quarter of the constant phase.
+    """
+    last, begin = validations[-1], cooldown_step(vars(args))
+    slope = measured_slope(validations, (args.warmup_iters + 3 * begin) // 4, begin)
+    whose = f"{slope:.3f}, this run's" if slope else f"{SLOPE}, a larger model's"
+    distance = min((last["val_loss"] - target) / -(slope or SLOPE), 20)  # of no more than e^20
+    return max(1, math.ceil(last["step"] * math.expm1(distance))), whose
+
+
+def describe_miss(log: RunLog, checkpoints: Checkpoints, target: float, args) -> list[str]:
+    """Return lines: how far the last loss is above a target, and the command that goes on."""
+    if target == -math.inf:
+        return []
+    last, folder = log.validations[-1], relative(str(log.folder))
+    steps, whose = more_steps(log.validations, target, args)
+    tokens = round(last["tokens"] / last["step"] * steps)
+    lines = [f"missed: val_loss {last['val_loss']:.4f} is {last['val_loss'] - target:.4f} above "
+             f"{target:g}; estimate: {tokens:,} more tokens at least, {steps} steps (slope of the "
+             f"loss by ln(tokens): {whose})"]
+    begin = cooldown_step(vars(args))
+    if any(step <= begin for step in checkpoints.steps()):
+        lines.append(f"go on from step {begin}, before the cooldown: python train_gpt2_afno.py "
+                     f"--output_dir {folder} --resume auto --extend {args.extend + steps}")
+    else:
+        lines.append("no state from before the cooldown is kept: only a new run can be longer")
+    return lines
 
 
 # -----------------------------------------------------------------------------
@@ -341,10 +545,39 @@ def newest_run(name: str) -> Path:
     return runs[-1].parent
 
 
-def new_folder(args) -> Path:
-    """Return a folder's name for a new run."""
-    folder = ROOT / f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{args.mixer}"
-    return folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
+def preset_folder(flags: dict, values: dict, same_run: set[str]) -> Path:
+    """Return the folder of a run: its preset's name and the flags that differ from the preset.
+
+    So a sweep needs no names. values: the preset's; same_run: flags that may change in a run. Long
+    names, and those with signs that not every file system takes, end with a digest.
+    """
+    changed = [f"{name}-{show(value)}" for name, value in sorted(flags.items())
+               if name not in same_run and value != values[name]]
+    text = "-".join([flags["preset"], *changed])
+    name = re.sub(r"[^\w.,-]+", "_", text, flags=re.ASCII)
+    if name != text or len(name) > 80:
+        name = f"{name[:70]}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:8]}"
+    return ROOT / "runs" / name
+
+
+def finished(saved: dict, args, folder: Path) -> str | None:
+    """Return a line about a run that has ended at its last step, or at --target_val_loss."""
+    step, steps = saved["step"], args.num_iterations + args.extend
+    here = [values for _, values in read_metrics(folder) if values["step"] == step]
+    losses = [values["val_loss"] for values in here if "val_loss" in values]
+    if not losses or not any(map(is_summary, here)):
+        return None
+    if step != steps and losses[-1] > (args.target_val_loss or -math.inf):
+        return None
+    return f"{relative(str(folder))} is finished: step:{step}/{steps} val_loss:{losses[-1]:.4f}"
+
+
+def last_to_extend(saved: dict, flags: dict) -> float:
+    """Return the last step from which --extend may go on, infinity where it says nothing new."""
+    there = saved["args"]
+    if flags.get("extend", there.get("extend", 0)) == there.get("extend", 0):
+        return math.inf
+    return min(cooldown_step(there), cooldown_step(there | flags))
 
 
 def find_checkpoint(flags: dict, folder: Path, only_read: bool, sound, say) -> dict | None:
@@ -360,6 +593,8 @@ def find_checkpoint(flags: dict, folder: Path, only_read: bool, sound, say) -> d
             raise InputError(f"--output_dir {relative(str(folder))}: no checkpoint there")
         if state is None:
             say("there is none yet: this run begins anew")
+        elif (last := last_to_extend(state, flags)) < state["step"] and not only_read:
+            state = Checkpoints(folder).newest(sound, say, last)
         return state
     path = to_path(source)
     try:
@@ -372,6 +607,9 @@ def find_checkpoint(flags: dict, folder: Path, only_read: bool, sound, say) -> d
     if not only_read and holds_run(folder) and not folder.samefile(path.parent):
         raise InputError(f"--output_dir {relative(str(folder))} holds another run than --resume "
                          f"{source}: name a new folder, or go on with --resume auto")
+    if not only_read and (last := last_to_extend(state, flags)) < state["step"]:
+        raise InputError(f"--extend goes on from step {last} or one before, where the cooldown had "
+                         f"not begun, --resume {source} is of step {state['step']}")
     return state
 
 

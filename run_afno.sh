@@ -9,7 +9,9 @@
 #   test         the test suite; --fast leaves out the slow ones, other flags go to pytest
 #
 # Without a preset: fineweb where a GPU is, else shakespeare. What a preset is stands in PRESETS in
-# train_gpt2_afno.py; flags win over it. Several GPUs share out each step: --gpus N says how many.
+# train_gpt2_afno.py; flags win over it, and name another folder of runs/. The same command again
+# goes on where it stopped, or says that the run is finished. Several GPUs share out each step:
+# --gpus N says how many.
 # Steps: packages, data, causality gate, training.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -19,7 +21,7 @@ fail() { echo "error: run_afno.sh: $*" >&2; exit 2; }
 preset=""
 case "${1:-}" in
   fineweb | fineweb-4k | shakespeare | baseline | test) preset=$1; shift ;;
-  -h | --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+  -h | --help) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
   "" | -*) ;;
   *) fail "unknown preset $1, choose fineweb, fineweb-4k, shakespeare, baseline or test" ;;
 esac

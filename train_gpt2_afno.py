@@ -3,7 +3,7 @@
     python train_gpt2_afno.py                                # the preset for this device
     python train_gpt2_afno.py --preset fineweb --mixer attn  # the control: same recipe, attention
     python train_gpt2_afno.py --preset baseline              # NoCap-Test's run, the clock to beat
-    python train_gpt2_afno.py --output_dir runs/mine --resume auto
+    python train_gpt2_afno.py --preset fineweb --extend 400  # goes on with a longer schedule
     python train_gpt2_afno.py --output_dir runs/mine --generate "To be, or not"
 
 Read from top to bottom: flags and presets, model, optimizers, training, command line. Devices,
@@ -34,12 +34,15 @@ from torch.utils.checkpoint import checkpoint
 
 from afno import (AFNO1D, FORMS, ROUTINGS, DyadicOperator, ShortConv, check_arguments, rmsnorm,
                   taps_at_once)
-from checkpoints import (Checkpoints, RunLog, choose_folder, find_checkpoint, load_weights,
-                         new_folder, of_this_version, read_checkpoint, refuse_damaged_tensors,
-                         refuse_damaged_values, refuse_used)
-from data.loader import TokenStream, TrainLoader, count_val_tokens, find_shards
+from checkpoints import (TIMES, Checkpoints, RunLog, choose_folder, cooldown_step, describe_miss,
+                         fall_steps, find_checkpoint, finished, load_optimizers, load_weights,
+                         not_finite, of_this_version, preset_folder, random_state, read_checkpoint,
+                         refuse_damaged_tensors, refuse_damaged_values, refuse_used,
+                         set_random_state)
+from data.loader import (DATA_FLAGS, TokenStream, TrainLoader, choose_data, count_val_tokens,
+                         find_shards, passes)
 from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, machine_memory,
-                              number, one_of, owned, prefix_table, relative, to_path)
+                              number, one_of, owned, prefix_table, relative, show)
 from kernels import keep_products, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
@@ -164,7 +167,8 @@ table("device",
 table("data and output",
       ("input_bin", None, TEXT, "training shards, a pattern (the preset's)"),
       ("input_val_bin", None, TEXT, "validation shards, a pattern (the preset's)"),
-      ("output_dir", None, TEXT, "folder of logs and checkpoints (runs/<time>-<model>-<mixer>)"))
+      ("output_dir", None, TEXT, "folder of logs and checkpoints (runs/<preset>-<changed flags>, "
+       "where the same command goes on)"))
 table("data and output",
       ("row_order", "stream", one_of("stream", "spread"),
        "training rows as they stand, or from all over the data, so that no document fills a batch"),
@@ -174,6 +178,8 @@ table("optimization",
       ("batch_size", 16, integer(1, 2**16), "rows of a micro-batch on one device"),
       ("grad_accumulation_steps", 32, integer(1, 2**16), "micro-batches a step, over all ranks"),
       ("num_iterations", 4768, integer(1), "steps"),
+      ("extend", 0, integer(0), "steps more before the cooldown; shares stay of num_iterations. A "
+       "run goes on from where its cooldown began, if it has begun"),
       ("optimizer", "adamw", one_of("adamw", "muon"), "Muon is for the blocks' projections"),
       ("learning_rate", 0.0018, number(0, 1e3, False), "of AdamW and Muon alike"),
       ("weight_decay", 0.1, number(0, 1e3), "on all weights but places and factors"))
@@ -193,8 +199,10 @@ table("optimization",
       common=False)
 table("evaluation and checkpoints",
       ("val_loss_every", 128, integer(0), "steps; 0: at the end only"),
-      ("save_every", 128, integer(0), "steps; 0: at the end only"),
+      ("save_every", 128, integer(0), "steps; 0: at the end, and as the cooldown begins"),
+      ("save_minutes", 2.0, number(0, 1e6), "the most that a kill costs; 0: save by steps alone"),
       ("target_val_loss", None, number(0, 1e3, False), "stop there and report the time"),
+      ("goal_val_loss", None, number(0, 1e3, False), "a target at which training does not stop"),
       ("max_seconds", None, number(0, 1e9, False), "of wall clock: save, then stop"),
       ("resume", None, TEXT, "auto: the newest checkpoint; or a file; flags left out are its own"),
       ("eval_only", False, PRESENT, "validate a checkpoint, at any --sequence_length"))
@@ -221,7 +229,8 @@ PRESETS = {
     "fineweb": FINEWEB | RECIPE | dict(
         model="d12", attn_layers=(5, 10), n_head=6, batch_size=32, grad_accumulation_steps=4,
         num_iterations=3800, warmdown_iters=1900, residual_bf16=1, fp8_head=1, fp8_mlp=1,
-        pair_rows=262_144, value_tables=1, predict_ahead=1, predict_prefix=1),
+        pair_rows=262_144, value_tables=1, predict_ahead=1, predict_prefix=1,
+        goal_val_loss=3.3821),
     # a small model on the plays, for a laptop: no soft cap, which is 28% of a CPU's step
     "shakespeare": RECIPE | dict(
         input_bin="data/shakespeare/train_*.bin", input_val_bin="data/shakespeare/val_*.bin",
@@ -231,11 +240,13 @@ PRESETS = {
     "baseline": FINEWEB | dict(mixer="attn", depth_scale=1),
 }
 # the same in rows of 4096
-PRESETS["fineweb-4k"] = PRESETS["fineweb"] | dict(sequence_length=4096, batch_size=8)
-DATA_FLAGS = ("input_bin", "input_val_bin")
+PRESETS["fineweb-4k"] = PRESETS["fineweb"] | dict(
+    sequence_length=4096, batch_size=8, goal_val_loss=None)  # which is of rows of 1024
 NOT_KEPT = ("preset", "output_dir", "device", "gpus", "compile", "resume", "eval_only", "generate",
             "max_seconds", "max_new_tokens", "temperature", "top_k",
             "new_pass")  # not a checkpoint's to set
+SAME_RUN = {*NOT_KEPT, "extend", "save_every", "save_minutes", "val_loss_every",
+            "target_val_loss", "goal_val_loss"}  # the folder's name does not depend on these
 DEFAULTS = {flag.name: flag.default for flag in FLAGS.values() if flag.group != "shape"}
 CONFIG_FLAGS = [flag for flag in FLAGS.values()
                 if flag.group in ("shape", "model") and flag.name not in ("preset", "model")]
@@ -953,14 +964,15 @@ class Run:
     def __init__(self, args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder: Path):
         self.args, self.config, self.runtime, self.signals = args, config, runtime, []
         self.device, self.folder = runtime.device, folder
-        self.T, self.total_steps = config.sequence_length, args.num_iterations
+        self.T, self.total_steps = config.sequence_length, args.num_iterations + args.extend
+        self.cooldown = cooldown_step(vars(args))  # the step at which it begins
         self.tokens = args.batch_size * self.T  # of a micro-batch
         self.lengths = length_phases(args, self.T, runtime.world)
         # updates done, tokens consumed
         self.step, self.position = (saved["step"], saved["position"]) if saved else (0, 0)
         if self.step > self.total_steps:
-            raise InputError(f"--num_iterations must be >= {self.step}, the step of the "
-                             f"checkpoint, got {self.total_steps}")
+            raise InputError(f"--num_iterations (and --extend) must be >= {self.step}, the step of "
+                             f"the checkpoint, got {self.total_steps}")
         # before the model: what is wrong with data should not wait for it
         self.open_data(saved or {})
         torch.manual_seed(args.seed)
@@ -982,60 +994,40 @@ class Run:
                       for optimizer in self.optimizers]  # at a factor of 1
         if args.predict_prefix:
             self.prefixes = torch.tensor(prefix_table(config.vocab_size), device=self.device)
-        self.compile_time, self.past_wall, self.pending = 0.0, 0.0, None
-        train_time = self.restore(saved) if saved else 0.0
+        self.pending, times = None, saved or dict.fromkeys(TIMES, 0.0)
+        if saved:
+            load_optimizers(self.optimizers, saved.pop("optimizers"), folder)
+            set_random_state(saved["rng"], self.device)
+        self.compile_time, self.past_wall = times["compile_time_s"], times["wall_time_s"]
         self.fp8 = choose_fp8(self.model, args, self.device, runtime.dtype)
-        self.clock, self.energy = Clock(self.device, train_time), gpu_energy(self.device)
+        self.clock = Clock(self.device, times["train_time_s"])
+        self.energy = gpu_energy(self.device)
         self.restore_progress(saved)
 
     def open_data(self, saved: dict):
-        """Open the shards; in the order `spread` a pass that has begun needs the same data."""
+        """Open the shards; a pass that has begun goes on with the same rows."""
         args, runtime = self.args, self.runtime
         self.stream = TokenStream(args.input_bin, self.config.vocab_size, "input_bin")
-        self.pass_began, now = saved.get("pass_began", 0), len(self.stream)
-        before = saved.get("data_tokens") or now
-        if args.row_order == "spread" and before != now and self.position:
-            left = self.pass_began + (before - 1) // self.T * self.T - self.position
-            if left > 0 or not args.new_pass:
-                step = self.step + max(0, -(-left // (args.grad_accumulation_steps * self.tokens)))
-                raise InputError(
-                    f"--input_bin holds {now:,} tokens, {before:,} when the checkpoint was saved: "
-                    "--row_order spread would read some rows twice and others never. Name the "
-                    f"shards of before, or go on with --row_order stream, or from step {step} on, "
-                    "when each row was read, begin a pass over the new data with --new_pass 1")
-            self.pass_began = self.position
         self.val_stream = TokenStream(args.input_val_bin, self.config.vocab_size, "input_val_bin")
         self.val_tokens = count_val_tokens(args.val_tokens, self.val_stream)
         self.loader = TrainLoader(self.stream, args.batch_size, self.T, self.position, runtime.rank,
-                                  runtime.world, self.device, args.row_order)
-
-    def restore(self, saved: dict) -> float:
-        """Load optimizers, random numbers and times; return the training time so far."""
-        for optimizer, state in zip(self.optimizers, saved.pop("optimizers"), strict=True):
-            chosen = [{name: value for name, value in group.items() if name != "params"}
-                      for group in optimizer.param_groups]
-            if len(chosen) != len(state["param_groups"]):
-                raise InputError("--rest_lr makes groups of parameters: give it from the first "
-                                 f"step on, or never; {relative(str(self.folder))} began otherwise")
-            optimizer.load_state_dict(state)
-            for group, values in zip(optimizer.param_groups, chosen):
-                group.update(values)  # the flags', not the checkpoint's
-        torch.set_rng_state(saved["rng"]["cpu"])
-        if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(saved["rng"]["cuda"])
-        self.compile_time, self.past_wall = saved["compile_time_s"], saved["wall_time_s"]
-        return saved["train_time_s"]
+                                  runtime.world, self.device, args.row_order,
+                                  passes(self.stream, saved, args, self.T))
 
     def restore_progress(self, saved: dict | None):
-        """Note what of this step is done already: saved, validated, the target reached."""
-        any_rank = self.runtime.any_rank
-        on_disk = [self.checkpoints.step_of(path) for path in self.checkpoints.paths()]
+        """Note what is done already: saved, validated, the best so far, the target reached."""
+        args, any_rank = self.args, self.runtime.any_rank
+        on_disk, past = self.checkpoints.steps(), self.log.validations if self.log else []
         self.saved_step = self.step if saved and self.step in on_disk else None
-        loss = self.log.val_loss if self.log else None
-        self.validated = self.step if any_rank(loss is not None) else None
-        self.target = self.args.target_val_loss or -math.inf
-        hit = any_rank(loss is not None and loss <= self.target)
-        self.reached = self.clock.total if hit else None
+        self.saved_at = time.perf_counter()
+        at_step = any(line["step"] == self.step for line in past)
+        self.validated = self.step if any_rank(at_step) else None
+        self.target = args.target_val_loss or args.goal_val_loss or -math.inf
+        hits = [line["train_time_s"] for line in past if line["val_loss"] <= self.target]
+        self.reached = (hits or [self.clock.total])[0] if any_rank(bool(hits)) else None
+        self.checkpoints.keep["cooldown"] = None if hits else self.cooldown
+        for line in past:
+            self.checkpoints.note(line["val_loss"], line["step"])
 
     def say(self, text: str):
         if self.runtime.rank == 0:
@@ -1106,8 +1098,9 @@ class Run:
         if runtime.compile:
             model.compile()
         ends = itertools.accumulate(share for _, share in self.lengths)
-        starts = [self.step, *(round(end * self.total_steps) for end in ends)]
-        to_come = dict.fromkeys(length_at(self.lengths, max(start, self.step), self.total_steps)
+        steps = self.args.num_iterations
+        starts = [self.step, *(round(end * steps) for end in ends)]
+        to_come = dict.fromkeys(length_at(self.lengths, max(start, self.step), steps)
                                 for start in starts)
         # in the shapes that train, on the very graphs
         shapes = [(self.tokens // length, length) for length in to_come]
@@ -1144,9 +1137,13 @@ class Run:
     def is_due(self, every: int) -> bool:
         return self.step == self.total_steps or (every > 0 and self.step % every == 0)
 
+    def has_ended(self) -> bool:
+        stops = self.reached is not None and self.args.target_val_loss is not None
+        return stops or self.step == self.total_steps
+
     def next_batches(self) -> list:
         """Return all of the step's micro-batches before any of its work; none at the end."""
-        if self.step == self.total_steps or self.reached is not None:
+        if self.has_ended():
             return []
         steps, batches = self.args.grad_accumulation_steps // self.runtime.world, []
         while len(batches) < steps and not self.signals:
@@ -1156,7 +1153,7 @@ class Run:
     def goals(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return GPT.forward's targets and shares for the next tokens y (B, T)."""
         args = self.args
-        ahead, prefix = shares_at(self.step / self.total_steps, bool(args.predict_ahead),
+        ahead, prefix = shares_at(self.step / args.num_iterations, bool(args.predict_ahead),
                                   bool(args.predict_prefix))
         targets, shares = [y], [1.0, *ahead]
         for n in range(1, len(shares)):
@@ -1245,32 +1242,40 @@ class Run:
     def diverged(self, at: int, what: str, bad_weights: int):
         """Stop the run; checkpoints from step `bad_weights` on are not resumed from."""
         if self.runtime.rank == 0:
+            self.checkpoints.wait()
             self.checkpoints.set_aside_after(bad_weights - 1, self.say)
         message = f"step {at}: {what}; checkpoints kept: {self.checkpoints.kept()}"
         self.say(f"error: {message}")
         raise Diverged(message)
 
-    def save(self):
-        if self.saved_step == self.step:
-            return
-        self.flush()
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        weights = self.model.state_dict()
-        averages = ((f"{name} of an optimizer", x) for optimizer in optimizers
-                    for values in optimizer["state"].values() for name, x in values.items())
-        for name, x in [*weights.items(), *averages]:
-            if not x.isfinite().all():
-                self.diverged(self.step, f"{name} is not finite", self.step)
-        if self.runtime.rank == 0:
-            cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-            self.checkpoints.save(dict(
-                model=weights, optimizers=optimizers, step=self.step, position=self.position,
-                data_tokens=len(self.stream), pass_began=self.pass_began,
-                rng=dict(cpu=torch.get_rng_state(), cuda=cuda), config=asdict(self.config),
-                args=self.args.to_save, train_time_s=self.clock.total,
-                compile_time_s=self.compile_time, wall_time_s=self.wall_time()))
+    def is_time_to_save(self) -> bool:
+        """Return whether the last checkpoint will be save_minutes old when the next is written.
+
+        Raises InputError where the last write has failed.
+        """
+        age = time.perf_counter() - self.saved_at + self.checkpoints.seconds
+        return not self.checkpoints.busy() and 0 < 60 * self.args.save_minutes <= age
+
+    def save(self, wait: bool = False):
+        """Save the state of this step, if it is not; do not wait for the file, or do."""
+        if self.saved_step != self.step:
+            self.flush()
+            weights = self.model.state_dict()
+            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+            if bad := not_finite(weights, optimizers):
+                self.diverged(self.step, f"{bad} is not finite", self.step)
+            self.saved_step, self.saved_at = self.step, time.perf_counter()
+            if self.runtime.rank == 0:
+                began, data_tokens = self.loader.pass_at(self.position)
+                self.checkpoints.save(dict(
+                    model=weights, optimizers=optimizers, step=self.step, position=self.position,
+                    data_tokens=data_tokens, pass_began=began,
+                    rng=random_state(self.device), config=asdict(self.config),
+                    args=self.args.to_save, train_time_s=self.clock.total,
+                    compile_time_s=self.compile_time, wall_time_s=self.wall_time()))
+        if wait:
+            self.checkpoints.wait()
         self.runtime.wait()
-        self.saved_step = self.step
         self.clock.restart()
 
     def validate(self):
@@ -1290,9 +1295,12 @@ class Run:
             if self.runtime.rank == 0:
                 self.log.metric(step=step, tokens=self.position, val_loss=loss,
                                 train_time_s=self.clock.total, wall_time_s=self.wall_time())
-            if loss <= self.target:
-                self.reached = self.clock.total
-            if self.args.val_fp32 and (step == self.total_steps or self.reached is not None):
+                self.checkpoints.note(loss, step)
+            if loss <= self.target and self.reached is None:
+                self.reached, self.checkpoints.keep["cooldown"] = self.clock.total, None
+                self.say(f"target {self.target:g} reached: step {step}, {self.position:,} tokens, "
+                         f"{self.reached:.1f} s")
+            if self.args.val_fp32 and self.has_ended():
                 self.validate_in_fp32()
         self.clock.restart()
 
@@ -1325,7 +1333,10 @@ class Run:
         rate = self.position / train_time if train_time else 0.0
         peaks = self.runtime.of_ranks(peak_memory(self.device))
         energy = sum(self.runtime.of_ranks(gpu_energy(self.device) - self.energy)) / 1000
-        no_target = "not reached" if args.target_val_loss else "no target"
+        if self.log and self.validated == self.total_steps and self.reached is None:
+            for line in describe_miss(self.log, self.checkpoints, self.target, args):
+                self.say(line)
+        no_target = "no target" if self.target == -math.inf else "not reached"
         to_target = f"{self.reached:.1f} s" if self.reached is not None else no_target
         if len(peaks) > 1:
             each = ", ".join(f"{peak / 2**20:,.0f}" for peak in peaks)
@@ -1349,7 +1360,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder:
     run.check_and_compile()
     run.open_bar()
     # until here there was nothing to save; a second signal does nothing, as torchrun sends two
-    with handled(lambda signum, frame: run.signals.append(signum)):
+    with handled(lambda signum, frame: run.signals.append(signum)), run.checkpoints:
         status = train_loop(run)
     report_at_end(run)
     return status
@@ -1359,8 +1370,9 @@ def train_loop(run: Run) -> int:
     """Make steps until the run ends or is asked to; return the status."""
     args, runtime = run.args, run.runtime
     while True:
-        if run.step == 0 or run.is_due(args.save_every):
-            run.save()  # before the validation, whose failure then costs nothing
+        if run.step in (0, run.cooldown) or run.is_due(args.save_every):
+            # before the validation, whose failure then costs nothing; the first before the log
+            run.save(wait=run.step == 0)
         if run.is_due(args.val_loss_every):
             run.validate()
         batches, error = [], None
@@ -1370,13 +1382,16 @@ def train_loop(run: Run) -> int:
             error = bad_data
         late = args.max_seconds is not None and time.perf_counter() - START > args.max_seconds
         stopped = bool(run.signals) or late or error is not None
-        if runtime.any_rank(stopped) or not batches:
-            run.save()
+        votes = runtime.of_ranks(stopped + 2 * run.is_time_to_save())
+        if any(vote & 1 for vote in votes) or not batches:
+            run.save(wait=True)
             failed = runtime.of_ranks(error is not None)
             if any(failed):
                 raise error or InputError(f"rank {failed.index(1)} could not read its rows")
             return run.finish(late)
-        length = length_at(run.lengths, run.step, run.total_steps)
+        if votes[0] & 2:  # rank 0 decides for all
+            run.save()
+        length = length_at(run.lengths, run.step, args.num_iterations)
         losses = run.forward_backward(batches, length)
         if losses is not None:
             run.update(losses, length)
@@ -1384,13 +1399,6 @@ def train_loop(run: Run) -> int:
 
 # -----------------------------------------------------------------------------
 # command line
-
-
-def show(value) -> str:
-    """Return a value as it is typed on the command line."""
-    if isinstance(value, tuple):
-        return ",".join(map(show, value)) or "none"
-    return "none" if value is None else str(value)
 
 
 def parse_flags(argv: list[str]) -> dict:
@@ -1427,7 +1435,7 @@ def model_fields(values: dict) -> dict:
 
 
 def choose_preset(flags: dict, device: torch.device, say) -> dict:
-    """Return the preset that is named, else the best that was measured here, and say which."""
+    """Return the preset that is named, else name the best that was measured here, and say it."""
     name = flags.get("preset")
     if name is None:
         shards = find_shards(str(ROOT / FINEWEB["input_bin"]))
@@ -1435,15 +1443,8 @@ def choose_preset(flags: dict, device: torch.device, say) -> dict:
         why = "a GPU and FineWeb's shards are here" if name == "fineweb" else \
             "there is no GPU" if device.type == "cpu" else "FineWeb's shards are not in data/"
         say(f"preset {name}, because {why} (--preset chooses)")
+        flags["preset"] = name
     return PRESETS[name]
-
-
-def choose_data(flags: dict, values: dict) -> dict:
-    """Return absolute patterns of the shards: a flag's from here, others from the repository."""
-    if len(flags.keys() & DATA_FLAGS) == 1:
-        raise InputError("--input_bin and --input_val_bin go together, one is missing")
-    return {name: os.path.abspath(to_path(values[name]) if name in flags else ROOT / values[name])
-            for name in DATA_FLAGS}
 
 
 def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
@@ -1460,9 +1461,9 @@ def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
     args.to_save = {name: relative(value) if name in DATA_FLAGS else value
                     for name, value in values.items() if name not in NOT_KEPT}
     args.val_batch_size = args.val_batch_size or args.batch_size
-    for name, share in (("warmup_iters", 256 / 4768), ("warmdown_iters", 1024 / 4768)):
-        if getattr(args, name) is None:  # the baseline's shares
-            setattr(args, name, round(args.num_iterations * share))
+    if args.warmup_iters is None:  # the baseline's share
+        args.warmup_iters = round(args.num_iterations * 256 / 4768)
+    args.warmdown_iters = fall_steps(values)
     return args
 
 
@@ -1537,20 +1538,24 @@ def main(argv: list[str]) -> int:
 
     only_read, saved = "generate" in flags or "eval_only" in flags, None
     folder = choose_folder(flags, only_read)
+    if folder is None:
+        preset = choose_preset(flags, device, say)
+        folder = preset_folder(flags, {**DEFAULTS, **preset}, SAME_RUN)
+        flags["resume"] = "auto"
     with contextlib.ExitStack() as stack:
-        own = lambda folder: rank == 0 and not only_read and stack.enter_context(
-            owned(folder, f"--output_dir {relative(str(folder))}"))
-        if folder is not None:
-            own(folder)  # before anything in it is looked at
+        if rank == 0 and not only_read:  # before anything in it is looked at
+            stack.enter_context(owned(folder, f"--output_dir {relative(str(folder))}"))
         if only_read or "resume" in flags:
             saved = find_checkpoint(flags, folder, only_read, sound, say)
         args = merge_flags(flags, device, saved, say)
-        if folder is None:
-            folder = new_folder(args)
-            own(folder)
         if rank == 0 and not saved:
             refuse_used(folder, "resume" in flags)
         config = config_of(flags, args, saved, folder, only_read)
+        goes_on = saved and not only_read and flags["resume"] == "auto"
+        if goes_on and (line := finished(saved, args, folder)):
+            if rank == 0:
+                print(line)
+            return 0
         refuse_untrainable(config, args)
         refuse_too_large(config, args, device, only_read)
         gpus = 1 if only_read else choose_gpus(args.gpus, device, args.grad_accumulation_steps, say)

@@ -1,4 +1,5 @@
 """Read training rows and validation tokens from .bin shards."""
+import functools
 import glob
 import math
 import os
@@ -9,7 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.text_to_bin import HEADER_BYTES, InputError, read_bin, relative
+from data.text_to_bin import HEADER_BYTES, ROOT, InputError, read_bin, relative, to_path
+
+DATA_FLAGS = ("input_bin", "input_val_bin")
+
+
+def choose_data(flags: dict, values: dict) -> dict:
+    """Return absolute patterns of the shards: a flag's from here, others from the repository."""
+    if len(flags.keys() & DATA_FLAGS) == 1:
+        raise InputError("--input_bin and --input_val_bin go together, one is missing")
+    return {name: os.path.abspath(to_path(values[name]) if name in flags else ROOT / values[name])
+            for name in DATA_FLAGS}
 
 
 def find_shards(pattern: str) -> list[str]:
@@ -85,6 +96,12 @@ def to_device(tokens: Tensor, device: torch.device) -> Tensor:
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
 
+@functools.cache
+def spread_step(rows: int) -> int:
+    """Return a step of 0.618 of the rows that meets all of them before it meets one again."""
+    return next(n for n in range(round(0.618 * rows), 2 * rows) if math.gcd(n, rows) == 1)
+
+
 class TrainLoader:
     """Endless micro-batches (B, T) of inputs and targets, read one ahead in a thread.
 
@@ -96,7 +113,8 @@ class TrainLoader:
     """
 
     def __init__(self, stream: TokenStream, B: int, T: int, position: int, rank: int, world: int,
-                 device, order: str = "stream"):
+                 device, order: str = "stream", passes=None):
+        """passes: (where it begins, tokens of the stream) of each pass that has other data."""
         if len(stream) < world * B * T + 1:
             raise InputError(
                 f"--input_bin holds {len(stream)} tokens, fewer than one micro-batch and its last "
@@ -104,16 +122,20 @@ class TrainLoader:
                 "ranks + 1)")
         self.stream, self.B, self.T, self.device = stream, B, T, device
         self.position, self.rank, self.stride = position, rank, world * B * T
-        self.rows = (len(stream) - 1) // T if order == "spread" else None  # in a pass
-        if self.rows:
-            self.step = next(n for n in range(round(0.618 * self.rows), 2 * self.rows)
-                             if math.gcd(n, self.rows) == 1)
+        self.passes, self.spread = passes or [(0, len(stream))], order == "spread"
         self.thread = ThreadPoolExecutor(1)
         self.ahead = self.thread.submit(self.load, position)
 
+    def pass_at(self, position: int) -> tuple[int, int]:
+        """Return where the pass began that is under way, and its tokens of the stream."""
+        return max((one for one in self.passes if one[0] <= position), default=self.passes[0])
+
     def start(self, row: int) -> int:
         """Return where in the stream a row begins, counted from the first one dealt out."""
-        return (row * self.step % self.rows if self.rows else row) * self.T
+        if not self.spread:
+            return row * self.T
+        rows = (self.pass_at(row * self.T)[1] - 1) // self.T
+        return row * spread_step(rows) % rows * self.T
 
     def where(self, position: int) -> str:
         return self.stream.where(self.start(position // self.T))
@@ -132,6 +154,32 @@ class TrainLoader:
         self.position += self.stride
         self.ahead = self.thread.submit(self.load, self.position)
         return batch
+
+
+def passes(stream: TokenStream, saved: dict, args, T: int) -> list[tuple[int, int]]:
+    """Return (position at which it begins, tokens of the stream) of this pass and a later one.
+
+    saved: the checkpoint, or {}. Rows that are spread must stay those of the pass that has begun.
+    Shards that were added come after it with --extend, or with --new_pass once each row was read.
+    Raises InputError otherwise.
+    """
+    began, position, now = saved.get("pass_began", 0), saved.get("position", 0), len(stream)
+    before = saved.get("data_tokens") or now
+    if before == now or not position or args.row_order != "spread":
+        return [(began, now)]
+    rows = (before - 1) // T
+    left = began + rows * T - position
+    if left <= 0 and args.new_pass:
+        return [(position, now)]
+    if args.extend and before in stream.starts:
+        count = max(1, -(-(position - began) // (rows * T)))  # it may not be the first one
+        return [(began, before), (began + count * rows * T, now)]
+    step = saved["step"] + max(0, -(-left // (args.grad_accumulation_steps * args.batch_size * T)))
+    raise InputError(
+        f"--input_bin holds {now:,} tokens, {before:,} when the checkpoint was saved: "
+        "--row_order spread would read some rows twice and others never. Name the "
+        f"shards of before, or go on with --row_order stream, or from step {step} on, "
+        "when each row was read, begin a pass over the new data with --new_pass 1")
 
 
 def count_val_tokens(wanted: int | None, val_stream: TokenStream) -> int:

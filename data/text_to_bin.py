@@ -151,6 +151,13 @@ def warn_once(text: str):
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+def show(value) -> str:
+    """Return a value as it is typed on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(show, value)) or "none"
+    return "none" if value is None else str(value)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(re.sub(r"^argument ", "", message))

@@ -25,7 +25,6 @@ import tiktoken
 import torch
 
 import train_gpt2_afno
-from checkpoints import new_folder
 from data import cached_fineweb10B, shakespeare, text_to_bin
 from data.loader import TokenStream, TrainLoader, find_shards
 from data.text_to_bin import InputError, ShardWriter, read_bin, relative, run_main, write_shards
@@ -382,15 +381,6 @@ def test_a_run_is_not_resumed_into_anothers_folder(data, tmp_path):
     main(flags(data, tmp_path / "fork", resume))
     main(flags(data, tmp_path / "a", resume))
     assert newest(tmp_path / "fork")["step"] == newest(tmp_path / "a")["step"] == 4
-
-
-def test_two_runs_of_one_second_have_two_folders(monkeypatch, tmp_path):
-    monkeypatch.setattr("checkpoints.ROOT", tmp_path)
-    monkeypatch.setattr(time, "strftime", lambda *_: "now")
-    args = argparse.Namespace(model="d4", mixer="afno")
-    first = new_folder(args)
-    first.mkdir(parents=True)
-    assert first.name == "now-d4-afno" and new_folder(args) != first
 
 
 def test_two_first_runs_of_the_plays_do_not_destroy_them(encoding, tmp_path, monkeypatch):

@@ -204,6 +204,15 @@ def test_from_one_rank_to_two_which_die_and_back(data, tmp_path, script):  # noq
 
 
 @pytest.mark.slow
+def test_rank_0_decides_when_all_save_by_time(data, tmp_path, script):  # noqa: F811
+    """A rank dies in the step after 3; no step is saved by its number but the first."""
+    two = start(script, flags(data, tmp_path / "run", LONG + " --save_minutes 0.000001"), "killed")
+    _, said = two.communicate(timeout=60)
+    assert two.returncode == 128 + signal.SIGKILL, said
+    assert newest(tmp_path / "run")["step"] in (1, 2, 3)
+
+
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_saves_and_ends_as_on_one_card(data, tmp_path,  # noqa: F811
                                                                 script):
     """And nobody minds that the first checkpoint takes rank 0 longer than ranks wait otherwise."""

@@ -1,0 +1,318 @@
+"""A run on a rented machine: it goes on after any end, and a target that is missed is not lost."""
+import argparse
+import errno
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+import train_gpt2_afno
+from checkpoints import Checkpoints, measured_slope, more_steps, preset_folder, read_metrics
+from data.loader import TokenStream, TrainLoader, passes
+from data.text_to_bin import InputError
+from test_trainer import (STOPPED, VOCABULARY, assert_same, data, flags, losses, main,  # noqa: F401
+                          metrics, newest, run_script, script, small, validations, wait_for_step)
+from train_gpt2_afno import DEFAULTS, SAME_RUN, Run
+
+
+def steps_in(folder) -> list[int]:
+    return Checkpoints(folder).steps()
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Let folders of presets be in a folder of the test's own."""
+    monkeypatch.setattr("checkpoints.ROOT", tmp_path)
+    monkeypatch.setattr("checkpoints.record_source", lambda folder: [])
+    return tmp_path / "runs"
+
+
+def without_folder(data, more: str = "") -> list[str]:  # noqa: F811
+    argv = flags(data, "none", more)
+    at = argv.index("--output_dir")
+    return argv[:at] + argv[at + 2 :]
+
+
+# -----------------------------------------------------------------------------
+# one folder a command
+
+
+def test_the_same_command_goes_on_and_then_says_that_it_is_finished(data, runs,  # noqa: F811
+                                                                    capsys):
+    assert main(without_folder(data, "--max_seconds 0.001")) == 0
+    (folder,) = runs.iterdir()
+    assert newest(folder)["step"] == 0
+    assert main(without_folder(data)) == 0
+    before = (folder / "train.log").read_bytes()
+    capsys.readouterr()
+    assert main(without_folder(data, "--device auto --compile 0")) == 0
+    loss = validations(folder)[-1]["val_loss"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(f".* is finished: step:6/6 val_loss:{loss:.4f}", line)
+    assert (folder / "train.log").read_bytes() == before and [*runs.iterdir()] == [folder]
+    assert main(without_folder(data, "--num_iterations 7")) == 0  # another run
+    assert len([*runs.iterdir()]) == 2
+
+
+def test_a_run_that_died_between_its_last_checkpoint_and_validation_is_not_finished(
+        data, tmp_path, monkeypatch):  # noqa: F811
+    validate = Run.validate
+    monkeypatch.setattr(Run, "validate", lambda run: 1 / 0 if run.step == 6 else validate(run))
+    with pytest.raises(ZeroDivisionError):
+        main(flags(data, tmp_path / "run"))
+    monkeypatch.setattr(Run, "validate", validate)
+    assert newest(tmp_path / "run")["step"] == 6  # an error waits for the write, too
+    main(flags(data, tmp_path / "run", "--resume auto"))
+    assert [line["step"] for line in validations(tmp_path / "run")] == [0, 3, 6]
+
+
+@pytest.mark.parametrize("given, name", (
+    ({}, "fineweb"), (dict(mixer="attn"), "fineweb-mixer-attn"),
+    (dict(mixer="afno", seed=1337), "fineweb"),  # the preset's own
+    (dict(seed=2, mixer="attn"), "fineweb-mixer-attn-seed-2"),
+    (dict(device="cpu", gpus=2, compile=0, max_seconds=9.0, extend=5), "fineweb"),
+    (dict(save_minutes=1.0, target_val_loss=3.4), "fineweb"),  # the same weights
+    (dict(learning_rate=0.003, attn_layers=(3, 9)), "fineweb-attn_layers-3,9-learning_rate-0.003"),
+    (dict(input_bin="a/b_*.bin"), r"fineweb-input_bin-a_b__.bin-[0-9a-f]{8}"),
+    (dict(input_bin="x" * 300), r"fineweb-input_bin-x{52}-[0-9a-f]{8}")))
+def test_flags_that_differ_from_the_preset_name_the_folder(given, name):
+    values = {**DEFAULTS, **train_gpt2_afno.PRESETS["fineweb"]}
+    folder = preset_folder(given | dict(preset="fineweb"), values, SAME_RUN)
+    assert re.fullmatch(name, folder.name) and folder.parent.name == "runs"
+
+
+def test_two_long_names_are_two_folders():
+    values = {**DEFAULTS, **train_gpt2_afno.PRESETS["fineweb"]}
+    names = {preset_folder(dict(preset="fineweb", input_bin=text), values, SAME_RUN)
+             for text in ("a/b", "a_b", "x" * 300, "x" * 301)}
+    assert len(names) == 4
+
+
+# -----------------------------------------------------------------------------
+# checkpoints in the background
+
+
+def test_the_two_last_the_best_and_the_cooldowns_start_are_kept(data, tmp_path,  # noqa: F811
+                                                                monkeypatch):
+    loss = {0: 6.0, 2: 3.0, 4: 5.0, 6: 4.0, 8: 4.5, 10: 3.5, 12: 4.0}
+    monkeypatch.setattr(Run, "validation_loss", lambda run, runtime: loss[run.step])
+    options = "--val_loss_every 2 --warmdown_iters 7 --num_iterations 12"
+    main(flags(data, tmp_path / "run", options))
+    assert steps_in(tmp_path / "run") == [12, 10, 5, 2]
+    main(flags(data, tmp_path / "stopped", options + " --max_seconds 0.001"))
+    for steps in (8, 12):  # the best is known again after a resume
+        monkeypatch.setattr(Run, "has_ended", lambda run: run.step == steps)
+        main(flags(data, tmp_path / "stopped", options + " --resume auto"))
+    assert steps_in(tmp_path / "stopped") == [12, 10, 5, 2]
+
+
+def test_slow_writes_hold_the_state_of_their_step(data, tmp_path, monkeypatch):  # noqa: F811
+    write, threads = Checkpoints.write, set()
+
+    def slow(self, *given):
+        threads.add(threading.current_thread())
+        time.sleep(0.2)  # steps are made meanwhile
+        write(self, *given)
+
+    options = "--optimizer muon --save_every 5 --num_iterations 9 --warmdown_iters 4"
+    main(flags(data, tmp_path / "run", options))
+    monkeypatch.setattr(Checkpoints, "write", slow)
+    main(flags(data, tmp_path / "slow", options))
+    assert threads and threading.main_thread() not in threads
+    assert steps_in(tmp_path / "slow") == steps_in(tmp_path / "run") == [9, 5]
+    for a, b in zip(Checkpoints(tmp_path / "run").paths(), Checkpoints(tmp_path / "slow").paths()):
+        assert_same(Checkpoints.load(a), Checkpoints.load(b))
+
+
+def test_saves_by_time_change_nothing_and_wait_for_none(data, tmp_path, monkeypatch):  # noqa: F811
+    saved, write = [], Checkpoints.write
+
+    def slow(self, state, copied=None):
+        saved.append(state["step"])
+        time.sleep(0.05)
+        write(self, state, copied)
+
+    options = "--num_iterations 12 --save_every 0"
+    main(flags(data, tmp_path / "whole", options + " --save_minutes 0"))
+    monkeypatch.setattr(Checkpoints, "write", slow)
+    main(flags(data, tmp_path / "run", options + " --save_minutes 0.000001"))
+    assert {0, 10, 12} < {*saved} and len(saved) == len({*saved})
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert_same(newest(tmp_path / "run")["model"], newest(tmp_path / "whole")["model"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_moment_the_same_command_goes_on(data, tmp_path, script, seed):  # noqa: F811
+    options = "--num_iterations 60 --save_every 0 --val_loss_every 20 --save_minutes 0.00001 "
+    draw, out = random.Random(seed), tmp_path / "run"
+    for step in sorted(draw.sample(range(1, 50), 2)):
+        run = run_script(script, flags(data, out, options + "--resume auto"))
+        wait_for_step(out, step, run)
+        time.sleep(draw.random() / 20)
+        run.kill()
+        run.wait()
+    main(flags(data, out, options + "--resume auto"))
+    main(flags(data, tmp_path / "whole", options))
+    assert losses(out) == losses(tmp_path / "whole")
+    assert_same(newest(out)["model"], newest(tmp_path / "whole")["model"])
+    assert not list(out.glob("*.part"))
+
+
+def test_a_disk_that_is_full_while_the_thread_writes(data, tmp_path, monkeypatch):  # noqa: F811
+    save = torch.save
+
+    def full(state, file):
+        save(state, file)
+        if state["step"] > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match="cannot write state_step00000[34].pt: No space left on "
+                                         "device; checkpoints kept: state_step000002.pt"):
+        main(flags(data, tmp_path / "run", "--num_iterations 1000 --save_minutes 0.000001"))
+    assert losses(tmp_path / "run")[-1][0] < 1000  # not at the end only
+    assert newest(tmp_path / "run")["step"] == 2 and not list((tmp_path / "run").glob("*.part"))
+
+
+def test_a_signal_while_a_write_is_under_way_waits_for_it(data, tmp_path,  # noqa: F811
+                                                          monkeypatch):
+    write = Checkpoints.write
+
+    def signalled(self, state, copied=None):
+        if state["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+        write(self, state, copied)
+
+    monkeypatch.setattr(Checkpoints, "write", signalled)
+    out = tmp_path / "run"
+    assert main(flags(data, out, "--num_iterations 1000"), STOPPED) == STOPPED
+    last = losses(out)[-1][0]
+    assert steps_in(out)[:2] == ([last, 2] if last > 2 else [2, 0])
+    assert not list(out.glob("*.part"))
+    said = (out / "train.log").read_text()
+    assert f"stopped by SIGTERM at step {last}; go on with" in said
+
+
+# -----------------------------------------------------------------------------
+# a miss, and a longer constant phase
+
+
+LONGER = "--num_iterations 10 --warmdown_iters 4 --val_loss_every 1 --save_every 3 " \
+    "--curriculum 8:0.3,16:0.7 --predict_ahead 1 --row_order spread --target_val_loss 3"
+
+
+def test_a_miss_is_made_good_from_the_cooldowns_start(data, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    main(flags(data, out, LONGER))
+    said = (out / "train.log").read_text()
+    first, loss = losses(out), validations(out)[-1]["val_loss"]
+    steps = int(re.search(rf"missed: val_loss {loss:.4f} is {loss - 3:.4f} above 3; estimate: "
+                          r"[\d,]+ more tokens at least, (\d+) steps", said)[1])
+    assert f"step 6, before the cooldown: python train_gpt2_afno.py --output_dir {out} --resume " \
+        f"auto --extend {steps}\n" in said
+    main(flags(data, out, LONGER + " --resume auto --extend 7"))
+    main(flags(data, tmp_path / "whole", LONGER + " --extend 7"))
+    assert losses(out) == losses(tmp_path / "whole") and losses(out)[:6] == first[:6]
+    assert len(losses(out)) == 17 and losses(out)[6:10] != first[6:]
+    assert_same(newest(out), newest(tmp_path / "whole"))
+    rates = [line["lr"] for line in metrics(out) if "train_loss" in line]
+    assert rates[12] == rates[5] > rates[13] * 0.99 and rates[16] == rates[5] / 4
+    aside = [line["step"] for _, line in read_metrics_of(out) if "train_loss" in line]
+    assert aside == [7, 8, 9, 10] and (out / "state_step000010.pt.abandoned").exists()
+    assert "missed: " in (out / "train.log").read_text()[:len(said)]  # the log goes on
+    main(flags(data, out, LONGER + " --resume auto --extend 9"))  # and once more
+    assert [step for step, _ in losses(out)] == list(range(1, 20))
+
+
+def read_metrics_of(folder):
+    """Return what was set aside, as read_metrics does."""
+    there = folder / "aside"
+    there.mkdir()
+    shutil.copy(folder / "metrics.jsonl.abandoned", there / "metrics.jsonl")
+    return read_metrics(there)
+
+
+def test_a_target_that_is_reached_after_a_miss(data, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "run"
+    options = "--learning_rate 0.01 --num_iterations 12 --warmdown_iters 6 --val_loss_every 2 " \
+        "--target_val_loss 4 --resume auto"
+    main(flags(data, out, options))
+    extend = re.search(r"--extend \d+", (out / "train.log").read_text())[0]
+    main(flags(data, out, f"{options} {extend}"))
+    assert validations(out)[-1]["val_loss"] <= 4
+    assert metrics(out)[-1]["wall_clock_time_to_target_loss"] > 0
+    capsys.readouterr()
+    main(flags(data, out, f"{options} {extend}"))
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_cooldown_that_has_not_begun_is_put_off(data, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    main(flags(data, out, LONGER + " --max_seconds 0.001"))
+    main(flags(data, out, LONGER + " --extend 3 --resume auto"))
+    assert len(losses(out)) == 13 and not list(out.glob("state*.abandoned"))
+
+
+def test_without_a_state_before_the_cooldown_there_is_no_extension(data, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    main(flags(data, out, LONGER))
+    for source in (out / "state_step000010.pt", "auto"):
+        match = "--extend goes on from step 6 or one before, where the cooldown had"
+        with pytest.raises(InputError, match=match):
+            main(flags(data, out, f"{LONGER} --extend 3 --resume {source}"))
+        [path.unlink() for path in out.glob("*.pt") if "10" not in path.name]
+    assert len(losses(out)) == 10 and not list(out.glob("*.abandoned"))
+
+
+def test_a_goal_is_noted_and_training_goes_on(data, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    options = "--num_iterations 30 --learning_rate 0.01 --goal_val_loss 4.5 --resume auto"
+    main(flags(data, out, options))
+    assert losses(out)[-1][0] == 30
+    hit = next(line for line in validations(out) if line["val_loss"] <= 4.5)
+    assert hit["step"] < 30
+    assert metrics(out)[-1]["wall_clock_time_to_target_loss"] == hit["train_time_s"]
+    log = (out / "train.log").read_text()
+    assert f"target 4.5 reached: step {hit['step']}, " in log and "missed" not in log
+    main(flags(data, out, options + " --num_iterations 32"))
+    assert metrics(out)[-1]["wall_clock_time_to_target_loss"] == hit["train_time_s"]
+
+
+def test_the_steps_of_a_miss_are_those_of_the_measured_curve():
+    curve = [dict(step=step, tokens=10 * step, val_loss=9 - 0.5 * math.log(step))
+             for step in range(10, 101, 10)]
+    args = argparse.Namespace(num_iterations=100, warmdown_iters=20, warmup_iters=10, extend=0)
+    assert measured_slope(curve, 62, 80) == pytest.approx(-0.5)
+    steps, whose = more_steps(curve, curve[-1]["val_loss"] - 0.5 * math.log(1.5), args)
+    assert abs(steps - 50) <= 1 and whose == "-0.500, this run's"
+    for few in (curve[:7] + curve[-1:], [line | dict(val_loss=3.0) for line in curve]):
+        steps, whose = more_steps(few, few[-1]["val_loss"] - 0.175 * math.log(2), args)
+        assert abs(steps - 100) <= 1 and whose == "-0.175, a larger model's"
+
+
+def test_new_shards_come_after_the_pass_that_was_begun(data, tmp_path):  # noqa: F811
+    shards = shutil.copytree(data, tmp_path / "data")
+    options = "--row_order spread --num_iterations 10 --warmdown_iters 4 --resume auto"
+    main(flags(shards, tmp_path / "run", options))
+    shutil.copy(shards / "train_0_000000.bin", shards / "train_9.bin")
+    state = Checkpoints.load(tmp_path / "run/state_step000006.pt")
+    main(flags(shards, tmp_path / "run", options + " --extend 10"))
+    stream = TokenStream(f"{shards}/train_*.bin", VOCABULARY, "input_bin")
+    args = argparse.Namespace(
+        row_order="spread", new_pass=0, extend=10, batch_size=2, grad_accumulation_steps=1)
+    found = passes(stream, state, args, 16)
+    assert found == [(0, 437), (27 * 16, 537)]
+    loader = TrainLoader(stream, 2, 16, 0, 0, 1, "cpu", "spread", found)
+    starts = [loader.start(row) // 16 for row in range(27 + 33)]
+    assert sorted(starts[:27]) == list(range(27)) and sorted(starts[27:]) == list(range(33))
+    last = newest(tmp_path / "run")
+    assert last["position"] == 20 * 32 and (last["pass_began"], last["data_tokens"]) == (432, 537)
