@@ -199,8 +199,8 @@ def test_shares_fall_in_two_thirds_of_the_steps():
 
 
 def test_goals_are_later_tokens_and_prefixes():
-    run = SimpleNamespace(args=SimpleNamespace(predict_ahead=1, predict_prefix=1), step=0,
-                          total_steps=10, device="cpu", prefixes=torch.arange(20) - 1)
+    args = SimpleNamespace(predict_ahead=1, predict_prefix=1, num_iterations=10)
+    run = SimpleNamespace(args=args, step=0, device="cpu", prefixes=torch.arange(20) - 1)
     y = torch.tensor([[3, 5, 7, 9]])
     targets, shares = trainer.Run.goals(run, y)
     assert targets[0].tolist() == [[3, 5, 7, 2], [5, 7, 9, 4], [7, 9, -1, 6], [9, -1, -1, 8]]
