@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # on CPU tensors, in fp32; before its kernels are made
 
-# Of test_causality.py, which has no pytest in it: what takes more than two seconds.
+# Of test_causality.py, which has no pytest in it: what takes more than a second.
 SLOW = ("test_causality.py::",)
 # Slow tests of these start processes and wait for them, some for so many seconds at most: with
 # pytest's -n 2 they are done one at a time.
@@ -20,7 +20,7 @@ PROCESSES = ("test_trainer", "test_faults", "test_ranks", "test_experiments")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than two seconds (-m 'not slow')")
+    config.addinivalue_line("markers", "slow: takes more than a second (-m 'not slow')")
     config.addinivalue_line("markers", "xdist_group(name): of tests that one process runs")
 
 

@@ -33,6 +33,7 @@ def inputs(B, T, G, width, K, dtype=torch.float64, seed=0):
 # the convolution
 
 
+@pytest.mark.slow
 @seeded
 @given(B=st.integers(1, 3), T=st.sampled_from(LENGTHS), G=st.integers(1, 3),
        width=st.integers(1, 4), K=st.sampled_from(LENGTHS), seed=st.integers(0, 9))
@@ -500,6 +501,7 @@ def test_token_by_token_is_the_forward_pass(form, variant):
     assert relative(generated(mixer, x), mixer(x)) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", STATE_IS_SLOW)
 def test_two_thousand_tokens_one_by_one_in_fp32(form):
     torch.manual_seed(0)
@@ -524,6 +526,7 @@ def test_nothing_in_gives_nothing_out(form):
     assert not mixer(torch.zeros(1, 300, 24, dtype=torch.float64)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_after_one_optimizer_step_every_parameter_has_a_gradient(form, variant):

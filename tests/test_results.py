@@ -58,6 +58,7 @@ def test_restored_log_is_sources_and_readable_log(restored):
         assert wanted == (restored / log.relative_to(archive.RUNS)).read_bytes(), log
 
 
+@pytest.mark.slow
 def test_archives_and_readable_files_are_what_the_manifest_says():
     assert archive.verify() >= 1242
     readable = [path.relative_to(archive.RUNS).as_posix() for path in archive.RUNS.rglob("*")
@@ -72,6 +73,7 @@ def test_sources_have_the_names_of_their_sha256():
         assert path.name == f"{digest[:12]}.py.gz"
 
 
+@pytest.mark.slow
 def test_pages_are_up_to_date():
     for path, page in results.pages().items():
         assert page == path.read_text(), f"{path.name}: run python experiments/results.py"

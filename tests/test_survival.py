@@ -44,6 +44,7 @@ def without_folder(data, more: str = "") -> list[str]:  # noqa: F811
 # one folder a command
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_and_then_says_that_it_is_finished(data, runs,  # noqa: F811
                                                                     capsys):
     assert main(without_folder(data, "--max_seconds 0.001")) == 0
@@ -99,6 +100,7 @@ def test_two_long_names_are_two_folders():
 # checkpoints in the background
 
 
+@pytest.mark.slow
 def test_the_two_last_the_best_and_the_cooldowns_start_are_kept(data, tmp_path,  # noqa: F811
                                                                 monkeypatch):
     loss = {0: 6.0, 2: 3.0, 4: 5.0, 6: 4.0, 8: 4.5, 10: 3.5, 12: 4.0}
@@ -113,6 +115,7 @@ def test_the_two_last_the_best_and_the_cooldowns_start_are_kept(data, tmp_path, 
     assert steps_in(tmp_path / "stopped") == [12, 10, 5, 2]
 
 
+@pytest.mark.slow
 def test_slow_writes_hold_the_state_of_their_step(data, tmp_path, monkeypatch):  # noqa: F811
     write, threads = Checkpoints.write, set()
 
@@ -131,6 +134,7 @@ def test_slow_writes_hold_the_state_of_their_step(data, tmp_path, monkeypatch): 
         assert_same(Checkpoints.load(a), Checkpoints.load(b))
 
 
+@pytest.mark.slow
 def test_saves_by_time_change_nothing_and_wait_for_none(data, tmp_path, monkeypatch):  # noqa: F811
     saved, write = [], Checkpoints.write
 
@@ -210,6 +214,7 @@ LONGER = "--num_iterations 10 --warmdown_iters 4 --val_loss_every 1 --save_every
     "--curriculum 8:0.3,16:0.7 --predict_ahead 1 --row_order spread --target_val_loss 3"
 
 
+@pytest.mark.slow
 def test_a_miss_is_made_good_from_the_cooldowns_start(data, tmp_path):  # noqa: F811
     out = tmp_path / "run"
     main(flags(data, out, LONGER))
@@ -255,6 +260,7 @@ def test_a_target_that_is_reached_after_a_miss(data, tmp_path, capsys):  # noqa:
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_cooldown_that_has_not_begun_is_put_off(data, tmp_path):  # noqa: F811
     out = tmp_path / "run"
     main(flags(data, out, LONGER + " --max_seconds 0.001"))
@@ -273,6 +279,7 @@ def test_without_a_state_before_the_cooldown_there_is_no_extension(data, tmp_pat
     assert len(losses(out)) == 10 and not list(out.glob("*.abandoned"))
 
 
+@pytest.mark.slow
 def test_a_goal_is_noted_and_training_goes_on(data, tmp_path):  # noqa: F811
     out = tmp_path / "run"
     options = "--num_iterations 30 --learning_rate 0.01 --goal_val_loss 4.5 --resume auto"
@@ -299,6 +306,7 @@ def test_the_steps_of_a_miss_are_those_of_the_measured_curve():
         assert abs(steps - 100) <= 1 and whose == "-0.175, a larger model's"
 
 
+@pytest.mark.slow
 def test_new_shards_come_after_the_pass_that_was_begun(data, tmp_path):  # noqa: F811
     shards = shutil.copytree(data, tmp_path / "data")
     options = "--row_order spread --num_iterations 10 --warmdown_iters 4 --resume auto"

@@ -353,6 +353,7 @@ def test_the_baseline_begins_with_nocap_tests_bits(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
+@pytest.mark.slow
 def test_40_steps_of_the_baseline_are_nocap_tests(data, tmp_path, monkeypatch):
     monkeypatch.setitem(train_gpt2_afno.MODELS, "d4", (3, 32))
     main(f"--preset baseline --model d4 --n_head 2 --device cpu --dtype float32 --compile 0 "
@@ -382,6 +383,7 @@ def test_40_steps_of_the_baseline_are_nocap_tests(data, tmp_path, monkeypatch):
     assert expected[-1][1].expected < expected[0][1].expected - 1
 
 
+@pytest.mark.slow
 def test_without_a_recipe_the_baseline_is_what_it_was_before_there_was_one(full_size, tmp_path,
                                                                           monkeypatch):
     monkeypatch.setitem(train_gpt2_afno.MODELS, "d4", (2, 16))
@@ -400,6 +402,7 @@ def test_without_a_recipe_the_baseline_is_what_it_was_before_there_was_one(full_
 # a run and its logs
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_logs(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt2_afno, "measure_matmul_rate", MATMUL_RATE)
     assert main(flags(data, tmp_path / "run", "--num_iterations 40 --learning_rate 0.01")) == 0
@@ -502,6 +505,7 @@ def test_without_git_the_source_is_kept(tree, tmp_path, monkeypatch, missing):
     assert not (tmp_path / "run/source/README.md").exists()
 
 
+@pytest.mark.slow
 def test_recomputing_trains_the_same(data, tmp_path):
     for name, more in (("kept", ""), ("again", "--recompute 1")):
         assert main(flags(data, tmp_path / name, more)) == 0
@@ -527,6 +531,7 @@ def test_validation_counts_every_token(data, val_tokens):
     assert len(each) == val_tokens and abs(got.sum() / val_tokens - np.mean(each)) < 1e-12
 
 
+@pytest.mark.slow
 def test_warmup_and_warmdown_default_to_the_baselines_shares(data, tmp_path):
     argv = flags(data, tmp_path / "run", "--num_iterations 40")
     for name in ("--warmup_iters", "--warmdown_iters"):
@@ -580,6 +585,7 @@ def test_mfu_counts_6_flops_a_parameter():
     assert count == 6 * (97 * 16 + 2 * 12 * 16**2) + 6 * 2 * 16 * 100
 
 
+@pytest.mark.slow
 def test_accumulation_is_a_larger_batch(data, tmp_path):
     main(flags(data, tmp_path / "large", "--batch_size 4"))
     main(flags(data, tmp_path / "small", "--batch_size 1 --grad_accumulation_steps 4"))
@@ -650,6 +656,7 @@ def test_a_curriculum_reads_every_token_once_and_in_order(data, tmp_path, monkey
     assert "1.46 passes to come" in (tmp_path / "run/train.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_stopped_between_phases_and_resumed_equals_uninterrupted(data, tmp_path,
                                                                        monkeypatch):
     options = f"{RECIPE} {PHASES} --optimizer muon --attn_layers 0,1"
@@ -868,6 +875,7 @@ def test_a_signal_from_outside_ends_the_tests(data, tmp_path, monkeypatch):
         main(flags(data, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_last_two_are_kept_and_a_truncated_one_falls_back(data, tmp_path, capsys):
     main(flags(data, tmp_path / "whole"))
     main(flags(data, tmp_path / "run"))
@@ -1085,6 +1093,7 @@ def test_a_checkpoint_of_another_config_is_refused(data, tmp_path):
             main(flags(data, tmp_path / "run", f"--resume auto {more}"))
 
 
+@pytest.mark.slow
 def test_heads_of_attention_may_be_others_than_the_model_has(data, tmp_path):
     for more, heads in (("", 1), ("--n_head 4", 4)):
         out = tmp_path / f"heads-{heads}"
@@ -1137,6 +1146,7 @@ def test_a_checkpoint_of_another_version_is_one_clear_line(data, tmp_path):
 OLD = dict(afno_gate=0, afno_relu="cartesian", mlp_ratio=4)  # as they did nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer, age", (("attn", 1), ("afno", 1), ("attn", 2)))
 def test_checkpoints_of_versions_before_go_on(data, tmp_path, mixer, age):
     """Load what had a factor for mixers, where it was 1 or the baseline's, and idle flags.
@@ -1291,6 +1301,7 @@ def test_the_recipe_is_evaluated_and_generated_from_a_checkpoint(data, tmp_path,
     assert greedy == expected + "\n"
 
 
+@pytest.mark.slow
 def test_generation_is_the_models(data, tmp_path, monkeypatch, capsys):
     main(flags(data, tmp_path / "run"))
     # up to sequence_length 16; what attention sees beyond it is tests/test_model.py's
