@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 SLOW = ("test_causality.py::",)
 # Slow tests of these start processes and wait for them, some for so many seconds at most: with
 # pytest's -n 2 they are done one at a time.
-PROCESSES = ("test_trainer", "test_faults", "test_ranks", "test_experiments")
+PROCESSES = ("test_trainer", "test_faults", "test_ranks")
 
 
 def pytest_configure(config):
