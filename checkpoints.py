@@ -560,8 +560,13 @@ def preset_folder(flags: dict, values: dict, same_run: set[str]) -> Path:
     return ROOT / "runs" / name
 
 
-def finished(saved: dict, args, folder: Path) -> str | None:
-    """Return a line about a run that has ended at its last step, or at --target_val_loss."""
+def finished(flags: dict, saved: dict | None, args, folder: Path) -> str | None:
+    """Return a line where --resume auto finds a run that has ended, None where there is more to do.
+
+    It has ended at its last step, or at --target_val_loss.
+    """
+    if not saved or flags.get("resume") != "auto" or {"generate", "eval_only"} & flags.keys():
+        return None
     step, steps = saved["step"], args.num_iterations + args.extend
     here = [values for _, values in read_metrics(folder) if values["step"] == step]
     losses = [values["val_loss"] for values in here if "val_loss" in values]

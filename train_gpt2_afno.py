@@ -1074,8 +1074,8 @@ class Run:
             self.say(f"warning: {len(shared)} shards are both for training and for validation: the "
                      "val_loss is of text that is learned")
         a_step = args.grad_accumulation_steps * self.tokens
-        passes = (self.total_steps - self.step) * a_step / len(self.stream)
-        self.say(f"data: {relative(args.input_bin)}, {len(self.stream):,} tokens, {passes:.3g} "
+        to_come = (self.total_steps - self.step) * a_step / len(self.stream)
+        self.say(f"data: {relative(args.input_bin)}, {len(self.stream):,} tokens, {to_come:.3g} "
                  f"passes to come; validation: {relative(args.input_val_bin)}, "
                  f"{self.val_tokens:,} targets of {len(self.val_stream) - 1:,}")
         self.say(f"steps: {self.total_steps} of {a_step:,} tokens ({args.grad_accumulation_steps} "
@@ -1446,6 +1446,13 @@ def choose_preset(flags: dict, device: torch.device, say) -> dict:
     return PRESETS[name]
 
 
+def folder_of_preset(flags: dict, device: torch.device, say) -> Path:
+    """Return the folder of the preset's run, in which the same command goes on: --resume auto."""
+    values = {**DEFAULTS, **choose_preset(flags, device, say)}
+    flags["resume"] = "auto"
+    return preset_folder(flags, values, SAME_RUN)
+
+
 def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
     """Return all flags: defaults < preset < checkpoint < command line."""
     preset = {} if saved else choose_preset(flags, device, say)
@@ -1536,11 +1543,7 @@ def main(argv: list[str]) -> int:
             print(text, file=sys.stderr, flush=True)
 
     only_read, saved = "generate" in flags or "eval_only" in flags, None
-    folder = choose_folder(flags, only_read)
-    if folder is None:
-        preset = choose_preset(flags, device, say)
-        folder = preset_folder(flags, {**DEFAULTS, **preset}, SAME_RUN)
-        flags["resume"] = "auto"
+    folder = choose_folder(flags, only_read) or folder_of_preset(flags, device, say)
     with contextlib.ExitStack() as stack:
         if rank == 0 and not only_read:  # before anything in it is looked at
             stack.enter_context(owned(folder, f"--output_dir {relative(str(folder))}"))
@@ -1550,8 +1553,7 @@ def main(argv: list[str]) -> int:
         if rank == 0 and not saved:
             refuse_used(folder, "resume" in flags)
         config = config_of(flags, args, saved, folder, only_read)
-        goes_on = saved and not only_read and flags["resume"] == "auto"
-        if goes_on and (line := finished(saved, args, folder)):
+        if line := finished(flags, saved, args, folder):
             if rank == 0:
                 print(line)
             return 0

@@ -27,12 +27,12 @@ import torch
 import train_gpt2_afno
 from data import cached_fineweb10B, shakespeare, text_to_bin
 from data.loader import TokenStream, TrainLoader, find_shards
-from data.text_to_bin import InputError, ShardWriter, read_bin, relative, run_main, write_shards
+from data.text_to_bin import InputError, read_bin, relative, run_main, write_shards
 from runtime import Diverged, run, sample
-from test_data import (END_OF_TEXT, encoding, one_line, package_index,  # noqa: F401
-                             shard_bytes, stored, tokens_of_documents)
-from test_trainer import (VOCABULARY, Letters, data, flags, losses, main,  # noqa: F401
-                                metrics, newest, run_script, script, small, wait_for_step)
+from test_data import (END_OF_TEXT, encoding, one_line, package_index, shard_bytes,  # noqa: F401
+                       stored, tokens_of_documents)
+from test_trainer import (VOCABULARY, Letters, data, flags, losses, main, newest,  # noqa: F401
+                          script, small, wait_for_step)
 
 PROSE = "The quick brown fox, as they say, jumps over it. "
 
