@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import constant, usable
-from kernels.blocks import chunks_remaining, odd_dft, segment_responses
+from kernels.blocks import BLOCK, chunks_remaining, odd_dft, segment_responses
 
 try:
     import kernels.convolution
     import kernels.state
+    import kernels.token_conv
 except ImportError:  # no Triton: usable() says so, and the plain paths below are taken
     pass
 
@@ -228,6 +229,49 @@ class ShortConv(nn.Module):
         return F.silu(y) if self.silu else y, window
 
 
+def token_conv(u: Tensor, w: Tensor) -> Tensor:
+    """Return y_t = sum over lags j of w_t[j] u_(t - j): every token has its own taps.
+
+    u: (B, T, C). w: (B, T, G, K) in u's dtype, K <= 64; set g has channels g C/G on. Returns (B, T,
+    C), bitwise causal.
+    """
+    if usable("token", u.device, u.dtype)[0]:
+        return kernels.token_conv.token_conv(u, w)
+    return plain_token_conv(u, w)
+
+
+class TokenTaps(nn.Module):
+    """Convolve u with taps that each token makes: the part of the operator that adapts to the data.
+
+        y_t = sum over j < K of w_t[j] u_(t - j),    w_t = W h_t / 10
+
+    Every group of channels that shares a filter has K such taps. At token t they add the sum over j
+    of w_t[j] exp(-i w j) to the filter's frequency response. AFNO's MLP sees no token in the form
+    `filter`; this sees the newest one. W begins as zero. Wu et al., 2019, "Pay less attention with
+    lightweight and dynamic convolutions"; without their softmax, which keeps taps from being < 0.
+    """
+
+    def __init__(self, channels: int, groups: int, length: int):
+        super().__init__()
+        self.groups, self.length = groups, length
+        self.w = nn.Parameter(torch.zeros(groups * length, channels))
+
+    def taps(self, h: Tensor) -> Tensor:
+        """Return (..., groups, length) of h (..., channels)."""
+        return (F.linear(h, self.w) * 0.1).unflatten(-1, (self.groups, self.length))
+
+    def forward(self, u: Tensor, h: Tensor) -> Tensor:
+        return token_conv(u, self.taps(h).to(u.dtype))
+
+    def step(self, u_t: Tensor, h_t: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the output for one more token u_t, (B, C), and the window for the next one."""
+        window = extend(window, u_t, self.length)
+        n = window.size(1)
+        recent = self.taps(h_t)[..., :n].flip(-1).to(u_t.dtype)
+        y = torch.einsum("bngc,bgn->bgc", window.unflatten(-1, (self.groups, -1)), recent)
+        return y.flatten(1), window
+
+
 class FilterOperator(nn.Module):
     """Forms `filter` and `hilbert`: u (B, T, C) convolved with the taps that FilterTaps makes."""
 
@@ -259,10 +303,10 @@ class AFNO1D(nn.Module):
     """Mix tokens, (B, T, hidden_size) to the same, any T; causal in every form but `reference`.
 
         value = short_conv(W_in h)      with silu: silu(short_conv(W_in h))
-        y     = W_out rmsnorm(operator(value) + direct value)
+        y     = W_out rmsnorm(operator(value) + token_taps(value, h) + direct value)
 
     The form `state` differs: W_in also makes what is written and what is read, heads are normed one
-    by one, there is no SiLU, and the MLP has gcd(num_blocks, heads) blocks.
+    by one, there is no SiLU, there are no TokenTaps, and the MLP has gcd(num_blocks, heads) blocks.
 
     Args:
         hidden_size: channels C.
@@ -278,22 +322,27 @@ class AFNO1D(nn.Module):
         routing: by what they are mixed, one of ROUTINGS.
         short_conv: taps of the short convolution; >= 1, where 1 mixes no tokens.
         silu: whether SiLU follows it, in all forms but state.
+        token_taps: taps that each token makes for itself, in all forms but state; 0 to 64.
     Parameters are float32 or float64; autocast makes the rest bf16.
     """
 
     def __init__(self, hidden_size: int, num_blocks: int = 4, sparsity_threshold: float = 0.01,
                  hard_thresholding_fraction: float = 1.0, filter_length: int = 1024,
                  form: str = "filter", num_experts: int = 1, routing: str = "frequency",
-                 short_conv: int = 4, silu: bool = False):
+                 short_conv: int = 4, silu: bool = False, token_taps: int = 0):
         super().__init__()
         check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholding_fraction,
-                        filter_length, form, num_experts, routing, short_conv, silu)
+                        filter_length, form, num_experts, routing, short_conv, silu, token_taps)
         self.operator = make_operator(form, hidden_size, num_blocks, sparsity_threshold,
                                       hard_thresholding_fraction, filter_length, num_experts,
                                       routing)
         operand = sum(self.operator.sizes) if form == "state" else hidden_size
         self.c_in = nn.Linear(hidden_size, operand, bias=False)
         self.short_conv = ShortConv(operand, short_conv, silu and form != "state")
+        self.token_taps = None
+        if token_taps and form != "state":
+            groups = hidden_size // filter_width(form, hidden_size, num_blocks)
+            self.token_taps = TokenTaps(hidden_size, groups, token_taps)
         self.direct = nn.Parameter(torch.ones(hidden_size))
         self.c_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
@@ -320,10 +369,12 @@ class AFNO1D(nn.Module):
         """Return the mixer's output, (B, T, hidden_size), from z = project(h).
 
         added: (B, T, hidden_size) or None, is added to the value before the short convolution.
-        taps: what filters() makes, where it has been made already. h and rotary are attention's.
+        taps: what filters() makes, where it has been made already. rotary is attention's.
         """
         operand = self.short_conv(add_value(z, added))
         y = self.operator(operand) if taps is None else self.operator(operand, taps)
+        if self.token_taps is not None:
+            y = y + self.token_taps(operand, h)
         return self.output(operand, y)
 
     @torch.no_grad()
@@ -332,12 +383,15 @@ class AFNO1D(nn.Module):
         """Return mix() for one more token, (B, hidden_size), and the state for the next.
 
         The first token's state is None. A state is used once: some of its tensors change in place.
-        Costs: see the operators' step. The form reference has none. h, rotary, window: attention's.
+        Costs: see the operators' step. The form reference has none. rotary, window: attention's.
         """
-        inputs, operator_state = state or (None, None)
+        inputs, operator_state, newest = state or (None, None, None)
         operand, inputs = self.short_conv.step(add_value(z, added), inputs)
         y, operator_state = self.operator.step(operand, operator_state)
-        return self.output(operand, y), (inputs, operator_state)
+        if self.token_taps is not None:
+            more, newest = self.token_taps.step(operand, h, newest)
+            y = y + more
+        return self.output(operand, y), (inputs, operator_state, newest)
 
     def output(self, operand: Tensor, y: Tensor) -> Tensor:
         """Return W_out rmsnorm(y + direct value) of the operator's input and output."""
@@ -351,15 +405,20 @@ class AFNO1D(nn.Module):
 CHANNELS_PER_FILTER, CHANNELS_PER_HEAD = 64, 128  # at most; of filters, and of heads of form state
 
 
-def make_operator(form: str, hidden_size: int, num_blocks: int, sparsity_threshold: float,
-                  fraction: float, filter_length: int, num_experts: int, routing: str) -> nn.Module:
-    """Return the operator of a form; the arguments are AFNO1D's."""
+def filter_width(form: str, hidden_size: int, num_blocks: int) -> int:
+    """Return how many channels share a filter, or, in the form state, a head."""
     block_size = hidden_size // num_blocks
     if form == "state":  # a head may be wider than a block
         most, divided = CHANNELS_PER_HEAD, hidden_size
     else:
         most, divided = CHANNELS_PER_FILTER, block_size
-    width = max(d for d in range(1, min(most, block_size) + 1) if divided % d == 0)
+    return max(d for d in range(1, min(most, block_size) + 1) if divided % d == 0)
+
+
+def make_operator(form: str, hidden_size: int, num_blocks: int, sparsity_threshold: float,
+                  fraction: float, filter_length: int, num_experts: int, routing: str) -> nn.Module:
+    """Return the operator of a form; the arguments are AFNO1D's."""
+    block_size, width = hidden_size // num_blocks, filter_width(form, hidden_size, num_blocks)
     num_filters = hidden_size // width
     num_blocks = math.gcd(num_blocks, num_filters)  # changes it in the form state alone
     on_data = form in ("dyadic", "reference")  # the MLP's input: the data's spectrum, or features
@@ -380,13 +439,15 @@ def make_operator(form: str, hidden_size: int, num_blocks: int, sparsity_thresho
 
 
 def check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholding_fraction,
-                    filter_length, form, num_experts, routing, short_conv, silu):
+                    filter_length, form, num_experts, routing, short_conv, silu, token_taps):
     """Raise ValueError, which begins with the argument's name, where one is out of its range."""
     counts = dict(hidden_size=hidden_size, num_blocks=num_blocks, filter_length=filter_length,
                   num_experts=num_experts, short_conv=short_conv)
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value}")
+    if not isinstance(token_taps, int) or not 0 <= token_taps <= BLOCK:
+        raise ValueError(f"token_taps must be an integer in [0, {BLOCK}], got {token_taps}")
     if hidden_size % num_blocks:
         raise ValueError(f"num_blocks must divide the {hidden_size} channels, got {num_blocks}")
     if not 0 <= sparsity_threshold <= 1e6:
@@ -487,6 +548,23 @@ def plain_short_conv(x: Tensor, taps: Tensor, silu: bool = False) -> Tensor:
     starts = range(length - 1, -1, -1)
     y = sum(taps[lag] * padded[:, start : start + T] for lag, start in enumerate(starts))
     return F.silu(y) if silu else y
+
+
+def plain_token_conv(u: Tensor, w: Tensor) -> Tensor:
+    """Return token_conv(u, w), in any dtype, by torch's batched matrix products.
+
+    The taps of a block's L tokens are a band matrix (L, L + K - 1): row t has them, the longest lag
+    first, from column t on. Column t + K - 1 is token t itself; what is to the right of it is zero.
+    """
+    B, T, C = u.shape
+    G, K = w.shape[2:]
+    L = min(BLOCK, T)
+    n, reach = -(-T // L), L + K - 1
+    band = F.pad(w.flip(-1), (0, L, 0, 0, 0, n * L - T)).view(B, n, L, G, L + K)
+    # rows of L + K numbers, read on as rows of L + K - 1: each begins one place later
+    band = band.transpose(2, 3).flatten(-2)[..., : L * reach].unflatten(-1, (L, reach))
+    x = F.pad(u, (0, 0, K - 1, n * L - T)).unfold(1, reach, L)  # (B, n, C, reach)
+    return (band @ x.unflatten(2, (G, -1)).mT).transpose(2, 3).reshape(B, n * L, C)[:, :T]
 
 
 def toeplitz(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
     blocks.py         mathematics that the plain paths of afno.py use, too; no Triton
     convolution.py    causal_conv and short_conv
+    token_conv.py     token_conv: taps of each token's own
     state.py          state_scan
     softmax.py        the softmax of the loss, a transpose
     loss.py           linear_cross_entropy, and what fp8 is; imports without Triton
@@ -65,9 +66,9 @@ def constant(function):
 def usable(what: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Return whether kernels serve operands of this dtype on this device, and why, in one line.
 
-    what: convolution (causal_conv and short_conv), state, loss (its softmax), or fp8 (products of
-    the head and of Fp8Linear; dtype is the one that they replace). The first call for a device
-    tries the kernels there; the answer is kept.
+    what: convolution (causal_conv and short_conv), token (token_conv), state, loss (its softmax),
+    or fp8 (products of the head and of Fp8Linear; dtype is the one that they replace). The first
+    call for a device tries the kernels there; the answer is kept.
     """
     return probe(what, device, dtype)
 

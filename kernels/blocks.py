@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BLOCK = 64  # tokens of a block of token_conv, and the most taps that a token may have
+
 
 def odd_dft(block: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the DFT of 2 * block points at the odd frequencies as a pair of real matrices.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Relative error that a kernel may have, and that fp8 products may have; rounding leaves a scale
 # alone.
-BOUNDS = dict(convolution=2e-2, state=2e-2, loss=1e-2)
+BOUNDS = dict(convolution=2e-2, token=2e-2, state=2e-2, loss=1e-2)
 FP8_BOUND, FP8_SCALE_BOUND = 8e-2, 2e-2
 # Channels of a filter and of a head, as models have them (AFNO1D's)
 CHANNELS, HEAD = 64, 128
@@ -32,6 +32,13 @@ def exact_short_conv(x: Tensor, taps: Tensor, silu: bool) -> Tensor:
     T = x.size(1)
     y = sum(tap * F.pad(x, (0, 0, lag, 0))[:, :T] for lag, tap in enumerate(taps))
     return y / (1 + torch.exp(-y)) if silu else y
+
+
+def exact_token_conv(u: Tensor, w: Tensor) -> Tensor:
+    """Return u (B, T, C) convolved with each token's own taps w (B, T, G, K), by shifts."""
+    T, width = u.size(1), u.size(2) // w.size(2)
+    w = w.repeat_interleave(width, 2)
+    return sum(w[..., lag] * F.pad(u, (0, 0, lag, 0))[:, :T] for lag in range(w.size(3)))
 
 
 def exact_state(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
@@ -110,6 +117,14 @@ class Trials:
                 return fault
         return None
 
+    def token(self) -> str | None:
+        """Try each token's own taps, over three blocks, the last one short."""
+        from kernels import blocks, token_conv
+
+        T = 3 * blocks.BLOCK - 5
+        return self.compare(token_conv.token_conv, exact_token_conv, "each token's own taps",
+                            u=self.half(2, T, 2 * CHANNELS), w=self.half(2, T, 2, 16) / 4)
+
     def state(self) -> str | None:
         """Try the scan of states."""
         from kernels import state
@@ -156,7 +171,7 @@ def first_line(error: Exception) -> str:
 
 
 def find_fault(what: str, device: torch.device, dtype: torch.dtype, bound: float) -> str | None:
-    """Return what is wrong with the kernels of convolution, state or loss here, or None."""
+    """Return what is wrong with these kernels, a name of BOUNDS, here, or None."""
     try:
         with exactly(device):
             return getattr(Trials(device, dtype, bound), what)()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import afno
 from afno import (AFNO1D, FORMS, ROUTINGS, ShortConv, apply_causal_mask_freq, causal_conv,
                   check_arguments, complex_relu, complex_soft_shrink, inverse_rdft, make_operator,
-                  plain_short_conv, rmsnorm, taps_at_once, toeplitz)
+                  plain_short_conv, rmsnorm, taps_at_once, toeplitz, token_conv)
 from helpers import relative, toeplitz_sum, token_by_token
 
 # primes, powers of two, one more and one less
@@ -109,6 +109,42 @@ def test_short_convolution():
     assert torch.equal(short(x), plain_short_conv(x, short.taps))
     y = toeplitz_sum(x, short.taps.T)
     assert relative(plain_short_conv(x, short.taps, silu=True), y / (1 + (-y).exp())) < 1e-14
+
+
+def token_sum(u, w):
+    """y[t] = sum over lags j of w[t, j] u[t - j], one product at a time."""
+    width, y = u.size(2) // w.size(2), torch.zeros_like(u)
+    for t in range(u.size(1)):
+        for j in range(min(w.size(3), t + 1)):
+            y[:, t] = y[:, t] + w[:, t, :, j].repeat_interleave(width, 1) * u[:, t - j]
+    return y
+
+
+@seeded
+@given(B=st.integers(1, 2), T=st.sampled_from((1, 2, 15, 63, 64, 65, 129)), G=st.integers(1, 3),
+       width=st.integers(1, 3), K=st.sampled_from((1, 2, 5, 16)))
+def test_taps_of_each_token_and_gradients_are_the_sums(B, T, G, width, K):
+    u, _ = inputs(B, T, G, width, 1)
+    generator = torch.Generator().manual_seed(1)
+    w = torch.randn(B, T, G, K, generator=generator, dtype=torch.float64).requires_grad_()
+    y, expected = token_conv(u, w), token_sum(u, w)
+    assert relative(y, expected) < 1e-13
+    upstream = torch.randn_like(y)
+    for got, wanted in zip(torch.autograd.grad(y, (u, w), upstream),
+                           torch.autograd.grad(expected, (u, w), upstream)):
+        assert (got - wanted).norm() < 1e-13 * (1 + wanted.norm())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_no_token_changes_what_is_before_it(dtype):
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
+    u, w = random(2, 150, 6), random(2, 150, 2, 64)
+    y = token_conv(u, w)
+    for cut in (1, 63, 64, 65, 149):
+        other_u, other_w = u.clone(), w.clone()
+        other_u[:, cut:], other_w[:, cut:] = random(2, 150 - cut, 6), random(2, 150 - cut, 2, 64)
+        assert torch.equal(token_conv(other_u, other_w)[:, :cut], y[:, :cut])
 
 
 # -----------------------------------------------------------------------------
@@ -401,7 +437,7 @@ def test_a_large_threshold_silences_the_convolution():
 # the mixer
 
 
-def naive_forward(mixer: AFNO1D, x, silu: bool = False):
+def naive_forward(mixer: AFNO1D, x, silu: bool = False, token_taps: int = 0):
     """The docstring's lines with the convolution as a sum."""
     C = x.size(-1)
     z = toeplitz_sum(x @ mixer.c_in.weight.T, mixer.short_conv.taps.T)
@@ -409,6 +445,9 @@ def naive_forward(mixer: AFNO1D, x, silu: bool = False):
     value = value / (1 + (-value).exp()) if silu else value
     taps = torch.from_numpy(naive_taps(mixer.operator, x.size(1)))
     y = toeplitz_sum(value, taps) + mixer.direct * value
+    if token_taps:
+        w = (x @ mixer.token_taps.w.T / 10).view(*x.shape[:2], len(taps), token_taps)
+        y = y + token_sum(value, w)
     y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     return y @ mixer.c_proj.weight.T
 
@@ -440,15 +479,17 @@ def assert_agrees(mixer: AFNO1D, x, expected, dtype):
 @given(form=st.sampled_from(("filter", "hilbert")), B=st.integers(1, 3), T=st.sampled_from(LENGTHS),
        num_blocks=st.sampled_from((1, 2, 3)), size=st.sampled_from((1, 4, 17, 32)),
        K=st.sampled_from((1, 50, 130)), dtype=st.sampled_from(list(BOUNDS)),
-       contiguous=st.booleans(), silu=st.booleans())
-def test_the_mixer_is_its_formula(form, B, T, num_blocks, size, K, dtype, contiguous, silu):
+       contiguous=st.booleans(), silu=st.booleans(), token_taps=st.sampled_from((0, 3)))
+def test_the_mixer_is_its_formula(form, B, T, num_blocks, size, K, dtype, contiguous, silu,
+                                  token_taps):
     # filters shorter and longer than T
-    mixer = random_mixer(K, form, C=num_blocks * size, num_blocks=num_blocks, silu=silu)
+    mixer = random_mixer(K, form, C=num_blocks * size, num_blocks=num_blocks, silu=silu,
+                         token_taps=token_taps)
     x = torch.randn(B, T, num_blocks * size, dtype=torch.float64)
     if not contiguous:
         x = torch.stack((x, x), -1)[..., 0].transpose(0, 1).contiguous().transpose(0, 1)
         assert min(B, T) == 1 or not x.is_contiguous()
-    assert_agrees(mixer, x, naive_forward(mixer, x, silu), dtype)
+    assert_agrees(mixer, x, naive_forward(mixer, x, silu, token_taps), dtype)
 
 
 @pytest.mark.parametrize("short_conv", (1, 4, 7))
@@ -480,7 +521,8 @@ def test_a_longer_input_changes_no_prefix(form):
         assert relative(mixer(x[:, :T].float()), single[:, :T]) < 1e-5
 
 
-VARIANTS = ({}, dict(num_experts=2), dict(num_experts=3, routing="position"), dict(silu=True))
+VARIANTS = ({}, dict(num_experts=2), dict(num_experts=3, routing="position"), dict(silu=True),
+            dict(token_taps=5))
 
 
 def generated(mixer, x):
@@ -587,6 +629,8 @@ def test_norm():
     (dict(filter_length=0), "filter_length"), (dict(form="padded"), "form"),
     (dict(num_experts=0), "num_experts"), (dict(routing="data"), "routing"),
     (dict(short_conv=0), "short_conv"), (dict(silu=2), "silu"),
+    (dict(token_taps=-1), "token_taps"), (dict(token_taps=65), "token_taps"),
+    (dict(token_taps=1.5), "token_taps"),
     (dict(form="reference", num_experts=2), "num_experts"),
 ))
 def test_bad_arguments_are_named(arguments, name):
@@ -618,8 +662,8 @@ def test_every_form_has_its_operator():
 def test_check_arguments_is_what_the_mixer_calls(monkeypatch):
     given = []
     monkeypatch.setattr(afno, "check_arguments", lambda *arguments: given.append(arguments))
-    AFNO1D(24, 4, 0.1, 0.5, 50, "hilbert", 2, "position", 3, True)
-    assert given == [(24, 4, 0.1, 0.5, 50, "hilbert", 2, "position", 3, True)]
+    AFNO1D(24, 4, 0.1, 0.5, 50, "hilbert", 2, "position", 3, True, 7)
+    assert given == [(24, 4, 0.1, 0.5, 50, "hilbert", 2, "position", 3, True, 7)]
     assert check_arguments(*given[0]) is None
 
 

@@ -29,7 +29,7 @@ from train_gpt2_afno import GPT, MLP, CausalSelfAttention, Gates, GPTConfig, Hea
 CONFIG = GPTConfig(**{**test_causality.SMALL, "n_layer": 2}, sequence_length=96)
 RICH = dataclasses.replace(CONFIG, attn_layers=(0,), value_residual=1, embedding_residual=1,
                            attn_short_conv=3, attn_gate=1, logit_softcap=15.0, pair_rows=64,
-                           value_tables=1)
+                           value_tables=1, afno_token_taps=5)
 SHORT = dataclasses.replace(CONFIG, sequence_length=67)  # just longer than the gradients' rows
 CPU = torch.device("cpu")
 EXACT = Runtime(CPU, torch.float32, compile=False)
@@ -240,6 +240,11 @@ def short_conv(monkeypatch):
         self.taps[1] * NEXT(x) if len(self.taps) > 1 else 0))
 
 
+def token_taps(monkeypatch):
+    taps = afno.TokenTaps.taps
+    monkeypatch.setattr(afno.TokenTaps, "taps", lambda self, h: taps(self, NEXT(h)))
+
+
 def first_value(mixer):
     def patch(monkeypatch):
         value = mixer.value
@@ -310,6 +315,7 @@ MUTANTS = {
     "through the table of pairs, 0 at first": (table_of_pairs, None),
     "through the tables of values": (tables_of_values, None),
     "through taps of a short convolution": (short_conv, None),
+    "through taps of each token": (token_taps, None),
     "through the first value, attention": (first_value(CausalSelfAttention), None),
     "through the first value, AFNO": (first_value(AFNO1D), None),
     "through gates": (gates, None),

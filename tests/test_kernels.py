@@ -18,7 +18,7 @@ from helpers import relative, toeplitz_sum
 pytest.importorskip("triton")
 
 import kernels  # noqa: E402
-from kernels import convolution, loss, softmax, state, trials  # noqa: E402
+from kernels import convolution, loss, softmax, state, token_conv, trials  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE, BOUND = ("cuda", torch.bfloat16, 1e-2) if CUDA else ("cpu", torch.float32, 2e-6)
@@ -244,6 +244,33 @@ def test_depthwise_convolution(B, T, C, length, silu):
     assert torch.equal(convolution.short_conv(other, ours[1], silu)[:, : T // 2], y[:, : T // 2])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("B, T, C, G, K", (
+    (1, 1, 1, 1, 1), (2, 70, 48, 3, 16), (1, 130, 33, 1, 64), (1, 64, 6, 2, 5)))
+def test_taps_of_each_token(B, T, C, G, K):
+    generator = torch.Generator().manual_seed(0)
+    u, dy = (torch.randn(2, T, B, C, generator=generator)[i].transpose(0, 1).to(DTYPE)  # strided
+             for i in range(2))
+    w = torch.randn(B, T, G, K, generator=generator).to(DTYPE)
+    exact = u.double().requires_grad_(), w.double().requires_grad_()
+    expected = torch.stack([
+        sum(exact[1][:, t, :, lag].repeat_interleave(C // G, 1) * exact[0][:, t - lag]
+            for lag in range(min(K, t + 1))) for t in range(T)], 1)
+    wanted = torch.autograd.grad(expected, exact, dy.double())
+    ours = u.to(DEVICE).requires_grad_(), w.to(DEVICE).requires_grad_()
+    y = token_conv.token_conv(*ours)
+    got = torch.autograd.grad(y, ours, dy.to(DEVICE))
+    for part, oracle in zip((y, *got), (expected, *wanted)):
+        assert part.dtype == DTYPE
+        assert relative(part.detach().cpu().double(), oracle.detach()) < BOUND
+    changed = [x.detach().clone() for x in ours]
+    for x in changed:
+        x[:, T // 2 :] = torch.randn_like(x[:, T // 2 :])
+    assert torch.equal(token_conv.token_conv(*changed)[:, : T // 2], y[:, : T // 2])
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(token_conv.token_conv, ours, test_utils=tests)
+
+
 def cross_entropy(logits, targets, *rest):
     """Return softmax.cross_entropy's results for one target a row, (rows,)."""
     losses, gradient = softmax.cross_entropy(logits, targets[:, None],
@@ -364,13 +391,13 @@ def test_cross_entropy_of_extreme_logits(cap, vocab_size, columns):
 
 
 def test_usable_says_why():
-    for what in ("convolution", "state", "loss"):
+    for what in trials.BOUNDS:
         assert kernels.usable(what, torch.device("cpu"), torch.bfloat16) == (
             False, "plain PyTorch: Triton kernels need a CUDA device, this is cpu")
     usable, why = kernels.usable("fp8", torch.device("cpu"), torch.bfloat16)
     assert not usable and why.startswith("bfloat16 products: ") and why.endswith("this is cpu)")
     if CUDA:
-        for what in ("convolution", "state", "loss"):
+        for what in trials.BOUNDS:
             assert kernels.usable(what, torch.device("cuda"), torch.bfloat16)[0]
             assert kernels.usable(what, torch.device("cuda"), torch.float32)[0] is False
 
@@ -410,7 +437,7 @@ def test_kernels_are_tried_before_they_are_trusted(small_blocks, narrow, monkeyp
         return trials.find_fault(what, torch.device(DEVICE), DTYPE, BOUND)
 
     with torch.inference_mode():
-        for what in ("convolution", "state", "loss"):
+        for what in trials.BOUNDS:
             assert fault(what) is None
     right = convolution.mix
     monkeypatch.setattr(convolution, "mix", lambda *a, **k: 1.1 * right(*a, **k))
@@ -425,6 +452,10 @@ def test_kernels_are_tried_before_they_are_trusted(small_blocks, narrow, monkeyp
     right_states = state.chunk_states
     monkeypatch.setattr(state, "chunk_states", lambda *a, **k: 1.1 * right_states(*a, **k))
     assert fault("state").startswith("output of the state is ")
+    right_taps = token_conv.launch
+    monkeypatch.setattr(token_conv, "launch", lambda kernel, u, w, *rest: right_taps(
+        kernel, u, w, *(1.1 * x if x is w else x for x in rest)))
+    assert fault("token").startswith("output of each token's own taps is ")
     right_loss = softmax.cross_entropy
     for factors, what in (((1.1, 1), "loss"), ((1, 1.1), "gradient"), ((1, math.nan), "gradient")):
         monkeypatch.setattr(softmax, "cross_entropy", lambda *a: tuple(
@@ -439,6 +470,11 @@ def test_trials_oracles_are_the_sums_that_are_meant():
     expected = toeplitz_sum(x, few.T)
     assert relative(trials.exact_short_conv(x, few, False), expected) < 1e-13
     assert relative(trials.exact_short_conv(x, few, True), F.silu(expected)) < 1e-13
+    w = random(2, 9, 2, 3).double()
+    expected = torch.stack([sum(w[:, t, :, lag].repeat_interleave(2, 1) * few_tokens[:, t - lag]
+                                for lag in range(min(3, t + 1)))
+                            for few_tokens in [x[..., :4]] for t in range(9)], 1)
+    assert relative(trials.exact_token_conv(x[..., :4], w), expected) < 1e-13
     *halves, log_a, _ = (x.double() for x in state_inputs(2, 70, 2, 4, 3, torch.float64))
     assert relative(trials.exact_state(*halves, log_a), naive_state(*halves, log_a)) < 1e-13
 
@@ -536,7 +572,9 @@ def test_a_compiled_layer_is_one_graph_with_the_kernels_in_it(small_blocks, monk
     if form == "dyadic" and torch.__version__ < "2.9":
         pytest.skip("torch 2.8 mistakes the strides of an irfft when it traces")
     torch.manual_seed(0)
-    layer = afno.AFNO1D(16, 2, filter_length=100, form=form, silu=form == "filter").to(DEVICE)
+    filters = form == "filter"
+    layer = afno.AFNO1D(16, 2, filter_length=100, form=form, silu=filters,
+                        token_taps=5 * filters).to(DEVICE)
     x = torch.randn(2, 100, 16, device=DEVICE, requires_grad=True)
     parameters = [x, *layer.parameters()]
 

@@ -152,9 +152,11 @@ def test_the_recipe_is_its_formulas():
 
 
 @pytest.mark.parametrize("flag, value", (
-    ("embedding_residual", 1), ("attn_short_conv", 4), ("attn_gate", 1), ("value_residual", 1)))
+    ("embedding_residual", 1), ("attn_short_conv", 4), ("attn_gate", 1), ("value_residual", 1),
+    ("afno_token_taps", 5)))
 def test_what_the_recipe_adds_begins_as_nothing(flag, value):
-    plain, model = tiny(mixer="attn"), tiny(mixer="attn", **{flag: value})
+    mixer = "afno" if flag.startswith("afno") else "attn"
+    plain, model = tiny(mixer=mixer), tiny(mixer=mixer, **{flag: value})
     idx = random_tokens((2, 24), 97)
     model.load_state_dict(plain.state_dict(), strict=False)
     assert len(model.state_dict()) > len(plain.state_dict())
@@ -162,7 +164,8 @@ def test_what_the_recipe_adds_begins_as_nothing(flag, value):
 
 
 @pytest.mark.parametrize("options", (
-    dict(mixer="attn"), *(dict(afno_form=form, afno_silu=1) for form in FORMS[:-1])))
+    dict(mixer="attn"), dict(afno_token_taps=5),
+    *(dict(afno_form=form, afno_silu=1) for form in FORMS[:-1])))
 def test_an_added_value_is_more_of_the_projection(options):
     mixer = tiny(**options).double().transformer.h[0].mixer
     x, more = torch.randn(2, 70, 16, dtype=torch.float64), torch.randn(16, 16, dtype=torch.float64)
@@ -349,10 +352,12 @@ def test_blocks_take_their_mixer_from_the_config():
     assert kinds(tiny(mixer="attn")) == [attention] * 3
     assert kinds(tiny(mixer="afno")) == [afno] * 3
     assert kinds(tiny(mixer="afno", attn_layers=(0, 2))) == [attention, afno, attention]
-    blocks = tiny(attn_layers=(0,), afno_state_layers=(2,), afno_silu=1).transformer.h
+    blocks = tiny(attn_layers=(0,), afno_state_layers=(2,), afno_silu=1,
+                  afno_token_taps=5).transformer.h
     operators = [type(block.mixer.operator).__name__ for block in blocks[1:]]
     assert operators == ["FilterOperator", "StateOperator"]
     assert [block.mixer.short_conv.silu for block in blocks[1:]] == [True, False]
+    assert [block.mixer.token_taps is None for block in blocks[1:]] == [False, True]
 
 
 FILTER_LAYERS = (
@@ -421,7 +426,7 @@ def generated(model, idx):
     pytest.param(position, marks=slow) for position in ("sinusoidal", "fourier"))))
 @pytest.mark.parametrize("options", (
     dict(mixer="attn"), dict(attn_layers=(1,)), dict(afno_form="dyadic", attn_layers=(1,)),
-    dict(afno_silu=1, afno_state_layers=(1,))))
+    dict(afno_silu=1, afno_state_layers=(1,), afno_token_taps=5)))
 def test_token_by_token_gives_the_same_hidden_states(position, options):
     model = tiny(position=position, **options).double()
     idx = random_tokens((2, 24 if position == "learned" else 150), 97)

@@ -1,0 +1,133 @@
+"""Convolutions with taps of each token's own, as Triton kernels, forward and backward.
+
+`token_conv(u, w)` is y[t] = sum over lags j < K of w[t, j] u[t - j], one set of taps for the W
+channels of a group. This file needs Triton; afno.py computes the same sums without.
+
+Blocks of BLOCK tokens meet themselves and the block before, which K <= BLOCK taps reach. The taps
+of a block's tokens make a band matrix, so that tensor cores do the work. Here K = 3, t is a token
+of the block, s one that it reads:
+
+               s: t0-2   t0-1     t0    t0+1   t0+2
+      t0        w[t0,2] w[t0,1] w[t0,0]   0      0       Entry (t, s) is w[t, t - s], and an exact
+      t0+1         0    w[.,2]  w[.,1]  w[.,0]   0       zero where s > t: a token reads no later
+      t0+2         0       0    w[.,2]  w[.,1] w[.,0]    one, bit for bit, where inputs are finite.
+
+Operands have the input's dtype, sums are in fp32, there are no atomics: equal inputs give equal
+bits.
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.blocks import BLOCK
+
+
+@triton.jit
+def load_tokens(x_ptr, row, t, first, W: tl.constexpr, T, C, BW: tl.constexpr):
+    """Return x[row, t, first ... first + W - 1], (BLOCK, BW), zero beyond the row and the group."""
+    c = tl.arange(0, BW)
+    inside = ((t >= 0) & (t < T))[:, None] & (c < W)[None, :]
+    place = (row * T + t)[:, None] * C + (first + c)[None, :]
+    return tl.load(x_ptr + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def tap_places(row, t, s, g, T, G, K: tl.constexpr):
+    """Return where w[row, t, g, t - s] stands, (BLOCK, BLOCK), and whether t - s is a lag."""
+    lag = t[:, None] - s[None, :]
+    place = (((row * T + t) * G + g) * K)[:, None] + lag
+    return place, (lag >= 0) & (lag < K) & (t < T)[:, None]
+
+
+@triton.jit
+def token_conv_kernel(u_ptr, w_ptr, y_ptr, T, C, G, K: tl.constexpr, W: tl.constexpr,
+                      BLOCK: tl.constexpr, BW: tl.constexpr):
+    """y[t] = sum over s of w[t, t - s] u[s]. u, y: (B, T, C); w: (B, T, G, K)."""
+    g, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK, BW), tl.float32)
+    for back in tl.static_range(2):
+        s = t - back * BLOCK
+        place, wanted = tap_places(row, t, s, g, T, G, K)
+        taps = tl.load(w_ptr + place, mask=wanted, other=0.0)
+        u = load_tokens(u_ptr, row, s, g * W, W, T, C, BW)
+        acc = tl.dot(taps, u, acc, input_precision="ieee")
+    c = tl.arange(0, BW)
+    place = (row * T + t)[:, None] * C + (g * W + c)[None, :]
+    tl.store(y_ptr + place, acc.to(y_ptr.dtype.element_ty),
+             mask=(t < T)[:, None] & (c < W)[None, :])
+
+
+@triton.jit
+def token_conv_gradient_kernel(dy_ptr, u_ptr, w_ptr, du_ptr, dw_ptr, T, C, G, K: tl.constexpr,
+                               W: tl.constexpr, BLOCK: tl.constexpr, BW: tl.constexpr):
+    """du[s] = sum over t of w[t, t - s] dy[t]; dw[t, t - s] = dy[t] u[s], summed over channels."""
+    g, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    dy = load_tokens(dy_ptr, row, t, g * W, W, T, C, BW)
+    for back in tl.static_range(2):
+        s = t - back * BLOCK
+        place, wanted = tap_places(row, t, s, g, T, G, K)
+        u = load_tokens(u_ptr, row, s, g * W, W, T, C, BW)
+        products = tl.dot(dy, tl.trans(u), input_precision="ieee")
+        tl.store(dw_ptr + place, products.to(dw_ptr.dtype.element_ty), mask=wanted)
+    acc = tl.zeros((BLOCK, BW), tl.float32)
+    for ahead in tl.static_range(2):
+        later = t + ahead * BLOCK
+        place, wanted = tap_places(row, later, t, g, T, G, K)
+        taps = tl.load(w_ptr + place, mask=wanted, other=0.0)
+        dy = load_tokens(dy_ptr, row, later, g * W, W, T, C, BW)
+        acc = tl.dot(tl.trans(taps), dy, acc, input_precision="ieee")
+    c = tl.arange(0, BW)
+    place = (row * T + t)[:, None] * C + (g * W + c)[None, :]
+    tl.store(du_ptr + place, acc.to(du_ptr.dtype.element_ty),
+             mask=(t < T)[:, None] & (c < W)[None, :])
+
+
+def launch(kernel, u: Tensor, w: Tensor, *tensors: Tensor):
+    """Run a kernel on tensors for u (B, T, C) and w (B, T, G, K)."""
+    B, T, C = u.shape
+    G, K = w.shape[2:]
+    with torch.cuda.device_of(u):  # Triton launches on the current device
+        kernel[triton.cdiv(T, BLOCK), G, B](*tensors, T, C, G, K=K, W=C // G, BLOCK=BLOCK,
+                                            BW=max(16, triton.next_power_of_2(C // G)))
+
+
+@torch.library.custom_op("afno::token_conv", mutates_args=())
+def token_conv(u: Tensor, w: Tensor) -> Tensor:
+    """Return u (B, T, C) convolved with each token's own taps w (B, T, G, K), in u's dtype.
+
+    w has u's dtype; K is at most BLOCK.
+    """
+    u, w = u.contiguous(), w.contiguous()
+    y = torch.empty_like(u)
+    launch(token_conv_kernel, u, w, u, w, y)
+    return y
+
+
+@token_conv.register_fake
+def _(u, w):
+    return u.new_empty(u.shape)
+
+
+@torch.library.custom_op("afno::token_conv_backward", mutates_args=())
+def token_conv_backward(dy: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of u and of w."""
+    dy, u, w = dy.contiguous(), u.contiguous(), w.contiguous()
+    du, dw = torch.empty_like(u), torch.empty_like(w)
+    launch(token_conv_gradient_kernel, u, w, dy, u, w, du, dw)
+    return du, dw
+
+
+@token_conv_backward.register_fake
+def _(dy, u, w):
+    return u.new_empty(u.shape), w.new_empty(w.shape)
+
+
+def save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+token_conv.register_autograd(lambda ctx, dy: token_conv_backward(dy, *ctx.saved_tensors),
+                             setup_context=save_inputs)
