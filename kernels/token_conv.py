@@ -85,13 +85,18 @@ def token_conv_gradient_kernel(dy_ptr, u_ptr, w_ptr, du_ptr, dw_ptr, T, C, G, K:
              mask=(t < T)[:, None] & (c < W)[None, :])
 
 
+# each kernel's warps: with 4, the gradient's four products spill
+WARPS = {token_conv_kernel: 4, token_conv_gradient_kernel: 8}
+
+
 def launch(kernel, u: Tensor, w: Tensor, *tensors: Tensor):
     """Run a kernel on tensors for u (B, T, C) and w (B, T, G, K)."""
     B, T, C = u.shape
     G, K = w.shape[2:]
     with torch.cuda.device_of(u):  # Triton launches on the current device
-        kernel[triton.cdiv(T, BLOCK), G, B](*tensors, T, C, G, K=K, W=C // G, BLOCK=BLOCK,
-                                            BW=max(16, triton.next_power_of_2(C // G)))
+        kernel[triton.cdiv(T, BLOCK), G, B](
+            *tensors, T, C, G, K=K, W=C // G, BLOCK=BLOCK,
+            BW=max(16, triton.next_power_of_2(C // G)), num_warps=WARPS[kernel])
 
 
 @torch.library.custom_op("afno::token_conv", mutates_args=())

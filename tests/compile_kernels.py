@@ -87,8 +87,8 @@ def launches(arch: int):
         flags = dict(zip(("TRANSPOSED", "SILU", "GRADIENT"), map(bool, variant)))
         yield conv.depthwise_kernel, dict(few, LENGTH=4, **flags), {}, {}
     yield conv.depthwise_gradient_kernel, few, {}, full
-    for kernel in (token_conv.token_conv_kernel, token_conv.token_conv_gradient_kernel):
-        yield kernel, dict(K=16, W=64, BLOCK=BLOCK, BW=64), {}, {}
+    for kernel, num_warps in token_conv.WARPS.items():
+        yield kernel, dict(K=16, W=64, BLOCK=BLOCK, BW=64), dict(num_warps=num_warps), {}
     chunk = dict(L=state.CHUNK, DP=128, WP=128)
     for from_start in (False, True):
         yield state.sent_kernel, dict(chunk, FROM_START=from_start), {}, {}
