@@ -70,7 +70,9 @@ fi
 if [ "$preset" = test ]; then
   cd "$here"
   if [ "${1:-}" = --fast ]; then shift; set -- -m "not slow" "$@"; fi
-  exec "$python" -m pytest -q -n 2 --dist loadgroup test_causality.py tests "$@"
+  # a process for four cores, at least two and at most eight
+  processes=$("$python" -c "import os; print(min(8, max(2, (os.cpu_count() or 1) // 4)))")
+  exec "$python" -m pytest -q -n "$processes" --dist loadgroup test_causality.py tests "$@"
 fi
 if [ -z "$preset" ]; then
   if "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then

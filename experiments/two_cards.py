@@ -4,8 +4,8 @@
     python experiments/two_cards.py ends --output runs/ends
     torchrun --standalone --nproc_per_node=2 experiments/two_cards.py parts
 
-speed: the first 50 steps of the hybrid in micro-batches of 32 rows on so many cards, and of 16 rows
-on one card, which says how far rounding alone moves the losses. ends: a small model on two cards
+speed: the first 50 steps of the hybrid in micro-batches of --rows rows on so many cards, and of 16
+rows on one card, which says how far rounding alone moves the losses. ends: a small model on two cards
 gets SIGTERM, goes on on one, then on two, of which one is killed. parts: what the gradients' way
 between cards takes, the tables' by row or whole, and the optimizers. With --device cpu they try
 themselves out on a tiny model, through gloo. --input_bin and --input_val_bin are the trainer's.
@@ -105,24 +105,24 @@ def distance(a: dict[int, float], b: dict[int, float], first: int = 1) -> str:
 
 def speed(args):
     tiny, runs = args.device == "cpu", {}
-    for cards, rows in ((1, 16), *((cards, 32) for cards in args.cards)):
+    for cards, rows in ((1, 16), *((cards, args.rows) for cards in args.cards)):
         # on the second card, beside the next one
         where = dict(CUDA_VISIBLE_DEVICES="1") if rows == 16 else {}
         flags = (FIRST_50 + TINY * tiny + f" --grad_accumulation_steps {128 // rows}"
                  f" --batch_size {rows // 16 if tiny else rows}")
         runs[cards, rows] = Launch(args, f"cards-{cards}-rows-{rows}", cards, flags, **where)
-        for run in runs.values() if rows == 32 else ():
+        for run in runs.values() if rows == args.rows else ():
             if status := run.status():
                 raise SystemExit(f"{run.printed} ended with {status}")
-    one = runs[1, 32]
+    one = runs[1, args.rows]
     rate = {key: statistics.median(row["tokens_per_s"] for row in run.rows()[10:])
             for key, run in runs.items()}
     for (cards, rows), run in runs.items():
         log = (run.folder / "train.log").read_text()
         peak = re.findall(r"peak memory of each rank: .*|peak_memory_usage: [\d,]+ MiB", log)[0]
         print(f"{cards} cards, {rows} rows: {rate[cards, rows]:,.0f} tokens/s, "
-              f"{rate[cards, rows] / rate[1, 32]:.3f} of one card's; {peak}; losses to one card's "
-              f"with 32 rows: {distance(run.losses(), one.losses())}")
+              f"{rate[cards, rows] / rate[1, args.rows]:.3f} of one card's; {peak}; losses to one "
+              f"card's with {args.rows} rows: {distance(run.losses(), one.losses())}")
 
 
 def ends(args):
@@ -199,6 +199,8 @@ def main(argv: list[str]):
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("speed", "ends", "parts"))
     parser.add_argument("--cards", type=trainer.one_of(1, 2, 4), nargs="+", default=[1, 2])
+    parser.add_argument("--rows", type=trainer.one_of(32, 64), default=32,
+                        help="of a micro-batch: more keep the host ahead of a fast card")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", default="runs/cards")
     for name in trainer.DATA_FLAGS:

@@ -14,9 +14,10 @@ if not torch.cuda.is_available():
 
 # Of test_causality.py, which has no pytest in it: what takes more than a second.
 SLOW = ("test_causality.py::",)
-# Slow tests of these start processes and wait for them, some for so many seconds at most: with
-# pytest's -n 2 they are done one at a time.
+# Slow tests of these start processes and wait for them, some for so many seconds at most. They are
+# done one at a time, on a machine of many cores one of each file.
 PROCESSES = ("test_trainer", "test_faults", "test_ranks")
+MANY_CORES = 8
 
 
 def pytest_configure(config):
@@ -31,7 +32,8 @@ def pytest_collection_modifyitems(items):
         if item.nodeid.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") and item.path.stem in PROCESSES:
-            item.add_marker(pytest.mark.xdist_group("processes"))
+            many = (os.cpu_count() or 1) >= MANY_CORES
+            item.add_marker(pytest.mark.xdist_group(item.path.stem if many else "processes"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
