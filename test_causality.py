@@ -30,7 +30,9 @@ import pathlib
 import secrets
 import time
 
-import torch
+BEGIN = time.perf_counter()  # before torch, whose import takes seconds
+
+import torch  # noqa: E402
 
 ALL_CUTS_UP_TO = 2048  # tokens; longer rows, and CPUs, get a stratified sample of the cuts
 END_OF_TEXT = 50256
@@ -356,16 +358,18 @@ class Gate:
     """The gate's table: a row is printed when it is done, and `passed` says whether all were."""
 
     def __init__(self):
-        self.passed = True
+        self.passed, self.seconds = True, 0.0
         print(f"{'model':<22} {'T':>5}  {'arithmetic':<22} {'cuts':>5}  {'pairs':>7}  "
               f"{'seed':>10}  {'s':>5}  (with moved weights)")
 
     def row(self, name: str, T: int, what: str, check):
         begin = time.perf_counter()
         leaks = check()
+        seconds = time.perf_counter() - begin
         self.passed &= not leaks
+        self.seconds += seconds
         print(f"{name:<22} {T:>5}  {what:<22} {leaks.cuts:>5}  {leaks.coverage:>7.2%}  "
-              f"{leaks.seed:>10}  {time.perf_counter() - begin:>5.1f}  "
+              f"{leaks.seed:>10}  {seconds:>5.1f}  "
               f"{'LEAK: ' + str(leaks[0]) if leaks else 'ok'}", flush=True)
 
     def close(self) -> int:
@@ -464,6 +468,7 @@ def main(argv: list[str]) -> int:
     import train_gpt2_afno as trainer
     from runtime import Runtime, choose_device
 
+    imported = time.perf_counter()
     flags = trainer.parse_flags(argv)
     device = choose_device(flags.get("device", "auto"))
     args = trainer.merge_flags(flags, device, None, print)
@@ -476,13 +481,20 @@ def main(argv: list[str]) -> int:
         print(f"passed before, with this source, configuration and versions: {passed.name} in "
               f"{passed.parent.name}/ (delete it to run the gate again)")
         return 0
+    for what in ("state", "loss"):  # here, so that no row of the table waits for a trial
+        trainer.usable(what, device, runtime.dtype)
+    tried = time.perf_counter()
     gate = Gate()
     check_trained(gate, trainer, args, config, runtime)
     check_family(gate, trainer, short_configs(config), runtime)
     if gate.passed:
         passed.parent.mkdir(exist_ok=True)
         passed.touch()
-    return gate.close()
+    status, whole = gate.close(), time.perf_counter() - BEGIN
+    print(f"{whole:.1f} s: {imported - BEGIN:.1f} imports, {tried - imported:.1f} device and trials "
+          f"of kernels, {gate.seconds:.1f} rows, {whole - tried + BEGIN - gate.seconds:.1f} models; "
+          f"{time.process_time():.0f} s of all cores")
+    return status
 
 
 # -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ This file imports without Triton. `usable` says whether a kernel may be used, an
 `keep_products` what --recompute keeps.
 """
 import functools
+import sys
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -60,6 +61,22 @@ def constant(function):
     """
     function._dynamo_marked_constant = True
     return function
+
+
+def operator(name: str):
+    """Return a decorator: the function becomes the operator afno::name, opaque to torch.compile.
+
+    torch.library.custom_op does the same, and imports the compiler at the first call: 2 s. Here
+    the function is hidden from the compiler where that has been imported already.
+    """
+    def register(function):
+        hidden = torch._disable_dynamo(function)
+        run = lambda *args: (hidden if "torch._dynamo" in sys.modules else function)(*args)
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(f"afno::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(f"afno::{name}", "default", run)
+        return getattr(torch.ops.afno, name).default
+    return register
 
 
 @constant

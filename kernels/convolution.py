@@ -53,6 +53,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import operator
 from kernels.blocks import odd_dft, segment_responses
 
 NEAR, FAR = 128, 256  # tokens in a block for short and for long filters; FAR = 2 NEAR
@@ -570,7 +571,7 @@ def response_gradient(spectra: Tensor, dmixed: Tensor, s: Sizes) -> Tensor:
 # the operator, opaque to torch.compile, so that a compiled model stays one graph
 
 
-@torch.library.custom_op("afno::block_conv", mutates_args=())
+@operator("block_conv")
 def block_conv(u: Tensor, taps: Tensor, response: Tensor | None) -> Tensor:
     """Return the causal convolution of u (B, T, C) with taps (G, K), contiguous, in u's dtype.
 
@@ -588,12 +589,12 @@ def block_conv(u: Tensor, taps: Tensor, response: Tensor | None) -> Tensor:
         return long_filter_conv(u, taps, mixed, half, s, transposed=False)
 
 
-@block_conv.register_fake
+@torch.library.register_fake(block_conv)
 def _(u, taps, response):
     return u.new_empty(u.shape)
 
 
-@torch.library.custom_op("afno::block_conv_backward", mutates_args=())
+@operator("block_conv_backward")
 def block_conv_backward(dy: Tensor, u: Tensor, taps: Tensor,
                         response: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of u, taps and response (empty where there is none)."""
@@ -611,7 +612,7 @@ def block_conv_backward(dy: Tensor, u: Tensor, taps: Tensor,
         return du, dtaps, response_gradient(transform(u, half, s), dmixed, s)
 
 
-@block_conv_backward.register_fake
+@torch.library.register_fake(block_conv_backward)
 def _(dy, u, taps, response):
     dresponse = taps.new_empty(0 if response is None else response.shape)
     return u.new_empty(u.shape), taps.new_empty(taps.shape), dresponse
@@ -627,7 +628,7 @@ def backward(ctx, dy):
     return du, dtaps, None if response is None else dresponse
 
 
-block_conv.register_autograd(backward, setup_context=save_inputs)
+torch.library.register_autograd(block_conv, backward, setup_context=save_inputs)
 
 
 def causal_conv(u: Tensor, taps: Tensor) -> Tensor:
@@ -719,7 +720,7 @@ def depthwise(x: Tensor, taps: Tensor, transposed: bool = False, silu: bool = Fa
     return y
 
 
-@torch.library.custom_op("afno::depthwise_conv", mutates_args=())
+@operator("depthwise_conv")
 def short_conv(x: Tensor, taps: Tensor, silu: bool) -> Tensor:
     """Return the causal convolution of x (B, T, C) with taps (length, C), every channel by itself.
 
@@ -729,12 +730,12 @@ def short_conv(x: Tensor, taps: Tensor, silu: bool) -> Tensor:
         return depthwise(x, taps, silu=silu)
 
 
-@short_conv.register_fake
+@torch.library.register_fake(short_conv)
 def _(x, taps, silu):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("afno::depthwise_conv_backward", mutates_args=())
+@operator("depthwise_conv_backward")
 def short_conv_backward(dy: Tensor, x: Tensor, taps: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and taps; what SiLU was taken of is computed again."""
     B, T, C = x.shape
@@ -748,7 +749,7 @@ def short_conv_backward(dy: Tensor, x: Tensor, taps: Tensor, silu: bool) -> tupl
         return depthwise(dy, taps, transposed=True), parts.sum(0)
 
 
-@short_conv_backward.register_fake
+@torch.library.register_fake(short_conv_backward)
 def _(dy, x, taps, silu):
     return x.new_empty(x.shape), taps.new_empty(taps.shape)
 
@@ -762,4 +763,4 @@ def short_backward(ctx, dy):
     return *short_conv_backward(dy, *ctx.saved_tensors, ctx.silu), None
 
 
-short_conv.register_autograd(short_backward, setup_context=save_short_inputs)
+torch.library.register_autograd(short_conv, short_backward, setup_context=save_short_inputs)

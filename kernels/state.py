@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import operator
 from kernels.blocks import chunks_remaining
 
 CHUNK = 64  # tokens
@@ -242,7 +243,7 @@ def state_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, dse
 # the operator, opaque to torch.compile
 
 
-@torch.library.custom_op("afno::state_scan", mutates_args=())
+@operator("state_scan")
 def state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
     """Return y (B, T, G, W), contiguous, in v's dtype.
 
@@ -257,12 +258,12 @@ def state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
         return y
 
 
-@state_scan.register_fake
+@torch.library.register_fake(state_scan)
 def _(q, k, v, log_a):
     return v.new_empty(v.shape)
 
 
-@torch.library.custom_op("afno::state_scan_backward", mutates_args=())
+@operator("state_scan_backward")
 def state_scan_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor,
                         log_a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and log_a."""
@@ -277,7 +278,7 @@ def state_scan_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor,
         return gradients
 
 
-@state_scan_backward.register_fake
+@torch.library.register_fake(state_scan_backward)
 def _(dy, q, k, v, log_a):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, log_a))
 
@@ -290,4 +291,4 @@ def backward(ctx, dy):
     return state_scan_backward(dy, *ctx.saved_tensors)
 
 
-state_scan.register_autograd(backward, setup_context=save_inputs)
+torch.library.register_autograd(state_scan, backward, setup_context=save_inputs)
