@@ -12,7 +12,8 @@
 # train_gpt2_afno.py; flags win over it, and name another folder of runs/. The same command again
 # goes on where it stopped, or says that the run is finished. Several GPUs share out each step:
 # --gpus N says how many.
-# Steps: packages, data, causality gate, training.
+# Steps: packages, facts, data beside the causality gate, training. Compilations and passed gates are
+# kept in .cache/.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 say() { echo "run_afno.sh: $*"; }
@@ -21,7 +22,7 @@ fail() { echo "error: run_afno.sh: $*" >&2; exit 2; }
 preset=""
 case "${1:-}" in
   fineweb | fineweb-4k | shakespeare | baseline | test) preset=$1; shift ;;
-  -h | --help) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+  -h | --help) sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
   "" | -*) ;;
   *) fail "unknown preset $1, choose fineweb, fineweb-4k, shakespeare, baseline or test" ;;
 esac
@@ -29,7 +30,8 @@ esac
 # packages: a python that has torch keeps it and gets the rest; otherwise everything goes into .venv
 python=""
 for candidate in python python3; do
-  if "$candidate" -c "import torch" 2> /dev/null; then python=$candidate; break; fi
+  if "$candidate" -c "import sys, importlib.util as u; sys.exit(u.find_spec('torch') is None)" \
+    2> /dev/null; then python=$candidate; break; fi
 done
 wanted=("$here/requirements.txt")
 if [ "$preset" = test ]; then wanted+=("$here/tests/requirements.txt"); fi
@@ -89,9 +91,28 @@ case $preset in
   baseline) data=(cached_fineweb10B.py 25) ;; # 2.5B tokens
   shakespeare) data=(shakespeare.py) ;;
 esac
-say "data: data/${data[*]}"
-"$python" "$here/data/${data[0]}" "${data[@]:1}"
-say "causality gate"
+packages=$SECONDS
+"$python" "$here/facts.py" --preset "$preset" "$@"
+facts=$((SECONDS - packages))
+
+# The gate needs no data. `set -m` gives the fetching a group of processes, which ends with this
+# script; its lines begin with "data: ".
+say "data: data/${data[*]}, and causality gate"
+set -m
+(
+  set -o pipefail
+  "$python" "$here/data/${data[0]}" "${data[@]:1}" 2>&1 < /dev/null |
+    while IFS= read -r line; do echo "data: $line" >&2; done
+) &
+set +m
+fetching=$!
+trap 'kill -- "-$fetching" 2> /dev/null || true' EXIT
 "$python" "$here/test_causality.py" --preset "$preset" "$@"
+gate=$((SECONDS - packages - facts))
+if kill -0 "$fetching" 2> /dev/null; then say "waiting for the data"; fi
+wait "$fetching" || exit 2
+trap - EXIT
 say "training"
+export RUN_AFNO_SECONDS="packages $packages, facts $facts, gate $gate, the rest of the data $((
+  SECONDS - packages - facts - gate))"
 exec "$python" "$here/train_gpt2_afno.py" --preset "$preset" "$@"

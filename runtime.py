@@ -4,6 +4,7 @@ Nothing here knows how the model is made: it has `hidden`, `step`, `check_length
 """
 import codecs
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -19,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.loader import TokenStream, to_device
-from data.text_to_bin import InputError, first_line, gpt2_encoding, show_safely
+from data.text_to_bin import (ROOT, InputError, first_line, gpt2_encoding, machine_memory,
+                              show_safely)
 from test_causality import new_seed
 
 LONGEST_WAIT = timedelta(minutes=1)  # of a rank for the others: then the run ends
+GIB = 2**30
 
 
 # -----------------------------------------------------------------------------
@@ -72,6 +75,19 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no CUDA device; use cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(asked: str | None, device: torch.device, say) -> str:
+    """Return autocast's dtype, or the one for this device. Raises InputError for --dtype."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0):
+        return asked or ("bfloat16" if device.type == "cuda" else "float32")
+    card = "{} has compute capability {}.{}, bfloat16 needs 8.0".format(
+        torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device))
+    if asked == "bfloat16":
+        raise InputError(f"--dtype bfloat16: {card}; use --dtype float32")
+    if asked is None:
+        say(f"{card}: --dtype float32, which is slower and takes more memory")
+    return "float32"
 
 
 def ranks() -> tuple[int, int, int]:
@@ -160,6 +176,133 @@ def launch(processes: int) -> int:
         print(f"error: rank {rank} {how}", file=sys.stderr, flush=True)
         return status if status > 0 else 128 - status
     return 0
+
+
+# -----------------------------------------------------------------------------
+# the micro-batch that fits
+
+MICRO_BATCH = ("batch_size", "grad_accumulation_steps", "recompute")  # a trial's, unless typed
+FEW_TOKENS = 4096  # smaller micro-batches leave a GPU idle: --recompute 1 is tried before them
+# bytes of a token and channel that a block keeps for backward, without and with --recompute: at
+# least, as measured (experiments/LOG.md, "Does it fit in 24 GB?")
+KEPT = (36, 20)
+
+
+def memory_budget(device: torch.device) -> float:
+    """Return the bytes that this process may have of the device, with those that it has."""
+    if device.type == "cpu":
+        return machine_memory()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 1.0)(index)
+    return min(free + torch.cuda.memory_reserved(index), fraction * total)
+
+
+def bytes_of_averages(optimizers: list) -> int:
+    """Return the bytes of what the optimizers keep from step to step."""
+    numbers = dict(AdamW=lambda p: 2 * p.numel(), Muon=lambda p: p.numel(), RowAdam=len)
+    return 4 * sum(numbers[type(optimizer).__name__](p) for optimizer in optimizers
+                   for group in optimizer.param_groups for p in group["params"])
+
+
+def ran_out(error: Exception) -> bool:
+    """Return whether memory was not enough; a compiler's errors may hold that, too."""
+    texts = ("can't allocate memory", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(
+        error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def next_smaller(rows: int, recompute: int, T: int, unit: int) -> tuple[int, int] | None:
+    """Return (rows, recompute) to try where these need too much memory, None where there is none.
+
+    Tokens of a micro-batch, rows of T, stay a multiple of `unit`.
+    """
+    if rows % 2 == 0 and rows // 2 * T % unit == 0 and (recompute or rows * T > FEW_TOKENS):
+        return rows // 2, recompute
+    return None if recompute else (rows, 1)
+
+
+def attempted(work, may_blame_compiler: bool) -> tuple[int, str]:
+    """Return 0 where work() works, 1 where memory is not enough, 2 where it does not compile; why.
+    """
+    try:
+        work()
+        return 0, ""
+    except InputError:
+        raise
+    except Exception as error:  # a compiler has many
+        if ran_out(error):
+            return 1, first_line(error)
+        if not may_blame_compiler:
+            raise
+        return 2, first_line(getattr(error, "inner_exception", error))
+
+
+def choose_micro_batch(runtime: Runtime, args, T: int, unit: int, channels: int, fixed: int,
+                       attempt, say):
+    """Set args.batch_size, grad_accumulation_steps and recompute to what all ranks' cards take.
+
+    What args have is tried first; the rows of a step stay. Where args.may_shrink is not set, that
+    is all. attempt(rows, recompute) does the work of training on a micro-batch of rows of T tokens,
+    and raises where it cannot. Its tokens stay a multiple of `unit`. What cannot fit is not tried:
+    it takes `fixed` bytes and KEPT for each of the model's channels, of all layers together.
+    Compilation is left out where it fails. Raises InputError where nothing fits.
+    """
+    tried, why = (args.batch_size, args.recompute), ""
+    budget = min(runtime.of_ranks(int(min(memory_budget(runtime.device), 2**62))))
+    while tried:
+        rows, recompute = tried
+        need = (fixed + KEPT[recompute] * channels * rows * T) * args.may_shrink
+        outcome, reason = 1, ""
+        if need <= budget:
+            outcome, reason = attempted(lambda: attempt(rows, recompute), runtime.compile)
+            runtime.wait()  # one may compile for minutes
+            outcome = max(runtime.of_ranks(outcome))
+        if outcome == 0:
+            break
+        if runtime.compile and outcome == 1:
+            torch.compiler.reset()  # of a shape that is given up; too many variants would stop it
+        gc.collect()  # what an error of the compiler's holds
+        if runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        if outcome == 2:
+            say(f"torch.compile fails here ({reason or 'on another rank'}): it goes on as with "
+                "--compile 0, slower and with more memory")
+            torch.compiler.set_stance("force_eager")
+            runtime.compile = False
+            continue
+        what = f"{rows} row{'s' * (rows > 1)} of {T}" + " with --recompute 1" * recompute
+        why = f"{what} need at least {need / GIB:.1f} GiB, {budget / GIB:.1f} are free" \
+            if need > budget else f"{what} need more than the {budget / GIB:.1f} GiB that are free"
+        tried = next_smaller(rows, recompute, T, unit) if args.may_shrink else None
+    else:
+        raise InputError(f"out of memory: {why}: lower --batch_size (and raise "
+                         "--grad_accumulation_steps to match), --sequence_length or --model"
+                         + ", or set --recompute 1" * (not recompute))
+    if args.may_shrink:
+        chosen = dict(zip(MICRO_BATCH, (
+            rows, args.grad_accumulation_steps * args.batch_size // rows, recompute)))
+        vars(args).update(chosen)
+        args.to_save.update(chosen)
+        args.val_batch_size = args.to_save["val_batch_size"] or rows
+        say(f"micro-batch: {rows} row{'s' * (rows > 1)} x {args.grad_accumulation_steps}"
+            + ", recomputed" * recompute + f", {f'because {why}' if why else 'as asked for'}; at "
+            f"most {peak_memory(runtime.device) / GIB:.1f} GiB in use")
+
+
+def with_fewer_rows(rows: int, work, say):
+    """Return work(rows), or that of half as many rows, and so on, where memory is not enough."""
+    while True:
+        try:
+            return work(rows)
+        except Exception as error:
+            if rows < 4 or not ran_out(error):
+                raise
+        rows //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
+        say(f"memory is not enough: with {rows} rows")
 
 
 # -----------------------------------------------------------------------------
@@ -343,6 +486,12 @@ class Diverged(RuntimeError):
     """A loss or gradient that is not finite."""
 
 
+def keep_compilations():
+    """Let compilations stay in the repository's .cache, unless the environment names a folder."""
+    for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ.setdefault(name, str(ROOT / ".cache" / folder))
+
+
 def run(main_function, memory: str = "--batch_size (and raise --grad_accumulation_steps to match), "
         "or --val_batch_size, --sequence_length or --model") -> None:
     """Exit with the function's status; bad input is one clear line and status 2, divergence 1.
@@ -351,6 +500,7 @@ def run(main_function, memory: str = "--batch_size (and raise --grad_accumulatio
     """
     rank, message = None, None
     show_safely()
+    keep_compilations()
     try:
         rank = ranks()[0] if "RANK" in os.environ else None
         status = main_function(sys.argv[1:])
@@ -361,10 +511,7 @@ def run(main_function, memory: str = "--batch_size (and raise --grad_accumulatio
     except OSError as error:
         message, status = f"{error.filename or 'output'}: {error.strerror or error}", 2
     except Exception as error:
-        # a compiler's errors are RuntimeErrors, too, also where they hold that memory ran out
-        ran_out = isinstance(error, RuntimeError) and any(
-            text in str(error) for text in ("can't allocate memory", "out of memory"))
-        if ran_out or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        if ran_out(error):
             message, status = f"out of memory: lower {memory} ({first_line(error)})", 2
         elif rank is None:
             raise

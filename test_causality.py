@@ -400,6 +400,8 @@ def check_trained(gate: Gate, trainer, args, config, runtime):
     Nobody trains at T - 1: there the vocabulary is small. Not compiled: the trainer checks the
     compiled graphs at start, on which it then trains.
     """
+    from runtime import with_fewer_rows
+
     device, tokens = runtime.device, args.batch_size * config.sequence_length
     lengths = [T for T, _ in args.curriculum or ((config.sequence_length, 1.0),)]
     few = dataclasses.replace(config, vocab_size=min(FEW_TOKENS, config.vocab_size))
@@ -410,8 +412,9 @@ def check_trained(gate: Gate, trainer, args, config, runtime):
         if said and not shorter:
             print(said)
         for T in lengths:
-            gate.row(name, T - shorter, args.dtype, lambda: check_model(
-                model, T - shorter, tokens // T, device, runtime.autocast, modes))
+            gate.row(name, T - shorter, args.dtype, lambda: with_fewer_rows(
+                tokens // T, lambda rows: check_model(model, T - shorter, rows, device,
+                                                      runtime.autocast, modes), print))
 
 
 def moved_model(trainer, config, seed: int, device):

@@ -22,6 +22,7 @@ import warnings
 from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 
+START = time.perf_counter()
 if __name__ == "__main__":  # until the loop, which saves first, Ctrl-C ends what runs at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -43,16 +44,19 @@ from data.loader import (DATA_FLAGS, TokenStream, TrainLoader, choose_data, coun
                          find_shards, passes)
 from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, machine_memory,
                               number, one_of, owned, prefix_table, relative, show)
+from facts import FirstSteps, Laps, describe, describe_plan, show_facts
 from kernels import keep_products, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
 from report import report_at_end
-from runtime import (Clock, Diverged, Runtime, average_rows, choose_device, choose_gpus, evaluate,
-                     gpu_driver, gpu_energy, joined_ranks, launch, measure_matmul_rate, own_card,
-                     peak_memory, ranks, run)
+from runtime import (MICRO_BATCH, Clock, Diverged, Runtime, average_rows, bytes_of_averages,
+                     choose_device, choose_dtype, choose_gpus, choose_micro_batch, evaluate,
+                     gpu_energy, joined_ranks, launch, measure_matmul_rate, own_card, peak_memory,
+                     ranks, run)
 from test_causality import random_tokens, refuse_leaks
 
-START = time.perf_counter()
+LAPS = Laps(START)
+LAPS.done("imports")
 
 # -----------------------------------------------------------------------------
 # flags: one table. GPTConfig, --help, range checks, presets and checkpoints come from it.
@@ -163,7 +167,8 @@ table("device",
       ("compile", None, SWITCH, "torch.compile, block by block (1 on CUDA, 0 on a CPU)"),
       ("fp8_head", 0, SWITCH, "fp8 products in the head while training, where the GPU has fp8"),
       ("fp8_mlp", 0, SWITCH, "fp8 in the MLPs' first product while training, likewise"),
-      ("recompute", 0, SWITCH, "keep products alone for backward, compute the rest again"),
+      ("recompute", 0, SWITCH, "keep products alone for backward, compute the rest again; tried "
+       "where few rows do not fit"),
       common=False)
 table("data and output",
       ("input_bin", None, TEXT, "training shards, a pattern (the preset's)"),
@@ -176,7 +181,8 @@ table("data and output",
       ("new_pass", 0, SWITCH, "spread: resume with other data than before, once each row was read"),
       common=False)
 table("optimization",
-      ("batch_size", 16, integer(1, 2**16), "rows of a micro-batch on one device"),
+      ("batch_size", 16, integer(1, 2**16), "rows of a micro-batch on one device; left out, a GPU "
+       "without memory for them takes fewer rows in more micro-batches"),
       ("grad_accumulation_steps", 32, integer(1, 2**16), "micro-batches a step, over all ranks"),
       ("num_iterations", 4768, integer(1), "steps"),
       ("extend", 0, integer(0), "steps more before the cooldown; shares stay of num_iterations. A "
@@ -965,8 +971,8 @@ class Run:
         self.args, self.config, self.runtime, self.signals = args, config, runtime, []
         self.device, self.folder = runtime.device, folder
         self.T, self.total_steps = config.sequence_length, args.num_iterations + args.extend
+        self.times = FirstSteps(LAPS, self.say)
         self.cooldown = cooldown_step(vars(args))  # the step at which it begins
-        self.tokens = args.batch_size * self.T  # of a micro-batch
         self.lengths = length_phases(args, self.T, runtime.world)
         # updates done, tokens consumed
         self.step, self.position = (saved["step"], saved["position"]) if saved else (0, 0)
@@ -985,8 +991,6 @@ class Run:
                  + (f", resumed at step {self.step}" if saved else ""))
         if runtime.rank == 0:
             self.checkpoints.set_aside_after(self.step, self.say)
-        for block in self.model.transformer.h:
-            block.recompute = bool(args.recompute)
         self.optimizers = make_optimizers(
             self.model, args.optimizer, args.learning_rate, args.weight_decay, args.rest_lr,
             (args.beta1, args.beta2), args.momentum, args.table_lr)
@@ -1010,9 +1014,15 @@ class Run:
         self.stream = TokenStream(args.input_bin, self.config.vocab_size, "input_bin")
         self.val_stream = TokenStream(args.input_val_bin, self.config.vocab_size, "input_val_bin")
         self.val_tokens = count_val_tokens(args.val_tokens, self.val_stream)
+        self.passes = passes(self.stream, saved, args, self.T)
+        self.open_loader()
+
+    def open_loader(self):
+        """Read micro-batches of batch_size rows from where the run stands."""
+        args, runtime = self.args, self.runtime
+        self.tokens = args.batch_size * self.T  # of a micro-batch
         self.loader = TrainLoader(self.stream, args.batch_size, self.T, self.position, runtime.rank,
-                                  runtime.world, self.device, args.row_order,
-                                  passes(self.stream, saved, args, self.T))
+                                  runtime.world, self.device, args.row_order, self.passes)
 
     def restore_progress(self, saved: dict | None):
         """Note what is done already: saved, validated, the best so far, the target reached."""
@@ -1042,59 +1052,10 @@ class Run:
     def interrupted(self) -> bool:
         return self.runtime.any_rank(bool(self.signals))
 
-    def describe(self):
-        """Say what will run: versions, model and kernels."""
-        config, device, dtype = self.config, self.device, self.runtime.dtype
-        chip = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, driver " \
-            f"{gpu_driver()}" if device.type == "cuda" else "CPU"
-        self.say(f"torch {torch.__version__}, Python {sys.version.split()[0]}, "
-                 f"{self.runtime.world} x {chip}, {torch.get_num_threads()} threads")
-        mixers = [config.mixer_of(layer) for layer in range(config.n_layer)]
-        count = sum(p.numel() for p in self.model.parameters())
-        self.say(f"model: {self.args.model}, {count:,} parameters, mixers {' '.join(mixers)}, "
-                 f"{config.n_head} heads, position {config.position}")
-        if config.mixer == "afno":
-            self.say("afno: " + ", ".join(f"{name} {value}"
-                                          for name, value in config.afno_arguments().items()))
-            self.say(f"convolution: {usable('convolution', device, dtype)[1]}")
-            if config.afno_state_layers:
-                layers = ", ".join(map(str, config.afno_state_layers))
-                self.say(f"afno layers of form state: {layers}")
-            if config.afno_form == "state" or config.afno_state_layers:
-                self.say(f"state: {usable('state', device, dtype)[1]}")
-        self.say(f"softmax of the loss: {usable('loss', device, dtype)[1]}")
-        if self.fp8:
-            self.say(self.fp8)
-
-    def describe_plan(self):
-        """Say what it will do: data, steps, flags that are not default, output."""
-        args = self.args
-        shared = {*map(os.path.realpath, self.stream.paths)} \
-            & {*map(os.path.realpath, self.val_stream.paths)}
-        if shared:
-            self.say(f"warning: {len(shared)} shards are both for training and for validation: the "
-                     "val_loss is of text that is learned")
-        a_step = args.grad_accumulation_steps * self.tokens
-        to_come = (self.total_steps - self.step) * a_step / len(self.stream)
-        self.say(f"data: {relative(args.input_bin)}, {len(self.stream):,} tokens, {to_come:.3g} "
-                 f"passes to come; validation: {relative(args.input_val_bin)}, "
-                 f"{self.val_tokens:,} targets of {len(self.val_stream) - 1:,}")
-        self.say(f"steps: {self.total_steps} of {a_step:,} tokens ({args.grad_accumulation_steps} "
-                 f"x {args.batch_size} x {self.T}), optimizer {args.optimizer}, learning rate "
-                 f"{args.learning_rate}, warmup {args.warmup_iters}, warmdown "
-                 f"{args.warmdown_iters}")
-        changed = [f"{name} {value}" for name, value in sorted(vars(args).items())
-                   if name in DEFAULTS and name not in NOT_KEPT + DATA_FLAGS
-                   and value != DEFAULTS[name]]
-        self.say(f"flags that differ from --help's defaults: {', '.join(changed) or 'none'}")
-        if args.optimizer == "adamw" and args.momentum != DEFAULTS["momentum"]:
-            self.say(f"momentum {args.momentum} is Muon's and does nothing here")
-        self.say(f"device: {self.device.type}, {args.dtype}, compile "
-                 f"{int(self.runtime.compile)}; output: {relative(str(self.folder))}")
-
     def check_and_compile(self):
-        """Refuse a model that leaks; compile; measure what the MFU is a share of."""
+        """Compile; try the micro-batch; refuse a model that leaks; measure the 100% of the MFU."""
         begin, model, runtime = time.perf_counter(), self.model, self.runtime
+        LAPS.done("set-up")
         if runtime.compile:
             model.compile()
         ends = itertools.accumulate(share for _, share in self.lengths)
@@ -1102,29 +1063,68 @@ class Run:
         starts = [self.step, *(round(end * steps) for end in ends)]
         to_come = dict.fromkeys(length_at(self.lengths, max(start, self.step), steps)
                                 for start in starts)
-        # in the shapes that train, on the very graphs
-        shapes = [(self.tokens // length, length) for length in to_come]
-        refuse_leaks(model, shapes, runtime, self.say)
-        runtime.wait()
         self.wrapped, self.tables = model, row_tables(model)
         if runtime.world > 1:
             # average_rows() is for these
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, self.tables)
             self.wrapped = DistributedDataParallel(model)
+        self.recompute(self.args.recompute)
+        if runtime.compile or self.args.may_shrink:
+            self.choose_micro_batch(to_come)
+            LAPS.done("compilation")
+        # in the shapes that train, on the very graphs
+        refuse_leaks(model, [(self.tokens // length, length) for length in to_come], runtime,
+                     self.say)
+        runtime.wait()
+        LAPS.done("causality check")
         if runtime.compile:
-            for shape in shapes:
-                tokens = random_tokens(shape, self.config.vocab_size).to(self.device)
-                with runtime.autocast():
-                    self.wrapped(tokens, tokens, return_logits=False)[1].backward()
-                model.zero_grad()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
             self.compile_time += time.perf_counter() - begin
             self.say(f"compiled in {time.perf_counter() - begin:.1f} s")
         self.matmul_rate = measure_matmul_rate(self.device, runtime.dtype) * runtime.world
         self.say(f"matmul rate: {self.matmul_rate / 1e12:.4g} TFLOP/s measured on this device, "
                  "the 100% of mfu")
         self.flops = {length: flops_per_token(model, length) for length in to_come}
+
+    def recompute(self, recompute: int):
+        for block in self.model.transformer.h:
+            block.recompute = bool(recompute)
+
+    def choose_micro_batch(self, lengths):
+        """Compile by training on a micro-batch; where that does not fit, take a smaller one.
+
+        Weights, random state and data stay.
+        """
+        args, config, random = self.args, self.config, random_state(self.device)
+        averages = bytes_of_averages(self.optimizers)
+        fixed = averages + 8 * sum(p.numel() for p in self.model.parameters())  # with gradients
+        unit = math.lcm(16 if args.fp8_head else 1, *(length for length, _ in self.lengths))
+        choose_micro_batch(self.runtime, args, self.T, unit, config.n_layer * config.n_embd, fixed,
+                           lambda *tried: self.attempt(*tried, lengths, averages), self.say)
+        set_random_state(random, self.device)
+        if args.batch_size * self.T != self.tokens:
+            self.open_loader()
+
+    def attempt(self, rows: int, recompute: int, lengths, averages: int):
+        """Make the gradients of two micro-batches of each length, beside the averages; drop them.
+        """
+        self.recompute(recompute)
+        world, vocabulary = self.runtime.world, self.config.vocab_size
+        made = any(optimizer.state for optimizer in self.optimizers)
+        room = torch.empty(0 if made else averages, dtype=torch.uint8, device=self.device)
+        try:
+            # nothing travels: a rank that fails must not leave the others waiting
+            with contextlib.nullcontext() if world == 1 else self.wrapped.no_sync():
+                for length in [length for length in lengths for _ in range(2)]:
+                    tokens = random_tokens((rows * self.T // length, length), vocabulary)
+                    targets, shares = self.goals(tokens.to(self.device))
+                    with self.runtime.autocast():
+                        _, loss = self.wrapped(tokens.to(self.device), targets, False, shares)
+                    loss.backward()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+        finally:
+            self.model.zero_grad()
+            del room
 
     def open_bar(self):
         from tqdm import tqdm
@@ -1222,6 +1222,7 @@ class Run:
         step, began, position, length, factor, figures, ended = self.pending
         self.pending = None
         seconds = self.clock.add_until(ended)
+        self.times.add(seconds, self.total_steps - self.step)
         *losses, grad_norm = figures.tolist()
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None or not math.isfinite(grad_norm):
@@ -1355,8 +1356,9 @@ class Run:
 def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder: Path) -> int:
     """Train until num_iterations, target_val_loss, max_seconds or a signal; return the status."""
     run = Run(args, config, runtime, saved, folder)
-    run.describe()
-    run.describe_plan()
+    describe(run)
+    describe_plan(run, {name: value for name, value in DEFAULTS.items()
+                        if name not in NOT_KEPT + DATA_FLAGS})
     run.check_and_compile()
     run.open_bar()
     # until here there was nothing to save; a second signal does nothing, as torchrun sends two
@@ -1458,9 +1460,9 @@ def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
     """Return all flags: defaults < preset < checkpoint < command line."""
     preset = {} if saved else choose_preset(flags, device, say)
     values = {**DEFAULTS, **preset, **(saved["args"] if saved else {}), **flags}
-    cuda = device.type == "cuda"
-    for name, chosen in (("dtype", "bfloat16" if cuda else "float32"), ("compile", int(cuda))):
-        values[name] = chosen if values[name] is None else values[name]
+    values["dtype"] = choose_dtype(values["dtype"], device, say)
+    if values["compile"] is None:
+        values["compile"] = int(device.type == "cuda")
     values.update(choose_data(flags, values))
     args = argparse.Namespace(**values)
     if saved:
@@ -1468,6 +1470,7 @@ def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
     args.to_save = {name: relative(value) if name in DATA_FLAGS else value
                     for name, value in values.items() if name not in NOT_KEPT}
     args.val_batch_size = args.val_batch_size or args.batch_size
+    args.may_shrink = device.type == "cuda" and flags.keys().isdisjoint(MICRO_BATCH)
     if args.warmup_iters is None:  # the baseline's share
         args.warmup_iters = round(args.num_iterations * 256 / 4768)
     args.warmdown_iters = fall_steps(values)
@@ -1502,6 +1505,14 @@ def refuse_untrainable(config: GPTConfig, args):
         flag = "curriculum" if args.curriculum else "sequence_length"
         raise InputError(f"--{flag} must be > {DyadicOperator.near_length} to train --afno_form "
                          f"dyadic, whose MLP sees completed blocks only, got {shortest}")
+
+
+def sizes_of(config: GPTConfig, args) -> tuple[int, int]:
+    """Return the bytes of the weights, and of what the optimizers keep of the steps before."""
+    with torch.device("meta"):  # shapes alone
+        model = GPT(config)
+    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
+    return 4 * sum(p.numel() for p in model.parameters()), bytes_of_averages(optimizers)
 
 
 def refuse_too_large(config: GPTConfig, args, device: torch.device, only_read: bool):
@@ -1573,6 +1584,10 @@ def main(argv: list[str]) -> int:
                 model = GPT(config).to(runtime.device)
                 read_checkpoint(flags, args, model, runtime, saved, folder, say)
             return 0
+        if rank == 0:
+            show_facts(args, folder, runtime.device, sizes_of(config, args),
+                       shlex.join(["python", *map(relative, sys.argv)]),
+                       os.getpid() if world == 1 else os.getppid())
         with joined_ranks(runtime):
             return train(args, config, runtime, saved, folder)
 

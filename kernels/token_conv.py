@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import operator
 from kernels.blocks import BLOCK
 
 
@@ -99,7 +100,7 @@ def launch(kernel, u: Tensor, w: Tensor, *tensors: Tensor):
             BW=max(16, triton.next_power_of_2(C // G)), num_warps=WARPS[kernel])
 
 
-@torch.library.custom_op("afno::token_conv", mutates_args=())
+@operator("token_conv")
 def token_conv(u: Tensor, w: Tensor) -> Tensor:
     """Return u (B, T, C) convolved with each token's own taps w (B, T, G, K), in u's dtype.
 
@@ -111,12 +112,12 @@ def token_conv(u: Tensor, w: Tensor) -> Tensor:
     return y
 
 
-@token_conv.register_fake
+@torch.library.register_fake(token_conv)
 def _(u, w):
     return u.new_empty(u.shape)
 
 
-@torch.library.custom_op("afno::token_conv_backward", mutates_args=())
+@operator("token_conv_backward")
 def token_conv_backward(dy: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of u and of w."""
     dy, u, w = dy.contiguous(), u.contiguous(), w.contiguous()
@@ -125,7 +126,7 @@ def token_conv_backward(dy: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tenso
     return du, dw
 
 
-@token_conv_backward.register_fake
+@torch.library.register_fake(token_conv_backward)
 def _(dy, u, w):
     return u.new_empty(u.shape), w.new_empty(w.shape)
 
@@ -134,5 +135,6 @@ def save_inputs(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-token_conv.register_autograd(lambda ctx, dy: token_conv_backward(dy, *ctx.saved_tensors),
-                             setup_context=save_inputs)
+torch.library.register_autograd(
+    token_conv, lambda ctx, dy: token_conv_backward(dy, *ctx.saved_tensors),
+    setup_context=save_inputs)

@@ -682,8 +682,8 @@ def test_fp8_is_where_it_was_asked_for(data, tmp_path, monkeypatch, head, mlp):
     monkeypatch.setattr(train_gpt2_afno, "usable", lambda *_: (True, "tried"))
     options = f"--fp8_head {head} --fp8_mlp {mlp} --num_iterations 2"
     main(flags(data, tmp_path / "run", options))
-    assert models[0].lm_head.fp8 == head
-    assert all(block.mlp.fp8 == mlp for block in models[0].transformer.h)
+    assert models[-1].lm_head.fp8 == head
+    assert all(block.mlp.fp8 == mlp for block in models[-1].transformer.h)
     named = " and of ".join(["the head"] * head + ["the MLPs' first layers"] * mlp)
     assert f"products of {named}: tried\n" in (tmp_path / "run/train.log").read_text()
 

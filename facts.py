@@ -1,0 +1,249 @@
+"""Say what a run needs, gives and costs: one screen before anything is fetched or compiled.
+
+    python facts.py [the trainer's flags]    # what run_afno.sh prints first
+
+The trainer prints the same screen where run_afno.sh has not. Then it says what will run, and once
+its first steps are measured, how long it took to come there and how long the rest will take.
+"""
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from checkpoints import Checkpoints
+from data.loader import find_shards
+from data.text_to_bin import ROOT, relative
+from kernels import usable
+from runtime import GIB, choose_device, gpu_driver, memory_budget, run
+
+STARTED = "RUN_AFNO_SECONDS"  # in the environment: what run_afno.sh did, having shown the facts
+SHARD = 100_000_000  # tokens of one of FineWeb's
+KEPT_FILES = 5  # checkpoints on the disk at most: two last, best, the cooldown's, one being written
+# The loss to expect, and where that is from, by the folder under runs/: it is the preset's where no
+# flag changes the run.
+EXPECTED = {
+    "fineweb": "3.3821 or less: an estimate, nobody has run it (README.md, Quick start)",
+    "fineweb-mixer-attn": "0.02 less than fineweb's: an estimate (README.md, Quick start)",
+    "fineweb-4k": "not known (README.md, Quick start)",
+    "shakespeare": "4.26, measured (experiments/runs/2026-11-28-first-run/shakespeare)",
+    "baseline": "3.3821, published by NoCap-Test (README.md, Quick start)",
+}
+
+
+# -----------------------------------------------------------------------------
+# the screen
+
+
+def in_container(path: Path, mounts: str = "/proc/mounts") -> bool:
+    """Return whether a path is on a container's own disk, which goes with the container."""
+    try:
+        lines = Path(mounts).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not on Linux
+        return False
+    found = []
+    for line in lines:
+        where, kind = line.split()[1:3]
+        where = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), where)
+        if path.resolve().is_relative_to(where):
+            found.append((len(where), kind))
+    return max(found, default=(0, ""))[1] == "overlay"
+
+
+def describe_data(args, tokens: int) -> tuple[str, int]:
+    """Return where the data are, and the bytes that run_afno.sh fetches."""
+    train, val = (find_shards(pattern) for pattern in (args.input_bin, args.input_val_bin))
+    size = sum(os.path.getsize(path) for path in train) // 2
+    folder = os.path.dirname(relative(args.input_bin))
+    if args.input_bin != str(ROOT / "data/fineweb10B/fineweb_train_*.bin"):
+        return (f"{folder}: there, {size / 1e6:,.1f}M tokens" if train and val
+                else f"{folder}: not there yet"), 0
+    wanted = math.ceil(tokens / SHARD)
+    missing = max(0, wanted - len(train)) + (not val)
+    if not missing:
+        return f"{folder}: there, {len(train)} shards for training, {size / 1e6:,.0f}M tokens", 0
+    return f"{folder}: {missing} of {wanted + 1} shards to fetch, {missing * SHARD / 5e8:.1f} GB", \
+        missing * 2 * SHARD
+
+
+def describe_disk(folder: Path, state: int, fetched: int) -> list[str]:
+    """Return lines: the disk that is free, and what data and checkpoints of `state` bytes take."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    old = sum(path.stat().st_size for path in Checkpoints(folder).paths())
+    need = max(0, KEPT_FILES * state - old) + fetched
+    lines = [f"disk: {free / 1e9:,.1f} GB free, {need / 1e9:.1f} needed: up to {KEPT_FILES} "
+             f"checkpoints of {state / 1e9:.2g} GB, {fetched / 1e9:.1f} GB of data"]
+    if need > free:
+        lines.append("warning: the disk is too small, make room first")
+    if in_container(there):
+        lines.append(f"warning: {there} is on this container's own disk, which goes with it: put "
+                     "this folder on a volume")
+    return lines
+
+
+def facts(args, folder: Path, device: torch.device, sizes: tuple[int, int], command: str,
+          pid: int) -> list[str]:
+    """Return the screen's lines.
+
+    sizes: bytes of the weights, and of the optimizers' averages. pid: the process to stop.
+    """
+    weights, averages = sizes
+    steps, rows = args.num_iterations + args.extend, args.batch_size * args.grad_accumulation_steps
+    tokens = steps * rows * args.sequence_length
+    data, fetched = describe_data(args, tokens)
+    saved = Checkpoints(folder).steps()
+    name, trial = "CPU", ""
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}, {torch.cuda.device_count()} here"
+        trial = ", the largest micro-batch that fits is tried" if args.may_shrink else ""
+    shown = lambda size: f"{size / GIB:.1f} GiB"
+    named = "--output_dir" in command and "--resume" not in command
+    expected = EXPECTED.get(folder.name) if folder.parent == ROOT / "runs" else None
+    lines = [
+        f"output: {relative(str(folder))}, "
+        + (f"at step {saved[0]} of {steps}" if saved else "a new run"),
+        f"device: {name}; memory free: {shown(memory_budget(device))}",
+        f"memory needed: {shown(2 * weights + averages)} and a micro-batch's work{trial}",
+        f"tokens: {tokens:,} in {steps} steps of {rows} rows of {args.sequence_length}",
+        f"data: {data}",
+        *describe_disk(folder, weights + averages, fetched),
+        f"loss to expect: {expected or 'not known for these flags'}",
+        "minutes: said once six steps of this device are measured",
+        f"to stop: Ctrl-C or kill -TERM {pid}; once it trains, it saves first",
+        f"to go on: {command}{' --resume auto' * named}",
+    ]
+    rented = sys.stdout.isatty() or in_container(Path("/"))
+    if rented and not {"TMUX", "STY"} & os.environ.keys():
+        lines.append("against a closed terminal: "
+                     + shlex.join(["tmux", "new", "-s", "afno", command]))
+    return lines
+
+
+def show_facts(*given):
+    """Print the screen, unless run_afno.sh has."""
+    if STARTED not in os.environ:
+        print("\n".join(facts(*given)), flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """Print the screen for run_afno.sh, whose process will be the trainer's."""
+    import train_gpt2_afno as trainer
+
+    flags = trainer.parse_flags(argv)
+    if {"generate", "eval_only"} & flags.keys():
+        return 0
+    device, said = choose_device(flags.get("device", "auto")), []
+    folder = trainer.choose_folder(flags, False) or \
+        trainer.folder_of_preset(flags, device, said.append)
+    args = trainer.merge_flags(flags, device, None, said.append)
+    config = trainer.GPTConfig(**trainer.model_fields(vars(args)))
+    words = argv[1:] if argv[:1] == ["--preset"] else argv  # as run_afno.sh was called
+    command = shlex.join(["bash", "run_afno.sh", *words])
+    show_facts(args, folder, device, trainer.sizes_of(config, args), command, os.getppid())
+    return 0
+
+
+# -----------------------------------------------------------------------------
+# what will run
+
+
+def describe(run):
+    """Say what will run: versions, model and kernels."""
+    config, device, dtype = run.config, run.device, run.runtime.dtype
+    chip = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, driver " \
+        f"{gpu_driver()}" if device.type == "cuda" else "CPU"
+    run.say(f"torch {torch.__version__}, Python {sys.version.split()[0]}, "
+            f"{run.runtime.world} x {chip}, {torch.get_num_threads()} threads")
+    mixers = [config.mixer_of(layer) for layer in range(config.n_layer)]
+    count = sum(p.numel() for p in run.model.parameters())
+    run.say(f"model: {run.args.model}, {count:,} parameters, mixers {' '.join(mixers)}, "
+            f"{config.n_head} heads, position {config.position}")
+    if config.mixer == "afno":
+        run.say("afno: " + ", ".join(f"{name} {value}"
+                                     for name, value in config.afno_arguments().items()))
+        run.say(f"convolution: {usable('convolution', device, dtype)[1]}")
+        if config.afno_token_taps:
+            run.say(f"taps of each token: {usable('token', device, dtype)[1]}")
+        if config.afno_state_layers:
+            layers = ", ".join(map(str, config.afno_state_layers))
+            run.say(f"afno layers of form state: {layers}")
+        if config.afno_form == "state" or config.afno_state_layers:
+            run.say(f"state: {usable('state', device, dtype)[1]}")
+    run.say(f"softmax of the loss: {usable('loss', device, dtype)[1]}")
+    if run.fp8:
+        run.say(run.fp8)
+
+
+def describe_plan(run, defaults: dict):
+    """Say what it will do: data, steps, flags that differ from these defaults, output."""
+    args = run.args
+    shared = {*map(os.path.realpath, run.stream.paths)} \
+        & {*map(os.path.realpath, run.val_stream.paths)}
+    if shared:
+        run.say(f"warning: {len(shared)} shards are both for training and for validation: the "
+                "val_loss is of text that is learned")
+    a_step = args.grad_accumulation_steps * run.tokens
+    to_come = (run.total_steps - run.step) * a_step / len(run.stream)
+    run.say(f"data: {relative(args.input_bin)}, {len(run.stream):,} tokens, {to_come:.3g} "
+            f"passes to come; validation: {relative(args.input_val_bin)}, "
+            f"{run.val_tokens:,} targets of {len(run.val_stream) - 1:,}")
+    run.say(f"steps: {run.total_steps} of {a_step:,} tokens ({args.grad_accumulation_steps} "
+            f"x {args.batch_size} x {run.T}), optimizer {args.optimizer}, learning rate "
+            f"{args.learning_rate}, warmup {args.warmup_iters}, warmdown "
+            f"{args.warmdown_iters}")
+    changed = [f"{name} {value}" for name, value in sorted(vars(args).items())
+               if name in defaults and value != defaults[name]]
+    run.say(f"flags that differ from --help's defaults: {', '.join(changed) or 'none'}")
+    if args.optimizer == "adamw" and args.momentum != defaults["momentum"]:
+        run.say(f"momentum {args.momentum} is Muon's and does nothing here")
+    run.say(f"device: {run.device.type}, {args.dtype}, compile "
+            f"{int(run.runtime.compile)}; output: {relative(str(run.folder))}")
+
+
+# -----------------------------------------------------------------------------
+# times
+
+
+class Laps:
+    """Seconds of the parts of a command's start; done() ends a part."""
+
+    def __init__(self, begin: float):
+        self.mark, self.parts = begin, {}
+
+    def done(self, part: str):
+        now = time.perf_counter()
+        self.parts[part] = now - self.mark
+        self.mark = now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
+
+
+class FirstSteps:
+    """Say how long the first step took to come, and after six how long the rest will take."""
+
+    def __init__(self, laps: Laps, say):
+        self.laps, self.say, self.seconds = laps, say, []
+
+    def add(self, seconds: float, left: int):
+        """Count a step; so many are left."""
+        self.seconds.append(seconds)
+        if len(self.seconds) == 1:
+            self.laps.done("first save, validation and step")
+            before = os.environ.get(STARTED)
+            self.say(f"seconds to the first step: {self.laps}"
+                     + (f"; before, in run_afno.sh: {before}" if before else ""))
+        if len(self.seconds) == 6:
+            each = sorted(self.seconds[1:])[2]
+            self.say(f"minutes: {left * each / 60:.1f} for the {left} steps to come, {each:.3g} s "
+                     "a step on this device, without validations")
+
+
+if __name__ == "__main__":
+    run(main)

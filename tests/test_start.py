@@ -1,0 +1,378 @@
+"""How a run starts: what it says first, the micro-batch that fits, what run_afno.sh does."""
+import os
+import re
+import subprocess
+import types
+
+import pytest
+import torch
+
+import facts
+import runtime
+import train_gpt2_afno
+from data.text_to_bin import InputError
+from runtime import choose_dtype, memory_budget, next_smaller, with_fewer_rows
+from test_trainer import (CPU, SCRIPT, assert_same, data, flags, full_size,  # noqa: F401
+                          losses, main, newest, small)
+from train_gpt2_afno import PRESETS, Run
+
+GIB = 2**30
+CUDA = torch.device("cuda", 0)
+
+
+# -----------------------------------------------------------------------------
+# the micro-batch that fits
+
+
+@pytest.mark.parametrize("preset, unit, chain", (
+    ("fineweb", 16, [(32, 0), (16, 0), (8, 0), (4, 0), (4, 1), (2, 1), (1, 1)]),
+    ("fineweb-4k", 16, [(8, 0), (4, 0), (2, 0), (1, 0), (1, 1)]),
+    ("baseline", 4 * 1024, [(16, 0), (8, 0), (4, 0), (4, 1)])))
+def test_fewer_rows_are_tried_then_recomputing_then_fewer_still(preset, unit, chain):
+    args = train_gpt2_afno.merge_flags(dict(preset=preset), CPU, None, print)
+    tried = [(args.batch_size, args.recompute)]
+    while following := next_smaller(*tried[-1], args.sequence_length, unit):
+        tried.append(following)
+    assert tried == chain
+
+
+def test_an_odd_number_of_rows_is_not_halved():
+    assert next_smaller(5, 0, 4096, 16) == (5, 1) and next_smaller(5, 1, 4096, 16) is None
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Return a function that makes a GPU of this CPU: so many rows fit, so many with recompute.
+
+    It returns the list of what is tried.
+    """
+    merge, attempt, tried = train_gpt2_afno.merge_flags, Run.attempt, []
+    most, free = [0, 0], [1e12]
+    preset = dict(batch_size=8, grad_accumulation_steps=1)
+    monkeypatch.setitem(PRESETS, "baseline", PRESETS["baseline"] | preset)
+    monkeypatch.setattr(runtime, "FEW_TOKENS", 32)
+    monkeypatch.setattr(runtime, "memory_budget", lambda device: free[0])
+
+    def merged(given, *more):
+        args = merge(given, *more)
+        args.may_shrink = "batch_size" not in given
+        return args
+
+    def limited(run, rows, recompute, *more):
+        tried.append((rows, recompute))
+        attempt(run, rows, recompute, *more)
+        torch.rand(3)  # a compiler may draw
+        if rows > most[recompute]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_gpt2_afno, "merge_flags", merged)
+    monkeypatch.setattr(Run, "attempt", limited)
+
+    def make(rows: int, recomputed: int = 0, memory: float = 1e12) -> list:
+        most[:], free[:] = [rows, max(rows, recomputed)], [memory]
+        tried.clear()
+        return tried
+
+    return make
+
+
+def untyped(data, out, more: str = "") -> list[str]:  # noqa: F811
+    """Return flags without those of the micro-batch."""
+    text = " ".join(flags(data, out, more))
+    return text.replace("--batch_size 2 --grad_accumulation_steps 1 ", "").split()
+
+
+def lines_of(out, begin: str) -> list[str]:
+    return re.findall(f"^{begin}.*", (out / "train.log").read_text(), re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_becomes_more_micro_batches(data, tmp_path, card):  # noqa: F811
+    """The trial changes nothing: the run equals one whose flags were typed, bit for bit."""
+    tried = card(2)
+    main(untyped(data, tmp_path / "tried"))
+    assert tried == [(8, 0), (4, 0), (2, 0)]
+    (said,) = lines_of(tmp_path / "tried", "micro-batch: ")
+    assert said.startswith("micro-batch: 2 rows x 4, because 4 rows of 16 need more than the ")
+    typed = "--batch_size 2 --grad_accumulation_steps 4"
+    main(untyped(data, tmp_path / "typed", typed))
+    a, b = newest(tmp_path / "tried"), newest(tmp_path / "typed")
+    assert_same(a, b)
+    assert losses(tmp_path / "tried") == losses(tmp_path / "typed")
+
+
+def test_what_fits_stays_as_it_was_asked_for(data, tmp_path, card):  # noqa: F811
+    tried = card(8)
+    main(untyped(data, tmp_path / "tried", "--num_iterations 7"))
+    assert tried == [(8, 0)]
+    (said,) = lines_of(tmp_path / "tried", "micro-batch: ")
+    assert said.startswith("micro-batch: 8 rows x 1, as asked for; ")
+    main(untyped(data, tmp_path / "typed",
+                 "--num_iterations 7 --batch_size 8 --grad_accumulation_steps 1"))
+    assert not lines_of(tmp_path / "typed", "micro-batch: ")
+    assert_same(newest(tmp_path / "tried"), newest(tmp_path / "typed"))
+    (start,) = lines_of(tmp_path / "tried", "seconds to the first step: ")
+    assert re.search(r"imports [\d.]+, set-up [\d.]+, .*causality check [\d.]+, first save", start)
+    (minutes,) = lines_of(tmp_path / "tried", "minutes: ")
+    assert re.match(r"minutes: 0\.0 for the 1 steps? to come, [\d.e-]+ s a step", minutes)
+
+
+@pytest.mark.slow
+def test_recomputing_comes_before_very_few_rows(data, tmp_path, card):  # noqa: F811
+    tried = card(0, recomputed=1)
+    main(untyped(data, tmp_path / "run"))
+    assert tried == [(8, 0), (4, 0), (2, 0), (2, 1), (1, 1)]
+    (said,) = lines_of(tmp_path / "run", "micro-batch: ")
+    assert "1 row x 8, recomputed, because 2 rows of 16 with --recompute 1 need more" in said
+    args = newest(tmp_path / "run")["args"]
+    assert (args["batch_size"], args["grad_accumulation_steps"], args["recompute"]) == (1, 8, 1)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_micro_batch_where_it_fits(data, tmp_path, card):  # noqa: F811
+    tried = card(4)
+    argv = untyped(data, tmp_path / "run")
+    main([*argv, "--max_seconds", "0.001"])
+    more = [*argv, "--resume", "auto"]
+    tried = card(8)  # a larger card
+    main([*more, "--num_iterations", "3"])
+    assert tried == [(4, 0)]
+    tried = card(1, recomputed=2)
+    main(more)
+    assert tried == [(4, 0), (2, 0), (2, 1)]  # recomputing, this card takes two
+    state = newest(tmp_path / "run")
+    assert state["position"] == 6 * 8 * 16 and state["args"]["batch_size"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows, memory, count", ((0, 1e12, 5), (8, 1.0, 0)))
+def test_where_nothing_fits_the_flags_are_named(data, tmp_path, card, rows, memory,  # noqa: F811
+                                                count):
+    tried = card(rows, memory=memory)
+    with pytest.raises(InputError, match="^out of memory: 1 row of 16 with --recompute 1 need .* "
+                                         "lower --batch_size .*, --sequence_length or --model$"):
+        main(untyped(data, tmp_path / "run"))
+    assert len(tried) == count and not losses(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_compilation_that_fails_is_left_out(data, tmp_path, monkeypatch):  # noqa: F811
+    stances, attempt = [], Run.attempt
+    monkeypatch.setattr(torch.compiler, "set_stance", stances.append)
+    monkeypatch.setattr(train_gpt2_afno.GPT, "compile", lambda model: None)
+
+    def fails(run, *given):
+        if run.runtime.compile:
+            raise RuntimeError("Failed to find C compiler.\nmore")
+        attempt(run, *given)
+
+    monkeypatch.setattr(Run, "attempt", fails)
+    main(flags(data, tmp_path / "run", "--compile 1"))
+    assert stances == ["force_eager"] and len(losses(tmp_path / "run")) == 6
+    (said,) = lines_of(tmp_path / "run", "torch.compile fails here ")
+    assert "(Failed to find C compiler.): it goes on as with --compile 0" in said
+    monkeypatch.setattr(Run, "attempt", lambda run, *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # it was not the compiler
+        main(flags(data, tmp_path / "other", "--compile 1"))
+
+
+def test_the_rank_with_the_smallest_card_decides():
+    """This rank's card would take 32 rows, the other's 8."""
+    others = iter([10 * GIB, 1, 1, 0])
+    ranks = types.SimpleNamespace(device=CPU, compile=False, wait=lambda: None,
+                                  of_ranks=lambda value: [value, next(others)])
+    args = types.SimpleNamespace(batch_size=32, grad_accumulation_steps=4, recompute=0,
+                                 may_shrink=True, to_save=dict(val_batch_size=None))
+    said, tried = [], []
+    runtime.choose_micro_batch(ranks, args, 1024, 16, 1, 0, lambda *one: tried.append(one),
+                               said.append)
+    assert tried == [(32, 0), (16, 0), (8, 0)] and "10.0 GiB that are free" in said[0]
+    assert (args.batch_size, args.grad_accumulation_steps, args.val_batch_size) == (8, 16, 8)
+
+
+@pytest.mark.parametrize("fraction, expected", ((1.0, 72), (0.5, 40)))
+def test_a_capped_allocator_has_the_memory_of_its_cap(monkeypatch, fraction, expected):
+    for name, value in dict(mem_get_info=(70 * GIB, 80 * GIB), memory_reserved=2 * GIB,
+                            get_per_process_memory_fraction=fraction).items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value, raising=False)
+    assert memory_budget(CUDA) == expected * GIB
+
+
+def test_the_averages_bytes_are_those_of_a_checkpoint(data, tmp_path, monkeypatch):  # noqa: F811
+    found = []
+    monkeypatch.setattr(Run, "open_bar", lambda run, bar=Run.open_bar: found.append(
+        runtime.bytes_of_averages(run.optimizers)) or bar(run))
+    main(flags(data, tmp_path / "run", "--optimizer muon --pair_rows 40 --num_iterations 2"))
+    states = [values for part in newest(tmp_path / "run")["optimizers"]
+              for values in part["state"].values()]
+    assert found == [sum(x.nbytes for values in states for name, x in values.items()
+                         if name != "step")]
+
+
+def test_the_gate_takes_fewer_rows_where_memory_is_not_enough():
+    said, tried = [], []
+
+    def work(rows):
+        tried.append(rows)
+        if rows > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return rows
+
+    assert with_fewer_rows(32, work, said.append) == 8 and tried == [32, 16, 8] and len(said) == 2
+    with pytest.raises(ZeroDivisionError):
+        with_fewer_rows(32, lambda rows: 1 / 0, said.append)
+
+
+@pytest.mark.parametrize("capability, asked, expected", (
+    ((8, 9), None, "bfloat16"), ((8, 0), "float32", "float32"), ((7, 5), "float32", "float32"),
+    ((7, 5), None, "float32"), ((7, 5), "bfloat16", None)))
+def test_a_card_without_bfloat16_is_said(monkeypatch, capability, asked, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    said = []
+    if expected is None:
+        with pytest.raises(InputError, match="--dtype bfloat16: Tesla T4 has compute capability "
+                                             "7.5, bfloat16 needs 8.0; use --dtype float32"):
+            choose_dtype(asked, CUDA, said.append)
+        return
+    assert choose_dtype(asked, CUDA, said.append) == expected
+    assert len(said) == (capability < (8, 0) and asked is None)
+
+
+# -----------------------------------------------------------------------------
+# the screen of facts
+
+
+def screen(monkeypatch, tmp_path, argv: str, **variables) -> list[str]:
+    """Return facts.py's lines for a repository at tmp_path, without tmux unless it is given."""
+    for name in ("TMUX", "STY", facts.STARTED):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for name in ("facts", "checkpoints", "train_gpt2_afno", "data.loader", "data.text_to_bin"):
+        monkeypatch.setattr(f"{name}.ROOT", tmp_path)
+    shown = []
+    monkeypatch.setattr(facts, "show_facts", lambda *given: shown.extend(facts.facts(*given)))
+    assert facts.main(argv.split()) == 0
+    return shown
+
+
+def test_one_screen_says_what_a_run_needs(full_size, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr(facts, "in_container", lambda path: True)
+    lines = screen(monkeypatch, tmp_path, "--preset fineweb --device cpu")
+    assert len(lines) <= 16
+    assert all(len(line) <= 100 for line in lines if str(tmp_path) not in line)
+    text = "\n".join(lines)
+    for said in ("output: runs/fineweb, a new run", "device: CPU; memory free: ",
+                 "tokens: 498,073,600 in 3800 steps of 128 rows of 1024",
+                 "fineweb10B: 6 of 6 shards to fetch, 1.2 GB", "1.2 GB of data",
+                 "loss to expect: 3.3821 or less: an estimate", "is on this container's own disk",
+                 f"kill -TERM {os.getppid()};",
+                 "to go on: bash run_afno.sh fineweb --device cpu",
+                 "tmux new -s afno 'bash run_afno.sh fineweb --device cpu'"):
+        assert said in text, said
+    monkeypatch.setattr(facts, "in_container", lambda path: False)
+    text = "\n".join(screen(monkeypatch, tmp_path, "--preset fineweb --seed 2", TMUX="/tmp/x,1,0"))
+    assert "loss to expect: not known for these flags" in text
+    assert "warning" not in text and "tmux" not in text
+
+
+def test_the_screen_of_a_gpu(full_size, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr(facts, "choose_device", lambda name: CUDA)
+    monkeypatch.setattr(facts, "memory_budget", lambda device: 23 * GIB)
+    for name, value in dict(get_device_name="RTX 4090", device_count=1,
+                            get_device_capability=(8, 9)).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    text = "\n".join(screen(monkeypatch, tmp_path, "--preset fineweb"))
+    assert "device: RTX 4090, 1 here; memory free: 23.0 GiB" in text
+    assert "work, the largest micro-batch that fits is tried" in text
+    assert "is tried" not in "".join(screen(monkeypatch, tmp_path, "--batch_size 8"))
+
+
+def test_what_is_there_is_not_needed_again(monkeypatch, tmp_path):
+    shards, run = tmp_path / "data/fineweb10B", tmp_path / "runs/fineweb-model-d4"
+    for folder in (shards, run):
+        folder.mkdir(parents=True)
+    (run / "state_step000007.pt").write_bytes(bytes(1000))
+    for name in ("train_000001", "train_000002", "val_000000"):
+        (shards / f"fineweb_{name}.bin").write_bytes(bytes(2_000_000))
+    text = "\n".join(screen(monkeypatch, tmp_path, "--preset fineweb --device cpu --model d4 "
+                            f"--n_head 1 --attn_layers 1 --output_dir {run}"))
+    assert ", at step 7 of 3800" in text
+    assert "fineweb10B: 3 of 6 shards to fetch, 0.6 GB" in text
+    assert f"--output_dir {run} --resume auto" in text
+
+
+def test_a_disk_that_is_too_small_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(facts.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1e9))
+    lines = facts.describe_disk(tmp_path / "runs/x", 10**9, 0)
+    assert lines[0].startswith("disk: 1.0 GB free, 5.0 needed: up to 5 checkpoints of 1 GB")
+    assert lines[1] == "warning: the disk is too small, make room first"
+
+
+def test_a_containers_own_disk_is_known_by_its_mounts(tmp_path):
+    mounts = tmp_path / "mounts"
+    mounts.write_text("overlay / overlay rw 0 0\nproc /proc proc rw 0 0\n"
+                      r"/dev/sdb /a\040volume ext4 rw 0 0" "\n/dev/sdc /vol ext4 rw 0 0\n")
+    where = lambda text: facts.in_container(facts.Path(text), str(mounts))
+    assert where("/root/afno") and where("/volume") and where("/")
+    assert not where("/a volume/afno") and not where("/vol/x")
+    assert not facts.in_container(tmp_path, str(tmp_path / "none"))
+
+
+def test_losses_to_expect_have_a_source():
+    readme = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `bash run_afno.sh ([^`]+)` (\|.*)", readme, re.MULTILINE))
+    rows["fineweb-mixer-attn"] = rows.pop("fineweb --mixer attn")
+    assert rows.keys() == facts.EXPECTED.keys()
+    for name, text in facts.EXPECTED.items():
+        figures = re.findall(r"\d\.\d+|not known|estimate", text)
+        assert figures and all(figure in rows[name] for figure in figures), name
+    log = SCRIPT.parent / "experiments/runs/2026-11-28-first-run/shakespeare/train.log"
+    assert "val_loss:4.2571" in log.read_text()
+
+
+def test_facts_are_not_shown_twice(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.delenv(facts.STARTED, raising=False)
+    main(flags(data, tmp_path / "run", "--num_iterations 1"))
+    assert "loss to expect: " in capsys.readouterr().out
+    monkeypatch.setenv(facts.STARTED, "packages 3, gate 40")
+    main(flags(data, tmp_path / "other", "--num_iterations 1"))
+    assert "loss to expect: " not in capsys.readouterr().out
+    (start,) = lines_of(tmp_path / "other", "seconds to the first step: ")
+    assert start.endswith("; before, in run_afno.sh: packages 3, gate 40")
+
+
+def test_compilations_are_kept_in_the_repository(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    runtime.keep_compilations()
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(SCRIPT.parent / ".cache/inductor")
+
+
+# -----------------------------------------------------------------------------
+# run_afno.sh
+
+
+@pytest.mark.parametrize("bad, status, last", (
+    ("none", 0, ["train_gpt2_afno.py"]), ("shakespeare.py", 2, []), ("test_causality.py", 1, [])))
+def test_data_and_gate_go_side_by_side_and_either_ends_the_script(tmp_path, bad, status, last):
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh
+case $1 in -*) exit 0 ;; esac
+name=$(basename "$1")
+echo "$name"
+[ $name = test_causality.py ] && sleep 0.3
+[ $name = {bad} ] && exit 1
+[ $name-{bad} = shakespeare.py-test_causality.py ] && exec sleep 60
+exit 0
+""")
+    python.chmod(0o755)
+    run = subprocess.run(["bash", str(SCRIPT.parent / "run_afno.sh"), "shakespeare"],
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20,
+                         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert run.returncode == status, run.stdout
+    lines = [line for line in run.stdout.splitlines() if not line.startswith("run_afno.sh: ")]
+    assert sorted(lines) == sorted(["facts.py", "data: shakespeare.py", "test_causality.py", *last])
