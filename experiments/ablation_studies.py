@@ -5,6 +5,7 @@
     python experiments/ablation_studies.py sweep-lr --seeds 1,2 --dry_run    # says what would run
     python experiments/ablation_studies.py context -- --val_tokens 100000    # flags for each run
     python experiments/ablation_studies.py recall     # tasks with known answers: its own --help
+    python experiments/ablation_studies.py transfer runs/c runs/b   # to other text: its own --help
 
 A study is a table of arms, STUDIES below; to make one of your own, copy one and change it. In
 experiments/studies/STUDY/ are a folder ARM-seedN with train.log and metrics.jsonl for every run,
@@ -195,7 +196,7 @@ STUDIES = {
     }, CPU, 102_400),
 }
 
-OTHERS = ("recall",)  # studies that are no runs of the trainer: modules of these names
+OTHERS = ("recall", "transfer")  # studies that are no runs of the trainer: modules of these names
 
 # -----------------------------------------------------------------------------
 # runs and their flags

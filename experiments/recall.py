@@ -6,13 +6,13 @@
 
 recall      pairs of a key and its value, then each key once more: what was its value?
 induction   triggers among noise, each always followed by the same token: which one?
-needle      a marker and a passkey among tokens as frequent as words; at the end the marker again
+needle      the same keys and values far apart among tokens as frequent as words; asked at the end
 copying     a string, a pause, a marker: the string again
 counting    symbols among filler: how often was this one there until now?
 
 A model of two layers learns a task on fresh rows of all lengths and loads at once, and is tested
-on rows that it has never seen. The load is the number of pairs, triggers, tokens of the passkey,
-tokens of the string, kinds of symbols. The distance is from a question to what it asks for, in
+on rows that it has never seen. The load is the number of pairs, triggers, needles, tokens of
+the string, kinds of symbols. The distance is from a question to what it asks for, in
 counting to the symbol's first place. Mixers have the recipe of the trainer, the same rows in the
 same order, and as many steps.
 
@@ -146,13 +146,13 @@ def induction(draw: Draw, T: int, load: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def needle(draw: Draw, T: int, load: int) -> tuple[Tensor, Tensor, Tensor]:
     _, targets, distance = draw.empty(T)
-    tokens, passkey = draw.words(T), draw.values(load)
-    start = draw.below(T - 2 * load, 1)  # of the marker; the passkey ends before the end's marker
-    tokens.scatter_(1, start, MARKER)
-    tokens.scatter_(1, start + 1 + torch.arange(load, device=start.device), passkey)
-    tokens[:, -load] = MARKER
-    tokens[:, T - load + 1 :] = passkey[:, :-1]
-    targets[:, -load:], distance[:, -load:] = passkey, T - load - start - 1
+    tokens, keys, values = draw.words(T), draw.keys(load), draw.values(load)
+    places = 2 * draw.distinct(load, 0, T // 2 - load)
+    tokens.scatter_(1, places, keys)
+    tokens.scatter_(1, places + 1, values)
+    asked = slice(T - 2 * load, T, 2)
+    tokens[:, asked], targets[:, asked] = keys, values
+    distance[:, asked] = torch.arange(T - 2 * load, T, 2, device=places.device) - places - 1
     return tokens, targets, distance
 
 
@@ -281,8 +281,8 @@ def machine(runtime: Runtime) -> str:
     return f"torch {torch.__version__}, {chip}"
 
 
-def read_rows(path: Path, grid: Grid) -> list[dict]:
-    """Return the lines of models that are finished; raise InputError for those of another grid.
+def read_lines(path: Path) -> list[dict]:
+    """Return the lines of a file of results; raise InputError where one is none.
 
     A last line that a kill has cut off is dropped, from the file, too.
     """
@@ -294,14 +294,21 @@ def read_rows(path: Path, grid: Grid) -> list[dict]:
         path.write_text(whole, encoding="utf-8")
     try:
         rows = [json.loads(line) for line in whole.splitlines()]
-        others = [row for row in rows if row["setting"] != setting(grid, row["mixer"])]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a file of this study ({error!r}); delete it, or choose "
-                         "another --output") from None
-    if others:
-        name = name_of(*(others[0][part] for part in ("task", "mixer", "seed")))
-        raise InputError(f"{path} holds {name} with other settings; delete it, or choose another "
-                         "--output")
+    except ValueError:
+        rows = [None]
+    if not all(isinstance(row, dict) and "setting" in row for row in rows):
+        raise InputError(f"{path}: not a file of this study; delete it, or choose another --output")
+    return rows
+
+
+def read_rows(path: Path, grid: Grid) -> list[dict]:
+    """Return the lines of models that are finished; raise InputError for those of another grid."""
+    rows = read_lines(path)
+    for row in rows:
+        if row["setting"] != setting(grid, row["mixer"]):
+            name = name_of(row["task"], row["mixer"], row["seed"])
+            raise InputError(f"{path} holds {name} with other settings; delete it, or choose "
+                             "another --output")
     return rows
 
 

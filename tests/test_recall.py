@@ -45,10 +45,13 @@ def known_answers(task: str, row: list[int], load: int) -> dict[int, tuple[int, 
                 if row[t] in last:
                     found[t] = (row[last[row[t]] + 1], last[row[t]] + 1)
                 last[row[t]] = t
-    elif task in ("needle", "copying"):
-        start = row.index(MARKER) if task == "needle" else -1
+    elif task == "needle":
+        for t in range(T - 2 * load, T, 2):
+            found[t] = (row[row.index(row[t]) + 1], row.index(row[t]) + 1)
+    elif task == "copying":
+        assert row[T - load] == MARKER
         for i in range(load):
-            found[T - load + i] = (row[start + 1 + i], start + 1 + i)
+            found[T - load + i] = (row[i], i)
     else:
         for t in range(T):
             if row[t] != FILLER:
@@ -69,10 +72,11 @@ def test_every_target_is_the_answer_by_definition(task, T, load):
         assert all(lags[t] == t - source for t, (_, source) in found.items())
 
 
-def test_the_marker_is_asked_for_once_and_rows_differ():
+def test_needles_are_few_and_at_every_depth():
     tokens, _, distance = rows_of("needle", 64, 4, rows=200)
-    assert ((tokens == MARKER).sum(1) == 2).all() and (tokens[:, -4] == MARKER).all()
-    assert distance.amax(1).min() < 8 and distance.max() > 50  # at every depth
+    keys = (tokens < 32).sum(1)
+    assert (keys == 8).all() and (tokens[:, :56] < 32).any(0)[::2].all()
+    assert distance[distance > 0].min() < 8 and distance.max() > 50
     words = tokens[tokens >= 32].bincount(minlength=64)[32:]
     assert words[0] > 4 * words[8:].float().mean()  # the first word is as frequent as words are
     for task in TASKS:
