@@ -6,9 +6,9 @@
     python experiments/evaluate.py runs/b runs/c --text all --rows 65536 --out runs/long
 
 A CHECKPOINT is a file state_step*.pt of the trainer, or a run's folder, whose newest one counts.
-Scored are the first --tokens targets of --bin (the first checkpoint's validation shards), or of each
-source of --text, which are made of installed packages (package_text.py), by two measures. Both
-score the same targets, so all differences are paired.
+Scored are the first --tokens targets of --bin (the first checkpoint's validation shards), or of
+each source of --text, which are made of installed packages (package_text.py), by two measures.
+Both score the same targets, so all differences are paired.
 
 stream      rows of --rows tokens as they stand: the trainer's own validation
 documents   a token is predicted from its own document alone, from token 50256 on. A document
@@ -16,16 +16,16 @@ documents   a token is predicted from its own document alone, from token 50256 o
             of a document's last token is the 50256 of the next one, and it counts
 
 Losses are also told apart by position, by source, by whether a document ended before in the row,
-and by the longest earlier match of the tokens up to the target: a hit is where the token after the most recent
-match is the right next one. --filters adds the lengths, rank and movement of AFNO's filters, and
-the loss without the taps beyond some lags.
+and by the longest earlier match of the tokens up to the target: a hit is where the token after the
+most recent match is the right next one. --filters adds the lengths, rank and movement of AFNO's
+filters, and the loss without the taps beyond some lags.
 
 The tables go to stdout and, with --out, to DIR/table.md and as curves to DIR/curves.png, which
-takes matplotlib. DIR/losses.npz keeps the losses as float16
-under LABEL/stream and LABEL/documents, where place i is the target i + 1 of the text, and taps
-under LABEL/taps and LABEL/initial taps. LABEL is folder@step. What stands there for the same file,
-text, tokens and rows is not computed again. A standard error is that of the mean over rows or
-documents: it holds the text's noise, not that of training.
+takes matplotlib. DIR/losses.npz keeps the losses as float16 under LABEL/stream and LABEL/documents,
+where place i is the target i + 1 of the text, and taps under LABEL/taps and LABEL/initial taps.
+LABEL is folder@step. What stands there for the same file, text, tokens and rows is not computed
+again. A standard error is that of the mean over rows or documents: it holds the text's noise, not
+that of training.
 """
 import argparse
 import contextlib

@@ -54,7 +54,7 @@ class Grid:
     loads: tuple[int, ...]
     steps: int
     tokens: int  # of a step
-    learning_rate: float
+    rate: float  # times the recipe's learning rates
     answers: int  # of a test, at least
 
     def cells(self) -> list[tuple[int, int]]:
@@ -63,9 +63,9 @@ class Grid:
 
 
 GRIDS = {
-    "small": Grid(128, 64, (64, 128, 256), (4, 8, 16), 400, 4096, 0.005, 1000),
+    "small": Grid(128, 64, (64, 128, 256), (4, 8, 16), 300, 2048, 1.0, 1000),
     "whole": Grid(8192, 128, (64, 128, 256, 512, 1024, 2048), (4, 8, 16, 32, 64, 128, 256),
-                  6000, 65_536, 0.002, 10_000),
+                  6000, 65_536, 1.0, 10_000),
 }
 RECIPE = dict(qk_norm=1, attn_short_conv=4, attn_gate=1, half_rotary=1, embedding_norm=1,
               embedding_residual=1, swiglu=1, afno_silu=1, n_layer=2)
@@ -199,7 +199,12 @@ def make_model(grid: Grid, mixer: str, seed: int) -> trainer.GPT:
 
 def train(model: trainer.GPT, task: str, grid: Grid, seed: int, runtime: Runtime) -> float:
     """Train on grid.steps batches, each of one (length, load); return the last tenth's loss."""
-    optimizer, = trainer.make_optimizers(model, "adamw", grid.learning_rate, weight_decay=0.0)
+    recipe = trainer.RECIPE
+    optimizers = trainer.make_optimizers(
+        model, recipe["optimizer"], recipe["learning_rate"] * grid.rate, 0.0,
+        recipe["rest_lr"] * grid.rate, (recipe["beta1"], recipe["beta2"]), recipe["momentum"])
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
     rows, cells = generator(seed, task, "train", runtime.device), grid.cells()
     order = torch.Generator().manual_seed(seed)
     losses = []
@@ -210,9 +215,10 @@ def train(model: trainer.GPT, task: str, grid: Grid, seed: int, runtime: Runtime
             loss = answers(model, tokens, targets)[1]
         loss.backward()
         factor = trainer.learning_rate_factor(step, grid.steps, grid.steps // 20, grid.steps // 2)
-        for group in optimizer.param_groups:
-            group["lr"] = grid.learning_rate * factor
-        optimizer.step()
+        for group, rate in zip(groups, rates):
+            group["lr"] = rate * factor
+        for optimizer in optimizers:
+            optimizer.step()
         model.zero_grad()
         losses.append(loss.detach())
     return torch.stack(losses[-math.ceil(grid.steps / 10):]).mean().item()

@@ -11,7 +11,7 @@ from runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32, compile=False)
 TINY = Grid(vocab_size=32, n_embd=16, lengths=(16, 32), loads=(2, 4, 8), steps=2, tokens=64,
-            learning_rate=0.01, answers=8)
+            rate=2.0, answers=8)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_tokens_meet_in_every_mixer_but_none(mixer):
 
 @pytest.mark.slow
 def test_attention_learns_what_no_mixer_can():
-    grid = Grid(16, 32, (8,), (2,), 120, 256, 0.01, 300)
+    grid = Grid(16, 32, (8,), (2,), 120, 256, 2.0, 300)
     found = {}
     for mixer in ("attention", "none"):
         model = recall.make_model(grid, mixer, seed=1)
