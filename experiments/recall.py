@@ -7,14 +7,14 @@
 recall      pairs of a key and its value, then each key once more: what was its value?
 induction   triggers among noise, each always followed by the same token: which one?
 needle      the same keys and values far apart among tokens as frequent as words; asked at the end
-copying     a string, a pause, a marker: the string again
+copying     a string of different tokens, a pause, a marker: the string again
 counting    symbols among filler: how often was this one there until now?
 
 A model of two layers learns a task on fresh rows of all lengths and loads at once, and is tested
 on rows that it has never seen. The load is the number of pairs, triggers, needles, tokens of
 the string, kinds of symbols. The distance is from a question to what it asks for, in
 counting to the symbol's first place. Mixers have the recipe of the trainer, the same rows in the
-same order, and as many steps.
+same order, and as many steps, fewer only where all answers are right.
 
 Two controls say whether a task measures anything. Attention must answer all questions of recall,
 induction, needle and copying. A model whose layers mix no tokens, filters of one tap, must stay at
@@ -63,7 +63,7 @@ class Grid:
 
 
 GRIDS = {
-    "small": Grid(128, 64, (64, 128, 256), (4, 8, 16), 300, 2048, 1.0, 1000),
+    "small": Grid(128, 64, (64, 128, 256), (4, 8, 16), 300, 2048, 2.0, 1000),
     "whole": Grid(8192, 128, (64, 128, 256, 512, 1024, 2048), (4, 8, 16, 32, 64, 128, 256),
                   6000, 65_536, 1.0, 10_000),
 }
@@ -78,6 +78,7 @@ MIXERS = {
 }
 COUNTED = "counting"  # the task that attention need not solve
 SOLVED, MARGIN = 0.995, 0.05  # shares: what counts as all answers, and as no better than chance
+LEARNT = 0.005  # nats: a mean loss below is that of right answers alone
 
 
 # -----------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def needle(draw: Draw, T: int, load: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def copying(draw: Draw, T: int, load: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens, targets, distance = draw.empty(T)
-    string = draw.values(load)
+    string = draw.distinct(load, draw.half, draw.vocab_size)
     tokens[:, :load], tokens[:, -load] = string, MARKER
     tokens[:, T - load + 1 :] = string[:, :-1]
     targets[:, -load:], distance[:, -load:] = string, T - load
@@ -197,8 +198,13 @@ def make_model(grid: Grid, mixer: str, seed: int) -> trainer.GPT:
     return trainer.GPT(trainer.GPTConfig(**shape | RECIPE | MIXERS[mixer]))
 
 
-def train(model: trainer.GPT, task: str, grid: Grid, seed: int, runtime: Runtime) -> float:
-    """Train on grid.steps batches, each of one (length, load); return the last tenth's loss."""
+def train(model: trainer.GPT, task: str, grid: Grid, seed: int,
+          runtime: Runtime) -> tuple[float, int]:
+    """Train on batches of one (length, load) each; return the last loss and the number of steps.
+
+    A round is a batch of every (length, load), in random order. The last loss is the mean over two
+    rounds; where it falls below LEARNT, the rest of grid.steps is left out.
+    """
     recipe = trainer.RECIPE
     optimizers = trainer.make_optimizers(
         model, recipe["optimizer"], recipe["learning_rate"] * grid.rate, 0.0,
@@ -206,10 +212,14 @@ def train(model: trainer.GPT, task: str, grid: Grid, seed: int, runtime: Runtime
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [group["lr"] for group in groups]
     rows, cells = generator(seed, task, "train", runtime.device), grid.cells()
-    order = torch.Generator().manual_seed(seed)
-    losses = []
+    order, losses = torch.Generator().manual_seed(seed), []
     for step in range(grid.steps):
-        T, load = cells[torch.randint(len(cells), (), generator=order)]
+        if step % len(cells) == 0:
+            last = torch.stack(losses[-2 * len(cells):]).mean() if losses else math.inf
+            if last < LEARNT:
+                break
+            places = torch.randperm(len(cells), generator=order).tolist()
+        T, load = cells[places[step % len(cells)]]
         tokens, targets, _ = TASKS[task](Draw(rows, grid.tokens // T, grid.vocab_size), T, load)
         with runtime.autocast():
             loss = answers(model, tokens, targets)[1]
@@ -221,7 +231,7 @@ def train(model: trainer.GPT, task: str, grid: Grid, seed: int, runtime: Runtime
             optimizer.step()
         model.zero_grad()
         losses.append(loss.detach())
-    return torch.stack(losses[-math.ceil(grid.steps / 10):]).mean().item()
+    return torch.stack(losses[-2 * len(cells):]).mean().item(), len(losses)
 
 
 def answers(model: trainer.GPT, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,12 +273,12 @@ def measure(task: str, mixer: str, seed: int, grid: Grid, runtime: Runtime) -> d
     """Train and test one model; return its line of rows.jsonl. Raises Diverged."""
     model = make_model(grid, mixer, seed).to(runtime.device)
     begin = time.perf_counter()
-    loss = train(model, task, grid, seed, runtime)
+    loss, steps = train(model, task, grid, seed, runtime)
     if not math.isfinite(loss):
         raise Diverged(f"{name_of(task, mixer, seed)}: the loss is {loss}")
     seconds = time.perf_counter() - begin
     return dict(task=task, mixer=mixer, seed=seed, setting=setting(grid, mixer), loss=loss,
-                seconds=seconds, parameters=sum(p.numel() for p in model.parameters()),
+                steps=steps, seconds=seconds, parameters=sum(p.numel() for p in model.parameters()),
                 machine=machine(runtime), cells=test(model, task, grid, seed, runtime))
 
 
@@ -388,8 +398,8 @@ def write_report(rows: list[dict], folder: Path, grid: Grid):
     lines = [
         f"# {folder.name}", "",
         f"Right answers in percent, on rows never seen. Models of two layers of {grid.n_embd} "
-        f"channels, vocabulary {grid.vocab_size:,}, one model a task and mixer, trained on "
-        f"{grid.steps:,} steps of {grid.tokens:,} tokens of all lengths T and loads at once. "
+        f"channels, vocabulary {grid.vocab_size:,}, one model a task and mixer, trained on at "
+        f"most {grid.steps:,} steps of {grid.tokens:,} tokens of all lengths T and loads at once. "
         f"Seeds: {', '.join(map(str, seeds))}. Made by experiments/ablation_studies.py recall from "
         "rows.jsonl; experiments/recall.py says what is asked.", "",
         f"Machine: {'; '.join(sorted({row['machine'] for row in rows}))}.", "", "## Controls", "",
@@ -485,7 +495,8 @@ def main(argv: list[str]) -> int:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         accuracy = share([(cell["right"], cell["answers"]) for cell in row["cells"]])
-        print(f"{name}: {accuracy:.1%} right, {row['seconds']:.0f} s", flush=True)
+        print(f"{name}: {accuracy:.1%} right, {row['steps']} steps, {row['seconds']:.0f} s",
+              flush=True)
         write_report(rows, folder, grid)
     write_report(rows, folder, grid)
     try:

@@ -116,11 +116,11 @@ def test_tokens_meet_in_every_mixer_but_none(mixer):
 
 @pytest.mark.slow
 def test_attention_learns_what_no_mixer_can():
-    grid = Grid(16, 32, (8,), (2,), 120, 256, 2.0, 300)
-    found = {}
+    grid, found = Grid(16, 32, (8,), (2,), 100, 512, 4.0, 300), {}
     for mixer in ("attention", "none"):
         model = recall.make_model(grid, mixer, seed=1)
-        recall.train(model, "copying", grid, 1, CPU)
+        loss, steps = recall.train(model, "copying", grid, 1, CPU)
+        assert (loss < recall.LEARNT) == (steps < grid.steps) == (mixer == "attention")
         (cell,) = recall.test(model, "copying", grid, 1, CPU)
         found[mixer] = cell["right"] / cell["answers"], cell["chance"]
     assert found["attention"][0] > 0.99
