@@ -60,6 +60,7 @@ CUTS = (32, 128, 512)  # the last lags that are kept
 FIGURES = {  # of filters, and how they are written
     "lags to 50%": "{:.1f}", "lags to 99%": "{:.1f}",
     **{f"energy beyond {last}": "{:.2%}" for last in CUTS},
+    "median frequency": "{:.3f}",
     "rank": "{:.2f}", "correlation": "{:.3f}", "moved": "{:.2f}", "cosine to initial": "{:.3f}"}
 MATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # where groups of matches begin
 BATCH_TOKENS = dict(cuda=65536, cpu=8192)
@@ -446,21 +447,26 @@ def filter_figures(taps: np.ndarray, initial: np.ndarray) -> list[float]:
     """Return a layer's figures, in the order of FIGURES, of taps (filters, lags).
 
     All but the last two are of filters scaled to the same energy. A filter's length is the lag up
-    to which it has a share of its energy, then the mean is taken. The rank is the exponential of
-    the entropy of the squared singular values' shares. The last two compare all taps together.
+    to which it has a share of its energy, then the mean is taken. Half of a response's energy is
+    below the median frequency, in cycles a token: 0.25 where all frequencies pass. The rank is the
+    exponential of the entropy of the squared singular values' shares. The last two compare all taps
+    together.
     """
     taps, initial = taps.astype(np.float64), initial.astype(np.float64)
     unit = taps / np.maximum(np.linalg.norm(taps, axis=1, keepdims=True), 1e-30)
     reached = np.cumsum(unit**2, 1)
     lengths = [float((reached < share).sum(1).mean()) for share in (0.5, 0.99)]
     beyond = [float((unit[:, last + 1 :] ** 2).sum(1).mean()) for last in CUTS]
+    power = np.abs(np.fft.rfft(unit, 2 * unit.shape[1])) ** 2
+    below = np.cumsum(power, 1) < power.sum(1, keepdims=True) / 2
+    median = float(below.sum(1).mean()) / (2 * unit.shape[1])
     shares = np.linalg.svd(unit, compute_uv=False) ** 2
     shares = shares[shares > 0] / shares.sum()
     rank = math.exp(-(shares * np.log(shares)).sum())
     number = len(unit)
     pairs = np.abs(unit @ unit.T)[~np.eye(number, dtype=bool)]
     before, after = np.linalg.norm(initial), np.linalg.norm(taps)
-    return [*lengths, *beyond, rank, float(pairs.mean()) if number > 1 else math.nan,
+    return [*lengths, *beyond, median, rank, float(pairs.mean()) if number > 1 else math.nan,
             float(np.linalg.norm(taps - initial) / before),
             float((taps * initial).sum() / (before * after))]
 

@@ -205,8 +205,13 @@ def test_figures_of_known_filters():
     assert (figures["moved"], figures["cosine to initial"]) == (0, pytest.approx(1))
     figures = dict(zip(FIGURES, filter_figures(np.eye(4, 600), -2 * np.eye(4, 600))))
     assert figures["rank"] == pytest.approx(4)
+    assert figures["median frequency"] == pytest.approx(0.25, abs=2e-3)
     assert (figures["moved"], figures["cosine to initial"]) == (1.5, pytest.approx(-1))
     assert filter_figures(np.ones((4, 600)), np.ones((4, 600)))[-4] == pytest.approx(1)
+    for step, least, most in ((1.0, 0, 0.01), (-1.0, 0.49, 0.5)):  # low and high frequencies pass
+        taps = step ** np.arange(600)[None]
+        figures = dict(zip(FIGURES, filter_figures(taps, taps)))
+        assert least <= figures["median frequency"] <= most
 
 
 def test_cut_taps_are_those_of_a_shorter_sum(model, tokens):
