@@ -215,9 +215,12 @@ class Study:
         return self.find(label, domain, part, rate, domain, make)
 
     def best(self, label: str, domain: str, part: str) -> dict:
-        """Return the best result of a part over the rates."""
-        return min((self.tuned(label, domain, part, rate) for rate in self.args.rates),
+        """Return the best result of a part over the rates; weights of the others go."""
+        best = min((self.tuned(label, domain, part, rate) for rate in self.args.rates),
                    key=lambda row: row["loss"])
+        for rate in {*self.args.rates} - {best["rate"]} if part == "all" else ():
+            self.weights(label, domain, rate).unlink(missing_ok=True)
+        return best
 
     def exchanged(self, label: str, domain: str, other: str) -> float:
         """Return the loss of a tuned model with the operator of another domain's, or of START."""

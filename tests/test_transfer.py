@@ -110,6 +110,8 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
     assert best < loss["c@7", "code", "none", 0.0, "start"]
     assert f"| c@7 | code | {loss['c@7', 'code', 'none', 0.0, 'start']:.4f} | 100.00% | " \
         f"{best:.4f} | 0.01 |".replace("0.01 |", "0.0100 |") in said
+    kept = {path.name for path in (tmp_path / "out").glob("*.pt")}
+    assert len(kept) == 4 and "c@7-code-0.01.pt" in kept
     other = loss["c@7", "code", "all", 0.01, "law"] - best
     assert f"| c@7 | code | {best:.4f} |  | {other:.4f} | " in said
     assert ablation_studies.main(argv) == 0
