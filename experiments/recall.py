@@ -6,7 +6,8 @@
 
 recall      pairs of a key and its value, then each key once more: what was its value?
 induction   triggers among noise, each always followed by the same token: which one?
-needle      the same keys and values far apart among tokens as frequent as words; asked at the end
+needle      such pairs, far apart among tokens as frequent as words; all keys again at the end, each
+            with its value after it
 copying     a string of different tokens, a pause, a marker: the string again
 counting    symbols among filler: how often was this one there until now?
 
@@ -152,7 +153,7 @@ def needle(draw: Draw, T: int, load: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens.scatter_(1, places, keys)
     tokens.scatter_(1, places + 1, values)
     asked = slice(T - 2 * load, T, 2)
-    tokens[:, asked], targets[:, asked] = keys, values
+    tokens[:, asked], tokens[:, T - 2 * load + 1 :: 2], targets[:, asked] = keys, values, values
     distance[:, asked] = torch.arange(T - 2 * load, T, 2, device=places.device) - places - 1
     return tokens, targets, distance
 

@@ -48,6 +48,7 @@ def known_answers(task: str, row: list[int], load: int) -> dict[int, tuple[int, 
     elif task == "needle":
         for t in range(T - 2 * load, T, 2):
             found[t] = (row[row.index(row[t]) + 1], row.index(row[t]) + 1)
+            assert row[t + 1] == found[t][0]
     elif task == "copying":
         assert row[T - load] == MARKER
         for i in range(load):
