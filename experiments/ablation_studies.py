@@ -4,6 +4,8 @@
     python experiments/ablation_studies.py layout --data data/mixed   # on a GPU, 40M tokens an arm
     python experiments/ablation_studies.py sweep-lr --seeds 1,2 --dry_run    # says what would run
     python experiments/ablation_studies.py context -- --val_tokens 100000    # flags for each run
+    python experiments/ablation_studies.py recall     # tasks with known answers: its own --help
+    python experiments/ablation_studies.py transfer runs/c runs/b   # to other text: its own --help
 
 A study is a table of arms, STUDIES below; to make one of your own, copy one and change it. In
 experiments/studies/STUDY/ are a folder ARM-seedN with train.log and metrics.jsonl for every run,
@@ -12,6 +14,7 @@ evaluated at 1024 (eval-1024.txt). Ctrl-C or SIGTERM stops the run in hand, whic
 command goes on from there and skips finished runs.
 """
 import argparse
+import importlib
 import math
 import os
 import re
@@ -192,6 +195,8 @@ STUDIES = {
         "attention": "--mixer attn",
     }, CPU, 102_400),
 }
+
+OTHERS = ("recall", "transfer")  # studies that are no runs of the trainer: modules of these names
 
 # -----------------------------------------------------------------------------
 # runs and their flags
@@ -462,7 +467,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = trainer.Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
-    add("study", choices=STUDIES)
+    add("study", choices=(*STUDIES, *OTHERS))
     add("--data", metavar="PREFIX",
         help="folder of shards, or how their paths begin (the preset's)")
     add("--tokens", type=trainer.number(0, 1e15, False), metavar="N",
@@ -501,6 +506,8 @@ def dry_run(flags: dict[tuple[str, int], dict]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run a study, or only say what it would run; return the exit status."""
+    if argv[:1] and argv[0] in OTHERS:
+        return importlib.import_module(f"experiments.{argv[0]}").main(argv[1:])
     args, more = parse(argv)
     study, folder = STUDIES[args.study], args.output.resolve() / args.study
     # every arm once before the next seed, so that a study cut short can be read

@@ -3,37 +3,41 @@
     python experiments/evaluate.py runs/b runs/c --bin "data/web/val_*.bin" --out runs/compare
     python experiments/evaluate.py runs/c/state_step000350.pt --rows 1024 --tokens 65536
     python experiments/evaluate.py runs/c --filters --out runs/compare    # also of the filters
+    python experiments/evaluate.py runs/b runs/c --text all --rows 65536 --out runs/long
 
 A CHECKPOINT is a file state_step*.pt of the trainer, or a run's folder, whose newest one counts.
-Scored are the first --tokens targets of --bin (the first checkpoint's validation shards), by two
-measures. Both score the same targets, so all differences are paired.
+Scored are the first --tokens targets of --bin (the first checkpoint's validation shards), or of
+each source of --text, which are made of installed packages (package_text.py), by two measures.
+Both score the same targets, so all differences are paired.
 
 stream      rows of --rows tokens as they stand: the trainer's own validation
 documents   a token is predicted from its own document alone, from token 50256 on. A document
             longer than --rows is cut into pieces, none of which sees the one before. The target
             of a document's last token is the 50256 of the next one, and it counts
 
-Losses are also told apart by position, by whether a document ended before in the row, and by the
-longest earlier match of the tokens up to the target: a hit is where the token after the most recent
-match is the right next one. --filters adds the lengths, rank and movement of AFNO's filters, and
-the loss without the taps beyond some lags.
+Losses are also told apart by position, by source, by whether a document ended before in the row,
+and by the longest earlier match of the tokens up to the target: a hit is where the token after the
+most recent match is the right next one. --filters adds the lengths, rank and movement of AFNO's
+filters, and the loss without the taps beyond some lags.
 
-The tables go to stdout and, with --out, to DIR/table.md. DIR/losses.npz keeps the losses as float16
-under LABEL/stream and LABEL/documents, where place i is the target i + 1 of the text, and taps
-under LABEL/taps and LABEL/initial taps. LABEL is folder@step. What stands there for the same file,
-text, tokens and rows is not computed again. A standard error is that of the mean over rows or
-documents: it holds the text's noise, not that of training.
+The tables go to stdout and, with --out, to DIR/table.md and as curves to DIR/curves.png, which
+takes matplotlib. DIR/losses.npz keeps the losses as float16 under LABEL/stream and LABEL/documents,
+where place i is the target i + 1 of the text, and taps under LABEL/taps and LABEL/initial taps.
+LABEL is folder@step. What stands there for the same file, text, tokens and rows is not computed
+again. A standard error is that of the mean over rows or documents: it holds the text's noise, not
+that of training.
 """
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
 import sys
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +48,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt2_afno as trainer  # noqa: E402
 from checkpoints import Checkpoints, OtherVersion, load_weights, of_this_version  # noqa: E402
 from data.loader import TokenStream, count_val_tokens, to_device  # noqa: E402
-from data.text_to_bin import END_OF_TEXT, ROOT, InputError, first_line, relative  # noqa: E402
+from data.text_to_bin import (END_OF_TEXT, ROOT, InputError, Kind, first_line,  # noqa: E402
+                              relative)
+from experiments import package_text  # noqa: E402
 from runtime import Runtime, choose_device, run  # noqa: E402
 
 MEASURES = ("stream", "documents")
@@ -54,9 +60,11 @@ CUTS = (32, 128, 512)  # the last lags that are kept
 FIGURES = {  # of filters, and how they are written
     "lags to 50%": "{:.1f}", "lags to 99%": "{:.1f}",
     **{f"energy beyond {last}": "{:.2%}" for last in CUTS},
+    "median frequency": "{:.3f}",
     "rank": "{:.2f}", "correlation": "{:.3f}", "moved": "{:.2f}", "cosine to initial": "{:.3f}"}
 MATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # where groups of matches begin
 BATCH_TOKENS = dict(cuda=65536, cpu=8192)
+TOKENS_A_SOURCE = 262_144  # at most, of --text
 
 
 # -----------------------------------------------------------------------------
@@ -98,6 +106,15 @@ def cut_documents(tokens: np.ndarray, count: int, T: int) -> Pieces:
     part = np.arange(len(unit)) - np.repeat(np.cumsum(parts) - parts, parts)  # 0 ... in each
     start = begin[unit] + T * part
     return Pieces(start, np.minimum(T, begin[unit] + size[unit] - start), unit)
+
+
+def joined(parts: list[Pieces]) -> Pieces:
+    """Return the pieces of texts that follow one another."""
+    sizes = np.cumsum([0] + [part.length.sum() for part in parts])
+    units = np.cumsum([0] + [part.unit[-1] + 1 for part in parts])
+    return Pieces(np.concatenate([part.start + size for part, size in zip(parts, sizes)]),
+                  np.concatenate([part.length for part in parts]),
+                  np.concatenate([part.unit + first for part, first in zip(parts, units)]))
 
 
 @torch.no_grad()
@@ -177,6 +194,10 @@ def groups_of(text: "Text", measure: str) -> dict[str, dict[str, np.ndarray]]:
     context = dict(stream="row", documents="piece")[measure]
     groups = {f"position in its {context}": {f"{low}-{high - 1}": (place >= low) & (place < high)
                            for low, high in zip(bounds, bounds[1:])}}
+    if len(text.sources) > 1:
+        ends = np.cumsum([*text.sources.values()])
+        groups["source"] = {name: (inputs >= end - size) & (inputs < end)
+                            for (name, size), end in zip(text.sources.items(), ends)}
     if measure == "stream":
         after = text.after_an_end()
         groups["a document's end before it in its row"] = dict(no=~after, yes=after)
@@ -295,6 +316,7 @@ class Text:
     tokens: np.ndarray  # N + 1
     T: int
     pieces: dict[str, Pieces]
+    sources: dict[str, int] = field(default_factory=dict)  # how many targets each has, in order
 
     @property
     def count(self) -> int:
@@ -308,8 +330,8 @@ class Text:
         return np.maximum.accumulate(begins) > pieces.spread(pieces.start)
 
 
-def read_text(args, checkpoints: list[Checkpoint]) -> Text:
-    """Return the text that the command line names; raise InputError where checkpoints disagree."""
+def refuse_unlike(checkpoints: list[Checkpoint], args):
+    """Raise InputError where checkpoints disagree on rows or vocabulary."""
     first = checkpoints[0]
     for other in checkpoints[1:]:
         if not args.rows and other.config.sequence_length != first.config.sequence_length:
@@ -319,7 +341,13 @@ def read_text(args, checkpoints: list[Checkpoint]) -> Text:
         if other.config.vocab_size != first.config.vocab_size:
             raise InputError(f"{other.label}: a vocabulary of {other.config.vocab_size}, "
                              f"{first.label} has {first.config.vocab_size}")
+
+
+def read_text(args, first: Checkpoint) -> Text:
+    """Return the text that the command line names; raise InputError where there is none."""
     T = args.rows or first.config.sequence_length
+    if args.text:
+        return read_sources(args, first, T)
     pattern = args.bin or str(ROOT / first.state["args"]["input_val_bin"])
     stream = TokenStream(os.path.abspath(pattern), first.config.vocab_size, "bin")
     if args.tokens and args.tokens > len(stream) - 1:
@@ -329,6 +357,25 @@ def read_text(args, checkpoints: list[Checkpoint]) -> Text:
     tokens = stream.read(0, count + 1).numpy()
     pieces = dict(stream=cut_rows(count, T), documents=cut_documents(tokens, count, T))
     return Text(relative(os.path.abspath(pattern)), tokens, T, pieces)
+
+
+def read_sources(args, first: Checkpoint, T: int) -> Text:
+    """Return the sources of --text, one after the other; no row and no document is of two.
+
+    The last target of a source is the 50256 with which the next one begins.
+    """
+    if first.config.vocab_size <= END_OF_TEXT:
+        raise InputError(f"--text: the {first.config.vocab_size} tokens of {first.label} are not "
+                         "GPT-2's")
+    found = {source: package_text.tokens_of(source, args.tokens or TOKENS_A_SOURCE)
+             for source in args.text}
+    sizes = {source: len(tokens) for source, tokens in found.items()}
+    tokens = np.concatenate([*found.values(), [END_OF_TEXT]])
+    pieces = dict(
+        stream=joined([cut_rows(size, T) for size in sizes.values()]),
+        documents=joined([cut_documents(part, len(part), T) for part in found.values()]))
+    digest = hashlib.sha256(tokens.astype(np.uint16).tobytes()).hexdigest()[:8]
+    return Text(f"{', '.join(found)} of installed packages ({digest})", tokens, T, pieces, sizes)
 
 
 def compute(checkpoint: Checkpoint, text: Text, args, runtime: Runtime, results: Results):
@@ -400,21 +447,26 @@ def filter_figures(taps: np.ndarray, initial: np.ndarray) -> list[float]:
     """Return a layer's figures, in the order of FIGURES, of taps (filters, lags).
 
     All but the last two are of filters scaled to the same energy. A filter's length is the lag up
-    to which it has a share of its energy, then the mean is taken. The rank is the exponential of
-    the entropy of the squared singular values' shares. The last two compare all taps together.
+    to which it has a share of its energy, then the mean is taken. Half of a response's energy is
+    below the median frequency, in cycles a token: 0.25 where all frequencies pass. The rank is the
+    exponential of the entropy of the squared singular values' shares. The last two compare all taps
+    together.
     """
     taps, initial = taps.astype(np.float64), initial.astype(np.float64)
     unit = taps / np.maximum(np.linalg.norm(taps, axis=1, keepdims=True), 1e-30)
     reached = np.cumsum(unit**2, 1)
     lengths = [float((reached < share).sum(1).mean()) for share in (0.5, 0.99)]
     beyond = [float((unit[:, last + 1 :] ** 2).sum(1).mean()) for last in CUTS]
+    power = np.abs(np.fft.rfft(unit, 2 * unit.shape[1])) ** 2
+    below = np.cumsum(power, 1) < power.sum(1, keepdims=True) / 2
+    median = float(below.sum(1).mean()) / (2 * unit.shape[1])
     shares = np.linalg.svd(unit, compute_uv=False) ** 2
     shares = shares[shares > 0] / shares.sum()
     rank = math.exp(-(shares * np.log(shares)).sum())
     number = len(unit)
     pairs = np.abs(unit @ unit.T)[~np.eye(number, dtype=bool)]
     before, after = np.linalg.norm(initial), np.linalg.norm(taps)
-    return [*lengths, *beyond, rank, float(pairs.mean()) if number > 1 else math.nan,
+    return [*lengths, *beyond, median, rank, float(pairs.mean()) if number > 1 else math.nan,
             float(np.linalg.norm(taps - initial) / before),
             float((taps * initial).sum() / (before * after))]
 
@@ -469,7 +521,8 @@ def table_of_contexts(labels: list[str], text: Text, results: Results) -> str:
     return markdown(header, rows)
 
 
-def tables_of_groups(labels: list[str], text: Text, results: Results, measure: str) -> str:
+def tables_of_groups(labels: list[str], text: Text, results: Results, measure: str,
+                     groups: dict[str, dict[str, np.ndarray]]) -> str:
     """Return a measure's losses by group: the first checkpoint's, then the others' above it.
 
     What a group adds to the whole difference is its share times its own.
@@ -478,7 +531,7 @@ def tables_of_groups(labels: list[str], text: Text, results: Results, measure: s
     losses = results.arrays[first].astype(np.float64)
     above = [difference(f"{label}/{measure}", first, results) for label in labels[1:]]
     tables = []
-    for by, masks in groups_of(text, measure).items():
+    for by, masks in groups.items():
         header, rows = [by, "share", labels[0]], []
         for label in labels[1:]:
             header += [f"{label} less {labels[0]}", "+-", "adds"]
@@ -521,21 +574,78 @@ def tables_of_filters(checkpoints: list[Checkpoint], results: Results) -> str:
     return "\n\n".join(page)
 
 
-def report(checkpoints: list[Checkpoint], text: Text, results: Results, filters: bool) -> str:
-    """Return all tables as Markdown."""
+def report(checkpoints: list[Checkpoint], text: Text, results: Results, groups: dict[str, dict],
+           filters: bool) -> str:
+    """Return all tables as Markdown; groups are groups_of each measure."""
     labels = [checkpoint.label for checkpoint in checkpoints]
     documents = int(text.pieces["documents"].unit[-1]) + 1
     head = (f"{text.count:,} targets of {text.name}, {documents:,} documents, rows of {text.T:,} "
             "tokens. +- is the standard error over rows (stream) or documents.")
     parts = [head, table_of_means(labels, text, results), table_of_contexts(labels, text, results)]
-    parts += [tables_of_groups(labels, text, results, measure) for measure in MEASURES]
+    parts += [tables_of_groups(labels, text, results, measure, groups[measure])
+              for measure in MEASURES]
     if filters:
         parts.append(tables_of_filters(checkpoints, results))
     return "\n\n".join(parts)
 
 
 # -----------------------------------------------------------------------------
+# plots
+
+
+def plot(labels: list[str], text: Text, results: Results, groups: dict[str, dict], output: Path):
+    """Draw losses by position, then differences by other groups: a row of panels for a measure.
+
+    With one checkpoint the latter are its losses. Bars are standard errors.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    first, *others = labels
+    columns = len(ordered(groups["documents"]))
+    figure, panels = plt.subplots(2, columns, figsize=(5 * columns, 8))
+    for measure, row in zip(MEASURES, panels):
+        unit = text.pieces[measure].units()
+        losses = {label: results.arrays[f"{label}/{measure}"].astype(np.float64)
+                  for label in labels}
+        above = {f"{label} less {first}": losses[label] - losses[first] for label in others}
+        for axes, (by, masks) in zip(row, ordered(groups[measure])):
+            lines = losses if by.startswith("position") or not others else above
+            for name, values in lines.items():
+                found = [mean_and_error(values[mask], unit[mask]) for mask in masks.values()]
+                means, errors = zip(*found)
+                axes.errorbar([*masks], means, np.nan_to_num(errors), label=name, marker="o",
+                              markersize=3, linewidth=1, capsize=2)
+            axes.set(title=f"{measure}, by {by}", ylabel="loss" if lines is losses else
+                     "loss above the first")
+            axes.tick_params(axis="x", rotation=60, labelsize=7)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def ordered(groups: dict[str, dict]) -> list[tuple[str, dict]]:
+    """Return the groups that both measures have, without sums over groups; misses, then hits."""
+    chosen = []
+    for by, masks in groups.items():
+        if by.startswith("longest"):
+            kept = [name for name in masks if not name.startswith("all ")]
+            masks = {name: masks[name] for name in sorted(kept, key=lambda name: "hit" in name)}
+        if not by.startswith("a document"):
+            chosen.append((by, masks))
+    return chosen
+
+
+# -----------------------------------------------------------------------------
 # command line
+
+SOURCES = Kind(
+    lambda text: [*package_text.SOURCES] if text == "all" else [*dict.fromkeys(text.split(","))],
+    {*package_text.SOURCES}.issuperset, f"all, or of {', '.join(package_text.SOURCES)}",
+    "SOURCE,SOURCE")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -543,9 +653,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = trainer.Parser(description=__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
-    parser.add_argument("--bin", metavar="PATTERN", help="shards of the text")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--bin", metavar="PATTERN", help="shards of the text")
+    text.add_argument("--text", type=SOURCES, metavar=SOURCES.metavar,
+                      help=f"of installed packages: {SOURCES.words}")
     parser.add_argument("--tokens", type=trainer.FLAGS["val_tokens"].kind, metavar="N",
-                        help="targets [at most 1,048,576]")
+                        help="targets [at most 1,048,576; of --text "
+                        f"{TOKENS_A_SOURCE:,} a source]")
     parser.add_argument("--rows", type=trainer.FLAGS["sequence_length"].kind, metavar="T",
                         help="tokens a row [as trained]")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for what is found")
@@ -572,12 +686,18 @@ def main(argv: list[str]) -> int:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {args.out}: {error.strerror}") from None
-    text, results = read_text(args, checkpoints), Results(args.out)
+    refuse_unlike(checkpoints, args)
+    text, results = read_text(args, checkpoints[0]), Results(args.out)
     for checkpoint in checkpoints:
         compute(checkpoint, text, args, runtime, results)
-    page = report(checkpoints, text, results, args.filters)
+    groups = {measure: groups_of(text, measure) for measure in MEASURES}
+    page = report(checkpoints, text, results, groups, args.filters)
     if args.out is not None:
         (args.out / "table.md").write_text(page + "\n", encoding="utf-8")
+        try:
+            plot(labels, text, results, groups, args.out / "curves.png")
+        except ImportError:
+            print("no curves.png: matplotlib is not installed", file=sys.stderr)
     print(page)
     return 0
 

@@ -26,6 +26,17 @@ SHAPE = dict(vocab_size=50, n_layer=2, n_embd=16, n_head=2, sequence_length=96,
 @pytest.fixture(autouse=True)
 def small_vocabulary(monkeypatch):
     monkeypatch.setattr(evaluate, "END_OF_TEXT", END_OF_TEXT)
+    monkeypatch.setattr(evaluate, "plot", lambda *arguments: None)  # it takes a second
+
+
+@pytest.fixture
+def sources(monkeypatch, tokens):
+    """Replace what ships with packages by two sources, of 300 and 200 tokens of two documents."""
+    found = dict(code=tokens[:300].copy(), plays=tokens[300:500].copy())
+    for text in found.values():
+        text[0] = END_OF_TEXT
+    monkeypatch.setattr(evaluate.package_text, "tokens_of", lambda name, n: found[name][:n])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +205,13 @@ def test_figures_of_known_filters():
     assert (figures["moved"], figures["cosine to initial"]) == (0, pytest.approx(1))
     figures = dict(zip(FIGURES, filter_figures(np.eye(4, 600), -2 * np.eye(4, 600))))
     assert figures["rank"] == pytest.approx(4)
+    assert figures["median frequency"] == pytest.approx(0.25, abs=2e-3)
     assert (figures["moved"], figures["cosine to initial"]) == (1.5, pytest.approx(-1))
     assert filter_figures(np.ones((4, 600)), np.ones((4, 600)))[-4] == pytest.approx(1)
+    for step, least, most in ((1.0, 0, 0.01), (-1.0, 0.49, 0.5)):  # low and high frequencies pass
+        taps = step ** np.arange(600)[None]
+        figures = dict(zip(FIGURES, filter_figures(taps, taps)))
+        assert least <= figures["median frequency"] <= most
 
 
 def test_cut_taps_are_those_of_a_shorter_sum(model, tokens):
@@ -276,7 +292,56 @@ def test_command_keeps_what_stands(model, tokens, tmp_path, monkeypatch, capsys)
     assert main(command) == 0 and len(calls) == 6
 
 
+def test_sources_are_apart_and_told_apart(model, tokens, sources, tmp_path, capsys, monkeypatch):
+    pattern, out = write_text(tmp_path / "data", tokens), tmp_path / "out"
+    command = [str(write_checkpoint(tmp_path / "a", model, pattern)), "--device", "cpu"]
+    command += ["--text", "code,plays", "--out", str(out)]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "500 targets of code, plays of installed packages (" in said.out
+    for measure, cut in (("stream", cut_rows),
+                         ("documents", lambda size, T: cut_documents(found, size, T))):
+        for source, size in (("code", 300), ("plays", 200)):
+            found = sources[source]
+            whole = np.append(found, END_OF_TEXT)
+            mean = losses_of(model, whole, cut(size, 96), 96, CPU, 400).mean(dtype=np.float64)
+            line, = re.findall(rf"## {measure}, by group.*?^\| {source} \| (.*?) \|$", said.out,
+                               re.MULTILINE | re.DOTALL)
+            assert line.startswith(f"{size / 500:.1%} | ")
+            assert float(line.split(" | ")[1]) == pytest.approx(mean, abs=2e-3)
+    assert main(command) == 0
+    assert capsys.readouterr() == (said.out, "")  # what stands is not computed again
+    sources["plays"][100] = 3  # another text of the same name
+    assert main(command) == 0
+    assert "a@7/stream: " in capsys.readouterr().err
+    with pytest.raises(InputError, match="--text: must be all, or of code, .*, got poems"):
+        main([*command, "--text", "poems"])
+    monkeypatch.setattr(evaluate, "END_OF_TEXT", 50256)
+    with pytest.raises(InputError, match="--text: the 50 tokens of a@7 are not GPT-2's"):
+        main(command)
+
+
+@pytest.mark.slow
+def test_a_picture_of_every_group(model, tokens, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    labels, count = ["a@1", "b@2"], 900
+    pieces = dict(stream=cut_rows(count, 96), documents=cut_documents(tokens, count, 96))
+    text = Text("", tokens, 96, pieces, dict(code=500, plays=400))
+    results, random = evaluate.Results(None), np.random.default_rng(0)
+    for name in (f"{label}/{measure}" for label in labels for measure in evaluate.MEASURES):
+        results.put(name, [], {name: random.random(count)})
+    groups = {measure: groups_of(text, measure) for measure in evaluate.MEASURES}
+    for shown in (labels, labels[:1]):
+        evaluate.plot(shown, text, results, groups, tmp_path / "curves.png")
+        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    by, masks = evaluate.ordered(groups["stream"])[-1]
+    assert by.startswith("longest") and not any(name.startswith("all ") for name in masks)
+    hits = ["hit" in name for name in masks]
+    assert hits == sorted(hits) and any(hits)
+
+
 @pytest.mark.parametrize("words, message", (
+    ("a --text code --bin x", "--bin: not allowed with argument --text"),
     ("none.pt", "none.pt: no readable checkpoint"),
     ("empty", "no state_step"),
     ("a a", "two are called a@7"),

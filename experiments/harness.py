@@ -1,0 +1,201 @@
+"""Evaluate an exported model with EleutherAI's lm-evaluation-harness.
+
+    pip install lm-eval safetensors
+    python report.py runs/mine --export exported
+    python experiments/harness.py exported --tasks lambada_openai,hellaswag   # needs a network
+    python experiments/harness.py exported --tasks my_task --include FOLDER   # its yaml is there
+
+LAMBADA asks for the last word of a passage. HellaSwag's four endings are near chance, 25%, for
+models of this size.
+
+A text is GPT-2's tokens after token 50256, with which documents begin in training. The model sees
+at most as many tokens as a row had in training, the last ones. Generation takes the likeliest
+token.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_gpt2_afno as trainer  # noqa: E402
+from data.loader import to_device  # noqa: E402
+from data.text_to_bin import InputError, first_line, gpt2_encoding, to_path  # noqa: E402
+from runtime import Runtime, choose_device, run  # noqa: E402
+
+try:
+    import lm_eval
+    from lm_eval.api.model import LM
+except ImportError:  # main says so
+    lm_eval, LM = None, object
+
+MOST_NEW = 256  # tokens that are generated where a task names no number
+
+
+def load_exported(folder: Path) -> trainer.GPT:
+    """Return the model that `report.py --export` has written; raise InputError where it cannot."""
+    from safetensors.torch import load_model
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = trainer.GPT(trainer.GPTConfig(**config["model"]))
+        load_model(model, str(folder / "model.safetensors"))
+    except Exception as error:  # safetensors has its own
+        raise InputError(f"{folder}: not a folder of report.py --export "
+                         f"({first_line(error)})") from None
+    return model.eval()
+
+
+class Adapter(LM):
+    """Answer the harness's requests; each has `args`, the harness's own tuple."""
+
+    def __init__(self, model: trainer.GPT, runtime: Runtime, batch_size: int):
+        super().__init__()
+        self.model, self.runtime, self.batch = model.to(runtime.device), runtime, batch_size
+        self.encoding, self.T = gpt2_encoding(), model.config.sequence_length
+        if self.encoding.n_vocab > model.config.vocab_size:
+            raise InputError(f"the model's {model.config.vocab_size} tokens are not GPT-2's")
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a document that begins so."""
+        return [self.encoding.eot_token, *self.encoding.encode_ordinary(text)]
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return for (context, continuation) its log-probability and whether it is the likeliest.
+
+        Spaces that end the context belong to the continuation, as GPT-2's tokens begin with them.
+        """
+        pairs = []
+        for context, continuation in (request.args for request in requests):
+            stripped = context.rstrip()
+            whole, before = self.encode(context + continuation), self.encode(stripped)
+            pairs.append((whole[: len(before)], whole[len(before):]))
+        return self.score(pairs)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Return each text's log-probability; one longer than a row is cut into windows."""
+        sums = []
+        for (text,) in (request.args for request in requests):
+            scores = self.score(windows(self.encode(text), self.T))
+            sums.append(sum(value for value, _ in scores))
+        return sums
+
+    @torch.no_grad()
+    def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Return for tokens (before, after) log p(after | before) and whether it is greedy.
+
+        Pairs of similar length make a batch, padded on the right: no output sees what follows it.
+        """
+        if too_long := [len(after) for _, after in pairs if len(after) > self.T]:
+            raise InputError(f"a continuation has {too_long[0]} tokens, the model's rows {self.T}")
+        found = [None] * len(pairs)
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        for first in range(0, len(order), self.batch):
+            chosen = order[first : first + self.batch]
+            rows = [sum(pairs[i], [])[-self.T - 1 :] for i in chosen]
+            width = len(rows[0]) - 1  # the first is the longest
+            inputs = torch.tensor([row[:-1] + [0] * (width + 1 - len(row)) for row in rows])
+            with self.runtime.autocast():
+                hidden = self.model.hidden(to_device(inputs, self.runtime.device))
+                for i, row, states in zip(chosen, rows, hidden):
+                    count = len(pairs[i][1])
+                    ends = states[len(row) - 1 - count : len(row) - 1]
+                    logits = self.model.lm_head.logits(ends).float().cpu()
+                    after = torch.tensor(pairs[i][1])
+                    found[i] = (-F.cross_entropy(logits, after, reduction="sum").item(),
+                                bool((logits.argmax(-1) == after).all()))
+        return found
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Return the likeliest continuation of each context, up to one of its stops."""
+        texts = []
+        for context, options in (request.args for request in requests):
+            if options.get("do_sample") and options.get("temperature", 1):
+                raise InputError("the harness asks for sampling; this takes the likeliest token")
+            stops = options.get("until", [])
+            texts.append(self.generate(context, [stops] if isinstance(stops, str) else stops,
+                                       options.get("max_gen_toks", MOST_NEW)))
+        return texts
+
+    def generate(self, context: str, stops: list[str], count: int) -> str:
+        """Return at most `count` tokens as text, up to a stop or the document's end."""
+        state, new = None, []
+        with self.runtime.autocast():
+            for token in self.encode(context)[-self.T :]:
+                hidden, state = self.step(token, state)
+            while len(new) < count:
+                token = int(self.model.lm_head.logits(hidden[0]).argmax())
+                if token == self.encoding.eot_token:
+                    break
+                new.append(token)
+                text = self.encoding.decode(new)
+                if found := [text.index(stop) for stop in stops if stop and stop in text]:
+                    return text[: min(found)]
+                hidden, state = self.step(token, state)
+        return self.encoding.decode(new)
+
+    def step(self, token: int, state: tuple | None) -> tuple[torch.Tensor, tuple]:
+        return self.model.step(torch.tensor([token], device=self.runtime.device), state, self.T)
+
+
+def windows(tokens: list[int], T: int) -> list[tuple[list[int], list[int]]]:
+    """Return (before, after) so that each token but the first is once in `after`.
+
+    A window has T inputs; the last one reaches back so far that it is as long as the others.
+    """
+    count = len(tokens) - 1
+    pairs = []
+    for begin in range(0, count, T):
+        end = min(begin + T, count)
+        pairs.append((tokens[max(0, end - T) : begin + 1], tokens[begin + 1 : end + 1]))
+    return pairs
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = trainer.Parser(description=__doc__, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", type=to_path, metavar="DIR", help="folder of report.py --export")
+    add("--tasks", required=True, metavar="NAME,NAME", help="the harness's names")
+    add("--include", metavar="FOLDER", help="of yaml files of your own tasks")
+    add("--shots", type=trainer.integer(0, 100), help="examples before each question (the task's)")
+    add("--limit", type=trainer.integer(1), help="questions a task (all)")
+    add("--batch_size", type=trainer.FLAGS["batch_size"].kind, default=32, help="(32)")
+    add("--device", type=trainer.FLAGS["device"].kind, default="auto", help="(auto)")
+    add("--output", type=Path, metavar="FILE", help="for the results as JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Evaluate the model and print the harness's table; return the exit status."""
+    args = parse(argv)
+    if lm_eval is None:
+        raise InputError("experiments/harness.py needs the package lm-eval: pip install lm-eval")
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+
+    tasks, manager = args.tasks.split(","), TaskManager(include_path=args.include)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise InputError(f"--tasks: the harness has no task {unknown[0]} (see `lm-eval ls tasks`)")
+    device = choose_device(args.device)
+    runtime = Runtime(device, torch.bfloat16 if device.type == "cuda" else torch.float32, False)
+    adapter = Adapter(load_exported(args.model), runtime, args.batch_size)
+    found = lm_eval.simple_evaluate(adapter, tasks=tasks, num_fewshot=args.shots, limit=args.limit,
+                                    task_manager=manager)
+    print(make_table(found))
+    if args.output is not None:
+        results = {name: found[name] for name in ("results", "versions", "n-samples")}
+        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, memory="--batch_size")

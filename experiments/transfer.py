@@ -1,0 +1,343 @@
+"""Tune checkpoints on other text: all weights, all but the operator, the operator alone.
+
+    python experiments/ablation_studies.py transfer runs/c runs/b       # on a GPU
+    python experiments/ablation_studies.py transfer runs/c runs/b --domains law --rates 0.001
+
+A CHECKPOINT is what evaluate.py takes. It is tuned for --steps steps on each domain's text, and
+judged on another part of it. The operator are AFNO's MLPs in frequency, of which the filters are
+made. Attention has none: in its place as large a share of the weights is trained, some rows of
+query and key, which decide what is mixed. Each part has its own best rate of --rates.
+
+code     the Python files of installed packages; the last tenth is judged
+plays    Shakespeare's plays, training and validation shard (python data/shakespeare.py)
+law      licence texts of installed packages; the last tenth is judged
+
+Then operators are exchanged between the models that were tuned on different domains: what is a
+filter of one domain worth in another? In --output are rows.jsonl, with a line for every result,
+and table.md and gains.png made from it. What stands there is not done again.
+"""
+import argparse
+import functools
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import train_gpt2_afno as trainer
+from data.loader import to_device
+from data.text_to_bin import ROOT, InputError, read_bin, relative
+from experiments import package_text
+from experiments.evaluate import BATCH_TOKENS, Checkpoint, cut_rows, losses_of, markdown
+from experiments.recall import names, read_lines
+from runtime import Diverged, Runtime, choose_device
+
+DOMAINS = {"code": "code", "plays": "plays", "law": "licences"}
+PARTS = ("all", "rest", "operator")  # which weights are trained
+MOST_TOKENS = 4_000_000  # of a domain's text
+START = "start"  # in place of a domain: the checkpoint as it was
+
+Masks = dict[str, Tensor | None]  # of parameters by name: which numbers, None for all of them
+
+
+# -----------------------------------------------------------------------------
+# which weights
+
+
+def operator_of(model: trainer.GPT, share: float) -> Masks:
+    """Return the operator's weights; of a model without one, such a share of all as query and key.
+
+    The rows are the same in query and key, and evenly spread over the heads' channels.
+    """
+    named = dict(model.named_parameters())
+    own = {name: None for name in named if ".mixer.operator." in name}
+    if own:
+        return own
+    C, projections = model.config.n_embd, [name for name in named if name.endswith("c_attn.weight")]
+    total = sum(p.numel() for p in named.values())
+    rows = max(1, round(share * total / (2 * C * len(projections))))
+    chosen = torch.linspace(0, C - 1, min(rows, C)).long()
+    mask = torch.zeros(3 * C, 1, dtype=torch.bool)
+    mask[torch.cat((chosen, C + chosen))] = True
+    return dict.fromkeys(projections, mask)
+
+
+def part_of(model: trainer.GPT, part: str, operator: Masks) -> Masks:
+    """Return the weights of one of PARTS."""
+    named = dict(model.named_parameters())
+    if part == "operator":
+        return operator
+    if part == "all":
+        return dict.fromkeys(named)
+    return {name: None if name not in operator else ~operator[name] for name in named
+            if name not in operator or operator[name] is not None}
+
+
+def count(model: trainer.GPT, masks: Masks) -> int:
+    """Return how many numbers the masks choose."""
+    named = dict(model.named_parameters())
+    return sum(named[name].numel() if mask is None else mask.expand(named[name].shape).sum().item()
+               for name, mask in masks.items())
+
+
+def share_of_operators(checkpoints: list[Checkpoint]) -> float:
+    """Return the operator's share of the weights, of the first checkpoint that has one."""
+    for checkpoint in checkpoints:
+        with torch.device("meta"):
+            model = trainer.GPT(checkpoint.config)
+        if any(".mixer.operator." in name for name, _ in model.named_parameters()):
+            return count(model, operator_of(model, 0)) / count(model, part_of(model, "all", {}))
+    raise InputError("CHECKPOINT: one must have AFNO layers; attention's share follows from it")
+
+
+@torch.no_grad()
+def exchange(model: trainer.GPT, masks: Masks, state: dict[str, Tensor]):
+    """Set the numbers that the masks choose to those of another model's state."""
+    for name, mask in masks.items():
+        p = model.get_parameter(name)
+        other = state[name].to(p)
+        p.copy_(other if mask is None else torch.where(mask.to(p.device), other, p))
+
+
+# -----------------------------------------------------------------------------
+# one result
+
+
+@functools.cache
+def text_of(domain: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a domain's tokens for training and for judging."""
+    if domain == "plays":
+        judged = package_text.tokens_of("plays", MOST_TOKENS)
+        train = read_bin(package_text.PLAYS.with_name("train_000000.bin")).astype(np.int64)
+        return train, judged
+    tokens = package_text.tokens_of(DOMAINS[domain], MOST_TOKENS)
+    cut = len(tokens) * 9 // 10
+    return tokens[:cut], tokens[cut:]
+
+
+def judge(model: trainer.GPT, domain: str, runtime: Runtime) -> float:
+    """Return the mean loss on the part of a domain that is not trained on."""
+    tokens, T = text_of(domain)[1], model.config.sequence_length
+    pieces = cut_rows(len(tokens) - 1, T)
+    losses = losses_of(model, tokens, pieces, T, runtime, BATCH_TOKENS[runtime.device.type])
+    return float(losses.mean(dtype=np.float64))
+
+
+def tune(model: trainer.GPT, masks: Masks, domain: str, rate: float, args, runtime: Runtime):
+    """Train the chosen weights on random rows of a domain's text. Raises Diverged."""
+    tokens, T = torch.from_numpy(text_of(domain)[0]), model.config.sequence_length
+    if len(tokens) <= T:
+        raise InputError(f"--domains {domain}: {len(tokens)} tokens here, a row has {T}")
+    chosen = []
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in masks)
+        if name in masks:
+            chosen.append(p)
+            if masks[name] is not None:  # AdamW without decay leaves what has no gradient
+                p.register_hook(functools.partial(torch.mul, masks[name].to(p.device)))
+    optimizer = torch.optim.AdamW(chosen, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(args.seed)
+    for step in range(args.steps):
+        start = torch.randint(len(tokens) - T, (args.batch_size, 1), generator=generator)
+        rows = tokens[start + torch.arange(T + 1)]
+        idx, targets = (to_device(part, runtime.device) for part in (rows[:, :-1], rows[:, 1:]))
+        with runtime.autocast():
+            loss = model(idx, targets, return_logits=False)[1]
+        loss.backward()
+        factor = trainer.learning_rate_factor(step, args.steps, args.steps // 10, args.steps // 2)
+        optimizer.param_groups[0]["lr"] = rate * factor
+        optimizer.step()
+        optimizer.zero_grad()
+    if not math.isfinite(loss.item()):
+        raise Diverged(f"{domain}, rate {rate}: the loss is {loss.item()}")
+
+
+class Study:
+    """Hold what is asked and what is found; every result is a line of rows.jsonl."""
+
+    def __init__(self, args, runtime: Runtime):
+        self.args, self.runtime, self.folder = args, runtime, args.output
+        self.checkpoints = {checkpoint.label: checkpoint for checkpoint in
+                            map(Checkpoint, args.checkpoints)}
+        if len(self.checkpoints) < len(args.checkpoints):
+            raise InputError("CHECKPOINT: two are called alike, after folder and step")
+        self.share = share_of_operators([*self.checkpoints.values()])
+        self.setting = dict(steps=args.steps, batch_size=args.batch_size, seed=args.seed)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / "rows.jsonl"
+        self.rows = {self.key(row): row for row in read_lines(self.path)}
+        if others := [row for row in self.rows.values() if row["setting"] != self.setting]:
+            raise InputError(f"{self.path} holds results with {others[0]['setting']}, now "
+                             f"{self.setting}; delete it, or choose another --output")
+
+    @staticmethod
+    def key(row: dict) -> tuple:
+        return tuple(row[name] for name in ("label", "domain", "part", "rate", "operator_of"))
+
+    def find(self, label: str, domain: str, part: str, rate: float, operator_of: str, make):
+        """Return a result that stands, or make it: make() returns its numbers."""
+        row = dict(label=label, domain=domain, part=part, rate=rate, operator_of=operator_of)
+        if self.key(row) not in self.rows:
+            begin = time.perf_counter()
+            row |= dict(setting=self.setting, **make())
+            self.rows[self.key(row)] = row
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{label}, {domain}, {part}, rate {rate}, operator of {operator_of}: "
+                  f"{row['loss']:.4f}, {time.perf_counter() - begin:.0f} s", flush=True)
+        return self.rows[self.key(row)]
+
+    def weights(self, label: str, domain: str, rate: float) -> Path:
+        return self.folder / f"{label}-{domain}-{rate}.pt"
+
+    def before(self, label: str, domain: str) -> float:
+        """Return the loss of the checkpoint as it is."""
+        make = lambda: dict(loss=judge(self.checkpoints[label].model(self.runtime), domain,
+                                       self.runtime))
+        return self.find(label, domain, "none", 0.0, START, make)["loss"]
+
+    def tuned(self, label: str, domain: str, part: str, rate: float) -> dict:
+        """Return the result of tuning a part; weights of `all` are kept for exchanges."""
+        def make() -> dict:
+            model = self.checkpoints[label].model(self.runtime)
+            masks = part_of(model, part, operator_of(model, self.share))
+            tune(model, masks, domain, rate, self.args, self.runtime)
+            if part == "all":
+                torch.save(model.state_dict(), self.weights(label, domain, rate))
+            total = sum(p.numel() for p in model.parameters())
+            return dict(loss=judge(model, domain, self.runtime),
+                        trained=count(model, masks) / total)
+
+        return self.find(label, domain, part, rate, domain, make)
+
+    def best(self, label: str, domain: str, part: str) -> dict:
+        """Return the best result of a part over the rates; weights of the others go."""
+        best = min((self.tuned(label, domain, part, rate) for rate in self.args.rates),
+                   key=lambda row: row["loss"])
+        for rate in {*self.args.rates} - {best["rate"]} if part == "all" else ():
+            self.weights(label, domain, rate).unlink(missing_ok=True)
+        return best
+
+    def exchanged(self, label: str, domain: str, other: str) -> float:
+        """Return the loss of a tuned model with the operator of another domain's, or of START."""
+        rate = self.best(label, domain, "all")["rate"]
+
+        def make() -> dict:
+            model = self.checkpoints[label].model(self.runtime)
+            start = {name: p.detach().clone() for name, p in model.state_dict().items()}
+            model.load_state_dict(self.read(label, domain, rate))
+            state = start if other == START else \
+                self.read(label, other, self.best(label, other, "all")["rate"])
+            exchange(model, operator_of(model, self.share), state)
+            return dict(loss=judge(model, domain, self.runtime))
+
+        return self.find(label, domain, "all", rate, other, make)["loss"]
+
+    def read(self, label: str, domain: str, rate: float) -> dict[str, Tensor]:
+        path = self.weights(label, domain, rate)
+        if not path.exists():
+            raise InputError(f"{path} is gone; delete its lines of rows.jsonl to train it again")
+        return torch.load(path, map_location=self.runtime.device, weights_only=True)
+
+
+# -----------------------------------------------------------------------------
+# the tables and the plot
+
+
+def tables(study: Study) -> str:
+    """Return all tables as Markdown; makes what is missing."""
+    args, gains, worth = study.args, [], []
+    for label, domain in itertools.product(study.checkpoints, args.domains):
+        before = study.before(label, domain)
+        best = [study.best(label, domain, part) for part in PARTS]
+        gains.append([label, domain, before])
+        for row in best:
+            gains[-1] += [f"{row['trained']:.2%}", row["loss"], row["rate"]]
+    for label, domain in itertools.product(study.checkpoints, args.domains):
+        own = study.best(label, domain, "all")["loss"]
+        worth.append([label, domain, own])
+        for other in (*args.domains, START):
+            worth[-1].append("" if other == domain
+                             else study.exchanged(label, domain, other) - own)
+    parts = [column for part in PARTS for column in (f"{part}: weights", "loss", "rate")]
+    return "\n\n".join((
+        "# transfer",
+        f"Losses on the part of a domain's text that was not trained on. {args.steps} steps of "
+        f"{args.batch_size} rows, seed {args.seed}; of each part the best of the rates "
+        f"{', '.join(map(str, args.rates))}. Where a model has no operator, some rows of query "
+        "and key stand for it. Made by experiments/ablation_studies.py transfer.",
+        markdown(["checkpoint", "domain", "before", *parts], gains),
+        "Models tuned with all weights, with the operator of another domain's model in place of "
+        "their own: the loss above their own.",
+        markdown(["model", "tuned on", "own loss",
+                  *(f"operator of {other}" for other in (*args.domains, START))], worth)))
+
+
+def plot(study: Study, output: Path):
+    """Draw what tuning each part gains, a panel for a domain, bars for checkpoints."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    domains, labels = study.args.domains, [*study.checkpoints]
+    figure, panels = plt.subplots(1, len(domains), figsize=(1 + 4 * len(domains), 4), sharey=True,
+                                  squeeze=False)
+    for domain, axes in zip(domains, panels[0]):
+        for i, label in enumerate(labels):
+            gains = [study.before(label, domain) - study.best(label, domain, part)["loss"]
+                     for part in PARTS]
+            axes.bar(np.arange(len(PARTS)) + 0.8 * i / len(labels), gains, 0.8 / len(labels),
+                     label=label)
+        axes.set_xticks(np.arange(len(PARTS)) + 0.4 - 0.4 / len(labels), PARTS)
+        axes.set_title(domain)
+    panels[0, 0].set_ylabel("loss before less loss after")
+    panels[0, -1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+
+def rates(text: str) -> list[float]:
+    """Return the learning rates of "0.001,0.003"."""
+    return sorted({trainer.FLAGS["learning_rate"].kind(part) for part in text.split(",")})
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = trainer.Parser(prog="ablation_studies.py transfer", description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter,
+                            allow_abbrev=False)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CHECKPOINT")
+    add("--domains", type=names(DOMAINS), default=[*DOMAINS], help="(all)")
+    add("--rates", type=rates, default="0.0003,0.001,0.003", metavar="X,X", help="(%(default)s)")
+    add("--steps", type=trainer.integer(1), default=200, help="(200)")
+    add("--batch_size", type=trainer.FLAGS["batch_size"].kind, default=16, help="rows (16)")
+    add("--seed", type=trainer.FLAGS["seed"].kind, default=1337, help="of the rows (1337)")
+    add("--device", type=trainer.FLAGS["device"].kind, default="auto", help="(auto)")
+    add("--output", type=Path, default=ROOT / "runs/transfer", metavar="DIR",
+        help="(runs/transfer); weights that are exchanged are kept there, too")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Do what is missing and print the tables; return the exit status."""
+    args = parse(argv)
+    device = choose_device(args.device)
+    runtime = Runtime(device, torch.bfloat16 if device.type == "cuda" else torch.float32, False)
+    study = Study(args, runtime)
+    page = tables(study)
+    (study.folder / "table.md").write_text(page + "\n", encoding="utf-8")
+    try:
+        plot(study, study.folder / "gains.png")
+    except ImportError:
+        print("no gains.png: matplotlib is not installed")
+    print(f"{page}\n\n{relative(str(study.folder.resolve()))}: {len(study.rows)} results")
+    return 0

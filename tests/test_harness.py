@@ -1,0 +1,155 @@
+"""The adapter for lm-evaluation-harness: against the model's own logits, and on three lines."""
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import runtime
+from data.text_to_bin import InputError, gpt2_encoding
+from experiments import harness
+from experiments.harness import Adapter, windows
+from helpers import tiny
+from runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"), torch.float32, compile=False)
+EOT = 50256
+PASSAGES = ("The old king lived in a small house by the", "She sat down.", "")
+WORDS = (" sea", " and then she wrote a long letter to her mother", "Once upon a time")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny(vocab_size=50257, mixer="afno", attn_layers=(1,), sequence_length=24).eval()
+
+
+@pytest.fixture(scope="module")
+def adapter(model):
+    return Adapter(model, CPU, batch_size=2)
+
+
+def requests(*arguments):
+    return [SimpleNamespace(args=args) for args in arguments]
+
+
+@torch.no_grad()
+def log_probabilities(model, tokens):
+    """Return log p of each token but the first, and whether it is the likeliest."""
+    logits = model(torch.tensor([tokens[:-1]]))[0][0]
+    after = torch.tensor(tokens[1:])
+    return -F.cross_entropy(logits, after, reduction="none"), logits.argmax(-1) == after
+
+
+def test_likelihoods_are_the_models(model, adapter):
+    encode = gpt2_encoding().encode_ordinary
+    found = adapter.loglikelihood(requests(*zip(PASSAGES, WORDS)))
+    for passage, word, (value, greedy) in zip(PASSAGES, WORDS, found):
+        count = len(encode(word))
+        values, likeliest = log_probabilities(model, [EOT, *encode(passage + word)])
+        assert value == pytest.approx(values[-count:].sum().item(), abs=1e-3)
+        assert greedy == likeliest[-count:].all().item()
+
+
+def test_spaces_before_the_answer_are_part_of_it(adapter):
+    one, other = adapter.loglikelihood(requests(("by the ", "sea"), ("by the", " sea")))
+    assert one == other
+
+
+def test_the_likeliest_answer_is_said_to_be(model, adapter):
+    text = adapter.generate("The old king", [], 3)
+    assert text and adapter.loglikelihood(requests(("The old king", text)))[0][1]
+
+
+def test_a_long_context_keeps_its_end(model, adapter):
+    context = "one two three four five six seven eight nine ten " * 4
+    tokens = adapter.encode(context + "end")
+    (value, _), = adapter.loglikelihood(requests((context, "end")))
+    count = len(tokens) - len(adapter.encode(context.rstrip()))
+    values, _ = log_probabilities(model, tokens[-25:])
+    assert value == pytest.approx(values[-count:].sum().item(), abs=1e-3)
+    with pytest.raises(InputError, match="a continuation has .* tokens, the model's rows 24"):
+        adapter.loglikelihood(requests(("", context)))
+
+
+@pytest.mark.parametrize("count", (1, 5, 6, 7, 12, 13, 31))
+def test_windows_predict_every_token_once(count):
+    tokens, T = [*range(count + 1)], 6
+    pairs = windows(tokens, T)
+    assert [token for _, after in pairs for token in after] == tokens[1:]
+    for before, after in pairs:  # neighbours in the text, and as long a window as there can be
+        assert before + after == tokens[before[0] : after[-1] + 1]
+        assert len(before) + len(after) - 1 == min(T, count)
+    utils = sys.modules.get("lm_eval.utils")
+    if utils:
+        theirs = utils.get_rolling_token_windows(tokens[1:], tokens[0], T, 1)
+        assert pairs == [tuple(map(list, utils.make_disjoint_window(pair))) for pair in theirs]
+
+
+def test_rolling_sums_over_windows(model, adapter):
+    text = "A text of more tokens than a row has. " * 4
+    total, = adapter.loglikelihood_rolling(requests((text,)))
+    tokens, expected = adapter.encode(text), 0.0
+    for before, after in windows(tokens, 24):
+        expected += log_probabilities(model, before + after)[0][-len(after):].sum().item()
+    assert total == pytest.approx(expected, abs=1e-2) and len(tokens) > 25
+    assert adapter.loglikelihood_rolling(requests(("",))) == [0]
+
+
+def test_generation_is_the_trainers_and_stops(model, adapter, capsys):
+    options = SimpleNamespace(seed=1, temperature=0, top_k=1, max_new_tokens=8)
+    runtime.generate(model, "<|endoftext|>The old king", options, 24, CPU)
+    text = capsys.readouterr().out.removeprefix("<|endoftext|>The old king").rstrip("\n")
+    whole, = adapter.generate_until(requests(("The old king", dict(max_gen_toks=8))))
+    assert whole == text and len(whole) > 4
+    stop = whole[3:5]
+    for until in (stop, ["no such text", stop]):
+        cut, = adapter.generate_until(requests(("The old king", dict(until=until,
+                                                                      max_gen_toks=8))))
+        assert cut == whole[: whole.index(stop)]
+    with pytest.raises(InputError, match="asks for sampling"):
+        adapter.generate_until(requests(("x", dict(do_sample=True, temperature=1.0))))
+
+
+def test_errors_are_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    with pytest.raises(InputError, match=f"{tmp_path}: not a folder of report.py --export"):
+        harness.load_exported(tmp_path)
+    with pytest.raises(InputError, match="the model's 97 tokens are not GPT-2's"):
+        Adapter(tiny(), CPU, 1)
+    monkeypatch.setattr(harness, "lm_eval", None)
+    with pytest.raises(InputError, match="needs the package lm-eval: pip install lm-eval"):
+        harness.main([str(tmp_path), "--tasks", "x"])
+
+
+@pytest.mark.slow
+def test_a_task_of_three_lines(model, adapter, tmp_path, monkeypatch, capsys):
+    """What the harness reports is what the model's own losses say."""
+    for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    pytest.importorskip("lm_eval")
+    save_model = pytest.importorskip("safetensors.torch").save_model
+    (tmp_path / "config.json").write_text(json.dumps(dict(model=vars(model.config))))
+    save_model(model, str(tmp_path / "model.safetensors"))
+    best = adapter.generate("The old king", [], 1)
+    lines = [dict(context="The old king", word=best),
+             *(dict(context=context, word=word) for context, word in zip(PASSAGES[:2], WORDS))]
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "three.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tasks / "three.yaml").write_text(
+        "task: three\ndataset_path: json\ntest_split: test\noutput_type: loglikelihood\n"
+        f"dataset_kwargs: {{data_files: {{test: {tasks}/three.jsonl}}}}\n"
+        "doc_to_text: '{{context}}'\ndoc_to_target: '{{word}}'\ntarget_delimiter: ''\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n")
+    assert harness.main([str(tmp_path), "--tasks", "three", "--include", str(tasks), "--device",
+                         "cpu", "--output", str(tmp_path / "out.json")]) == 0
+    right = [greedy for _, greedy in adapter.loglikelihood(
+        requests(*((line["context"], line["word"]) for line in lines)))]
+    assert right[0] and json.loads((tmp_path / "out.json").read_text())["results"]["three"][
+        "acc,none"] == pytest.approx(sum(right) / 3)
+    assert "|three" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--tasks: the harness has no task four"):
+        harness.main([str(tmp_path), "--tasks", "four", "--include", str(tasks)])

@@ -1,0 +1,143 @@
+"""Tuning parts of a model on other text: what moves, what stands, what is exchanged."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt2_afno as trainer
+from data.text_to_bin import InputError
+from experiments import ablation_studies, transfer
+from experiments.transfer import PARTS, count, exchange, operator_of, part_of, tune
+from runtime import Runtime
+from train_gpt2_afno import GPT, GPTConfig
+
+CPU = Runtime(torch.device("cpu"), torch.float32, compile=False)
+SHAPE = dict(vocab_size=50, n_layer=2, n_embd=16, n_head=2, sequence_length=16, afno_num_blocks=2)
+HYBRID, ATTENTION = dict(mixer="afno", attn_layers=(1,)), dict(mixer="attn")
+
+
+@pytest.fixture(autouse=True)
+def texts(monkeypatch):
+    """Replace the domains' texts by 200 tokens of two words each."""
+    random = np.random.default_rng(0)
+    found = {name: (random.integers(low, low + 2, 200), random.integers(low, low + 2, 50))
+             for low, name in zip((0, 10, 20), transfer.DOMAINS)}
+    monkeypatch.setattr(transfer, "text_of", found.get)
+
+
+def make(**options) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**SHAPE | options))
+
+
+def moved(model: GPT, before: dict) -> dict[str, torch.Tensor]:
+    """Return which numbers of each parameter differ from a state."""
+    return {name: (p != before[name]).detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("options", (HYBRID, ATTENTION))
+def test_parts_are_disjoint_and_make_the_whole(options):
+    model = make(**options)
+    operator = operator_of(model, 0.02)
+    numbers = {part: count(model, part_of(model, part, operator)) for part in PARTS}
+    assert numbers["operator"] + numbers["rest"] == numbers["all"] == sum(
+        p.numel() for p in model.parameters())
+    assert numbers["operator"] > 0 and numbers["rest"] > 0
+    if options is ATTENTION:  # the share that was asked for, to a row of query and key a layer
+        assert abs(numbers["operator"] - 0.02 * numbers["all"]) <= 2 * 16
+
+
+@pytest.mark.parametrize("options", (HYBRID, ATTENTION))
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_not_trained_does_not_move(options, part):
+    args = transfer.parse(["x", "--steps", "3", "--batch_size", "2"])
+    model = make(**options)
+    operator = operator_of(model, 0.05)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    tune(model, part_of(model, part, operator), "code", 0.01, args, CPU)
+    of_operator = torch.cat([
+        torch.full_like(moves, name in operator).flatten() if operator.get(name) is None
+        else operator[name].expand(moves.shape).flatten()
+        for name, moves in moved(model, before).items()])
+    moves = torch.cat([moves.flatten() for moves in moved(model, before).values()])
+    if part != "rest":
+        assert moves[of_operator].float().mean() > 0.5
+    else:
+        assert not moves[of_operator].any()
+    if part == "operator":
+        assert not moves[~of_operator].any()
+    else:
+        assert moves[~of_operator].float().mean() > 0.2
+
+
+@pytest.mark.parametrize("options", (HYBRID, ATTENTION))
+def test_an_exchange_moves_the_operator_alone(options):
+    model, other = make(**options), make(**options)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    operator = operator_of(model, 0.05)
+    exchange(model, operator, other.state_dict())
+    moves = moved(model, before)
+    assert {name for name, part in moves.items() if part.any()} == {*operator}
+    assert sum(part.sum().item() for part in moves.values()) == count(model, operator)
+    exchange(model, dict.fromkeys(moves), before)
+    assert not any(part.any() for part in moved(model, before).values())
+
+
+@pytest.mark.slow
+def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transfer, "plot", lambda *arguments: None)  # it takes a second
+    for name, options in (("c", HYBRID), ("b", ATTENTION)):
+        model = make(**options)
+        (tmp_path / name).mkdir()
+        torch.save(dict(model=model.state_dict(), optimizers=[], step=7, position=0, rng={},
+                        config=trainer.asdict(model.config), args=dict(seed=1)),
+                   tmp_path / name / "state_step000007.pt")
+    argv = ["transfer", str(tmp_path / "c"), str(tmp_path / "b"), "--domains", "code,law",
+            "--rates", "0.01,0.001", "--steps", "4", "--batch_size", "2", "--device", "cpu",
+            "--output", str(tmp_path / "out")]
+    assert ablation_studies.main(argv) == 0
+    said = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
+    # of two checkpoints and two domains: before, three parts at two rates, two exchanges
+    assert len(rows) == 2 * 2 * (1 + 3 * 2 + 2)
+    loss = {(row["label"], row["domain"], row["part"], row["rate"], row["operator_of"]):
+            row["loss"] for row in rows}
+    best = min(loss["c@7", "code", "all", rate, "code"] for rate in (0.01, 0.001))
+    assert best < loss["c@7", "code", "none", 0.0, "start"]
+    assert f"| c@7 | code | {loss['c@7', 'code', 'none', 0.0, 'start']:.4f} | 100.00% | " \
+        f"{best:.4f} | 0.01 |".replace("0.01 |", "0.0100 |") in said
+    kept = {path.name for path in (tmp_path / "out").glob("*.pt")}
+    assert len(kept) == 4 and "c@7-code-0.01.pt" in kept
+    other = loss["c@7", "code", "all", 0.01, "law"] - best
+    assert f"| c@7 | code | {best:.4f} |  | {other:.4f} | " in said
+    assert ablation_studies.main(argv) == 0
+    again = capsys.readouterr().out
+    assert again == said[said.index("# transfer"):]  # nothing was trained again
+    with pytest.raises(InputError, match="holds results with .*; delete it, or choose another"):
+        ablation_studies.main([*argv, "--seed", "3"])
+    with pytest.raises(InputError, match="one must have AFNO layers"):
+        ablation_studies.main(["transfer", str(tmp_path / "b"), "--output", str(tmp_path / "x")])
+
+
+@pytest.mark.slow
+def test_a_picture_of_the_gains(tmp_path):
+    pytest.importorskip("matplotlib")
+    study = type("Study", (), dict(
+        args=transfer.parse(["x"]), checkpoints=dict.fromkeys(("a@1", "b@2")),
+        before=lambda *_: 4.0, best=lambda *_: dict(loss=3.5)))()
+    transfer.plot(study, tmp_path / "gains.png")
+    assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("argv, message", (
+    (["x", "--domains", "poems"], "--domains: must be of code, plays, law, .*, got poems"),
+    (["x", "--rates", "0"], "--rates: must be a number > 0 .*, got 0"),
+    (["nowhere"], "nowhere: no readable checkpoint")))
+def test_bad_input_is_one_clear_line(argv, message, tmp_path):
+    with pytest.raises(InputError, match=message) as caught:
+        transfer.main([*argv, "--output", str(tmp_path / "out")])
+    assert "\n" not in str(caught.value)
