@@ -153,6 +153,19 @@ def main(argv: list[str]) -> int:
 # what will run
 
 
+def kernels_of(config, args) -> set[str]:
+    """Return the names, in kernels.usable, of the kernels that training a model uses."""
+    mixers = {config.mixer_of(layer) for layer in range(config.n_layer)}
+    names = {"fp8" if args.fp8_head or args.fp8_mlp else "loss"}
+    if "afno" in mixers or config.attn_short_conv > 1:
+        names.add("convolution")
+    if "afno" in mixers and config.afno_token_taps:
+        names.add("token")
+    if "afno" in mixers and (config.afno_form == "state" or config.afno_state_layers):
+        names.add("state")
+    return names
+
+
 def describe(run):
     """Say what will run: versions, model and kernels."""
     config, device, dtype = run.config, run.device, run.runtime.dtype

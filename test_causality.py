@@ -477,15 +477,16 @@ def main(argv: list[str]) -> int:
     args = trainer.merge_flags(flags, device, None, print)
     config = trainer.GPTConfig(**trainer.model_fields(vars(args)))
     runtime = Runtime(device, getattr(torch, args.dtype), bool(args.compile))
-    print(f"{args.model}, mixer {config.mixer}, {device.type}; convolution: "
-          f"{trainer.usable('convolution', device, runtime.dtype)[1]}")
     passed = passed_file(args, config)
     if passed.exists():
         print(f"passed before, with this source, configuration and versions: {passed.name} in "
               f"{passed.parent.name}/ (delete it to run the gate again)")
         return 0
-    for what in ("state", "loss"):  # here, so that no row of the table waits for a trial
-        trainer.usable(what, device, runtime.dtype)
+    # here, so that no row of the table waits for a trial
+    trainer.try_kernels(trainer.kernels_of(config, args) | {"convolution", "state"}, device,
+                        runtime.dtype)
+    print(f"{args.model}, mixer {config.mixer}, {device.type}; convolution: "
+          f"{trainer.usable('convolution', device, runtime.dtype)[1]}")
     tried = time.perf_counter()
     gate = Gate()
     check_trained(gate, trainer, args, config, runtime)

@@ -44,8 +44,8 @@ from data.loader import (DATA_FLAGS, TokenStream, TrainLoader, choose_data, coun
                          find_shards, passes)
 from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, machine_memory,
                               number, one_of, owned, prefix_table, relative, show)
-from facts import FirstSteps, Laps, describe, describe_plan, show_facts
-from kernels import keep_products, usable
+from facts import FirstSteps, Laps, describe, describe_plan, kernels_of, show_facts
+from kernels import keep_products, try_kernels, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
 from report import report_at_end
@@ -561,14 +561,20 @@ class PairTable(nn.Embedding):
     Pairs of one hash share a row. The 0 before the first token is a token like any other.
     """
 
-    def __init__(self, rows: int, n_embd: int):
-        super().__init__(rows, n_embd)
+    def reset_parameters(self):
         nn.init.zeros_(self.weight)
 
     def forward(self, idx: Tensor, before: Tensor) -> Tensor:
         """Return (..., C) of the tokens idx and of those before them, (...)."""
         key = (before * 50257 + idx) * 2654435761 % 2**32  # Fibonacci hashing; below 2^63
         return super().forward(key * self.num_embeddings >> 32)
+
+
+class ValueTable(nn.Embedding):
+    """Give each token a row that is added to a layer's value, small at first."""
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight, std=0.01)
 
 
 class Head(nn.Linear):
@@ -610,10 +616,8 @@ class GPT(nn.Module):
         self.lm_head = Head(config)
         self.transformer.wte.weight = self.lm_head.weight  # one tensor, with nn.Linear's start
         self.pairs = PairTable(config.pair_rows, C) if config.pair_rows else None
-        self.values = nn.ModuleDict({str(layer): nn.Embedding(config.vocab_size, C)
+        self.values = nn.ModuleDict({str(layer): ValueTable(config.vocab_size, C)
                                      for layer in config.value_layers()})
-        for table in self.values.values():
-            nn.init.normal_(table.weight, std=0.01)
         if config.position == "learned":
             self.transformer.wpe = nn.Embedding(config.sequence_length, C)
             nn.init.uniform_(self.transformer.wpe.weight, -C**-0.5, C**-0.5)  # as wte begins
@@ -1003,6 +1007,7 @@ class Run:
             load_optimizers(self.optimizers, saved.pop("optimizers"), folder)
             set_random_state(saved["rng"], self.device)
         self.compile_time, self.past_wall = times["compile_time_s"], times["wall_time_s"]
+        try_kernels(kernels_of(config, args), self.device, runtime.dtype)
         self.fp8 = choose_fp8(self.model, args, self.device, runtime.dtype)
         self.clock = Clock(self.device, times["train_time_s"])
         self.energy = gpu_energy(self.device)
@@ -1060,7 +1065,7 @@ class Run:
             model.compile()
         ends = itertools.accumulate(share for _, share in self.lengths)
         steps = self.args.num_iterations
-        starts = [self.step, *(round(end * steps) for end in ends)]
+        starts = [0, *(round(end * steps) for end in ends)]
         to_come = dict.fromkeys(length_at(self.lengths, max(start, self.step), steps)
                                 for start in starts)
         self.wrapped, self.tables = model, row_tables(model)
@@ -1105,8 +1110,7 @@ class Run:
             self.open_loader()
 
     def attempt(self, rows: int, recompute: int, lengths, averages: int):
-        """Make the gradients of two micro-batches of each length, beside the averages; drop them.
-        """
+        """Make, and drop, gradients of two micro-batches of each length, beside the averages."""
         self.recompute(recompute)
         world, vocabulary = self.runtime.world, self.config.vocab_size
         made = any(optimizer.state for optimizer in self.optimizers)

@@ -1,5 +1,6 @@
 """Everything in Triton. Skip this when you read: plain PyTorch computes the same sums, only slower.
 
+    compiled.py       how kernels are compiled
     blocks.py         mathematics that the plain paths of afno.py use, too; no Triton
     convolution.py    causal_conv and short_conv
     token_conv.py     token_conv: taps of each token's own
@@ -13,6 +14,7 @@ This file imports without Triton. `usable` says whether a kernel may be used, an
 """
 import functools
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -88,6 +90,25 @@ def usable(what: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, s
     call for a device tries the kernels there; the answer is kept.
     """
     return probe(what, device, dtype)
+
+
+def at_once(function, items, device: torch.device) -> list:
+    """Return function(item) of each, on a GPU in threads: Triton's compiler leaves Python free."""
+    if device.type != "cuda":
+        return [function(item) for item in items]
+    card = torch.cuda.current_device()  # threads begin on card 0
+
+    def on_card(item):
+        torch.cuda.set_device(card)
+        return function(item)
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(on_card, items))
+
+
+def try_kernels(names, device: torch.device, dtype: torch.dtype):
+    """Try the kernels of these names, as usable does, all at once: later calls have the answer."""
+    at_once(lambda name: usable(name, device, dtype), names, device)
 
 
 @functools.cache

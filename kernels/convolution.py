@@ -55,6 +55,7 @@ from torch import Tensor
 
 from kernels import operator
 from kernels.blocks import odd_dft, segment_responses
+from kernels.compiled import jit
 
 NEAR, FAR = 128, 256  # tokens in a block for short and for long filters; FAR = 2 NEAR
 # A filter is short where Toeplitz tiles take at most so many multiply-adds: all filters of up to
@@ -99,7 +100,7 @@ def last_dimension_dense(x: Tensor) -> Tensor:
 # Toeplitz matrices of taps
 
 
-@triton.jit
+@jit
 def toeplitz_kernel(taps_ptr, out_ptr, K, tile_step, row_step, sign, ROWS: tl.constexpr,
                     COLUMNS: tl.constexpr, BP: tl.constexpr):
     """out[g, i, p, q] = taps[g, sign (i tile_step + p row_step - q)].
@@ -150,7 +151,7 @@ def is_short(T: int, K: int) -> bool:
     return multiply_adds(T, K) <= DIRECT
 
 
-@triton.jit
+@jit
 def short_kernel(x_ptr, tiles_ptr, y_ptr, B, T, stride_b, stride_t, num_blocks, num_lags, columns,
                  W: tl.constexpr, NEAR: tl.constexpr, TRANSPOSED: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr):
@@ -215,7 +216,7 @@ def half_transform(device: torch.device, dtype: torch.dtype, size: int) -> Tenso
     return forward[:, : size // 2].to(dtype).contiguous()
 
 
-@triton.jit
+@jit
 def transform_kernel(x_ptr, half_ptr, out_ptr, B, T, stride_b, stride_t, columns, W: tl.constexpr,
                      FAR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """E and O: out[g, parity, :, n] = half @ the tokens of that parity of column n.
@@ -249,7 +250,7 @@ def transform(x: Tensor, half: Tensor, s: Sizes) -> Tensor:
     return out
 
 
-@triton.jit
+@jit
 def load_pair(place, odd, size, cos, sin, mask):
     """S[w] and S[FAR - 1 - w], (re, im) each.
 
@@ -265,7 +266,7 @@ def load_pair(place, odd, size, cos, sin, mask):
     return s_re.to(dtype), s_im.to(dtype), s2_re.to(dtype), s2_im.to(dtype)
 
 
-@triton.jit
+@jit
 def load_response(response_ptr, line, blocks, lag, TRANSPOSED: tl.constexpr, dtype: tl.constexpr):
     """Toeplitz tile (re, im) of a frequency's response, lags > 0 alone; TRANSPOSED: conjugated."""
     wanted = (lag > 0) & (lag < blocks)
@@ -274,7 +275,7 @@ def load_response(response_ptr, line, blocks, lag, TRANSPOSED: tl.constexpr, dty
     return re, -im if TRANSPOSED else im
 
 
-@triton.jit
+@jit
 def add_product(re, im, h_re, h_im, x_re, x_im):
     """(re, im) + h @ x, complex."""
     re = tl.dot(h_re, x_re, tl.dot(-h_im, x_im, re, input_precision="ieee"), input_precision="ieee")
@@ -287,7 +288,7 @@ def add_product(re, im, h_re, h_im, x_re, x_im):
 MIX = dict(BI=16, BN=128)
 
 
-@triton.jit
+@jit
 def mix_kernel(x_ptr, response_ptr, out_ptr, B, blocks, columns, padded_columns, W: tl.constexpr,
                FAR: tl.constexpr, TRANSPOSED: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr):
     """M[i] = sum over blocks j < i of response[i - j] * S[j] at every frequency.
@@ -348,7 +349,7 @@ def mix(x: Tensor, response: Tensor, s: Sizes, transposed: bool) -> Tensor:
     return out
 
 
-@triton.jit
+@jit
 def long_kernel(x_ptr, near_ptr, mixed_ptr, half_ptr, y_ptr, B, T, stride_b, stride_t, columns,
                 W: tl.constexpr, FAR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Tokens of one parity of y: near[g, parity] @ x of the same block + half.T @ mixed[g, parity].
@@ -402,7 +403,7 @@ def long_filter_conv(x: Tensor, taps: Tensor, mixed: Tensor, half: Tensor, s: Si
 PROGRAMS = 256
 
 
-@triton.jit
+@jit
 def tiles_gradient_kernel(u_ptr, dy_ptr, out_ptr, B, T, u_stride_b, u_stride_t, dy_stride_b,
                           dy_stride_t, num_lags, units, together, units_each, W: tl.constexpr,
                           NEAR: tl.constexpr, LAGS: tl.constexpr, BK: tl.constexpr):
@@ -443,7 +444,7 @@ def tiles_gradient_kernel(u_ptr, dy_ptr, out_ptr, B, T, u_stride_b, u_stride_t, 
 RESPONSE = {16: 64, 32: 32, 64: 32}
 
 
-@triton.jit
+@jit
 def response_gradient_kernel(x_ptr, dm_ptr, out_ptr, B, blocks, columns, W: tl.constexpr,
                              FAR: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr):
     """out[g, w, :, l, p, q] = sum over a and columns of dM[a BI + p] * conj(S[(a - l) BI + q]).
@@ -482,7 +483,7 @@ def response_gradient_kernel(x_ptr, dm_ptr, out_ptr, B, blocks, columns, W: tl.c
     tl.store(out + lags * BI * BI, im2)
 
 
-@triton.jit
+@jit
 def fold_kernel(tiles_ptr, out_ptr, splits, units, together, units_each, LAGS: tl.constexpr,
                 SIZE: tl.constexpr, BP: tl.constexpr):
     """Gradient of taps from that of their Toeplitz tiles, split by split.
@@ -656,7 +657,7 @@ def causal_conv(u: Tensor, taps: Tensor) -> Tensor:
 # the short convolution: a few taps for every channel by itself
 
 
-@triton.jit
+@jit
 def depthwise_kernel(x_ptr, taps_ptr, dy_ptr, y_ptr, T, C, LENGTH: tl.constexpr,
                      TRANSPOSED: tl.constexpr, SILU: tl.constexpr, GRADIENT: tl.constexpr,
                      BT: tl.constexpr, BC: tl.constexpr):
@@ -686,7 +687,7 @@ def depthwise_kernel(x_ptr, taps_ptr, dy_ptr, y_ptr, T, C, LENGTH: tl.constexpr,
     tl.store(y_ptr + place, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
 def depthwise_gradient_kernel(x_ptr, dy_ptr, out_ptr, tokens, T, C, BT: tl.constexpr,
                               BC: tl.constexpr):
     """out[split, l] = sum of dy[t] * x[t - l] over the split's tokens of all B T.

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from kernels import operator
 from kernels.blocks import chunks_remaining
+from kernels.compiled import jit
 
 CHUNK = 64  # tokens
 
@@ -57,7 +58,7 @@ def launch(kernel, q: Tensor, v: Tensor, pointers: tuple[Tensor, ...], strided: 
 # loads that the kernels share
 
 
-@triton.jit
+@jit
 def load_heads(x_ptr, g, b, t, T, first, size, stride_b, stride_t, SIZE: tl.constexpr):
     """x[b, t, g, first:] of x (B, T, G, size), heads side by side: (tokens, SIZE), zero beyond."""
     d = first + tl.arange(0, SIZE)
@@ -66,7 +67,7 @@ def load_heads(x_ptr, g, b, t, T, first, size, stride_b, stride_t, SIZE: tl.cons
                    mask=(t < T)[:, None] & (d < size)[None, :], other=0.0)
 
 
-@triton.jit
+@jit
 def state_places(x_ptr, ahead, first, D, W, DP: tl.constexpr, WP: tl.constexpr):
     """Pointers (DP, WP), and which are valid, to the state `ahead` chunks after the program's own.
 
@@ -80,14 +81,14 @@ def state_places(x_ptr, ahead, first, D, W, DP: tl.constexpr, WP: tl.constexpr):
     return x_ptr + n * D * W + d[:, None] * W + w[None, :], inside
 
 
-@triton.jit
+@jit
 def load_state(x_ptr, ahead, first, D, W, DP: tl.constexpr, WP: tl.constexpr):
     """The numbers at state_places, zero beyond."""
     places, inside = state_places(x_ptr, ahead, first, D, W, DP, WP)
     return tl.load(places, mask=inside, other=0.0)
 
 
-@triton.jit
+@jit
 def load_log_a(log_a_ptr, g, b, t, T):
     """(since, until): logarithms of what remains.
 
@@ -99,7 +100,7 @@ def load_log_a(log_a_ptr, g, b, t, T):
     return since, tl.sum(log_a, 0) - since
 
 
-@triton.jit
+@jit
 def remains_inside(since, t):
     """What remains of token s at token t of the chunk, (t, s), exact zeros for s > t."""
     between = since[:, None] - since[None, :]
@@ -110,7 +111,7 @@ def remains_inside(since, t):
 # forward
 
 
-@triton.jit
+@jit
 def sent_kernel(x_ptr, y_ptr, log_a_ptr, out_ptr, T, x_stride_b, x_stride_t, y_stride_b,
                 y_stride_t, D, W, FROM_START: tl.constexpr, L: tl.constexpr, DP: tl.constexpr,
                 WP: tl.constexpr):
@@ -148,7 +149,7 @@ def chunk_states(x: Tensor, y: Tensor, log_a: Tensor, remains: Tensor, transpose
     return ((remains.mT if transposed else remains) @ sent.flatten(3)).view_as(sent)
 
 
-@triton.jit
+@jit
 def state_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, y_ptr, T, q_stride_b, q_stride_t,
                  k_stride_b, k_stride_t, v_stride_b, v_stride_t, D, W, L: tl.constexpr,
                  DP: tl.constexpr, WP: tl.constexpr):
@@ -184,7 +185,7 @@ VALUES = tl.constexpr(32)
 STATE_GRADIENT = dict(num_warps=8, num_stages=1)
 
 
-@triton.jit
+@jit
 def state_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, dsent_ptr, dq_ptr,
                           dk_ptr, dv_ptr, dlog_a_ptr, T, dy_stride_b, dy_stride_t, q_stride_b,
                           q_stride_t, k_stride_b, k_stride_t, v_stride_b, v_stride_t, D, W,

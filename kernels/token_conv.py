@@ -22,9 +22,10 @@ from torch import Tensor
 
 from kernels import operator
 from kernels.blocks import BLOCK
+from kernels.compiled import jit
 
 
-@triton.jit
+@jit
 def load_tokens(x_ptr, row, t, first, W: tl.constexpr, T, C, BW: tl.constexpr):
     """Return x[row, t, first ... first + W - 1], (BLOCK, BW), zero beyond the row and the group."""
     c = tl.arange(0, BW)
@@ -33,16 +34,16 @@ def load_tokens(x_ptr, row, t, first, W: tl.constexpr, T, C, BW: tl.constexpr):
     return tl.load(x_ptr + place, mask=inside, other=0.0)
 
 
-@triton.jit
-def tap_places(row, t, s, g, T, G, K: tl.constexpr):
+@jit
+def tap_places(row, t, s, g, T, G, LENGTH: tl.constexpr):
     """Return where w[row, t, g, t - s] stands, (BLOCK, BLOCK), and whether t - s is a lag."""
     lag = t[:, None] - s[None, :]
-    place = (((row * T + t) * G + g) * K)[:, None] + lag
-    return place, (lag >= 0) & (lag < K) & (t < T)[:, None]
+    place = (((row * T + t) * G + g) * LENGTH)[:, None] + lag
+    return place, (lag >= 0) & (lag < LENGTH) & (t < T)[:, None]
 
 
-@triton.jit
-def token_conv_kernel(u_ptr, w_ptr, y_ptr, T, C, G, K: tl.constexpr, W: tl.constexpr,
+@jit
+def token_conv_kernel(u_ptr, w_ptr, y_ptr, T, C, G, LENGTH: tl.constexpr, W: tl.constexpr,
                       BLOCK: tl.constexpr, BW: tl.constexpr):
     """y[t] = sum over s of w[t, t - s] u[s]. u, y: (B, T, C); w: (B, T, G, K)."""
     g, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -50,7 +51,7 @@ def token_conv_kernel(u_ptr, w_ptr, y_ptr, T, C, G, K: tl.constexpr, W: tl.const
     acc = tl.zeros((BLOCK, BW), tl.float32)
     for back in tl.static_range(2):
         s = t - back * BLOCK
-        place, wanted = tap_places(row, t, s, g, T, G, K)
+        place, wanted = tap_places(row, t, s, g, T, G, LENGTH)
         taps = tl.load(w_ptr + place, mask=wanted, other=0.0)
         u = load_tokens(u_ptr, row, s, g * W, W, T, C, BW)
         acc = tl.dot(taps, u, acc, input_precision="ieee")
@@ -60,8 +61,8 @@ def token_conv_kernel(u_ptr, w_ptr, y_ptr, T, C, G, K: tl.constexpr, W: tl.const
              mask=(t < T)[:, None] & (c < W)[None, :])
 
 
-@triton.jit
-def token_conv_gradient_kernel(dy_ptr, u_ptr, w_ptr, du_ptr, dw_ptr, T, C, G, K: tl.constexpr,
+@jit
+def token_conv_gradient_kernel(dy_ptr, u_ptr, w_ptr, du_ptr, dw_ptr, T, C, G, LENGTH: tl.constexpr,
                                W: tl.constexpr, BLOCK: tl.constexpr, BW: tl.constexpr):
     """du[s] = sum over t of w[t, t - s] dy[t]; dw[t, t - s] = dy[t] u[s], summed over channels."""
     g, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -69,14 +70,14 @@ def token_conv_gradient_kernel(dy_ptr, u_ptr, w_ptr, du_ptr, dw_ptr, T, C, G, K:
     dy = load_tokens(dy_ptr, row, t, g * W, W, T, C, BW)
     for back in tl.static_range(2):
         s = t - back * BLOCK
-        place, wanted = tap_places(row, t, s, g, T, G, K)
+        place, wanted = tap_places(row, t, s, g, T, G, LENGTH)
         u = load_tokens(u_ptr, row, s, g * W, W, T, C, BW)
         products = tl.dot(dy, tl.trans(u), input_precision="ieee")
         tl.store(dw_ptr + place, products.to(dw_ptr.dtype.element_ty), mask=wanted)
     acc = tl.zeros((BLOCK, BW), tl.float32)
     for ahead in tl.static_range(2):
         later = t + ahead * BLOCK
-        place, wanted = tap_places(row, later, t, g, T, G, K)
+        place, wanted = tap_places(row, later, t, g, T, G, LENGTH)
         taps = tl.load(w_ptr + place, mask=wanted, other=0.0)
         dy = load_tokens(dy_ptr, row, later, g * W, W, T, C, BW)
         acc = tl.dot(tl.trans(taps), dy, acc, input_precision="ieee")
@@ -86,18 +87,13 @@ def token_conv_gradient_kernel(dy_ptr, u_ptr, w_ptr, du_ptr, dw_ptr, T, C, G, K:
              mask=(t < T)[:, None] & (c < W)[None, :])
 
 
-# each kernel's warps: with 4, the gradient's four products spill
-WARPS = {token_conv_kernel: 4, token_conv_gradient_kernel: 8}
-
-
-def launch(kernel, u: Tensor, w: Tensor, *tensors: Tensor):
+def launch(run, u: Tensor, w: Tensor, *tensors: Tensor):
     """Run a kernel on tensors for u (B, T, C) and w (B, T, G, K)."""
     B, T, C = u.shape
     G, K = w.shape[2:]
     with torch.cuda.device_of(u):  # Triton launches on the current device
-        kernel[triton.cdiv(T, BLOCK), G, B](
-            *tensors, T, C, G, K=K, W=C // G, BLOCK=BLOCK,
-            BW=max(16, triton.next_power_of_2(C // G)), num_warps=WARPS[kernel])
+        run[triton.cdiv(T, BLOCK), G, B](*tensors, T, C, G, LENGTH=K, W=C // G, BLOCK=BLOCK,
+                                         BW=max(16, triton.next_power_of_2(C // G)))
 
 
 @operator("token_conv")

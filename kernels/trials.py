@@ -11,9 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import at_once
+
 # Relative error that a kernel may have, and that fp8 products may have; rounding leaves a scale
 # alone.
 BOUNDS = dict(convolution=2e-2, token=2e-2, state=2e-2, loss=1e-2)
+# Trials of each; they share no kernel
+PARTS = dict(convolution=("short_conv", "short_filter", "long_filter"), token=("token",),
+             state=("state",), loss=("loss",))
 FP8_BOUND, FP8_SCALE_BOUND = 8e-2, 2e-2
 # Channels of a filter and of a head, as models have them (AFNO1D's)
 CHANNELS, HEAD = 64, 128
@@ -98,8 +103,7 @@ class Trials:
         off = relative_error(got, wanted)
         return None if off < self.bound else f"{what} is {off:.1e} off, more than {self.bound:g}"
 
-    def convolution(self) -> str | None:
-        """Try the short convolution, a short and a long filter."""
+    def short_conv(self) -> str | None:
         from kernels import convolution
 
         for silu in (False, True):
@@ -108,14 +112,26 @@ class Trials:
                                      "the short convolution", x=self.half(2, 300, 32),
                                      taps=self.random(4, 32)):
                 return fault
-        # two filters as wide as models have; 33 blocks: more than one tile of blocks to mix
-        far = convolution.FAR
-        for T, K in ((300, far - 5), (33 * far - 5, 33 * far)):
-            if fault := self.compare(convolution.causal_conv, exact_conv, f"{K} taps",
-                                     u=self.half(1, T, 2 * CHANNELS),
-                                     taps=self.random(2, K) / math.sqrt(K)):
-                return fault
         return None
+
+    def filter(self, T: int, K: int) -> str | None:
+        """Try two filters as wide as models have."""
+        from kernels import convolution
+
+        return self.compare(convolution.causal_conv, exact_conv, f"{K} taps",
+                            u=self.half(1, T, 2 * CHANNELS),
+                            taps=self.random(2, K) / math.sqrt(K))
+
+    def short_filter(self) -> str | None:
+        from kernels import convolution
+
+        return self.filter(300, convolution.FAR - 5)
+
+    def long_filter(self) -> str | None:
+        """Try 33 blocks: more than one tile of blocks to mix."""
+        from kernels import convolution
+
+        return self.filter(33 * convolution.FAR - 5, 33 * convolution.FAR)
 
     def token(self) -> str | None:
         """Try each token's own taps, over three blocks, the last one short."""
@@ -172,11 +188,18 @@ def first_line(error: Exception) -> str:
 
 def find_fault(what: str, device: torch.device, dtype: torch.dtype, bound: float) -> str | None:
     """Return what is wrong with these kernels, a name of BOUNDS, here, or None."""
-    try:
+    def part(name: str) -> str | None:
         with exactly(device):
-            return getattr(Trials(device, dtype, bound), what)()
-    except Exception as error:  # whatever a compiler, a driver or a launch may raise
-        return first_line(error)
+            return getattr(Trials(device, dtype, bound), name)()
+
+    def fault(run) -> str | None:
+        try:
+            return next(filter(None, run(part, PARTS[what])), None)
+        except Exception as error:  # whatever a compiler, a driver or a launch may raise
+            return first_line(error)
+
+    # one by one, too, where it fails: a compiler may not be made for threads
+    return fault(lambda *job: at_once(*job, device)) and fault(map)
 
 
 def try_fp8(device: torch.device, dtype: torch.dtype) -> tuple[str | None, float]:

@@ -20,14 +20,14 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from kernels import convolution as conv, softmax, state, token_conv  # noqa: E402
 from kernels.blocks import BLOCK  # noqa: E402
+from kernels.compiled import SIZES  # noqa: E402
 
 HALF = ("x_ptr y_ptr u_ptr dy_ptr dm_ptr tiles_ptr near_ptr mixed_ptr half_ptr out_ptr q_ptr k_ptr "
         "v_ptr state_ptr dsent_ptr dq_ptr dk_ptr dv_ptr logits_ptr gradient_ptr w_ptr du_ptr dw_ptr")
 FULL = "response_ptr taps_ptr log_a_ptr dlog_a_ptr losses_ptr shares_ptr"
 POINTERS = dict.fromkeys(HALF.split(), "*bf16") | dict.fromkeys(FULL.split(), "*fp32")
 POINTERS["targets_ptr"] = "*i64"
-UNALIGNED = ("num_blocks num_lags blocks splits units together units_each K tile_step row_step "
-             "sign vocab_size T").split()
+UNALIGNED = (*SIZES, "tile_step", "row_step", "sign", "vocab_size")
 NO_PRODUCTS = (conv.toeplitz_kernel, conv.fold_kernel, conv.depthwise_kernel,
                conv.depthwise_gradient_kernel, softmax.cross_entropy_kernel,
                softmax.transpose_kernel)
@@ -87,8 +87,8 @@ def launches(arch: int):
         flags = dict(zip(("TRANSPOSED", "SILU", "GRADIENT"), map(bool, variant)))
         yield conv.depthwise_kernel, dict(few, LENGTH=4, **flags), {}, {}
     yield conv.depthwise_gradient_kernel, few, {}, full
-    for kernel, num_warps in token_conv.WARPS.items():
-        yield kernel, dict(K=16, W=64, BLOCK=BLOCK, BW=64), dict(num_warps=num_warps), {}
+    for kernel in (token_conv.token_conv_kernel, token_conv.token_conv_gradient_kernel):
+        yield kernel, dict(LENGTH=16, W=64, BLOCK=BLOCK, BW=64), {}, {}
     chunk = dict(L=state.CHUNK, DP=128, WP=128)
     for from_start in (False, True):
         yield state.sent_kernel, dict(chunk, FROM_START=from_start), {}, {}

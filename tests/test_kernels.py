@@ -7,6 +7,7 @@ import ast
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -453,8 +454,8 @@ def test_kernels_are_tried_before_they_are_trusted(small_blocks, narrow, monkeyp
     monkeypatch.setattr(state, "chunk_states", lambda *a, **k: 1.1 * right_states(*a, **k))
     assert fault("state").startswith("output of the state is ")
     right_taps = token_conv.launch
-    monkeypatch.setattr(token_conv, "launch", lambda kernel, u, w, *rest: right_taps(
-        kernel, u, w, *(1.1 * x if x is w else x for x in rest)))
+    monkeypatch.setattr(token_conv, "launch", lambda run, u, w, *rest: right_taps(
+        run, u, w, *(1.1 * x if x is w else x for x in rest)))
     assert fault("token").startswith("output of each token's own taps is ")
     right_loss = softmax.cross_entropy
     for factors, what in (((1.1, 1), "loss"), ((1, 1.1), "gradient"), ((1, math.nan), "gradient")):
@@ -523,6 +524,7 @@ def test_kernels_import_neither_the_model_nor_the_trainer():
 def test_what_needs_no_triton_imports_without_it():
     script = """
 import sys
+import threading
 sys.modules["triton"] = None
 import torch, kernels, kernels.blocks, kernels.loss
 assert kernels.operators() == set() and not kernels.installed()
@@ -623,3 +625,23 @@ def test_fp8_mlp_in_compiled_blocks(fresh_compiler, recompute):
     for name, got, wanted in zip(("loss", *dict(model.named_parameters())), step(), expected):
         bound = 0.01 if name == "loss" else 0.2
         assert not wanted.any() or 0 < relative(got, wanted) < bound, name
+
+
+def test_trials_in_threads_are_on_the_callers_card(monkeypatch):
+    cards = threading.local()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(cards, "now", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda card: setattr(cards, "now", card))
+    cards.now = 3
+    together = threading.Barrier(2, timeout=20)  # both run at once
+    tried = kernels.at_once(lambda name: (together.wait(), name, torch.cuda.current_device())[1:],
+                            ["a", "b"], torch.device("cuda"))
+    assert tried == [("a", 3), ("b", 3)]
+
+
+def test_a_fault_of_threads_alone_is_none(monkeypatch):
+    def broken(*job):
+        raise RuntimeError("not made for threads")
+
+    monkeypatch.setattr(trials, "at_once", broken)
+    monkeypatch.setitem(trials.PARTS, "loss", ())
+    assert trials.find_fault("loss", torch.device(DEVICE), DTYPE, BOUND) is None
