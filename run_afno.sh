@@ -72,8 +72,8 @@ fi
 if [ "$preset" = test ]; then
   cd "$here"
   if [ "${1:-}" = --fast ]; then shift; set -- -m "not slow" "$@"; fi
-  # a process for four cores, at least two and at most eight
-  processes=$("$python" -c "import os; print(min(8, max(2, (os.cpu_count() or 1) // 4)))")
+  # a process for two cores, at least two and at most six
+  processes=$("$python" -c "import os; print(min(6, max(2, (os.cpu_count() or 1) // 2)))")
   exec "$python" -m pytest -q -n "$processes" --dist loadgroup test_causality.py tests "$@"
 fi
 if [ -z "$preset" ]; then
