@@ -256,18 +256,22 @@ class TokenTaps(nn.Module):
         self.groups, self.length = groups, length
         self.w = nn.Parameter(torch.zeros(groups * length, channels))
 
-    def taps(self, h: Tensor) -> Tensor:
-        """Return (..., groups, length) of h (..., channels)."""
-        return (F.linear(h, self.w) * 0.1).unflatten(-1, (self.groups, self.length))
+    def matrix(self) -> Tensor:
+        """Return W / 10, (groups * length, channels)."""
+        return 0.1 * self.w
 
-    def forward(self, u: Tensor, h: Tensor) -> Tensor:
-        return token_conv(u, self.taps(h).to(u.dtype))
+    def forward(self, u: Tensor, taps: Tensor) -> Tensor:
+        """Return (B, T, C) from u (B, T, C) and W h / 10, (B, T, groups * length)."""
+        return token_conv(u, self.by_group(taps).to(u.dtype))
 
-    def step(self, u_t: Tensor, h_t: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the output for one more token u_t, (B, C), and the window for the next one."""
+    def by_group(self, taps: Tensor) -> Tensor:
+        return taps.unflatten(-1, (self.groups, self.length))
+
+    def step(self, u_t: Tensor, taps: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return forward() for one more token, (B, C), and the window for the next one."""
         window = extend(window, u_t, self.length)
         n = window.size(1)
-        recent = self.taps(h_t)[..., :n].flip(-1).to(u_t.dtype)
+        recent = self.by_group(taps)[..., :n].flip(-1).to(u_t.dtype)
         y = torch.einsum("bngc,bgn->bgc", window.unflatten(-1, (self.groups, -1)), recent)
         return y.flatten(1), window
 
@@ -303,7 +307,7 @@ class AFNO1D(nn.Module):
     """Mix tokens, (B, T, hidden_size) to the same, any T; causal in every form but `reference`.
 
         value = short_conv(W_in h)      with silu: silu(short_conv(W_in h))
-        y     = W_out rmsnorm(operator(value) + token_taps(value, h) + direct value)
+        y     = W_out rmsnorm(operator(value) + token_taps(value) + direct value)
 
     The form `state` differs: W_in also makes what is written and what is read, heads are normed one
     by one, there is no SiLU, there are no TokenTaps, and the MLP has gcd(num_blocks, heads) blocks.
@@ -357,8 +361,15 @@ class AFNO1D(nn.Module):
     # The contract of all mixers, attention's, too: a Block calls project, value, then mix or step.
 
     def project(self, h: Tensor) -> Tensor:
-        """Return z = W_in h, (..., hidden_size), in the form state wider."""
-        return self.c_in(h)
+        """Return z = W_in h, (..., hidden_size); in the form state, or with the taps, wider."""
+        if self.token_taps is None:
+            return self.c_in(h)
+        return F.linear(h, torch.cat((self.c_in.weight, self.token_taps.matrix())))  # one product
+
+    def parts(self, z: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the short convolution's input, with the value `added`, and each token's taps."""
+        size = self.c_in.out_features
+        return add_value(z[..., :size], added), z[..., size:]
 
     def value(self, z: Tensor) -> Tensor:
         """Return the part of z that becomes the value, (..., hidden_size)."""
@@ -369,12 +380,13 @@ class AFNO1D(nn.Module):
         """Return the mixer's output, (B, T, hidden_size), from z = project(h).
 
         added: (B, T, hidden_size) or None, is added to the value before the short convolution.
-        taps: what filters() makes, where it has been made already. rotary is attention's.
+        taps: what filters() makes, where it has been made already. h and rotary are attention's.
         """
-        operand = self.short_conv(add_value(z, added))
+        z, own = self.parts(z, added)
+        operand = self.short_conv(z)
         y = self.operator(operand) if taps is None else self.operator(operand, taps)
         if self.token_taps is not None:
-            y = y + self.token_taps(operand, h)
+            y = y + self.token_taps(operand, own)
         return self.output(operand, y)
 
     @torch.no_grad()
@@ -383,13 +395,14 @@ class AFNO1D(nn.Module):
         """Return mix() for one more token, (B, hidden_size), and the state for the next.
 
         The first token's state is None. A state is used once: some of its tensors change in place.
-        Costs: see the operators' step. The form reference has none. rotary, window: attention's.
+        Costs: see the operators' step. The form reference has none. h, rotary, window: attention's.
         """
         inputs, operator_state, newest = state or (None, None, None)
-        operand, inputs = self.short_conv.step(add_value(z, added), inputs)
+        z, own = self.parts(z, added)
+        operand, inputs = self.short_conv.step(z, inputs)
         y, operator_state = self.operator.step(operand, operator_state)
         if self.token_taps is not None:
-            more, newest = self.token_taps.step(operand, h, newest)
+            more, newest = self.token_taps.step(operand, own, newest)
             y = y + more
         return self.output(operand, y), (inputs, operator_state, newest)
 

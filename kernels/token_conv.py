@@ -35,15 +35,18 @@ def load_tokens(x_ptr, row, t, first, W: tl.constexpr, T, C, BW: tl.constexpr):
 
 
 @jit
-def tap_places(row, t, s, g, T, G, LENGTH: tl.constexpr):
-    """Return where w[row, t, g, t - s] stands, (BLOCK, BLOCK), and whether t - s is a lag."""
+def tap_places(row, t, s, g, T, stride, LENGTH: tl.constexpr):
+    """Return where w[row, t, g, t - s] stands, (BLOCK, BLOCK), and whether t - s is a lag.
+
+    Tokens of w are `stride` numbers apart.
+    """
     lag = t[:, None] - s[None, :]
-    place = (((row * T + t) * G + g) * LENGTH)[:, None] + lag
+    place = ((row * T + t) * stride + g * LENGTH)[:, None] + lag
     return place, (lag >= 0) & (lag < LENGTH) & (t < T)[:, None]
 
 
 @jit
-def token_conv_kernel(u_ptr, w_ptr, y_ptr, T, C, G, LENGTH: tl.constexpr, W: tl.constexpr,
+def token_conv_kernel(u_ptr, w_ptr, y_ptr, T, C, w_stride, LENGTH: tl.constexpr, W: tl.constexpr,
                       BLOCK: tl.constexpr, BW: tl.constexpr):
     """y[t] = sum over s of w[t, t - s] u[s]. u, y: (B, T, C); w: (B, T, G, K)."""
     g, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -51,7 +54,7 @@ def token_conv_kernel(u_ptr, w_ptr, y_ptr, T, C, G, LENGTH: tl.constexpr, W: tl.
     acc = tl.zeros((BLOCK, BW), tl.float32)
     for back in tl.static_range(2):
         s = t - back * BLOCK
-        place, wanted = tap_places(row, t, s, g, T, G, LENGTH)
+        place, wanted = tap_places(row, t, s, g, T, w_stride, LENGTH)
         taps = tl.load(w_ptr + place, mask=wanted, other=0.0)
         u = load_tokens(u_ptr, row, s, g * W, W, T, C, BW)
         acc = tl.dot(taps, u, acc, input_precision="ieee")
@@ -62,22 +65,26 @@ def token_conv_kernel(u_ptr, w_ptr, y_ptr, T, C, G, LENGTH: tl.constexpr, W: tl.
 
 
 @jit
-def token_conv_gradient_kernel(dy_ptr, u_ptr, w_ptr, du_ptr, dw_ptr, T, C, G, LENGTH: tl.constexpr,
-                               W: tl.constexpr, BLOCK: tl.constexpr, BW: tl.constexpr):
-    """du[s] = sum over t of w[t, t - s] dy[t]; dw[t, t - s] = dy[t] u[s], summed over channels."""
+def token_conv_gradient_kernel(dy_ptr, u_ptr, w_ptr, du_ptr, dw_ptr, T, C, w_stride,
+                               LENGTH: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+                               BW: tl.constexpr):
+    """du[s] = sum over t of w[t, t - s] dy[t]; dw[t, t - s] = dy[t] u[s], summed over channels.
+
+    dw: (B, T, G, LENGTH), contiguous.
+    """
     g, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     dy = load_tokens(dy_ptr, row, t, g * W, W, T, C, BW)
     for back in tl.static_range(2):
         s = t - back * BLOCK
-        place, wanted = tap_places(row, t, s, g, T, G, LENGTH)
+        place, wanted = tap_places(row, t, s, g, T, tl.num_programs(1) * LENGTH, LENGTH)
         u = load_tokens(u_ptr, row, s, g * W, W, T, C, BW)
         products = tl.dot(dy, tl.trans(u), input_precision="ieee")
         tl.store(dw_ptr + place, products.to(dw_ptr.dtype.element_ty), mask=wanted)
     acc = tl.zeros((BLOCK, BW), tl.float32)
     for ahead in tl.static_range(2):
         later = t + ahead * BLOCK
-        place, wanted = tap_places(row, later, t, g, T, G, LENGTH)
+        place, wanted = tap_places(row, later, t, g, T, w_stride, LENGTH)
         taps = tl.load(w_ptr + place, mask=wanted, other=0.0)
         dy = load_tokens(dy_ptr, row, later, g * W, W, T, C, BW)
         acc = tl.dot(tl.trans(taps), dy, acc, input_precision="ieee")
@@ -92,8 +99,15 @@ def launch(run, u: Tensor, w: Tensor, *tensors: Tensor):
     B, T, C = u.shape
     G, K = w.shape[2:]
     with torch.cuda.device_of(u):  # Triton launches on the current device
-        run[triton.cdiv(T, BLOCK), G, B](*tensors, T, C, G, LENGTH=K, W=C // G, BLOCK=BLOCK,
-                                         BW=max(16, triton.next_power_of_2(C // G)))
+        run[triton.cdiv(T, BLOCK), G, B](*tensors, T, C, w.stride(1), LENGTH=K, W=C // G,
+                                         BLOCK=BLOCK, BW=max(16, triton.next_power_of_2(C // G)))
+
+
+def tokens_dense(w: Tensor) -> Tensor:
+    """Return w (B, T, G, K), or a copy where a token's taps or a row's tokens are not in order."""
+    B, T, G, K = w.shape
+    dense = w.stride()[2:] == (K, 1) and (B == 1 or w.stride(0) == T * w.stride(1))
+    return w if dense else w.contiguous()
 
 
 @operator("token_conv")
@@ -102,7 +116,7 @@ def token_conv(u: Tensor, w: Tensor) -> Tensor:
 
     w has u's dtype; K is at most BLOCK.
     """
-    u, w = u.contiguous(), w.contiguous()
+    u, w = u.contiguous(), tokens_dense(w)
     y = torch.empty_like(u)
     launch(token_conv_kernel, u, w, u, w, y)
     return y
@@ -116,8 +130,8 @@ def _(u, w):
 @operator("token_conv_backward")
 def token_conv_backward(dy: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of u and of w."""
-    dy, u, w = dy.contiguous(), u.contiguous(), w.contiguous()
-    du, dw = torch.empty_like(u), torch.empty_like(w)
+    dy, u, w = dy.contiguous(), u.contiguous(), tokens_dense(w)
+    du, dw = torch.empty_like(u), w.new_empty(w.shape)
     launch(token_conv_gradient_kernel, u, w, dy, u, w, du, dw)
     return du, dw
 

@@ -241,8 +241,8 @@ def short_conv(monkeypatch):
 
 
 def token_taps(monkeypatch):
-    taps = afno.TokenTaps.taps
-    monkeypatch.setattr(afno.TokenTaps, "taps", lambda self, h: taps(self, NEXT(h)))
+    by_group = afno.TokenTaps.by_group
+    monkeypatch.setattr(afno.TokenTaps, "by_group", lambda self, taps: by_group(self, NEXT(taps)))
 
 
 def first_value(mixer):

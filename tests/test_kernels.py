@@ -252,13 +252,16 @@ def test_taps_of_each_token(B, T, C, G, K):
     generator = torch.Generator().manual_seed(0)
     u, dy = (torch.randn(2, T, B, C, generator=generator)[i].transpose(0, 1).to(DTYPE)  # strided
              for i in range(2))
-    w = torch.randn(B, T, G, K, generator=generator).to(DTYPE)
+    wide = torch.randn(B, T, 3 + G * K, generator=generator).to(DTYPE)
+    w = wide[..., 3:].unflatten(-1, (G, K))  # as a part of a wider product
     exact = u.double().requires_grad_(), w.double().requires_grad_()
     expected = torch.stack([
         sum(exact[1][:, t, :, lag].repeat_interleave(C // G, 1) * exact[0][:, t - lag]
             for lag in range(min(K, t + 1))) for t in range(T)], 1)
     wanted = torch.autograd.grad(expected, exact, dy.double())
-    ours = u.to(DEVICE).requires_grad_(), w.to(DEVICE).requires_grad_()
+    taps = wide.to(DEVICE)[..., 3:].unflatten(-1, (G, K))
+    assert token_conv.tokens_dense(taps) is taps
+    ours = u.to(DEVICE).requires_grad_(), taps.requires_grad_()
     y = token_conv.token_conv(*ours)
     got = torch.autograd.grad(y, ours, dy.to(DEVICE))
     for part, oracle in zip((y, *got), (expected, *wanted)):
