@@ -198,8 +198,9 @@ def find_fault(what: str, device: torch.device, dtype: torch.dtype, bound: float
         except Exception as error:  # whatever a compiler, a driver or a launch may raise
             return first_line(error)
 
-    # one by one, too, where it fails: a compiler may not be made for threads
-    return fault(lambda *job: at_once(*job, device)) and fault(map)
+    found = fault(lambda *job: at_once(*job, device))
+    # one by one where threads fail: a compiler may not be made for them
+    return fault(map) if found and device.type == "cuda" else found
 
 
 def try_fp8(device: torch.device, dtype: torch.dtype) -> tuple[str | None, float]:

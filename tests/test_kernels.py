@@ -647,4 +647,4 @@ def test_a_fault_of_threads_alone_is_none(monkeypatch):
 
     monkeypatch.setattr(trials, "at_once", broken)
     monkeypatch.setitem(trials.PARTS, "loss", ())
-    assert trials.find_fault("loss", torch.device(DEVICE), DTYPE, BOUND) is None
+    assert trials.find_fault("loss", torch.device("cuda"), DTYPE, BOUND) is None
