@@ -376,3 +376,16 @@ exit 0
     assert run.returncode == status, run.stdout
     lines = [line for line in run.stdout.splitlines() if not line.startswith("run_afno.sh: ")]
     assert sorted(lines) == sorted(["facts.py", "data: shakespeare.py", "test_causality.py", *last])
+
+
+@pytest.mark.parametrize("options, fp8, names", (
+    (dict(mixer="attn"), 0, {"loss"}),
+    (dict(mixer="attn", attn_short_conv=4, afno_token_taps=4), 1, {"fp8", "convolution"}),
+    (dict(attn_layers=(0, 1)), 0, {"loss"}),
+    (dict(afno_token_taps=4), 0, {"loss", "convolution", "token"}),
+    (dict(afno_state_layers=(1,)), 0, {"loss", "convolution", "state"}),
+    (dict(afno_form="state"), 0, {"loss", "convolution", "state"})))
+def test_kernels_that_a_model_uses_are_tried_at_once(options, fp8, names):
+    config = train_gpt2_afno.GPTConfig(**dict(mixer="afno", n_layer=2, n_embd=16) | options)
+    args = types.SimpleNamespace(fp8_head=fp8, fp8_mlp=0)
+    assert facts.kernels_of(config, args) == names
