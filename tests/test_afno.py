@@ -120,6 +120,7 @@ def token_sum(u, w):
     return y
 
 
+@pytest.mark.slow
 @seeded
 @given(B=st.integers(1, 2), T=st.sampled_from((1, 2, 15, 63, 64, 65, 129)), G=st.integers(1, 3),
        width=st.integers(1, 3), K=st.sampled_from((1, 2, 5, 16)))
