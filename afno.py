@@ -270,10 +270,7 @@ class TokenTaps(nn.Module):
     def step(self, u_t: Tensor, taps: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return forward() for one more token, (B, C), and the window for the next one."""
         window = extend(window, u_t, self.length)
-        n = window.size(1)
-        recent = self.by_group(taps)[..., :n].flip(-1).to(u_t.dtype)
-        y = torch.einsum("bngc,bgn->bgc", window.unflatten(-1, (self.groups, -1)), recent)
-        return y.flatten(1), window
+        return newest_output(window, self.by_group(taps)), window
 
 
 class FilterOperator(nn.Module):
@@ -595,11 +592,15 @@ def add_value(z: Tensor, added: Tensor | None) -> Tensor:
 
 
 def newest_output(window: Tensor, taps: Tensor) -> Tensor:
-    """Return the last output of causal_conv, (B, C), of the last n <= K inputs (B, n, C)."""
+    """Return the last output of causal_conv, (B, C), of the last n <= K inputs (B, n, C).
+
+    taps: (G, K); or (B, G, K), then of token_conv.
+    """
     B, n, C = window.shape
-    G = len(taps)
-    recent = taps[:, :n].flip(1).to(window.dtype)
-    return torch.einsum("bngc,gn->bgc", window.view(B, n, G, C // G), recent).reshape(B, C)
+    G, its_own = taps.size(-2), "b" * (taps.ndim - 2)
+    recent = taps[..., :n].flip(-1).to(window.dtype)
+    return torch.einsum(f"bngc,{its_own}gn->bgc", window.view(B, n, G, C // G),
+                        recent).reshape(B, C)
 
 
 def extend(window: Tensor | None, u_t: Tensor, length: int) -> Tensor:

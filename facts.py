@@ -20,7 +20,7 @@ from checkpoints import Checkpoints
 from data.loader import find_shards
 from data.text_to_bin import ROOT, relative
 from kernels import usable
-from runtime import GIB, choose_device, gpu_driver, memory_budget, run
+from runtime import GIB, choose_device, gpu_driver, memory_budget, ranks, run
 
 STARTED = "RUN_AFNO_SECONDS"  # in the environment: what run_afno.sh did, having shown the facts
 SHARD = 100_000_000  # tokens of one of FineWeb's
@@ -125,10 +125,17 @@ def facts(args, folder: Path, device: torch.device, sizes: tuple[int, int], comm
     return lines
 
 
-def show_facts(*given):
-    """Print the screen, unless run_afno.sh has."""
-    if STARTED not in os.environ:
-        print("\n".join(facts(*given)), flush=True)
+def facts_wanted() -> bool:
+    """Return whether this process of the trainer is to print the screen: run_afno.sh has not."""
+    return ranks()[0] == 0 and STARTED not in os.environ
+
+
+def show_facts(args, folder: Path, device: torch.device, sizes: tuple[int, int],
+               command: str | None = None, pid: int | None = None):
+    """Print the screen; where none are given, of this command, and of this process or torchrun."""
+    command = command or shlex.join(["python", *map(relative, sys.argv)])
+    pid = pid or (os.getpid() if ranks()[1] == 1 else os.getppid())
+    print("\n".join(facts(args, folder, device, sizes, command, pid)), flush=True)
 
 
 def main(argv: list[str]) -> int:

@@ -44,7 +44,8 @@ from data.loader import (DATA_FLAGS, TokenStream, TrainLoader, choose_data, coun
                          find_shards, passes)
 from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, machine_memory,
                               number, one_of, owned, prefix_table, relative, show)
-from facts import FirstSteps, Laps, describe, describe_plan, kernels_of, show_facts
+from facts import (FirstSteps, Laps, describe, describe_plan, facts_wanted, kernels_of,
+                   show_facts)
 from kernels import keep_products, try_kernels, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
@@ -1119,10 +1120,11 @@ class Run:
             # nothing travels: a rank that fails must not leave the others waiting
             with contextlib.nullcontext() if world == 1 else self.wrapped.no_sync():
                 for length in [length for length in lengths for _ in range(2)]:
-                    tokens = random_tokens((rows * self.T // length, length), vocabulary)
-                    targets, shares = self.goals(tokens.to(self.device))
+                    shape = rows * self.T // length, length
+                    tokens = random_tokens(shape, vocabulary).to(self.device)
+                    targets, shares = self.goals(tokens)
                     with self.runtime.autocast():
-                        _, loss = self.wrapped(tokens.to(self.device), targets, False, shares)
+                        _, loss = self.wrapped(tokens, targets, False, shares)
                     loss.backward()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -1588,10 +1590,8 @@ def main(argv: list[str]) -> int:
                 model = GPT(config).to(runtime.device)
                 read_checkpoint(flags, args, model, runtime, saved, folder, say)
             return 0
-        if rank == 0:
-            show_facts(args, folder, runtime.device, sizes_of(config, args),
-                       shlex.join(["python", *map(relative, sys.argv)]),
-                       os.getpid() if world == 1 else os.getppid())
+        if facts_wanted():
+            show_facts(args, folder, runtime.device, sizes_of(config, args))
         with joined_ranks(runtime):
             return train(args, config, runtime, saved, folder)
 

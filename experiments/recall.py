@@ -40,6 +40,7 @@ from torch import Tensor
 import train_gpt2_afno as trainer
 from data.text_to_bin import ROOT, InputError, Kind
 from experiments.ablation_studies import seeds
+from experiments.evaluate import markdown
 from runtime import Diverged, Runtime, choose_device, gpu_driver
 
 FILLER, MARKER, FIRST = 0, 1, 2  # tokens; keys begin at FIRST, values at half of the vocabulary
@@ -366,8 +367,7 @@ def table(first: str, lines: dict[str, dict], head) -> list[str]:
     columns = sorted({column for values in lines.values() for column in values})
     rows = [[name, *(f"{100 * values[column]:.1f}" for column in columns)]
             for name, values in lines.items()]
-    header = [first, *map(head, columns)]
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)] + [""]
+    return [markdown([first, *map(head, columns)], rows), ""]
 
 
 def controls(rows: list[dict]) -> list[tuple[bool, str]]:

@@ -5,9 +5,9 @@
     torchrun --standalone --nproc_per_node=2 experiments/two_cards.py parts
 
 speed: the first 50 steps of the hybrid in micro-batches of --rows rows on so many cards, and of 16
-rows on one card, which says how far rounding alone moves the losses. ends: a small model on two cards
-gets SIGTERM, goes on on one, then on two, of which one is killed. parts: what the gradients' way
-between cards takes, the tables' by row or whole, and the optimizers. With --device cpu they try
+rows on one card, which says how far rounding alone moves the losses. ends: a small model on two
+cards gets SIGTERM, goes on on one, then on two, of which one is killed. parts: what the gradients'
+way between cards takes, the tables' by row or whole, and the optimizers. With --device cpu they try
 themselves out on a tiny model, through gloo. --input_bin and --input_val_bin are the trainer's.
 """
 import argparse

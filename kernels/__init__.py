@@ -81,6 +81,11 @@ def operator(name: str):
     return register
 
 
+def save_inputs(ctx, inputs, output):
+    """Keep all inputs of an operator for its gradient: a setup_context of register_autograd."""
+    ctx.save_for_backward(*inputs)
+
+
 @constant
 def usable(what: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Return whether kernels serve operands of this dtype on this device, and why, in one line.

@@ -53,7 +53,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import operator
+from kernels import operator, save_inputs
 from kernels.blocks import odd_dft, segment_responses
 from kernels.compiled import jit
 
@@ -617,10 +617,6 @@ def block_conv_backward(dy: Tensor, u: Tensor, taps: Tensor,
 def _(dy, u, taps, response):
     dresponse = taps.new_empty(0 if response is None else response.shape)
     return u.new_empty(u.shape), taps.new_empty(taps.shape), dresponse
-
-
-def save_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
 
 
 def backward(ctx, dy):

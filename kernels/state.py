@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import operator
+from kernels import operator, save_inputs
 from kernels.blocks import chunks_remaining
 from kernels.compiled import jit
 
@@ -282,10 +282,6 @@ def state_scan_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor,
 @torch.library.register_fake(state_scan_backward)
 def _(dy, q, k, v, log_a):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, log_a))
-
-
-def save_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
 
 
 def backward(ctx, dy):

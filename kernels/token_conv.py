@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import operator
+from kernels import operator, save_inputs
 from kernels.blocks import BLOCK
 from kernels.compiled import jit
 
@@ -32,6 +32,15 @@ def load_tokens(x_ptr, row, t, first, W: tl.constexpr, T, C, BW: tl.constexpr):
     inside = ((t >= 0) & (t < T))[:, None] & (c < W)[None, :]
     place = (row * T + t)[:, None] * C + (first + c)[None, :]
     return tl.load(x_ptr + place, mask=inside, other=0.0)
+
+
+@jit
+def store_tokens(x_ptr, x, row, t, first, W: tl.constexpr, T, C, BW: tl.constexpr):
+    """Write x, (BLOCK, BW), to x_ptr[row, t, first ... first + W - 1], for t >= 0."""
+    c = tl.arange(0, BW)
+    place = (row * T + t)[:, None] * C + (first + c)[None, :]
+    tl.store(x_ptr + place, x.to(x_ptr.dtype.element_ty),
+             mask=(t < T)[:, None] & (c < W)[None, :])
 
 
 @jit
@@ -58,10 +67,7 @@ def token_conv_kernel(u_ptr, w_ptr, y_ptr, T, C, w_stride, LENGTH: tl.constexpr,
         taps = tl.load(w_ptr + place, mask=wanted, other=0.0)
         u = load_tokens(u_ptr, row, s, g * W, W, T, C, BW)
         acc = tl.dot(taps, u, acc, input_precision="ieee")
-    c = tl.arange(0, BW)
-    place = (row * T + t)[:, None] * C + (g * W + c)[None, :]
-    tl.store(y_ptr + place, acc.to(y_ptr.dtype.element_ty),
-             mask=(t < T)[:, None] & (c < W)[None, :])
+    store_tokens(y_ptr, acc, row, t, g * W, W, T, C, BW)
 
 
 @jit
@@ -88,10 +94,7 @@ def token_conv_gradient_kernel(dy_ptr, u_ptr, w_ptr, du_ptr, dw_ptr, T, C, w_str
         taps = tl.load(w_ptr + place, mask=wanted, other=0.0)
         dy = load_tokens(dy_ptr, row, later, g * W, W, T, C, BW)
         acc = tl.dot(tl.trans(taps), dy, acc, input_precision="ieee")
-    c = tl.arange(0, BW)
-    place = (row * T + t)[:, None] * C + (g * W + c)[None, :]
-    tl.store(du_ptr + place, acc.to(du_ptr.dtype.element_ty),
-             mask=(t < T)[:, None] & (c < W)[None, :])
+    store_tokens(du_ptr, acc, row, t, g * W, W, T, C, BW)
 
 
 def launch(run, u: Tensor, w: Tensor, *tensors: Tensor):
@@ -139,10 +142,6 @@ def token_conv_backward(dy: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tenso
 @torch.library.register_fake(token_conv_backward)
 def _(dy, u, w):
     return u.new_empty(u.shape), w.new_empty(w.shape)
-
-
-def save_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
 
 
 torch.library.register_autograd(

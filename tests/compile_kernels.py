@@ -23,7 +23,8 @@ from kernels.blocks import BLOCK  # noqa: E402
 from kernels.compiled import SIZES  # noqa: E402
 
 HALF = ("x_ptr y_ptr u_ptr dy_ptr dm_ptr tiles_ptr near_ptr mixed_ptr half_ptr out_ptr q_ptr k_ptr "
-        "v_ptr state_ptr dsent_ptr dq_ptr dk_ptr dv_ptr logits_ptr gradient_ptr w_ptr du_ptr dw_ptr")
+        "v_ptr state_ptr dsent_ptr dq_ptr dk_ptr dv_ptr logits_ptr gradient_ptr w_ptr du_ptr "
+        "dw_ptr")
 FULL = "response_ptr taps_ptr log_a_ptr dlog_a_ptr losses_ptr shares_ptr"
 POINTERS = dict.fromkeys(HALF.split(), "*bf16") | dict.fromkeys(FULL.split(), "*fp32")
 POINTERS["targets_ptr"] = "*i64"
