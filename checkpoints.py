@@ -37,7 +37,7 @@ class Checkpoints:
     """state_step*.pt of one run: copied to the host's memory, then written by a thread.
 
     A file is written under another name, synced, renamed. One write at most is under way. The two
-    last files are kept, and those of the steps in `keep`.
+    last files are kept, and those of the steps in `keep`; of those set aside, the last time's.
     """
 
     def __init__(self, folder: Path):
@@ -71,13 +71,23 @@ class Checkpoints:
     def kept(self) -> str:
         return ", ".join(path.name for path in self.paths()) or "none"
 
+    def aside(self) -> list[Path]:
+        """Return the files that were set aside; no run reads them."""
+        return sorted(self.folder.glob("state_step*.pt.abandoned"))
+
     def set_aside_after(self, step: int, say):
-        """Rename checkpoints later than `step`: a run that goes on from there has not made them."""
-        for path in self.paths():
-            if self.step_of(path) > step:
-                path.replace(path.with_suffix(".pt.abandoned"))
-                say(f"{path.name} is set aside as {path.name}.abandoned, step {step} is the last "
-                    "that counts")
+        """Rename checkpoints later than `step`: a run that goes on from there has not made them.
+
+        Where there are any, those set aside before are removed: so they never fill a disk.
+        """
+        later = [path for path in self.paths() if self.step_of(path) > step]
+        for old in self.aside() if later else ():
+            old.unlink()
+            say(f"{old.name}, set aside before, is removed")
+        for path in later:
+            path.replace(path.with_suffix(".pt.abandoned"))
+            say(f"{path.name} is set aside as {path.name}.abandoned, step {step} is the last that "
+                "counts")
         for part in self.folder.glob("state_step*.pt.*part"):
             part.unlink()  # of a run that was killed while saving
 

@@ -79,6 +79,10 @@ def describe_disk(folder: Path, state: int, fetched: int) -> list[str]:
     need = max(0, KEPT_FILES * state - old) + fetched
     lines = [f"disk: {free / 1e9:,.1f} GB free, {need / 1e9:.1f} needed: up to {KEPT_FILES} "
              f"checkpoints of {state / 1e9:.2g} GB, {fetched / 1e9:.1f} GB of data"]
+    if aside := Checkpoints(folder).aside():
+        size = sum(path.stat().st_size for path in aside)
+        lines.append(f"set aside: {len(aside)} checkpoints, {size / 1e9:.2g} GB, which no run "
+                     "reads (*.abandoned): delete them if you like")
     if need > free:
         lines.append("warning: the disk is too small, make room first")
     if in_container(there):

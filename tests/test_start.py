@@ -310,6 +310,15 @@ def test_a_disk_that_is_too_small_is_said(monkeypatch, tmp_path):
     assert lines[1] == "warning: the disk is too small, make room first"
 
 
+def test_checkpoints_that_were_set_aside_are_counted(tmp_path):
+    (tmp_path / "state_step000007.pt").write_bytes(b"")
+    assert len(facts.describe_disk(tmp_path, 10**9, 0)) <= 2  # perhaps a warning
+    for step in (8, 9):
+        (tmp_path / f"state_step00000{step}.pt.abandoned").write_bytes(bytes(3_000_000))
+    assert facts.describe_disk(tmp_path, 10**9, 0)[1] == "set aside: 2 checkpoints, 0.006 GB, " \
+        "which no run reads (*.abandoned): delete them if you like"
+
+
 def test_a_containers_own_disk_is_known_by_its_mounts(tmp_path):
     mounts = tmp_path / "mounts"
     mounts.write_text("overlay / overlay rw 0 0\nproc /proc proc rw 0 0\n"

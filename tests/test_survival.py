@@ -206,6 +206,26 @@ def test_a_signal_while_a_write_is_under_way_waits_for_it(data, tmp_path,  # noq
     assert f"stopped by SIGTERM at step {last}; go on with" in said
 
 
+def test_of_the_files_set_aside_those_of_the_last_time_are_kept(tmp_path):
+    checkpoints, said = Checkpoints(tmp_path), []
+    names = lambda: sorted(path.name for path in tmp_path.iterdir())
+    for step in (2, 4, 6):
+        (tmp_path / f"state_step00000{step}.pt").write_bytes(b"first")
+    checkpoints.set_aside_after(2, said.append)
+    first = ["state_step000002.pt", "state_step000004.pt.abandoned",
+             "state_step000006.pt.abandoned"]
+    assert names() == first and len(said) == 2
+    checkpoints.set_aside_after(2, said.append)  # a kill and a resume: nothing is new
+    assert names() == first and len(said) == 2
+    for step in (3, 4):
+        (tmp_path / f"state_step00000{step}.pt").write_bytes(b"second")
+    checkpoints.set_aside_after(3, said.append)
+    assert names() == ["state_step000002.pt", "state_step000003.pt",
+                       "state_step000004.pt.abandoned"]
+    assert checkpoints.aside()[0].read_bytes() == b"second"
+    assert "state_step000006.pt.abandoned, set aside before, is removed" in said
+
+
 # -----------------------------------------------------------------------------
 # a miss, and a longer constant phase
 
