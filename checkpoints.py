@@ -14,6 +14,7 @@ import subprocess
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -409,8 +410,38 @@ def is_summary(values: dict) -> bool:
     return "wall_clock_time_to_target_loss" in values
 
 
+def read_log(folder: Path) -> str:
+    path = folder / "train.log"
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+@dataclass
+class Process:
+    """What train.log says of a process of a run."""
+
+    start: int  # the step at which it began
+    joules: float | None  # what its GPUs used until its last save or its end
+    ended: bool  # with a summary: it was not killed, and did not fail
+
+
+def processes(log: str) -> list[Process]:
+    """Return the processes that have written a train.log, in their order."""
+    found = []
+    for part in re.split("^command: ", log, flags=re.MULTILINE)[1:]:
+        start = re.match(r".*, resumed at step (\d+)\n", part)
+        joules = re.findall(r"^energy: (\S+) J", part, re.MULTILINE)
+        found.append(Process(int(start[1]) if start else 0, float(joules[-1]) if joules else None,
+                             bool(re.search("^tokens/s: ", part, re.MULTILINE))))
+    return found
+
+
+def energy_used(log: str) -> float:
+    """Return the joules of all processes, as far as they are known."""
+    return sum(process.joules or 0 for process in processes(log))
+
+
 class RunLog:
-    """Write train.log (the source's version, all that is printed) and metrics.jsonl of a run."""
+    """Write metrics.jsonl and train.log (the source's version, all that is printed) of a run."""
 
     def __init__(self, folder: Path, resumed_step: int | None):
         self.folder, self.validations = folder, []  # each with VALIDATED and its step

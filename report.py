@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import Checkpoints, load_weights, newest_run
+from checkpoints import (Checkpoints, energy_used, load_weights, newest_run, processes,
+                         read_log)
 from data.text_to_bin import (InputError, Parser, appears_whole, first_line, gpt2_encoding,
                               relative, run_main, to_path)
 from runtime import Runtime, generate
@@ -49,8 +50,7 @@ class Record:
 
         if not folder.is_dir():
             raise InputError(f"{folder}: no folder of a run")
-        self.run, path = read_run(folder), folder / "train.log"
-        self.log = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        self.run, self.log = read_run(folder), read_log(folder)
         # of each name the last value; a summary comes last
         self.latest = {name: value for row in self.run.rows for name, value in row.items()}
         self.validations = [row for row in self.run.rows if "val_loss" in row]
@@ -115,6 +115,23 @@ def state_of(record: Record) -> str:
     return f"**Unfinished** at {where}: {record.last('(stopped by .*)') or 'it was stopped'}."
 
 
+def energy(record: Record) -> str:
+    """Return what the GPUs used in all processes of the run, and what is missing of it."""
+    found, known = processes(record.log), 0
+    ends = [process.start for process in found[1:]] + [record.step]
+    for i, process in enumerate(found):  # its steps that count: none has gone back to before them
+        if process.joules is not None:
+            known += max(0, min(ends[i:]) - process.start)
+    if not (joules := energy_used(record.log)):
+        return "not known: it takes a GPU and `pip install nvidia-ml-py`"
+    text = f"{joules:,.0f} J of the GPUs, in {len(found)} process{'es' * (len(found) > 1)}"
+    if known < record.step:
+        text += f", **of {known} of {record.step} steps alone**: the others' is not known"
+    if cut := sum(not process.ended for process in found):
+        text += f"; without what {cut} of them, killed or failed, used after the last save"
+    return text
+
+
 def facts(record: Record) -> list[tuple[str, str, str]]:
     """Return (name, this run's, the baseline's) of all numbers."""
     latest, base, unknown = record.latest, BASELINE, "not known: the run did not end"
@@ -128,8 +145,6 @@ def facts(record: Record) -> list[tuple[str, str, str]]:
     given = [float(target) for target in record.all("flags .* target_val_loss ([^,\n]+)")[-1:]]
     reached = f"after {base['seconds']:,.1f} s of training"
     peak = latest.get("peak_memory_usage", latest.get("peak_memory_bytes"))
-    energy = f"{latest['energy_j']:,.0f} J of the GPUs in the run's last process" \
-        if latest.get("energy_j") else "not known: it takes a GPU and `pip install nvidia-ml-py`"
     return [
         ("validation loss", final_loss(record), f"{base['loss']}"),
         *((f"loss {target:g}" + " (`--target_val_loss`)" * (target in given),
@@ -143,7 +158,7 @@ def facts(record: Record) -> list[tuple[str, str, str]]:
          f"{base['tokens'] / base['seconds']:,.0f}"),
         ("peak memory", f"{peak / 2**20:,.0f} MiB" if peak else unknown,
          f"{base['peak_mib']:,} MiB"),
-        ("energy", energy, "not published"),
+        ("energy", energy(record), "not published"),
         ("machine", record.last("torch .*, Python [^,]+, (.*)") or "not known: no train.log",
          base["machine"]),
     ]

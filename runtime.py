@@ -353,6 +353,12 @@ class Clock:
         return seconds
 
 
+def shapes_of(make, *arguments):
+    """Return make(*arguments) of shapes alone: its tensors, on the device meta, hold nothing."""
+    with torch.device("meta"):
+        return make(*arguments)
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes so far: of tensors on a GPU, resident on a CPU (0 where unknown)."""
     if device.type == "cuda":
@@ -379,6 +385,20 @@ def gpu_energy(device: torch.device) -> int:
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(card)
     except Exception:  # NVML has many
         return 0
+
+
+class Energy:
+    """Measure what the GPUs of all ranks use from here on."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime, self.begin = runtime, gpu_energy(runtime.device)
+
+    def write(self, log, step: int):
+        """Write it to rank 0's log, where the driver tells it; all ranks together."""
+        now = gpu_energy(self.runtime.device)
+        used = sum(self.runtime.of_ranks(now - self.begin if 0 < self.begin < now else 0))
+        if log and used:
+            log.line(f"energy: {used / 1000:.1f} J until step {step}")
 
 
 def gpu_driver() -> str:

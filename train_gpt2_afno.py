@@ -36,10 +36,10 @@ from torch.utils.checkpoint import checkpoint
 from afno import (AFNO1D, FORMS, ROUTINGS, DyadicOperator, ShortConv, check_arguments, rmsnorm,
                   taps_at_once)
 from checkpoints import (TIMES, Checkpoints, RunLog, choose_folder, cooldown_step, describe_miss,
-                         fall_steps, find_checkpoint, finished, load_optimizers, load_weights,
-                         not_finite, of_this_version, preset_folder, random_state, read_checkpoint,
-                         refuse_damaged_tensors, refuse_damaged_values, refuse_used,
-                         set_random_state)
+                         energy_used, fall_steps, find_checkpoint, finished, load_optimizers,
+                         load_weights, not_finite, of_this_version, preset_folder, random_state,
+                         read_checkpoint, read_log, refuse_damaged_tensors, refuse_damaged_values,
+                         refuse_used, set_random_state)
 from data.loader import (DATA_FLAGS, TokenStream, TrainLoader, choose_data, count_val_tokens,
                          find_shards, passes)
 from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, machine_memory,
@@ -50,10 +50,10 @@ from kernels import keep_products, try_kernels, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
 from report import report_at_end
-from runtime import (MICRO_BATCH, Clock, Diverged, Runtime, average_rows, bytes_of_averages,
+from runtime import (MICRO_BATCH, Clock, Diverged, Energy, Runtime, average_rows, bytes_of_averages,
                      choose_device, choose_dtype, choose_gpus, choose_micro_batch, evaluate,
-                     gpu_energy, joined_ranks, launch, measure_matmul_rate, own_card, peak_memory,
-                     ranks, run)
+                     joined_ranks, launch, measure_matmul_rate, own_card, peak_memory, ranks, run,
+                     shapes_of)
 from test_causality import random_tokens, refuse_leaks
 
 LAPS = Laps(START)
@@ -936,8 +936,7 @@ def sound(state: dict, path: Path) -> dict:
     """
     state = of_this_version(state, path, CHECKPOINT_FLAGS)
     refuse_damaged_values(state, CHECKPOINT_FLAGS["args"])
-    with torch.device("meta"):  # shapes alone
-        model = GPT(GPTConfig(**state["config"]))
+    model = shapes_of(GPT, GPTConfig(**state["config"]))
     flags = ("optimizer", "learning_rate", "weight_decay", "rest_lr")
     refuse_damaged_tensors(state, model, lambda: make_optimizers(
         model, *(state["args"].get(name) for name in flags)))
@@ -1011,7 +1010,7 @@ class Run:
         try_kernels(kernels_of(config, args), self.device, runtime.dtype)
         self.fp8 = choose_fp8(self.model, args, self.device, runtime.dtype)
         self.clock = Clock(self.device, times["train_time_s"])
-        self.energy = gpu_energy(self.device)
+        self.energy = Energy(runtime)
         self.restore_progress(saved)
 
     def open_data(self, saved: dict):
@@ -1280,6 +1279,7 @@ class Run:
                     rng=random_state(self.device), config=asdict(self.config),
                     args=self.args.to_save, train_time_s=self.clock.total,
                     compile_time_s=self.compile_time, wall_time_s=self.wall_time()))
+        self.energy.write(self.log, self.step)
         if wait:
             self.checkpoints.wait()
         self.runtime.wait()
@@ -1339,7 +1339,6 @@ class Run:
         with_compilation = train_time + self.compile_time
         rate = self.position / train_time if train_time else 0.0
         peaks = self.runtime.of_ranks(peak_memory(self.device))
-        energy = sum(self.runtime.of_ranks(gpu_energy(self.device) - self.energy)) / 1000
         if self.log and self.validated == self.total_steps and self.reached is None:
             for line in describe_miss(self.log, self.checkpoints, self.target, args):
                 self.say(line)
@@ -1355,7 +1354,8 @@ class Run:
             self.log.metric(step=step, tokens_per_s=rate, peak_memory_usage=max(peaks),
                             train_time_s=train_time, train_time_with_compilation_s=with_compilation,
                             wall_time_s=self.wall_time(),
-                            wall_clock_time_to_target_loss=self.reached, energy_j=energy or None)
+                            wall_clock_time_to_target_loss=self.reached,
+                            energy_j=energy_used(read_log(self.folder)) or None)
         return 128 + signals[0] if signals else 0
 
 
@@ -1515,8 +1515,7 @@ def refuse_untrainable(config: GPTConfig, args):
 
 def sizes_of(config: GPTConfig, args) -> tuple[int, int]:
     """Return the bytes of the weights, and of what the optimizers keep of the steps before."""
-    with torch.device("meta"):  # shapes alone
-        model = GPT(config)
+    model = shapes_of(GPT, config)
     optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
     return 4 * sum(p.numel() for p in model.parameters()), bytes_of_averages(optimizers)
 
@@ -1527,8 +1526,7 @@ def refuse_too_large(config: GPTConfig, args, device: torch.device, only_read: b
     if step > MOST_TOKENS:
         raise InputError("--batch_size x --sequence_length x --grad_accumulation_steps must be <= "
                          f"{MOST_TOKENS:,} tokens a step, got {step:,}")
-    with torch.device("meta"):  # shapes alone
-        model = GPT(config)
+    model = shapes_of(GPT, config)
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" \
         else machine_memory()
     rows = args.val_batch_size if only_read else args.batch_size

@@ -1,6 +1,7 @@
 """The report of a run and the export of its model, of tiny runs of the trainer."""
 import ast
 import io
+import itertools
 import json
 import re
 import signal
@@ -213,12 +214,50 @@ def test_a_report_that_fails_costs_the_run_a_line(data, tmp_path, monkeypatch):
 
 
 def test_the_energy_is_the_difference_of_the_drivers_counter(data, tmp_path, monkeypatch):
-    counts = iter((5_000, 12_345_000))
-    monkeypatch.setattr(train_gpt2_afno, "gpu_energy", lambda device: next(counts))
-    main(flags(data, tmp_path / "run"))
+    counts = iter((5_000, 6_000, 12_000, 99_000, 12_345_000))  # at the start, at each save
+    monkeypatch.setattr("runtime.gpu_energy", lambda device: next(counts))
+    main(flags(data, tmp_path / "run", "--save_every 3 --warmdown_iters 6"))
+    assert next(counts, None) is None
     assert metrics(tmp_path / "run")[-1]["energy_j"] == 12_340
     table = written(monkeypatch, tmp_path / "run")[1]
-    assert table["energy"] == "12,340 J of the GPUs in the run's last process"
+    assert table["energy"] == "12,340 J of the GPUs, in 1 process"
+
+
+def test_the_energy_is_that_of_all_processes(data, tmp_path, monkeypatch):
+    """Each call of the counter is a joule more; saves are at steps 0, 3, 6, and at the end.
+    """
+    run, next_batches = tmp_path / "run", train_gpt2_afno.Run.next_batches
+    options = "--warmdown_iters 6 --save_every 3 --resume "
+    energy = lambda: written(monkeypatch, run)[1]["energy"]
+
+    def count(known: bool = True):
+        calls = itertools.count(1)
+        monkeypatch.setattr("runtime.gpu_energy", lambda device: 1000 * next(calls) * known)
+
+    def killed(run):
+        return 1 / 0 if run.step == 5 else next_batches(run)
+
+    count()
+    monkeypatch.setattr(train_gpt2_afno.Run, "next_batches", killed)
+    with pytest.raises(ZeroDivisionError):
+        main(flags(data, run, options + "auto"))
+    killed_one = "; without what 1 of them, killed or failed, used after the last save"
+    assert energy() == "2 J of the GPUs, in 1 process" + killed_one
+    count()
+    monkeypatch.setattr(train_gpt2_afno.Run, "next_batches", next_batches)
+    main(flags(data, run, options + "auto"))
+    assert energy() == "5 J of the GPUs, in 2 processes" + killed_one
+    assert metrics(run)[-1]["energy_j"] == 5
+    count(False)  # the package is gone
+    main(flags(data, run, options + "auto --num_iterations 8"))
+    assert energy() == "5 J of the GPUs, in 3 processes, **of 6 of 8 steps alone**: the others' " \
+        "is not known" + killed_one
+    count()
+    main(flags(data, run, f"{options}{run}/state_step000006.pt --num_iterations 9"))
+    assert energy() == "8 J of the GPUs, in 4 processes" + killed_one
+    text = (run / "train.log").read_text()
+    (run / "train.log").write_text(re.sub("energy: .*\n", "", text))  # as it was before
+    assert energy() == "not known: it takes a GPU and `pip install nvidia-ml-py`"
 
 
 def test_what_the_driver_tells(monkeypatch):
