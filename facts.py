@@ -164,6 +164,10 @@ def main(argv: list[str]) -> int:
 # what will run
 
 
+KERNELS = dict(convolution="convolution", token="taps of each token", state="state",
+               loss="softmax of the loss")  # by their names in kernels.usable; fp8 is said apart
+
+
 def kernels_of(config, args) -> set[str]:
     """Return the names, in kernels.usable, of the kernels that training a model uses."""
     mixers = {config.mixer_of(layer) for layer in range(config.n_layer)}
@@ -188,18 +192,15 @@ def describe(run):
     count = sum(p.numel() for p in run.model.parameters())
     run.say(f"model: {run.args.model}, {count:,} parameters, mixers {' '.join(mixers)}, "
             f"{config.n_head} heads, position {config.position}")
-    if config.mixer == "afno":
+    if "afno" in mixers:
         run.say("afno: " + ", ".join(f"{name} {value}"
                                      for name, value in config.afno_arguments().items()))
-        run.say(f"convolution: {usable('convolution', device, dtype)[1]}")
-        if config.afno_token_taps:
-            run.say(f"taps of each token: {usable('token', device, dtype)[1]}")
-        if config.afno_state_layers:
-            layers = ", ".join(map(str, config.afno_state_layers))
-            run.say(f"afno layers of form state: {layers}")
-        if config.afno_form == "state" or config.afno_state_layers:
-            run.say(f"state: {usable('state', device, dtype)[1]}")
-    run.say(f"softmax of the loss: {usable('loss', device, dtype)[1]}")
+    if config.afno_state_layers:
+        run.say(f"afno layers of form state: {', '.join(map(str, config.afno_state_layers))}")
+    names = kernels_of(config, run.args) | {"loss"}  # validation is without fp8
+    for name in KERNELS:
+        if name in names:
+            run.say(f"{KERNELS[name]}: {usable(name, device, dtype)[1]}")
     if run.fp8:
         run.say(run.fp8)
 

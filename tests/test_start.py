@@ -396,5 +396,11 @@ exit 0
     (dict(afno_form="state"), 0, {"loss", "convolution", "state"})))
 def test_kernels_that_a_model_uses_are_tried_at_once(options, fp8, names):
     config = train_gpt2_afno.GPTConfig(**dict(mixer="afno", n_layer=2, n_embd=16) | options)
-    args = types.SimpleNamespace(fp8_head=fp8, fp8_mlp=0)
+    args = types.SimpleNamespace(fp8_head=fp8, fp8_mlp=0, model="d1")
     assert facts.kernels_of(config, args) == names
+    said = []
+    facts.describe(types.SimpleNamespace(
+        config=config, args=args, device=CPU, model=torch.nn.Linear(1, 1), say=said.append,
+        runtime=types.SimpleNamespace(dtype=torch.float32, world=1), fp8=None))
+    for name, text in facts.KERNELS.items():  # the loss's softmax is of validation, too
+        assert any(line.startswith(f"{text}: ") for line in said) == (name in names | {"loss"})
