@@ -65,10 +65,14 @@ def documentation() -> Iterator[tuple[str, str]]:
         yield name, body if name.endswith("/METADATA") else text
 
 
+# what --text takes; plays are tokens already
+SOURCES = dict(code=code, plays=None, licences=licences, documentation=documentation)
+
+
 def documents(source: str) -> list[str]:
     """Return a source's documents, each of them once, in the order of their names' hashes."""
     found = {}
-    for name, text in dict(code=code, licences=licences, documentation=documentation)[source]():
+    for name, text in SOURCES[source]():
         if len(text) >= SHORTEST:
             place = hashlib.sha256(name.encode()).hexdigest()
             same = hashlib.sha256(text.encode()).hexdigest()
@@ -94,6 +98,3 @@ def tokens_of(source: str, count: int) -> np.ndarray:
     if not parts:
         raise InputError(f"--text {source}: no installed package has any")
     return np.concatenate(parts)[:count]
-
-
-SOURCES = ("code", "plays", "licences", "documentation")

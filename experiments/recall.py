@@ -320,6 +320,12 @@ def read_lines(path: Path) -> list[dict]:
     return rows
 
 
+def append_line(path: Path, row: dict):
+    """Append a result to what read_lines reads."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def read_rows(path: Path, grid: Grid) -> list[dict]:
     """Return the lines of models that are finished; raise InputError for those of another grid."""
     rows = read_lines(path)
@@ -494,8 +500,7 @@ def main(argv: list[str]) -> int:
             continue
         row = measure(task, mixer, seed, grid, runtime)
         rows.append(row)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(path, row)
         accuracy = share([(cell["right"], cell["answers"]) for cell in row["cells"]])
         print(f"{name}: {accuracy:.1%} right, {row['steps']} steps, {row['seconds']:.0f} s",
               flush=True)

@@ -19,7 +19,6 @@ and table.md and gains.png made from it. What stands there is not done again.
 import argparse
 import functools
 import itertools
-import json
 import math
 import time
 from pathlib import Path
@@ -33,8 +32,8 @@ from data.loader import to_device
 from data.text_to_bin import ROOT, InputError, read_bin, relative
 from experiments import package_text
 from experiments.evaluate import BATCH_TOKENS, Checkpoint, cut_rows, losses_of, markdown
-from experiments.recall import names, read_lines
-from runtime import Diverged, Runtime, choose_device
+from experiments.recall import append_line, names, read_lines
+from runtime import Diverged, Runtime, choose_device, shapes_of
 
 DOMAINS = {"code": "code", "plays": "plays", "law": "licences"}
 PARTS = ("all", "rest", "operator")  # which weights are trained
@@ -87,8 +86,7 @@ def count(model: trainer.GPT, masks: Masks) -> int:
 def share_of_operators(checkpoints: list[Checkpoint]) -> float:
     """Return the operator's share of the weights, of the first checkpoint that has one."""
     for checkpoint in checkpoints:
-        with torch.device("meta"):
-            model = trainer.GPT(checkpoint.config)
+        model = shapes_of(trainer.GPT, checkpoint.config)
         if any(".mixer.operator." in name for name, _ in model.named_parameters()):
             return count(model, operator_of(model, 0)) / count(model, part_of(model, "all", {}))
     raise InputError("CHECKPOINT: one must have AFNO layers; attention's share follows from it")
@@ -185,8 +183,7 @@ class Study:
             begin = time.perf_counter()
             row |= dict(setting=self.setting, **make())
             self.rows[self.key(row)] = row
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(self.path, row)
             print(f"{label}, {domain}, {part}, rate {rate}, operator of {operator_of}: "
                   f"{row['loss']:.4f}, {time.perf_counter() - begin:.0f} s", flush=True)
         return self.rows[self.key(row)]

@@ -4,21 +4,21 @@ import pytest
 
 from data.text_to_bin import END_OF_TEXT, InputError, gpt2_encoding
 from experiments import package_text
-from experiments.package_text import LICENCE, PAGE, documents, tokens_of
+from experiments.package_text import LICENCE, PAGE, SOURCES, documents, tokens_of
 
 
 @pytest.fixture
 def three(monkeypatch):
     """Make three documents of code, one of them twice and one too short to count."""
     texts = dict(b="x = 1\n" * 50, a="y = 22\n" * 50, again="x = 1\n" * 50, short="z")
-    monkeypatch.setattr(package_text, "code", lambda: iter(texts.items()))
+    monkeypatch.setitem(SOURCES, "code", lambda: iter(texts.items()))
     return texts
 
 
 def test_documents_stand_once_and_begin_with_50256(three, monkeypatch):
     found = documents("code")
     assert sorted(found) == sorted({three["a"], three["b"]})
-    monkeypatch.setattr(package_text, "code", lambda: iter([*three.items()][::-1]))
+    monkeypatch.setitem(SOURCES, "code", lambda: iter([*three.items()][::-1]))
     assert documents("code") == found
     encode = gpt2_encoding().encode_ordinary
     whole = [token for text in found for token in (END_OF_TEXT, *encode(text))]
@@ -27,7 +27,7 @@ def test_documents_stand_once_and_begin_with_50256(three, monkeypatch):
 
 
 def test_a_source_without_documents_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(package_text, "code", lambda: iter(()))
+    monkeypatch.setitem(SOURCES, "code", lambda: iter(()))
     with pytest.raises(InputError, match="--text code: no installed package has any"):
         tokens_of("code", 10)
     monkeypatch.setattr(package_text, "PLAYS", tmp_path / "none.bin")
