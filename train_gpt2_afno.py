@@ -1279,10 +1279,10 @@ class Run:
                     rng=random_state(self.device), config=asdict(self.config),
                     args=self.args.to_save, train_time_s=self.clock.total,
                     compile_time_s=self.compile_time, wall_time_s=self.wall_time()))
-        self.energy.write(self.log, self.step)
         if wait:
             self.checkpoints.wait()
         self.runtime.wait()
+        self.energy.write(self.log, self.step)  # once nobody is waited for long
         self.clock.restart()
 
     def validate(self):
