@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import (Checkpoints, energy_used, load_weights, newest_run, processes,
+from checkpoints import (Checkpoints, Process, energy_used, load_weights, newest_run, processes,
                          read_log)
 from data.text_to_bin import (InputError, Parser, appears_whole, first_line, gpt2_encoding,
                               relative, run_main, to_path)
@@ -51,6 +51,7 @@ class Record:
         if not folder.is_dir():
             raise InputError(f"{folder}: no folder of a run")
         self.run, self.log = read_run(folder), read_log(folder)
+        self.processes = processes(self.log)
         # of each name the last value; a summary comes last
         self.latest = {name: value for row in self.run.rows for name, value in row.items()}
         self.validations = [row for row in self.run.rows if "val_loss" in row]
@@ -117,19 +118,25 @@ def state_of(record: Record) -> str:
 
 def energy(record: Record) -> str:
     """Return what the GPUs used in all processes of the run, and what is missing of it."""
-    found, known = processes(record.log), 0
+    found, known = record.processes, 0
     ends = [process.start for process in found[1:]] + [record.step]
     for i, process in enumerate(found):  # its steps that count: none has gone back to before them
         if process.joules is not None:
             known += max(0, min(ends[i:]) - process.start)
     if not (joules := energy_used(record.log)):
         return "not known: it takes a GPU and `pip install nvidia-ml-py`"
-    text = f"{joules:,.0f} J of the GPUs, in {len(found)} process{'es' * (len(found) > 1)}"
+    text = f"{joules:,.0f} J of the GPUs"
     if known < record.step:
         text += f", **of {known} of {record.step} steps alone**: the others' is not known"
-    if cut := sum(not process.ended for process in found):
-        text += f"; without what {cut} of them, killed or failed, used after the last save"
-    return text
+    return text + without_lost(found)
+
+
+def without_lost(found: list[Process]) -> str:
+    """Return what to say of a number that is summed over these processes."""
+    if not (lost := sum(not process.ended for process in found)):
+        return ""
+    return f", without what {lost} process{'es' * (lost > 1)}, killed or failed, did after the " \
+        "last save"
 
 
 def facts(record: Record) -> list[tuple[str, str, str]]:
@@ -152,7 +159,8 @@ def facts(record: Record) -> list[tuple[str, str, str]]:
           for target in dict.fromkeys([*given, base["loss"]])),
         ("training", shown("train_time_s", "{:,.1f} s"), f"{base['seconds']:,.1f} s"),
         ("compilation", compilation, "in its training"),
-        ("wall clock", shown("wall_time_s", "{:,.1f} s"), f"{base['wall']:,.1f} s"),
+        ("wall clock", shown("wall_time_s", "{:,.1f} s") + without_lost(record.processes[:-1]),
+         f"{base['wall']:,.1f} s"),
         ("tokens", shown("tokens", "{:,}"), f"{base['tokens']:,}"),
         ("tokens/s", f"{latest['tokens'] / seconds:,.0f}" if seconds else "none: no step yet",
          f"{base['tokens'] / base['seconds']:,.0f}"),

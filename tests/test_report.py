@@ -220,7 +220,7 @@ def test_the_energy_is_the_difference_of_the_drivers_counter(data, tmp_path, mon
     assert next(counts, None) is None
     assert metrics(tmp_path / "run")[-1]["energy_j"] == 12_340
     table = written(monkeypatch, tmp_path / "run")[1]
-    assert table["energy"] == "12,340 J of the GPUs, in 1 process"
+    assert table["energy"] == "12,340 J of the GPUs"
 
 
 def test_the_energy_is_that_of_all_processes(data, tmp_path, monkeypatch):
@@ -241,20 +241,21 @@ def test_the_energy_is_that_of_all_processes(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt2_afno.Run, "next_batches", killed)
     with pytest.raises(ZeroDivisionError):
         main(flags(data, run, options + "auto"))
-    killed_one = "; without what 1 of them, killed or failed, used after the last save"
-    assert energy() == "2 J of the GPUs, in 1 process" + killed_one
+    lost = ", without what 1 process, killed or failed, did after the last save"
+    assert energy() == "2 J of the GPUs" + lost
     count()
     monkeypatch.setattr(train_gpt2_afno.Run, "next_batches", next_batches)
     main(flags(data, run, options + "auto"))
-    assert energy() == "5 J of the GPUs, in 2 processes" + killed_one
+    assert energy() == "5 J of the GPUs" + lost
     assert metrics(run)[-1]["energy_j"] == 5
     count(False)  # the package is gone
     main(flags(data, run, options + "auto --num_iterations 8"))
-    assert energy() == "5 J of the GPUs, in 3 processes, **of 6 of 8 steps alone**: the others' " \
-        "is not known" + killed_one
+    assert energy() == "5 J of the GPUs, **of 6 of 8 steps alone**: the others' is not known" \
+        + lost
     count()
     main(flags(data, run, f"{options}{run}/state_step000006.pt --num_iterations 9"))
-    assert energy() == "8 J of the GPUs, in 4 processes" + killed_one
+    assert energy() == "8 J of the GPUs" + lost
+    assert written(monkeypatch, run)[1]["wall clock"].endswith(" s" + lost)
     text = (run / "train.log").read_text()
     (run / "train.log").write_text(re.sub("energy: .*\n", "", text))  # as it was before
     assert energy() == "not known: it takes a GPU and `pip install nvidia-ml-py`"
