@@ -9,6 +9,7 @@ report at a run's end. Only the picture needs matplotlib, and only the export ne
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -151,7 +152,8 @@ def facts(record: Record) -> list[tuple[str, str, str]]:
     compilation = f"{with_compilation - seconds:,.1f} s" if record.run.summary else unknown
     given = [float(target) for target in record.all("flags .* target_val_loss ([^,\n]+)")[-1:]]
     reached = f"after {base['seconds']:,.1f} s of training"
-    peak = latest.get("peak_memory_usage", latest.get("peak_memory_bytes"))
+    peak = max((row.get("peak_memory_usage") or row.get("peak_memory_bytes") or 0
+                for row in record.run.rows), default=0)  # of all processes
     return [
         ("validation loss", final_loss(record), f"{base['loss']}"),
         *((f"loss {target:g}" + " (`--target_val_loss`)" * (target in given),
@@ -220,8 +222,10 @@ def write_report(folder: Path, make_samples) -> Path:
              for begin in ("commit: ", "torch ", "model: ", "data: ", "steps: ", "flags that ")]
     table = ["| | this run | baseline |", "|---|---|---|",
              *(f"| {' | '.join(row)} |" for row in facts(record))]
-    commands = [f"python {command.replace(', resumed at', '  # resumed at')}"
-                for command in dict.fromkeys(record.all("command: (.*)"))]
+    starts = itertools.groupby(record.all("command: (.*)"),
+                               lambda command: re.sub(r", resumed at step \d+$", "", command))
+    commands = [f"python {next(same).replace(', resumed at', '  # resumed at')}"
+                for _, same in starts]  # one that was typed again goes on by itself
     text = "\n\n".join([
         f"# {folder.resolve().name}", state_of(record), "\n".join(table),
         f"The baseline is [NoCap-Test]({SOURCE})'s own run, as published in [its log]({LOG}). The "

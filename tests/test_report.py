@@ -255,7 +255,12 @@ def test_the_energy_is_that_of_all_processes(data, tmp_path, monkeypatch):
     count()
     main(flags(data, run, f"{options}{run}/state_step000006.pt --num_iterations 9"))
     assert energy() == "8 J of the GPUs" + lost
-    assert written(monkeypatch, run)[1]["wall clock"].endswith(" s" + lost)
+    text, table = written(monkeypatch, run)
+    assert table["wall clock"].endswith(" s" + lost)
+    assert re.findall("  # resumed at.*", text) == ["  # resumed at step 3"]  # then the same again
+    rows = [dict(row, peak_memory_bytes=2**40) if row["step"] == 1 else row for row in metrics(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert written(monkeypatch, run)[1]["peak memory"] == "1,048,576 MiB"
     text = (run / "train.log").read_text()
     (run / "train.log").write_text(re.sub("energy: .*\n", "", text))  # as it was before
     assert energy() == "not known: it takes a GPU and `pip install nvidia-ml-py`"
