@@ -441,7 +441,7 @@ def energy_used(log: str) -> float:
 
 
 class RunLog:
-    """Write metrics.jsonl and train.log (the source's version, all that is printed) of a run."""
+    """Write train.log (the version, all that is printed, energy) and metrics.jsonl of a run."""
 
     def __init__(self, folder: Path, resumed_step: int | None):
         self.folder, self.validations = folder, []  # each with VALIDATED and its step

@@ -315,8 +315,8 @@ def test_checkpoints_that_were_set_aside_are_counted(tmp_path):
     assert len(facts.describe_disk(tmp_path, 10**9, 0)) <= 2  # perhaps a warning
     for step in (8, 9):
         (tmp_path / f"state_step00000{step}.pt.abandoned").write_bytes(bytes(3_000_000))
-    assert facts.describe_disk(tmp_path, 10**9, 0)[1] == "set aside: 2 checkpoints, 0.006 GB, " \
-        "which no run reads (*.abandoned): delete them if you like"
+    assert facts.describe_disk(tmp_path, 10**9, 0)[1] == "set aside: 0.006 GB of " \
+        "checkpoints, *.abandoned (2): no run reads them, delete them if you like"
 
 
 def test_a_containers_own_disk_is_known_by_its_mounts(tmp_path):
