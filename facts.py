@@ -81,8 +81,8 @@ def describe_disk(folder: Path, state: int, fetched: int) -> list[str]:
              f"checkpoints of {state / 1e9:.2g} GB, {fetched / 1e9:.1f} GB of data"]
     if aside := Checkpoints(folder).aside():
         size = sum(path.stat().st_size for path in aside)
-        lines.append(f"set aside: {size / 1e9:.2g} GB of checkpoints, *.abandoned ({len(aside)}): no "
-                     "run reads them, delete them if you like")
+        lines.append(f"set aside: {size / 1e9:.2g} GB of checkpoints, *.abandoned ({len(aside)}): "
+                     "no run reads them, delete them if you like")
     if need > free:
         lines.append("warning: the disk is too small, make room first")
     if in_container(there):
