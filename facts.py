@@ -1,9 +1,8 @@
 """Say what a run needs, gives and costs: one screen before anything is fetched or compiled.
 
-    python facts.py [the trainer's flags]    # what run_afno.sh prints first
-
-The trainer prints the same screen where run_afno.sh has not. Then it says what will run, and once
-its first steps are measured, how long it took to come there and how long the rest will take.
+start.py prints the screen, and the trainer where that has not run. Then the trainer says what will
+run, and once its first steps are measured, how long it took to come there and how long the rest
+will take.
 """
 import math
 import os
@@ -20,9 +19,9 @@ from checkpoints import Checkpoints
 from data.loader import find_shards
 from data.text_to_bin import ROOT, relative
 from kernels import usable
-from runtime import GIB, choose_device, gpu_driver, memory_budget, ranks, run
+from runtime import GIB, gpu_driver, memory_budget, ranks
 
-STARTED = "RUN_AFNO_SECONDS"  # in the environment: what run_afno.sh did, having shown the facts
+STARTED = "RUN_AFNO_SECONDS"  # in the environment once the screen is shown: what came before it
 SHARD = 100_000_000  # tokens of one of FineWeb's
 KEPT_FILES = 5  # checkpoints on the disk at most: two last, best, the cooldown's, one being written
 # The loss to expect, and where that is from, by the folder under runs/: it is the preset's where no
@@ -56,7 +55,7 @@ def in_container(path: Path, mounts: str = "/proc/mounts") -> bool:
 
 
 def describe_data(args, tokens: int) -> tuple[str, int]:
-    """Return where the data are, and the bytes that run_afno.sh fetches."""
+    """Return where the data are, and the bytes that start.py fetches."""
     train, val = (find_shards(pattern) for pattern in (args.input_bin, args.input_val_bin))
     size = sum(os.path.getsize(path) for path in train) // 2
     folder = os.path.dirname(relative(args.input_bin))
@@ -130,7 +129,7 @@ def facts(args, folder: Path, device: torch.device, sizes: tuple[int, int], comm
 
 
 def facts_wanted() -> bool:
-    """Return whether this process of the trainer is to print the screen: run_afno.sh has not."""
+    """Return whether this process of the trainer is to print the screen: start.py has not."""
     return ranks()[0] == 0 and STARTED not in os.environ
 
 
@@ -140,24 +139,6 @@ def show_facts(args, folder: Path, device: torch.device, sizes: tuple[int, int],
     command = command or shlex.join(["python", *map(relative, sys.argv)])
     pid = pid or (os.getpid() if ranks()[1] == 1 else os.getppid())
     print("\n".join(facts(args, folder, device, sizes, command, pid)), flush=True)
-
-
-def main(argv: list[str]) -> int:
-    """Print the screen for run_afno.sh, whose process will be the trainer's."""
-    import train_gpt2_afno as trainer
-
-    flags = trainer.parse_flags(argv)
-    if {"generate", "eval_only"} & flags.keys():
-        return 0
-    device, said = choose_device(flags.get("device", "auto")), []
-    folder = trainer.choose_folder(flags, False) or \
-        trainer.folder_of_preset(flags, device, said.append)
-    args = trainer.merge_flags(flags, device, None, said.append)
-    config = trainer.GPTConfig(**trainer.model_fields(vars(args)))
-    words = argv[1:] if argv[:1] == ["--preset"] else argv  # as run_afno.sh was called
-    command = shlex.join(["bash", "run_afno.sh", *words])
-    show_facts(args, folder, device, trainer.sizes_of(config, args), command, os.getppid())
-    return 0
 
 
 # -----------------------------------------------------------------------------
@@ -268,7 +249,3 @@ class FirstSteps:
             each = sorted(self.seconds[1:])[2]
             self.say(f"minutes: {left * each / 60:.1f} for the {left} steps to come, {each:.3g} s "
                      "a step on this device, without validations")
-
-
-if __name__ == "__main__":
-    run(main)

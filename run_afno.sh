@@ -12,8 +12,7 @@
 # train_gpt2_afno.py; flags win over it, and name another folder of runs/. The same command again
 # goes on where it stopped, or says that the run is finished. Several GPUs share out each step:
 # --gpus N says how many.
-# Steps: packages, facts, data beside the causality gate, training. Compilations and passed gates are
-# kept in .cache/.
+# This installs packages; start.py does the rest: facts, data, causality gate, training.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 say() { echo "run_afno.sh: $*"; }
@@ -86,33 +85,5 @@ if [ -z "$preset" ]; then
   fi
 fi
 
-case $preset in
-  fineweb | fineweb-4k) data=(cached_fineweb10B.py 5) ;; # 0.5B tokens
-  baseline) data=(cached_fineweb10B.py 25) ;; # 2.5B tokens
-  shakespeare) data=(shakespeare.py) ;;
-esac
-packages=$SECONDS
-"$python" "$here/facts.py" --preset "$preset" "$@"
-facts=$((SECONDS - packages))
-
-# The gate needs no data. `set -m` gives the fetching a group of processes, which ends with this
-# script; its lines begin with "data: ".
-say "data: data/${data[*]}, and causality gate"
-set -m
-(
-  set -o pipefail
-  "$python" "$here/data/${data[0]}" "${data[@]:1}" 2>&1 < /dev/null |
-    while IFS= read -r line; do echo "data: $line" >&2; done
-) &
-set +m
-fetching=$!
-trap 'kill -- "-$fetching" 2> /dev/null || true' EXIT
-"$python" "$here/test_causality.py" --preset "$preset" "$@"
-gate=$((SECONDS - packages - facts))
-if kill -0 "$fetching" 2> /dev/null; then say "waiting for the data"; fi
-wait "$fetching" || exit 2
-trap - EXIT
-say "training"
-export RUN_AFNO_SECONDS="packages $packages, facts $facts, gate $gate, the rest of the data $((
-  SECONDS - packages - facts - gate))"
-exec "$python" "$here/train_gpt2_afno.py" --preset "$preset" "$@"
+export RUN_AFNO_SECONDS="packages $SECONDS"
+exec "$python" "$here/start.py" --preset "$preset" "$@"

@@ -26,6 +26,7 @@ from test_causality import new_seed
 
 LONGEST_WAIT = timedelta(minutes=1)  # of a rank for the others: then the run ends
 GIB = 2**30
+MOST_TOKENS = 2**27  # of a step: all of them are read before its work begins
 
 
 # -----------------------------------------------------------------------------
@@ -196,6 +197,38 @@ def memory_budget(device: torch.device) -> float:
     free, total = torch.cuda.mem_get_info(index)
     fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 1.0)(index)
     return min(free + torch.cuda.memory_reserved(index), fraction * total)
+
+
+def refuse_too_large(model, tables: dict[str, Tensor], args, device: torch.device,
+                     only_read: bool):
+    """Raise InputError, naming the flags that matter, where memory cannot be enough.
+
+    model: on the meta device. tables: those of its weights that need no average.
+    """
+    config = model.config
+    step = args.batch_size * config.sequence_length * args.grad_accumulation_steps
+    if step > MOST_TOKENS:
+        raise InputError("--batch_size x --sequence_length x --grad_accumulation_steps must be <= "
+                         f"{MOST_TOKENS:,} tokens a step, got {step:,}")
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" \
+        else machine_memory()
+    rows = args.val_batch_size if only_read else args.batch_size
+    numbers = sum(p.numel() for p in model.parameters())
+    in_rows = sum(p.numel() for p in tables.values())
+    # weights, gradients and an average (tables have none); two residuals a layer in bf16; what
+    # makes the taps
+    needs = {
+        "--model, --afno_num_experts, --afno_short_conv or --pair_rows":
+            4 * (numbers if only_read else 3 * numbers - in_rows),
+        "--batch_size, --val_batch_size or --sequence_length": 4 * config.n_embd * max(
+            rows * args.sequence_length * (1 if only_read else config.n_layer),
+            args.val_batch_size * args.sequence_length),
+        "--afno_filter_length or --afno_num_experts":
+            sum(4 * module.num_modes * module.mlp.w1[:, :, 0].numel()
+                for module in model.modules() if hasattr(module, "num_modes"))}
+    if (total := sum(needs.values())) > there:
+        raise InputError(f"{max(needs, key=needs.get)} ask for too much: at least "
+                         f"{total / GIB:,.3g} GiB of memory, there are {there / GIB:,.3g}")
 
 
 def bytes_of_averages(optimizers: list) -> int:

@@ -42,18 +42,17 @@ from checkpoints import (TIMES, Checkpoints, RunLog, choose_folder, cooldown_ste
                          refuse_used, set_random_state)
 from data.loader import (DATA_FLAGS, TokenStream, TrainLoader, choose_data, count_val_tokens,
                          find_shards, passes)
-from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, machine_memory,
-                              number, one_of, owned, prefix_table, relative, show)
-from facts import (FirstSteps, Laps, describe, describe_plan, facts_wanted, kernels_of,
-                   show_facts)
+from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, number, one_of,
+                              owned, prefix_table, relative, show)
+from facts import FirstSteps, Laps, describe, describe_plan, facts_wanted, kernels_of, show_facts
 from kernels import keep_products, try_kernels, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
 from report import report_at_end
 from runtime import (MICRO_BATCH, Clock, Diverged, Energy, Runtime, average_rows, bytes_of_averages,
                      choose_device, choose_dtype, choose_gpus, choose_micro_batch, evaluate,
-                     joined_ranks, launch, measure_matmul_rate, own_card, peak_memory, ranks, run,
-                     shapes_of)
+                     joined_ranks, launch, measure_matmul_rate, memory_budget, own_card, peak_memory,
+                     ranks, refuse_too_large, run, shapes_of)
 from test_causality import random_tokens, refuse_leaks
 
 LAPS = Laps(START)
@@ -95,7 +94,6 @@ MODELS = {"d1": (1, 128), "d4": (4, 128), "d12": (12, 768), "d24": (24, 1024), "
           "d48": (48, 1600)}
 # Filters have at most so many taps unless asked for, so a token costs the same at any length.
 MOST_TAPS = 1024
-MOST_TOKENS = 2**27  # of a step: all of them are read before its work begins
 
 
 @dataclass(frozen=True)
@@ -1057,10 +1055,16 @@ class Run:
     def interrupted(self) -> bool:
         return self.runtime.any_rank(bool(self.signals))
 
-    def check_and_compile(self):
-        """Compile; try the micro-batch; refuse a model that leaks; measure the 100% of the MFU."""
-        begin, model, runtime = time.perf_counter(), self.model, self.runtime
+    def check_and_compile(self, gate):
+        """Compile; try the micro-batch; refuse a model that leaks; measure the 100% of the MFU.
+
+        gate: main's.
+        """
         LAPS.done("set-up")
+        if gate:
+            gate.make_room(memory_budget(self.device))
+            LAPS.done("wait for the gate")
+        begin, model, runtime = time.perf_counter(), self.model, self.runtime
         if runtime.compile:
             model.compile()
         ends = itertools.accumulate(share for _, share in self.lengths)
@@ -1085,6 +1089,9 @@ class Run:
         if runtime.compile:
             self.compile_time += time.perf_counter() - begin
             self.say(f"compiled in {time.perf_counter() - begin:.1f} s")
+        if gate:
+            self.say(gate.verdict())
+            LAPS.done("end of the gate")
         self.matmul_rate = measure_matmul_rate(self.device, runtime.dtype) * runtime.world
         self.say(f"matmul rate: {self.matmul_rate / 1e12:.4g} TFLOP/s measured on this device, "
                  "the 100% of mfu")
@@ -1359,13 +1366,14 @@ class Run:
         return 128 + signals[0] if signals else 0
 
 
-def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder: Path) -> int:
+def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder: Path,
+          gate=None) -> int:
     """Train until num_iterations, target_val_loss, max_seconds or a signal; return the status."""
     run = Run(args, config, runtime, saved, folder)
     describe(run)
     describe_plan(run, {name: value for name, value in DEFAULTS.items()
                         if name not in NOT_KEPT + DATA_FLAGS})
-    run.check_and_compile()
+    run.check_and_compile(gate)
     run.open_bar()
     # until here there was nothing to save; a second signal does nothing, as torchrun sends two
     with handled(lambda signum, frame: run.signals.append(signum)), run.checkpoints:
@@ -1520,36 +1528,11 @@ def sizes_of(config: GPTConfig, args) -> tuple[int, int]:
     return 4 * sum(p.numel() for p in model.parameters()), bytes_of_averages(optimizers)
 
 
-def refuse_too_large(config: GPTConfig, args, device: torch.device, only_read: bool):
-    """Raise InputError, naming the flags that matter, where memory cannot be enough."""
-    step = args.batch_size * config.sequence_length * args.grad_accumulation_steps
-    if step > MOST_TOKENS:
-        raise InputError("--batch_size x --sequence_length x --grad_accumulation_steps must be <= "
-                         f"{MOST_TOKENS:,} tokens a step, got {step:,}")
-    model = shapes_of(GPT, config)
-    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" \
-        else machine_memory()
-    rows = args.val_batch_size if only_read else args.batch_size
-    numbers = sum(p.numel() for p in model.parameters())
-    in_rows = sum(p.numel() for p in row_tables(model).values())
-    # weights, gradients and an average (tables have none); two residuals a layer in bf16; what
-    # makes the taps
-    needs = {
-        "--model, --afno_num_experts, --afno_short_conv or --pair_rows":
-            4 * (numbers if only_read else 3 * numbers - in_rows),
-        "--batch_size, --val_batch_size or --sequence_length": 4 * config.n_embd * max(
-            rows * args.sequence_length * (1 if only_read else config.n_layer),
-            args.val_batch_size * args.sequence_length),
-        "--afno_filter_length or --afno_num_experts":
-            sum(4 * module.num_modes * module.mlp.w1[:, :, 0].numel()
-                for module in model.modules() if hasattr(module, "num_modes"))}
-    if (total := sum(needs.values())) > there:
-        raise InputError(f"{max(needs, key=needs.get)} ask for too much: at least "
-                         f"{total / 2**30:,.3g} GiB of memory, there are {there / 2**30:,.3g}")
+def main(argv: list[str], gate=None) -> int:
+    """Train, evaluate or generate as the flags say; return the exit status.
 
-
-def main(argv: list[str]) -> int:
-    """Train, evaluate or generate as the flags say; return the exit status."""
+    gate: the start.Gate that runs beside this process, if one does.
+    """
     flags = parse_flags(argv)
     device = choose_device(flags.get("device", "auto"))
     rank, world, local_rank = ranks()
@@ -1574,10 +1557,13 @@ def main(argv: list[str]) -> int:
                 print(line)
             return 0
         refuse_untrainable(config, args)
-        refuse_too_large(config, args, device, only_read)
+        model = shapes_of(GPT, config)
+        refuse_too_large(model, row_tables(model), args, device, only_read)
         gpus = 1 if only_read else choose_gpus(args.gpus, device, args.grad_accumulation_steps, say)
         if gpus > 1:
             stack.close()  # the folder is rank 0's
+            if gate:
+                say(gate.verdict())
             return launch(gpus)
         runtime = Runtime(device, getattr(torch, args.dtype), bool(args.compile), rank, world)
         if device.type == "cuda":
@@ -1591,7 +1577,7 @@ def main(argv: list[str]) -> int:
         if facts_wanted():
             show_facts(args, folder, runtime.device, sizes_of(config, args))
         with joined_ranks(runtime):
-            return train(args, config, runtime, saved, folder)
+            return train(args, config, runtime, saved, folder, gate)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import pytest
 import tiktoken
 import torch
 
+import runtime
 import train_gpt2_afno
 from data import cached_fineweb10B, shakespeare, text_to_bin
 from data.loader import TokenStream, TrainLoader, find_shards
@@ -832,7 +833,7 @@ def test_every_number_has_an_upper_bound(name):
      "^--afno_filter_length or --afno_num_experts ask for too much: at least"),
 ])
 def test_what_cannot_be_is_refused_before_any_work(data, tmp_path, monkeypatch, more, names):
-    monkeypatch.setattr(train_gpt2_afno, "machine_memory", lambda: 10e9)
+    monkeypatch.setattr(runtime, "machine_memory", lambda: 10e9)
     monkeypatch.setattr(train_gpt2_afno, "train", None)
     with pytest.raises(InputError, match=names) as error:
         main(flags(data, tmp_path / "run", more))
@@ -841,7 +842,7 @@ def test_what_cannot_be_is_refused_before_any_work(data, tmp_path, monkeypatch, 
 
 
 def test_eval_only_estimates_its_memory_too(muon_run, monkeypatch):
-    monkeypatch.setattr(train_gpt2_afno, "machine_memory", lambda: 2e9)
+    monkeypatch.setattr(runtime, "machine_memory", lambda: 2e9)
     with pytest.raises(InputError, match="--sequence_length ask for too much"):
         main(["--output_dir", str(muon_run), "--eval_only", "--device", "cpu",
               "--sequence_length", "1048576", "--val_batch_size", "64"])
@@ -916,7 +917,7 @@ def test_numbers_of_text_to_bin(tmp_path, monkeypatch, capsys, options, message)
     ("plot_runs", "x --x 3", "--x: invalid choice: '3'"),
 ])
 def test_numbers_of_the_experiments(tmp_path, monkeypatch, capsys, script, options, message):
-    monkeypatch.setattr(train_gpt2_afno, "machine_memory", lambda: 2e9)
+    monkeypatch.setattr(runtime, "machine_memory", lambda: 2e9)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *options.split()])

@@ -66,7 +66,8 @@ def test_the_shell_leaves_cards_to_the_trainer(tmp_path):
                          capture_output=True, text=True,
                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[-1] == f"ran {SCRIPT} --preset fineweb --gpus 2"
+    assert run.stdout.splitlines()[-1] == \
+        f"ran {SCRIPT.parent / 'start.py'} --preset fineweb --gpus 2"
 
 
 def test_ranks_started_by_hand_are_as_many_as_asked_for(data, tmp_path, monkeypatch):  # noqa: F811

@@ -1,7 +1,9 @@
 """How a run starts: what it says first, the micro-batch that fits, what run_afno.sh does."""
 import os
 import re
-import subprocess
+import signal
+import sys
+import time
 import types
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 import facts
 import runtime
+import start
 import train_gpt2_afno
 from data.text_to_bin import InputError
 from runtime import choose_dtype, memory_budget, next_smaller, with_fewer_rows
@@ -251,10 +254,20 @@ def screen(monkeypatch, tmp_path, argv: str, **variables) -> list[str]:
         monkeypatch.setenv(name, value)
     for name in ("facts", "checkpoints", "train_gpt2_afno", "data.loader", "data.text_to_bin"):
         monkeypatch.setattr(f"{name}.ROOT", tmp_path)
-    shown = []
-    monkeypatch.setattr(facts, "show_facts", lambda *given: shown.extend(facts.facts(*given)))
-    assert facts.main(argv.split()) == 0
+    shown, show = [], facts.facts
+    monkeypatch.setattr(facts, "facts", lambda *given: shown.extend(show(*given)) or shown)
+    monkeypatch.setattr(start, "fetch", lambda preset: Child())
+    monkeypatch.setattr(train_gpt2_afno, "main", lambda *given: 0)
+    assert start.main(argv.split(), Child()) == 0
+    monkeypatch.setattr(facts, "facts", show)
     return shown
+
+
+class Child:
+    """A gate or a fetching of data that has ended well."""
+
+    show = end = verdict = lambda self: None
+    wait = lambda self: (0, 1.0)
 
 
 def test_one_screen_says_what_a_run_needs(full_size, monkeypatch, tmp_path):  # noqa: F811
@@ -267,7 +280,7 @@ def test_one_screen_says_what_a_run_needs(full_size, monkeypatch, tmp_path):  # 
                  "tokens: 498,073,600 in 3800 steps of 128 rows of 1024",
                  "fineweb10B: 6 of 6 shards to fetch, 1.2 GB", "1.2 GB of data",
                  "loss to expect: 3.3821 or less: an estimate", "is on this container's own disk",
-                 f"kill -TERM {os.getppid()};",
+                 f"kill -TERM {os.getpid()};",
                  "to go on: bash run_afno.sh fineweb --device cpu",
                  "tmux new -s afno 'bash run_afno.sh fineweb --device cpu'"):
         assert said in text, said
@@ -278,7 +291,7 @@ def test_one_screen_says_what_a_run_needs(full_size, monkeypatch, tmp_path):  # 
 
 
 def test_the_screen_of_a_gpu(full_size, monkeypatch, tmp_path):  # noqa: F811
-    monkeypatch.setattr(facts, "choose_device", lambda name: CUDA)
+    monkeypatch.setattr(runtime, "choose_device", lambda name: CUDA)
     monkeypatch.setattr(facts, "memory_budget", lambda device: 23 * GIB)
     for name, value in dict(get_device_name="RTX 4090", device_count=1,
                             get_device_capability=(8, 9)).items():
@@ -365,26 +378,122 @@ def test_compilations_are_kept_in_the_repository(monkeypatch):
 # run_afno.sh
 
 
-@pytest.mark.parametrize("bad, status, last", (
-    ("none", 0, ["train_gpt2_afno.py"]), ("shakespeare.py", 2, []), ("test_causality.py", 1, [])))
-def test_data_and_gate_go_side_by_side_and_either_ends_the_script(tmp_path, bad, status, last):
-    python = tmp_path / "python"
-    python.write_text(f"""#!/bin/sh
-case $1 in -*) exit 0 ;; esac
-name=$(basename "$1")
-echo "$name"
-[ $name = test_causality.py ] && sleep 0.3
-[ $name = {bad} ] && exit 1
-[ $name-{bad} = shakespeare.py-test_causality.py ] && exec sleep 60
-exit 0
+SLEEPS = "import time; time.sleep(60)"
+
+
+@pytest.fixture
+def begin(monkeypatch, tmp_path, capsys, full_size):  # noqa: F811
+    """Return a function that starts, given Python for the two scripts.
+
+    It returns the status or the error, what is printed, and what the trainer was called with.
+    """
+    monkeypatch.setenv(facts.STARTED, "packages 0")
+    monkeypatch.setattr(start, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["start.py"])
+    (tmp_path / "data").mkdir()
+    called = []
+
+    def trainer(argv, *gates):
+        called.append((argv, sys.argv[0]))
+        called.extend(gate.verdict() for gate in gates)
+        return 3
+
+    monkeypatch.setattr(train_gpt2_afno, "main", trainer)
+
+    def make(data="", gate=""):
+        (tmp_path / "data/shakespeare.py").write_text(f"print('two works')\n{data}")
+        (tmp_path / "test_causality.py").write_text(
+            f"import sys; print('row', sys.argv[1:])\n{gate}")
+        argv = ["--preset", "shakespeare", "--device", "cpu", "--output_dir", f"{tmp_path}/run"]
+        child = start.Gate(argv)
+        try:
+            status = start.main(argv, child)
+        except InputError as error:
+            status = str(error)
+        finally:
+            child.end()
+        assert child.process.wait(10) is not None
+        return status, capsys.readouterr().out, called
+
+    return make
+
+
+def test_facts_come_first_then_the_lines_of_both(begin, tmp_path):
+    status, out, called = begin()
+    lines = out.splitlines()
+    assert lines[0].startswith("output: ") and status == 3
+    assert sorted(lines[-2:]) == ["data: two works",
+                                  f"gate: row ['--preset', 'shakespeare', '--device', 'cpu', "
+                                  f"'--output_dir', '{tmp_path}/run']"]
+    (argv, script), verdict = called
+    assert argv[:2] == ["--preset", "shakespeare"] and script.endswith("train_gpt2_afno.py")
+    assert re.fullmatch(r"causality gate: passed, \d\.\d s after the start", verdict)
+
+
+def test_data_that_cannot_be_had_end_the_gate(begin):
+    status, out, called = begin(data="raise SystemExit(2)",
+                                gate=SLEEPS)
+    assert status == "the data are not there: shakespeare.py ended with status 2"
+    assert not called and "data: two works" in out
+
+
+def test_a_gate_that_fails_lets_nothing_train(begin):
+    status, out, called = begin(gate="raise SystemExit(1)")
+    assert status == "causality gate: it ended with status 1, nothing is trained"
+    assert not called and "gate: row" in out
+
+
+def test_a_child_is_ended_with_what_it_has_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "HERE", tmp_path)
+    (tmp_path / "a.py").write_text(f"""
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "{SLEEPS}"])
+open("{tmp_path}/pid", "w").write(str(child.pid))
+print("ready")
+child.wait()
 """)
-    python.chmod(0o755)
-    run = subprocess.run(["bash", str(SCRIPT.parent / "run_afno.sh"), "shakespeare"],
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20,
-                         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
-    assert run.returncode == status, run.stdout
-    lines = [line for line in run.stdout.splitlines() if not line.startswith("run_afno.sh: ")]
-    assert sorted(lines) == sorted(["facts.py", "data: shakespeare.py", "test_causality.py", *last])
+    child = start.Beside("a", "a.py")
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.01)
+    child.end()
+    assert child.process.wait(10) == -signal.SIGTERM
+    grandchild = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{grandchild}") and time.monotonic() < deadline:
+        if "Z" in open(f"/proc/{grandchild}/stat").read().split(")")[1]:
+            break
+        time.sleep(0.01)
+    else:
+        assert not os.path.exists(f"/proc/{grandchild}")
+
+
+@pytest.mark.parametrize("free, waits", ((80 * GIB, False), (23 * GIB, True)))
+def test_a_small_card_has_no_room_for_the_gate_beside_training(free, waits):
+    gate = object.__new__(start.Gate)
+    gate.wait = lambda: (0, 1.5)
+    gate.make_room(free)
+    assert bool(gate.said) == waits
+    assert gate.verdict() == "causality gate: passed, 1.5 s after the start"
+
+
+def test_a_run_without_steps_left_starts_no_download(begin, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "state_step000120.pt").touch()
+    status, out, called = begin(gate=SLEEPS, data=SLEEPS)
+    assert status == 3 and out == "" and len(called) == 1
+
+
+def test_the_trainer_waits_for_the_gate(data, tmp_path):  # noqa: F811
+    class Refusing:
+        make_room = lambda self, free: None
+
+        def verdict(self):
+            raise InputError("causality gate: it ended with status 1, nothing is trained")
+
+    with pytest.raises(InputError, match="^causality gate: it ended"):
+        train_gpt2_afno.main(flags(data, tmp_path / "run"), Refusing())
+    assert not losses(tmp_path / "run")
 
 
 @pytest.mark.parametrize("options, fp8, names", (

@@ -1,0 +1,142 @@
+"""Come from a command to training: facts, data, causality gate, then training in this process.
+
+    python start.py [the trainer's flags]    # what run_afno.sh runs, once packages are there
+
+The gate and the fetching of data are processes of their own, whose lines begin with "gate: " and
+"data: ". On a GPU the trainer sets up beside the gate. Where memory is enough for both, it compiles
+beside it, too. No step is made before the gate has passed.
+"""
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+DATA = {"fineweb": ("cached_fineweb10B.py", "5"), "fineweb-4k": ("cached_fineweb10B.py", "5"),
+        "baseline": ("cached_fineweb10B.py", "25"), "shakespeare": ("shakespeare.py",)}
+BOTH = 60 * 2**30  # bytes of a GPU that gate and micro-batch have beside each other
+
+
+class Beside:
+    """A script in a process of its own. Its lines are shown from show() on; end() ends it."""
+
+    def __init__(self, name: str, script: str, *argv: str):
+        self.name, self.shown, self.began = name, threading.Event(), time.perf_counter()
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / script), *argv], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True)
+        self.printer = threading.Thread(target=self.print_lines, daemon=True)
+        self.printer.start()
+
+    def print_lines(self):
+        for line in self.process.stdout:
+            self.shown.wait()
+            print(f"{self.name}: {line}", end="", flush=True)
+        self.ended = time.perf_counter()
+
+    def show(self):
+        self.shown.set()
+
+    def wait(self) -> tuple[int, float]:
+        """Return the exit status, and the seconds that it took, once all lines are printed."""
+        self.show()
+        self.printer.join()
+        return self.process.wait(), self.ended - self.began
+
+    def end(self):
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGTERM)
+
+
+class Gate(Beside):
+    """The causality gate, in the trainer's way where a device has not room for both."""
+
+    said = ""
+
+    def __init__(self, argv: list[str]):
+        super().__init__("gate", "test_causality.py", *argv)
+
+    def make_room(self, free: int):
+        """Wait for the verdict, unless so many free bytes are enough for both."""
+        if free < BOTH:
+            self.verdict()
+
+    def verdict(self) -> str:
+        """Return a line that says that the gate has passed. Raises InputError where it has not."""
+        from data.text_to_bin import InputError
+
+        if not self.said:
+            status, seconds = self.wait()
+            if status:
+                raise InputError(f"causality gate: it ended with status {status}, nothing is "
+                                 "trained")
+            self.said = f"causality gate: passed, {seconds:.1f} s after the start"
+        return self.said
+
+
+def fetch(preset: str) -> Beside:
+    """Fetch the preset's data; what is there is not fetched again."""
+    script, *argv = DATA[preset]
+    child = Beside("data", f"data/{script}", *argv)
+    child.show()
+    return child
+
+
+def main(argv: list[str], gate: Gate) -> int:
+    """Show the facts, wait for the data, train; return the exit status."""
+    import train_gpt2_afno as trainer
+    from checkpoints import Checkpoints
+    from data.text_to_bin import InputError
+    from facts import STARTED, show_facts
+    from runtime import choose_device
+
+    flags, said = trainer.parse_flags(argv), []
+    sys.argv = [str(HERE / "train_gpt2_afno.py"), *argv]  # what torchrun and train.log repeat
+    if {"generate", "eval_only"} & flags.keys():
+        return trainer.main(argv)
+    device = choose_device(flags.get("device", "auto"))
+    folder = trainer.choose_folder(flags, False) or \
+        trainer.folder_of_preset(flags, device, said.append)
+    args = trainer.merge_flags(flags, device, None, said.append)
+    if Checkpoints(folder).steps()[:1] == [args.num_iterations + args.extend]:
+        return trainer.main(argv)  # no step is left
+    config = trainer.GPTConfig(**trainer.model_fields(vars(args)))
+    words = argv[1:] if argv[:1] == ["--preset"] else argv  # as run_afno.sh was called
+    show_facts(args, folder, device, trainer.sizes_of(config, args),
+               shlex.join(["bash", "run_afno.sh", *words]))
+    os.environ.setdefault(STARTED, "")  # the trainer shows no facts
+    trainer.LAPS.done("facts")
+    data = fetch(flags["preset"])
+    try:
+        gate.show()
+        status, _ = data.wait()
+    finally:
+        data.end()
+    if status:
+        raise InputError(f"the data are not there: {DATA[flags['preset']][0]} ended with status "
+                         f"{status}")
+    trainer.LAPS.done("data")
+    if device.type == "cpu":  # both would take all cores
+        gate.verdict()
+        trainer.LAPS.done("causality gate")
+    return trainer.main(argv, gate)
+
+
+if __name__ == "__main__":
+    from data.text_to_bin import handled
+
+    begun = Gate(sys.argv[1:])  # before torch is imported, which takes seconds in either process
+    try:
+        with handled(lambda signum, frame: sys.exit(128 + signum)):
+            from runtime import run
+
+            run(lambda argv: main(argv, begun))
+    finally:
+        begun.end()
