@@ -26,11 +26,16 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import os
 import pathlib
 import secrets
 import time
 
 BEGIN = time.perf_counter()  # before torch, whose import takes seconds
+if __name__ == "__main__":
+    # OpenMP reads this when torch is loaded. Threads that wait by spinning take a busy machine's
+    # cores from those that work: the gate then took ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
 
