@@ -26,11 +26,16 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import os
 import pathlib
 import secrets
 import time
 
 BEGIN = time.perf_counter()  # before torch, whose import takes seconds
+if __name__ == "__main__":
+    # OpenMP reads this when torch is loaded. Threads that wait by spinning take a busy machine's
+    # cores from those that work: the gate then took ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
 
@@ -249,6 +254,17 @@ def gradient_leaks(hidden, embedding: torch.nn.Module, T: int, vocab_size: int,
 # this repository's models: what the trainer checks at start, and the gate
 
 
+@contextlib.contextmanager
+def as_constant(weight: torch.nn.Parameter):
+    """Tell autograd meanwhile that nobody wants the weight's gradient."""
+    wanted = weight.requires_grad
+    weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        weight.requires_grad_(wanted)
+
+
 def check_head(model, seq_len: int, rows: int, device, seed: int, logits: bool,
                every_pair: bool) -> Leaks:
     """Return the leaks of the head, which must treat every position of every row by itself.
@@ -256,7 +272,7 @@ def check_head(model, seq_len: int, rows: int, device, seed: int, logits: bool,
     Positions are numbered at random. In batch b a position has one hidden state and target where
     digit b of its binary number is 0, else another. Two batches must agree wherever these two
     digits do. The numbers 1, 2 and 3 tell two of three pairs of positions apart; every_pair:
-    numbers that all differ.
+    numbers that all differ. The losses are those of training, without the gradients' two products.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = lambda: torch.randint(model.config.vocab_size, (rows, seq_len),
@@ -268,7 +284,8 @@ def check_head(model, seq_len: int, rows: int, device, seed: int, logits: bool,
 
     def outputs(other: torch.Tensor) -> torch.Tensor:
         mixed = torch.where(other.unsqueeze(-1), other_x, x)
-        losses = model.lm_head.loss(mixed, torch.where(other, other_targets, targets))[1]
+        with as_constant(model.lm_head.weight):
+            losses = model.lm_head.loss(mixed, torch.where(other, other_targets, targets))[1]
         parts = [losses.unsqueeze(-1), *([model.lm_head.logits(mixed)] if logits else [])]
         return torch.cat([part.detach().to(losses.dtype) for part in parts], -1)
 

@@ -195,7 +195,7 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, shares: Tensor, vocab_s
     losses = -log_prob.gather(1, targets)
     if not with_gradient:
         return losses, None
-    gradient = log_prob.exp_() * shares.sum(1, keepdim=True)
+    gradient = log_prob.exp_().mul_(shares.sum(1, keepdim=True))
     gradient.scatter_add_(1, targets, -shares)
     if cap:
         gradient *= 1 - (capped / cap).square()
@@ -250,17 +250,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         counts = (targets[:, :1] >= 0).to(losses.dtype)
         shares = (targets >= 0) * counts * shares.to(losses.dtype)  # (N, K)
         products = (Fp8HeadProducts if fp8 else HeadProducts)((x * counts.to(x.dtype)).to(dtype), w)
-        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradient else (None, None)
+        # somebody wants them; autograd says so under no_grad, too
+        wanted = with_gradient and any(ctx.needs_input_grad[:2])
+        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if wanted else (None, None)
         for i in range(0, x.size(0), rows):
             part = slice(i, i + rows)
             losses[part], dlogits = chunk_function(
                 products.logits(part), targets[part].clamp(min=0), shares[part], vocab_size,
                 with_gradient, cap, products.gradient_scale)
-            if with_gradient:
+            if wanted:
                 dx[part], dw_part = products.gradients(part, dlogits)
                 dw += dw_part[:vocab_size]
         count = counts.sum().clamp(min=1)
-        if with_gradient:
+        if wanted:
             ctx.save_for_backward(dx.mul_(counts).div_(count), dw.div_(count))
         ctx.mark_non_differentiable(losses)
         # no matrix product for the sum: autocast would round that to bf16

@@ -443,6 +443,19 @@ def test_every_pair_of_the_heads_positions_is_told_apart(monkeypatch, one, other
         "other positions"
 
 
+def test_the_heads_losses_are_those_of_training_without_products_for_gradients(monkeypatch):
+    model, made = GPT(CONFIG), []
+    x, targets = torch.randn(2, 24, CONFIG.n_embd), torch.zeros(2, 24, dtype=torch.int64)
+    losses = model.lm_head.loss(x, targets)[1]
+    monkeypatch.setattr(kernels.loss.HeadProducts, "gradients", None)  # a call is an error
+    chunk = model.lm_head.chunk
+    model.lm_head.chunk = lambda *args: made.append(args[4]) or chunk(*args)  # args[4]: gradient?
+    with test_causality.as_constant(model.lm_head.weight):
+        assert torch.equal(model.lm_head.loss(x, targets)[1], losses)
+    assert check_head(model, 24, 2, CPU, 5, logits=True, every_pair=True) == []
+    assert all(made) and model.lm_head.weight.requires_grad
+
+
 @pytest.mark.parametrize("rank", (0, 1))
 def test_every_rank_draws_rank_0s_sample_and_so_finds_the_same_leak(monkeypatch, rank):
     """The leak depends on the tokens that are drawn: another seed finds another one, or none."""
