@@ -33,7 +33,6 @@ import time
 BEGIN = time.perf_counter()  # before torch, whose import takes seconds
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 
 ALL_CUTS_UP_TO = 2048  # tokens; longer rows, and CPUs, get a stratified sample of the cuts
 END_OF_TEXT = 50256
@@ -286,7 +285,7 @@ def wrong_losses(head, x: torch.Tensor, targets: torch.Tensor, shares: torch.Ten
         y, losses, shares = y.unsqueeze(-1), losses.unsqueeze(-1), torch.ones(1, device=x.device)
     counts = (y >= 0) & (y[:, :1] >= 0)
     with torch.no_grad():
-        log_prob = F.log_softmax(head.logits(x[some]).float(), -1)
+        log_prob = torch.log_softmax(head.logits(x[None, some])[0].float(), -1)
     expected = -log_prob.gather(1, y[some].clamp(min=0)) * counts[some]
     off = (losses[some] - expected).norm() / expected.norm()
     # an fp8 product is 6% off in norm; the probability of a target less
@@ -391,19 +390,20 @@ def refuse_other_targets(x: torch.Tensor, y: torch.Tensor):
         raise InputError("causality check: the targets of training rows are not their next tokens")
 
 
-def refuse_leaks(model, shapes, runtime, say, modes=(True, False), goals=None):
+def refuse_leaks(model, shapes, runtime, say, modes=(True, False), goals=None, validated=None):
     """Raise InputError where an output depends on a later token or on another row, bit for bit.
 
     shapes: (rows, T) of the batches to try. runtime: the trainer's Runtime. modes, goals:
-    check_model's.
+    check_model's. validated: the shape that validates, tried without gradients where it is another.
     """
     from data.text_to_bin import InputError
 
     seed = runtime.new_seed()  # every rank sees the same leak, and rank 0 names it
     with moved_weights(model, seed):
-        for rows, T in shapes:
+        others = [(validated, (False,))] if validated and validated not in shapes else []
+        for (rows, T), tried in [(shape, modes) for shape in shapes] + others:
             begin = time.perf_counter()
-            leaks = check_model(model, T, rows, runtime.device, runtime.autocast, modes, seed=seed,
+            leaks = check_model(model, T, rows, runtime.device, runtime.autocast, tried, seed=seed,
                                 goals=goals)
             if leaks:
                 raise InputError(

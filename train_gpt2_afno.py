@@ -1098,9 +1098,8 @@ class Run:
         refuse_other_targets(*self.loader.ahead.result())
         refuse_leaks(self.model, trained, self.runtime, self.say,
                      modes=(True, False) if validated in trained else (True,),
-                     goals=self.goals if args.predict_ahead or args.predict_prefix else None)
-        if validated not in trained:
-            refuse_leaks(self.model, [validated], self.runtime, self.say, modes=(False,))
+                     goals=self.goals if args.predict_ahead or args.predict_prefix else None,
+                     validated=validated)
 
     def recompute(self, recompute: int):
         for block in self.model.transformer.h:

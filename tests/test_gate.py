@@ -272,7 +272,8 @@ def fp8_scale_of_the_batch(monkeypatch):
 
 def in_loss(monkeypatch):
     loss = Head.loss
-    monkeypatch.setattr(Head, "loss", lambda self, x, targets: loss(self, x + NEXT(x), targets))
+    monkeypatch.setattr(Head, "loss", lambda self, x, targets, *shares: loss(
+        self, x + NEXT(x), targets, *shares))
 
 
 def in_logits(monkeypatch):
@@ -301,7 +302,7 @@ MUTANTS = {
     "only with gradients": (patched_hidden(
         lambda model, idx, x: x + NEXT(x) if torch.is_grad_enabled() else x), None),
     "in the loss, not in hidden states": (in_loss, None),
-    "in the logits alone": (in_logits, "start"),
+    "in the logits alone": (in_logits, "where"),
     "another row, the same position": (patched_hidden(
         lambda model, idx, x: x + 0.1 * x.roll(1, 0)), None),
     "another row, a later position": (patched_hidden(
@@ -339,7 +340,8 @@ MUTANTS = {
 def test_every_mutant_is_refused(monkeypatch, name):
     """Who cannot see one: the arithmetic that it looks at is the same without the mutant.
 
-    start: training at 96 tokens calls neither logits nor eval mode, nor is T % 8 other than 0.
+    start: training at 96 tokens does not call eval mode, nor is T % 8 other than 0.
+    where: start sees that loss and logits differ, but at no position.
     both: the length is a curriculum's, and start sees it where it trains at that length.
     """
     patch, unseen = MUTANTS[name]
