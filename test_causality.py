@@ -58,6 +58,8 @@ class Leak:
     cause: str = "tokens of other rows of the batch"  # where there is no cut
 
     def __str__(self):
+        if self.position is None and self.cut is None:
+            return self.cause
         if self.position is None:
             return f"exchanging the tokens from position {self.cut} on changes nothing after it"
         cause = self.cause if self.cut is None else f"tokens from position {self.cut} on"
@@ -193,13 +195,13 @@ def check_causality(model, seq_len: int, vocab_size: int, tolerance: float = 0.0
 
 
 @contextlib.contextmanager
-def moved_weights(model: torch.nn.Module):
+def moved_weights(model: torch.nn.Module, seed: int = 0):
     """Move every weight meanwhile: a leak must not hide behind a weight that begins at zero or one.
 
     The noise is from a generator of its own; weights come back bit for bit.
     """
     kept = [(p, p.detach().clone()) for p in model.parameters()]
-    move_weights(model)
+    move_weights(model, seed)
     try:
         yield
     finally:
@@ -208,18 +210,21 @@ def moved_weights(model: torch.nn.Module):
                 p.copy_(value)
 
 
-def move_weights(model: torch.nn.Module):
+def move_weights(model: torch.nn.Module, seed: int = 0):
     """Add noise to every weight, of its own standard deviation and at least 0.02.
 
     Vectors and single numbers get at least 0.5: such as a share of the first value, which begins at
-    zero and would hide a leak from bf16.
+    zero and would hide a leak from bf16. No two weights get the same noise: a leak may hide behind
+    their difference. An odd seed makes the noise of the even one before it, with the other sign: a
+    leak may show on one side of zero alone.
     """
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed // 2)
+    sign = 1 - 2 * (seed % 2)
     with torch.no_grad():
         for p in model.parameters():
-            generator = torch.Generator(p.device).manual_seed(p.numel())
             noise = torch.randn(p.shape, generator=generator, device=p.device)
             size = p.std(correction=0).clamp(min=0.02 if p.ndim > 1 else 0.5)
-            p.add_(noise.to(p) * size)
+            p.add_(noise.to(p) * size * sign)
 
 
 def gradient_leaks(hidden, embedding: torch.nn.Module, T: int, vocab_size: int,
@@ -265,34 +270,90 @@ def as_constant(weight: torch.nn.Parameter):
         weight.requires_grad_(wanted)
 
 
+def given_to_head(model):
+    """Return a function from tokens to the states that forward(), which trains, gives to the head.
+
+    The next tokens are forward's targets. Raises ValueError where it does anything else to the
+    head's mean loss than to return it: that could not be checked.
+    """
+    def states(idx: torch.Tensor) -> torch.Tensor:
+        given, mean = [], torch.zeros(())
+        model.lm_head.loss = lambda x, targets, shares=None: (given.append(x) or mean, None)
+        try:
+            loss = model(idx, idx.roll(-1, 1), return_logits=False)[1]
+        finally:
+            del model.lm_head.loss  # the class's is back
+        if len(given) != 1 or loss is not mean:
+            raise ValueError("forward() must call lm_head.loss once, and return its mean loss")
+        return given[0]
+    return states
+
+
+def wrong_losses(head, x: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor | None,
+                 mean: torch.Tensor, losses: torch.Tensor, some: torch.Tensor) -> Leaks:
+    """Return leaks where losses are not the logits' cross-entropy, or the mean is not theirs.
+
+    A target is a later token: it may pick one of the logits' probabilities, and change nothing.
+    The logits are those of the positions `some`, of all that are numbered row by row.
+    """
+    x, y, losses = x.flatten(0, 1), targets.flatten(0, 1), losses.flatten(0, 1)
+    if shares is None:
+        y, losses, shares = y.unsqueeze(-1), losses.unsqueeze(-1), torch.ones(1, device=x.device)
+    counts = (y >= 0) & (y[:, :1] >= 0)
+    with torch.no_grad():
+        log_prob = torch.log_softmax(head.logits(x[None, some])[0].float(), -1)
+    expected = -log_prob.gather(1, y[some].clamp(min=0)) * counts[some]
+    off = (losses[some] - expected).norm() / expected.norm()
+    # an fp8 product is 6% off in norm; losses, which are log V and more, by less than 2%
+    bound = 0.05 if head.fp8 and torch.is_grad_enabled() else \
+        0.02 if torch.is_autocast_enabled(x.device.type) else 1e-4
+    own = (losses * shares).sum() / counts[:, 0].sum()
+    causes = []
+    if not off <= bound:
+        causes.append(f"the head's losses are {off:.1%} off the cross-entropy of its logits")
+    if not (own - mean).abs() <= 1e-3 * own.abs():
+        causes.append(f"the head trains on a mean loss of {mean:.4g}, its losses' is {own:.4g}")
+    return Leaks(Leak(None, None, cause=cause) for cause in causes)
+
+
 def check_head(model, seq_len: int, rows: int, device, seed: int, logits: bool,
-               every_pair: bool) -> Leaks:
+               every_pair: bool, goals=None) -> Leaks:
     """Return the leaks of the head, which must treat every position of every row by itself.
 
     Positions are numbered at random. In batch b a position has one hidden state and target where
     digit b of its binary number is 0, else another. Two batches must agree wherever these two
     digits do. The numbers 1, 2 and 3 tell two of three pairs of positions apart; every_pair:
-    numbers that all differ. The losses are those of training, without the gradients' two products.
+    numbers that all differ. goals: what makes GPT.forward's targets and shares of the next tokens.
+    The losses are those of training, without the weight's gradient.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = lambda: torch.randint(model.config.vocab_size, (rows, seq_len),
                                  generator=generator).to(device)
-    x, other_x = (model.hidden(draw()).detach() for _ in range(2))
-    targets, other_targets = draw(), draw()
+    x = model.hidden(draw()).detach()
+    (targets, shares), (other_targets, _) = (goals(y) if goals else (y, None)
+                                             for y in (draw(), draw()))
+    more = () if shares is None else (shares,)
+    targets[torch.rand(rows, seq_len, generator=generator).to(device) < 0.1] = -1
     number = 1 + torch.randperm(rows * seq_len, generator=generator).view(rows, seq_len)
-    number = number if every_pair else 1 + number % 3
+    some = number.flatten()[:64].to(device) - 1
+    number, leaks, sums = number if every_pair else 1 + number % 3, Leaks(), Leaks()
 
     def outputs(other: torch.Tensor) -> torch.Tensor:
-        mixed = torch.where(other.unsqueeze(-1), other_x, x)
+        mixed = torch.where(other.unsqueeze(-1), x.flip(0, 1), x)
+        mixed.requires_grad_(torch.is_grad_enabled())
+        goal = torch.where(other if shares is None else other.unsqueeze(-1), other_targets, targets)
         with as_constant(model.lm_head.weight):
-            losses = model.lm_head.loss(mixed, torch.where(other, other_targets, targets))[1]
-        parts = [losses.unsqueeze(-1), *([model.lm_head.logits(mixed)] if logits else [])]
+            mean, losses = model.lm_head.loss(mixed, goal, *more)
+        if not other.any():
+            sums.extend(wrong_losses(model.lm_head, mixed, goal, shares, mean, losses, some))
+        parts = [losses.reshape(rows, seq_len, -1),
+                 *([model.lm_head.logits(mixed)] if logits else [])]
         return torch.cat([part.detach().to(losses.dtype) for part in parts], -1)
 
     # the last digit is 0 everywhere: one batch has all the first ones
     digits = [number >> b & 1 for b in range(int(number.max()).bit_length() + 1)]
     batches = [outputs((digit == 1).to(device)) for digit in digits]
-    leaks, wrong = Leaks(), torch.zeros_like(number, dtype=torch.bool)
+    wrong = torch.zeros_like(number, dtype=torch.bool)
     for i, j in itertools.combinations(range(len(digits)), 2):
         kept, moved = digits[i] == digits[j], moved_outputs(batches[i], batches[j])
         if not moved[~kept].any():
@@ -301,7 +362,7 @@ def check_head(model, seq_len: int, rows: int, device, seed: int, logits: bool,
     if wrong.any():
         first = int(wrong.any(0).nonzero()[0])
         leaks.insert(0, Leak(first, None, cause="head's inputs at other positions"))
-    return leaks
+    return leaks or sums
 
 
 def budget(seq_len: int, rows: int, device: torch.device) -> int | None:
@@ -313,41 +374,55 @@ def budget(seq_len: int, rows: int, device: torch.device) -> int | None:
 
 def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, False),
                 cuts: int | None = -1, logits: bool | None = False,
-                seed: int | None = None) -> Leaks:
+                seed: int | None = None, goals=None) -> Leaks:
     """Return the leaks of hidden states and of the head's losses for (rows, seq_len).
 
     autocast: a function that makes the context to run in. modes: with gradients the graph that
-    trains runs, without the one that validates. cuts, seed: check_causality's; cuts of -1:
-    budget's. logits: look at the head's logits, too, and at every pair of its positions; None: not
-    at the head.
+    trains runs, forward(), without the one that validates, hidden(). cuts, seed:
+    check_causality's; cuts of -1: budget's. logits: look at the head's logits, too, and at every
+    pair of its positions; None: not at the head. goals: check_head's, while training alone.
     """
     cuts = budget(seq_len, rows, device) if cuts == -1 else cuts
     seed = new_seed() if seed is None else seed
     leaks = Leaks()
     for mode, gradients in enumerate(modes):
         with torch.set_grad_enabled(gradients), autocast():
-            found = check_causality(model.hidden, seq_len, model.config.vocab_size, rows=rows,
+            states = given_to_head(model) if gradients else model.hidden
+            found = check_causality(states, seq_len, model.config.vocab_size, rows=rows,
                                     cuts=cuts, device=device, seed=seed + mode)
             leaks += found
             if logits is not None:
-                leaks += check_head(model, seq_len, rows, device, seed + mode, logits,
-                                    every_pair=logits or cuts is None)
+                head = lambda *more: check_head(model, seq_len, rows, device, seed + mode, *more)
+                leaks += head(logits, logits or cuts is None)
+                if goals and gradients:
+                    leaks += head(False, False, goals)
         leaks.coverage, leaks.cuts, leaks.seed = found.coverage, found.cuts, seed
     return leaks
 
 
-def refuse_leaks(model, shapes, runtime, say, modes=(True, False)):
+def refuse_other_targets(x: torch.Tensor, y: torch.Tensor):
+    """Raise InputError where targets y, (B, T), are not the tokens that follow the inputs x."""
+    from data.text_to_bin import InputError
+
+    if not torch.equal(x[:, 1:], y[:, :-1]):
+        raise InputError("causality check: the targets of training rows are not their next tokens")
+
+
+def refuse_leaks(model, shapes, runtime, say, modes=(True, False), goals=None, validated=None):
     """Raise InputError where an output depends on a later token or on another row, bit for bit.
 
-    shapes: (rows, T) of the batches to try. runtime: the trainer's Runtime. modes: check_model's.
+    shapes: (rows, T) of the batches to try. runtime: the trainer's Runtime. modes, goals:
+    check_model's. validated: the shape that validates, tried without gradients where it is another.
     """
     from data.text_to_bin import InputError
 
     seed = runtime.new_seed()  # every rank sees the same leak, and rank 0 names it
-    with moved_weights(model):
-        for rows, T in shapes:
+    with moved_weights(model, seed):
+        others = [(validated, (False,))] if validated and validated not in shapes else []
+        for (rows, T), tried in [(shape, modes) for shape in shapes] + others:
             begin = time.perf_counter()
-            leaks = check_model(model, T, rows, runtime.device, runtime.autocast, modes, seed=seed)
+            leaks = check_model(model, T, rows, runtime.device, runtime.autocast, tried, seed=seed,
+                                goals=goals)
             if leaks:
                 raise InputError(
                     f"causality check: the model leaks, refusing to go on: {leaks[0]}")
@@ -424,7 +499,7 @@ def check_trained(gate: Gate, trainer, args, config, runtime):
     few = dataclasses.replace(config, vocab_size=min(FEW_TOKENS, config.vocab_size))
     for name, shape, shorter, modes in (("the model to train", config, 0, (True, False)),
                                         ("with few tokens", few, 1, (True,))):
-        model = moved_model(trainer, shape, args.seed, device)
+        model = moved_model(trainer, shape, args.seed ^ shorter, device)
         said = trainer.choose_fp8(model, args, device, runtime.dtype)
         if said and not shorter:
             print(said)
@@ -439,8 +514,13 @@ def moved_model(trainer, config, seed: int, device):
     torch.manual_seed(seed)
     with torch.device(device):
         model = trainer.GPT(config)
-    move_weights(model)
+    move_weights(model, seed)
     return model
+
+
+def two_goals(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return targets and shares of the next tokens y and of those after them."""
+    return torch.stack((y, y.roll(-1, 1)), -1), torch.tensor([2 / 3, 1 / 3], device=y.device)
 
 
 def check_family(gate: Gate, trainer, configs: dict, runtime):
@@ -453,14 +533,14 @@ def check_family(gate: Gate, trainer, configs: dict, runtime):
     device = runtime.device
     exact = Runtime(device, torch.float32, compile=False)
     for count, (name, config) in enumerate(configs.items()):
-        model, T = moved_model(trainer, config, 0, device), config.sequence_length
+        model, T = moved_model(trainer, config, count, device), config.sequence_length
         for mode in [exact] + [runtime] * (runtime.dtype != torch.float32):
             for length, evaluating, cuts in ((T, False, T - 1), (T - 1, True, 32)):
                 model.train(not evaluating)
                 what = str(mode.dtype).removeprefix("torch.") + ", eval mode" * evaluating
                 gate.row(name, length, what, lambda: check_model(
                     model, length, 16, device, mode.autocast, (not evaluating,), cuts,
-                    logits=None if count else True))
+                    logits=None if count else True, goals=None if count else two_goals))
         model.double()
         gate.row(name, GRADIENT_LENGTH, "float64 gradients", lambda: gradient_leaks(
             model.hidden, model.transformer.wte, GRADIENT_LENGTH, config.vocab_size, device))
@@ -477,7 +557,7 @@ def passed_file(args, config) -> pathlib.Path:
     flags = [getattr(args, name) for name in ("batch_size", "curriculum", "device", "dtype",
                                               "fp8_head", "fp8_mlp")]
     digest = hashlib.sha256(repr((config, flags, torch.__version__, gpu)).encode())
-    for where in ("*.py", "kernels/*.py"):
+    for where in ("*.py", "*/*.py"):
         for path in sorted(root.glob(where)):
             digest.update(path.read_bytes())
     return root / CACHE / f"gate-{digest.hexdigest()[:16]}"

@@ -53,7 +53,7 @@ from runtime import (MICRO_BATCH, Clock, Diverged, Energy, Runtime, average_rows
                      choose_device, choose_dtype, choose_gpus, choose_micro_batch, evaluate,
                      joined_ranks, launch, measure_matmul_rate, memory_budget, own_card, peak_memory,
                      ranks, refuse_too_large, run, shapes_of)
-from test_causality import random_tokens, refuse_leaks
+from test_causality import random_tokens, refuse_leaks, refuse_other_targets
 
 LAPS = Laps(START)
 LAPS.done("imports")
@@ -1081,9 +1081,7 @@ class Run:
         if runtime.compile or self.args.may_shrink:
             self.choose_micro_batch(to_come)
             LAPS.done("compilation")
-        # in the shapes that train, on the very graphs
-        refuse_leaks(model, [(self.tokens // length, length) for length in to_come], runtime,
-                     self.say)
+        self.refuse_leaks([(self.tokens // length, length) for length in to_come])
         runtime.wait()
         LAPS.done("causality check")
         if runtime.compile:
@@ -1096,6 +1094,18 @@ class Run:
         self.say(f"matmul rate: {self.matmul_rate / 1e12:.4g} TFLOP/s measured on this device, "
                  "the 100% of mfu")
         self.flops = {length: flops_per_token(model, length) for length in to_come}
+
+    def refuse_leaks(self, trained: list[tuple[int, int]]):
+        """Raise InputError where the model leaks in the shapes that train, or where it validates.
+
+        It looks at the very graphs.
+        """
+        args, validated = self.args, (self.args.val_batch_size, self.T)
+        refuse_other_targets(*self.loader.ahead.result())
+        refuse_leaks(self.model, trained, self.runtime, self.say,
+                     modes=(True, False) if validated in trained else (True,),
+                     goals=self.goals if args.predict_ahead or args.predict_prefix else None,
+                     validated=validated)
 
     def recompute(self, recompute: int):
         for block in self.model.transformer.h:

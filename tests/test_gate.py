@@ -23,7 +23,7 @@ from afno import AFNO1D, causal_conv, complex_linear, complex_relu, complex_soft
 from data.text_to_bin import InputError
 from runtime import Runtime
 from test_causality import (check_causality, check_family, check_generation, check_head,
-                            gradient_leaks, moved_weights, refuse_leaks)
+                            check_model, gradient_leaks, moved_weights, refuse_leaks)
 from train_gpt2_afno import GPT, MLP, CausalSelfAttention, Gates, GPTConfig, Head
 
 CONFIG = GPTConfig(**{**test_causality.SMALL, "n_layer": 2}, sequence_length=96)
@@ -272,7 +272,8 @@ def fp8_scale_of_the_batch(monkeypatch):
 
 def in_loss(monkeypatch):
     loss = Head.loss
-    monkeypatch.setattr(Head, "loss", lambda self, x, targets: loss(self, x + NEXT(x), targets))
+    monkeypatch.setattr(Head, "loss", lambda self, x, targets, *shares: loss(
+        self, x + NEXT(x), targets, *shares))
 
 
 def in_logits(monkeypatch):
@@ -301,7 +302,7 @@ MUTANTS = {
     "only with gradients": (patched_hidden(
         lambda model, idx, x: x + NEXT(x) if torch.is_grad_enabled() else x), None),
     "in the loss, not in hidden states": (in_loss, None),
-    "in the logits alone": (in_logits, "start"),
+    "in the logits alone": (in_logits, "where"),
     "another row, the same position": (patched_hidden(
         lambda model, idx, x: x + 0.1 * x.roll(1, 0)), None),
     "another row, a later position": (patched_hidden(
@@ -339,7 +340,8 @@ MUTANTS = {
 def test_every_mutant_is_refused(monkeypatch, name):
     """Who cannot see one: the arithmetic that it looks at is the same without the mutant.
 
-    start: training at 96 tokens calls neither logits nor eval mode, nor is T % 8 other than 0.
+    start: training at 96 tokens does not call eval mode, nor is T % 8 other than 0.
+    where: start sees that loss and logits differ, but at no position.
     both: the length is a curriculum's, and start sees it where it trains at that length.
     """
     patch, unseen = MUTANTS[name]
@@ -351,6 +353,129 @@ def test_every_mutant_is_refused(monkeypatch, name):
         assert start_sees(RICH, T=48)
     if unseen is None:
         assert re.search(r"output \d+ is the first that changes", said) and "output" in lines[0]
+
+
+# What is around hidden states: forward(), which trains, and what the head does with its targets
+
+def new_forward(change):
+    """Return a patch after which forward() hands change(model, hidden states, targets) on."""
+    def forward(self, idx, targets=None, return_logits=True, shares=None):
+        x = change(self, self.hidden(idx), targets)
+        return None, self.lm_head.loss(x, targets, shares)[0]
+    return lambda monkeypatch: monkeypatch.setattr(GPT, "forward", forward)
+
+
+def new_loss(change):
+    """Return a patch after which Head.loss is change(loss, head, x, targets, shares)."""
+    def patch(monkeypatch):
+        loss = Head.loss
+        monkeypatch.setattr(Head, "loss", lambda self, x, targets, shares=None: change(
+            lambda x: loss(self, x, targets, shares), self, x, targets, shares))
+    return patch
+
+
+def hook_on_the_model(monkeypatch):
+    """Read the targets instead of the inputs, before forward()."""
+    def init(self, config, old=GPT.__init__):
+        old(self, config)
+        self.register_forward_pre_hook(lambda model, given: (given[1], *given[1:]))
+    monkeypatch.setattr(GPT, "__init__", init)
+
+
+def margin_at_the_target(monkeypatch):
+    chunk = train_gpt2_afno.cross_entropy_chunk
+    margin = lambda logits, targets: logits.scatter_add(1, targets, torch.ones_like(logits))
+    monkeypatch.setattr(train_gpt2_afno, "cross_entropy_chunk",
+                        lambda logits, targets, *rest: chunk(
+                            margin(logits, targets), targets, *rest))
+
+
+def of_the_target(head, targets):
+    """Return the target's row of the head."""
+    first = targets if targets.ndim == 2 else targets[..., 0]
+    return head.weight[first.clamp(min=0)]
+
+
+POSITIONS, CROSS_ENTROPY = "is the first that changes", "off the cross-entropy of its logits"
+MEAN = "the head trains on a mean loss of"
+AROUND = {  # what it is: (patch, what the check says)
+    "forward: next state": (new_forward(lambda model, x, y: x + NEXT(x)), POSITIONS),
+    "forward: the target": (new_forward(
+        lambda model, x, y: x + of_the_target(model.lm_head, y)), POSITIONS),
+    "hook: targets for inputs": (hook_on_the_model, POSITIONS),
+    "loss: its target": (new_loss(lambda loss, head, x, y, shares: loss(
+        x + of_the_target(head, y))), CROSS_ENTROPY),
+    "loss: its target, while training": (new_loss(lambda loss, head, x, y, shares: loss(
+        x + torch.is_grad_enabled() * of_the_target(head, y))), CROSS_ENTROPY),
+    "loss: its target, while validating": (new_loss(lambda loss, head, x, y, shares: loss(
+        x + (not torch.is_grad_enabled()) * of_the_target(head, y))), CROSS_ENTROPY),
+    "loss: margin at the target": (margin_at_the_target, CROSS_ENTROPY),
+    "loss: at most 4": (new_loss(lambda loss, head, x, y, shares: [
+        part.clamp(max=4) for part in loss(x)]), CROSS_ENTROPY),
+    "loss: in another base": (new_loss(lambda loss, head, x, y, shares: [
+        0.8 * part for part in loss(x)]), CROSS_ENTROPY),
+    "loss: the mean alone": (new_loss(lambda loss, head, x, y, shares: (
+        loss(x + NEXT(x))[0], loss(x)[1])), MEAN),
+    "loss: where x has a gradient": (new_loss(lambda loss, head, x, y, shares: loss(
+        x + NEXT(x) if x.requires_grad else x)), POSITIONS),
+    "loss: where a target does not count": (new_loss(lambda loss, head, x, y, shares: loss(
+        x + NEXT(x) if (y < 0).any() else x)), POSITIONS),
+    "loss: of several goals": (new_loss(lambda loss, head, x, y, shares: loss(
+        x if shares is None else x + NEXT(x))), POSITIONS),
+    "loss: the target, of several goals": (new_loss(lambda loss, head, x, y, shares: loss(
+        x if shares is None else x + of_the_target(head, y))), CROSS_ENTROPY),
+}
+
+
+@pytest.mark.parametrize("runtime", (EXACT, HALF))
+def test_what_is_around_hidden_states_is_checked(monkeypatch, runtime):
+    def found() -> str:
+        torch.manual_seed(0)
+        model = GPT(dataclasses.replace(CONFIG, mixer="attn", n_layer=1))
+        test_causality.move_weights(model)
+        return " ".join(map(str, check_model(model, 12, 4, CPU, runtime.autocast, cuts=4, seed=1,
+                                             goals=test_causality.two_goals)))
+
+    assert found() == ""
+    for name, (patch, said) in AROUND.items():
+        with monkeypatch.context() as patched:
+            patch(patched)
+            assert said in found(), name
+
+
+def test_a_forward_that_makes_its_own_loss_cannot_be_checked(monkeypatch):
+    monkeypatch.setattr(GPT, "forward", lambda self, idx, targets, return_logits: (
+        None, F.cross_entropy(self.lm_head(self.hidden(idx)).mT, targets)))
+    with pytest.raises(ValueError, match="forward.. must call lm_head.loss once"):
+        check_model(GPT(CONFIG), 8, 2, CPU, EXACT.autocast)
+
+
+def checked_by_the_trainer(config: GPTConfig, targets_from: int = 1, **flags):
+    """Run the trainer's check at start of a micro-batch of 4 rows of 24."""
+    args = argparse.Namespace(**{**dict(val_batch_size=4, predict_ahead=0, predict_prefix=0,
+                                        num_iterations=1), **flags})
+    row = test_causality.random_tokens((4, 26), 300)
+    batch = row[:, :24], row[:, targets_from : targets_from + 24]
+    loader = argparse.Namespace(ahead=argparse.Namespace(result=lambda: batch))
+    run = argparse.Namespace(args=args, model=GPT(config), runtime=EXACT, T=24, loader=loader,
+                             say=lambda text: None, step=0, device=CPU)
+    run.goals = lambda y: train_gpt2_afno.Run.goals(run, y)
+    train_gpt2_afno.Run.refuse_leaks(run, [(4, 24)])
+
+
+def test_the_trainer_checks_its_rows_its_goals_and_the_shape_in_which_it_validates(monkeypatch):
+    checked_by_the_trainer(CONFIG, val_batch_size=6, predict_ahead=1)
+    for targets_from in (0, 2):
+        with pytest.raises(InputError, match="targets of training rows are not their next tokens"):
+            checked_by_the_trainer(CONFIG, targets_from)
+    AROUND["loss: of several goals"][0](monkeypatch)
+    checked_by_the_trainer(CONFIG)
+    with pytest.raises(InputError, match="causality check: the model leaks"):
+        checked_by_the_trainer(CONFIG, predict_ahead=1)
+    monkeypatch.undo()
+    patched_hidden(lambda model, idx, x: x + NEXT(x) if len(x) == 6 else x)(monkeypatch)
+    with pytest.raises(InputError, match="causality check: the model leaks"):
+        checked_by_the_trainer(CONFIG, val_batch_size=6)
 
 
 @pytest.mark.slow
@@ -420,7 +545,7 @@ def test_the_plans_call(monkeypatch):
 
 def test_weights_are_moved_once_for_all_lengths_of_a_curriculum(monkeypatch):
     moved = []
-    monkeypatch.setattr(test_causality, "move_weights", lambda model: moved.append(1))
+    monkeypatch.setattr(test_causality, "move_weights", lambda model, seed: moved.append(1))
     refuse_leaks(GPT(CONFIG), [(4, 24), (2, 48)], EXACT, lambda text: None)
     assert len(moved) == 1
 
@@ -528,6 +653,16 @@ print(check_causality(lambda idx: embedding(idx).cumsum(1)[:, 1:], 20, 50)[0].po
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           cwd=test_causality.__file__.rpartition("/")[0] or ".")
     assert done.stdout == "[]\n0\n", done.stderr
+
+
+def test_no_two_weights_move_alike_and_an_odd_seed_moves_them_the_other_way():
+    moves = []
+    for seed in (6, 7, 8):
+        weights = torch.nn.ParameterList([torch.zeros(()), torch.zeros(())])
+        with moved_weights(weights, seed):
+            moves.append([p.item() for p in weights])
+    assert moves[0] == [-move for move in moves[1]]
+    assert len({abs(move) for move in moves[0] + moves[2]}) == 4
 
 
 def test_moved_weights_come_back_bit_for_bit():

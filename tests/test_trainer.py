@@ -630,7 +630,8 @@ def recorded(monkeypatch, stop_at: int | None = None) -> list:
     batches, forward = [], GPT.forward
 
     def recording(self, idx, targets=None, return_logits=True, shares=None):
-        batches.append((idx, targets))
+        if "loss" not in vars(self.lm_head):  # else the causality check calls
+            batches.append((idx, targets))
         if len(batches) == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, idx, targets, return_logits, shares)
