@@ -324,7 +324,7 @@ def check_head(model, seq_len: int, rows: int, device, seed: int, logits: bool,
     digit b of its binary number is 0, else another. Two batches must agree wherever these two
     digits do. The numbers 1, 2 and 3 tell two of three pairs of positions apart; every_pair:
     numbers that all differ. goals: what makes GPT.forward's targets and shares of the next tokens.
-    The losses are those of training, without the weight's gradient.
+    The losses are those of training; one batch makes gradients, too.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = lambda: torch.randint(model.config.vocab_size, (rows, seq_len),
@@ -339,12 +339,12 @@ def check_head(model, seq_len: int, rows: int, device, seed: int, logits: bool,
     number, leaks, sums = number if every_pair else 1 + number % 3, Leaks(), Leaks()
 
     def outputs(other: torch.Tensor) -> torch.Tensor:
-        mixed = torch.where(other.unsqueeze(-1), x.flip(0, 1), x)
-        mixed.requires_grad_(torch.is_grad_enabled())
+        mixed, first = torch.where(other.unsqueeze(-1), x.flip(0, 1), x), not other.any()
+        mixed.requires_grad_(first and torch.is_grad_enabled())  # which must change no loss
         goal = torch.where(other if shares is None else other.unsqueeze(-1), other_targets, targets)
         with as_constant(model.lm_head.weight):
             mean, losses = model.lm_head.loss(mixed, goal, *more)
-        if not other.any():
+        if first:
             sums.extend(wrong_losses(model.lm_head, mixed, goal, shares, mean, losses, some))
         parts = [losses.reshape(rows, seq_len, -1),
                  *([model.lm_head.logits(mixed)] if logits else [])]

@@ -568,17 +568,19 @@ def test_every_pair_of_the_heads_positions_is_told_apart(monkeypatch, one, other
         "other positions"
 
 
-def test_the_heads_losses_are_those_of_training_without_products_for_gradients(monkeypatch):
+def test_one_batch_of_the_heads_check_makes_gradients(monkeypatch):
     model, made = GPT(CONFIG), []
     x, targets = torch.randn(2, 24, CONFIG.n_embd), torch.zeros(2, 24, dtype=torch.int64)
     losses = model.lm_head.loss(x, targets)[1]
-    monkeypatch.setattr(kernels.loss.HeadProducts, "gradients", None)  # a call is an error
-    chunk = model.lm_head.chunk
+    chunk, gradients, calls = model.lm_head.chunk, kernels.loss.HeadProducts.gradients, []
+    monkeypatch.setattr(kernels.loss.HeadProducts, "gradients",
+                        lambda *args: calls.append(1) or gradients(*args))
     model.lm_head.chunk = lambda *args: made.append(args[4]) or chunk(*args)  # args[4]: gradient?
     with test_causality.as_constant(model.lm_head.weight):
         assert torch.equal(model.lm_head.loss(x, targets)[1], losses)
+    assert not calls
     assert check_head(model, 24, 2, CPU, 5, logits=True, every_pair=True) == []
-    assert all(made) and model.lm_head.weight.requires_grad
+    assert len(calls) == 1 < len(made) and all(made) and model.lm_head.weight.requires_grad
 
 
 @pytest.mark.parametrize("rank", (0, 1))
