@@ -199,22 +199,21 @@ def memory_budget(device: torch.device) -> float:
     return min(free + torch.cuda.memory_reserved(index), fraction * total)
 
 
-def refuse_too_large(model, tables: dict[str, Tensor], args, device: torch.device,
-                     only_read: bool):
+def refuse_too_large(make, row_tables, config, args, device: torch.device, only_read: bool):
     """Raise InputError, naming the flags that matter, where memory cannot be enough.
 
-    model: on the meta device. tables: those of its weights that need no average.
+    make(config): a model. row_tables(model): those of its weights that need no average.
     """
-    config = model.config
     step = args.batch_size * config.sequence_length * args.grad_accumulation_steps
     if step > MOST_TOKENS:
         raise InputError("--batch_size x --sequence_length x --grad_accumulation_steps must be <= "
                          f"{MOST_TOKENS:,} tokens a step, got {step:,}")
+    model = shapes_of(make, config)
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" \
         else machine_memory()
     rows = args.val_batch_size if only_read else args.batch_size
     numbers = sum(p.numel() for p in model.parameters())
-    in_rows = sum(p.numel() for p in tables.values())
+    in_rows = sum(p.numel() for p in row_tables(model).values())
     # weights, gradients and an average (tables have none); two residuals a layer in bf16; what
     # makes the taps
     needs = {

@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 DATA = {"fineweb": ("cached_fineweb10B.py", "5"), "fineweb-4k": ("cached_fineweb10B.py", "5"),
         "baseline": ("cached_fineweb10B.py", "25"), "shakespeare": ("shakespeare.py",)}
-BOTH = 60 * 2**30  # bytes of a GPU that gate and micro-batch have beside each other
+BOTH = 60 * 2**30  # free bytes of a GPU that are enough for the gate beside a micro-batch
 
 
 class Beside:
@@ -56,16 +56,16 @@ class Beside:
 
 
 class Gate(Beside):
-    """The causality gate, in the trainer's way where a device has not room for both."""
+    """The causality gate. The trainer waits for it where memory is not enough for both."""
 
-    said = ""
+    said, has_room = "", False
 
     def __init__(self, argv: list[str]):
         super().__init__("gate", "test_causality.py", *argv)
 
-    def make_room(self, free: int):
-        """Wait for the verdict, unless so many free bytes are enough for both."""
-        if free < BOTH:
+    def make_room(self):
+        """Wait for the verdict, unless memory is enough for both."""
+        if not self.has_room:
             self.verdict()
 
     def verdict(self) -> str:
@@ -81,21 +81,26 @@ class Gate(Beside):
         return self.said
 
 
-def fetch(preset: str) -> Beside:
-    """Fetch the preset's data; what is there is not fetched again."""
+def fetch(preset: str):
+    """Fetch the preset's data; what is there is not fetched again. Raises InputError."""
+    from data.text_to_bin import InputError
+
     script, *argv = DATA[preset]
     child = Beside("data", f"data/{script}", *argv)
-    child.show()
-    return child
+    try:
+        status, _ = child.wait()
+    finally:
+        child.end()
+    if status:
+        raise InputError(f"the data are not there: {script} ended with status {status}")
 
 
 def main(argv: list[str], gate: Gate) -> int:
     """Show the facts, wait for the data, train; return the exit status."""
     import train_gpt2_afno as trainer
     from checkpoints import Checkpoints
-    from data.text_to_bin import InputError
     from facts import STARTED, show_facts
-    from runtime import choose_device
+    from runtime import choose_device, memory_budget
 
     flags, said = trainer.parse_flags(argv), []
     sys.argv = [str(HERE / "train_gpt2_afno.py"), *argv]  # what torchrun and train.log repeat
@@ -113,16 +118,11 @@ def main(argv: list[str], gate: Gate) -> int:
                shlex.join(["bash", "run_afno.sh", *words]))
     os.environ.setdefault(STARTED, "")  # the trainer shows no facts
     trainer.LAPS.done("facts")
-    data = fetch(flags["preset"])
-    try:
-        gate.show()
-        status, _ = data.wait()
-    finally:
-        data.end()
-    if status:
-        raise InputError(f"the data are not there: {DATA[flags['preset']][0]} ended with status "
-                         f"{status}")
-    trainer.LAPS.done("data")
+    gate.show()
+    gate.has_room = device.type == "cuda" and memory_budget(device) >= BOTH
+    if not {"input_bin", "input_val_bin"} <= flags.keys():
+        fetch(flags["preset"])
+        trainer.LAPS.done("data")
     if device.type == "cpu":  # both would take all cores
         gate.verdict()
         trainer.LAPS.done("causality gate")

@@ -51,8 +51,8 @@ from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, 
 from report import report_at_end
 from runtime import (MICRO_BATCH, Clock, Diverged, Energy, Runtime, average_rows, bytes_of_averages,
                      choose_device, choose_dtype, choose_gpus, choose_micro_batch, evaluate,
-                     joined_ranks, launch, measure_matmul_rate, memory_budget, own_card, peak_memory,
-                     ranks, refuse_too_large, run, shapes_of)
+                     joined_ranks, launch, measure_matmul_rate, own_card, peak_memory, ranks,
+                     refuse_too_large, run, shapes_of)
 from test_causality import random_tokens, refuse_leaks, refuse_other_targets
 
 LAPS = Laps(START)
@@ -1062,7 +1062,7 @@ class Run:
         """
         LAPS.done("set-up")
         if gate:
-            gate.make_room(memory_budget(self.device))
+            gate.make_room()
             LAPS.done("wait for the gate")
         begin, model, runtime = time.perf_counter(), self.model, self.runtime
         if runtime.compile:
@@ -1567,8 +1567,7 @@ def main(argv: list[str], gate=None) -> int:
                 print(line)
             return 0
         refuse_untrainable(config, args)
-        model = shapes_of(GPT, config)
-        refuse_too_large(model, row_tables(model), args, device, only_read)
+        refuse_too_large(GPT, row_tables, config, args, device, only_read)
         gpus = 1 if only_read else choose_gpus(args.gpus, device, args.grad_accumulation_steps, say)
         if gpus > 1:
             stack.close()  # the folder is rank 0's

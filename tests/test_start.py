@@ -256,18 +256,17 @@ def screen(monkeypatch, tmp_path, argv: str, **variables) -> list[str]:
         monkeypatch.setattr(f"{name}.ROOT", tmp_path)
     shown, show = [], facts.facts
     monkeypatch.setattr(facts, "facts", lambda *given: shown.extend(show(*given)) or shown)
-    monkeypatch.setattr(start, "fetch", lambda preset: Child())
+    monkeypatch.setattr(start, "fetch", lambda preset: None)
     monkeypatch.setattr(train_gpt2_afno, "main", lambda *given: 0)
-    assert start.main(argv.split(), Child()) == 0
+    assert start.main(argv.split(), Passed()) == 0
     monkeypatch.setattr(facts, "facts", show)
     return shown
 
 
-class Child:
-    """A gate or a fetching of data that has ended well."""
+class Passed:
+    """A gate that has passed."""
 
-    show = end = verdict = lambda self: None
-    wait = lambda self: (0, 1.0)
+    show = verdict = lambda self: None
 
 
 def test_one_screen_says_what_a_run_needs(full_size, monkeypatch, tmp_path):  # noqa: F811
@@ -292,7 +291,8 @@ def test_one_screen_says_what_a_run_needs(full_size, monkeypatch, tmp_path):  # 
 
 def test_the_screen_of_a_gpu(full_size, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(runtime, "choose_device", lambda name: CUDA)
-    monkeypatch.setattr(facts, "memory_budget", lambda device: 23 * GIB)
+    for module in (facts, runtime):
+        monkeypatch.setattr(module, "memory_budget", lambda device: 23 * GIB)
     for name, value in dict(get_device_name="RTX 4090", device_count=1,
                             get_device_capability=(8, 9)).items():
         monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
@@ -400,11 +400,12 @@ def begin(monkeypatch, tmp_path, capsys, full_size):  # noqa: F811
 
     monkeypatch.setattr(train_gpt2_afno, "main", trainer)
 
-    def make(data="", gate=""):
+    def make(data="", gate="", *more):
         (tmp_path / "data/shakespeare.py").write_text(f"print('two works')\n{data}")
         (tmp_path / "test_causality.py").write_text(
             f"import sys; print('row', sys.argv[1:])\n{gate}")
-        argv = ["--preset", "shakespeare", "--device", "cpu", "--output_dir", f"{tmp_path}/run"]
+        argv = ["--preset", "shakespeare", "--device", "cpu", "--output_dir", f"{tmp_path}/run",
+                *more]
         child = start.Gate(argv)
         try:
             status = start.main(argv, child)
@@ -467,13 +468,29 @@ child.wait()
         assert not os.path.exists(f"/proc/{grandchild}")
 
 
-@pytest.mark.parametrize("free, waits", ((80 * GIB, False), (23 * GIB, True)))
-def test_a_small_card_has_no_room_for_the_gate_beside_training(free, waits):
-    gate = object.__new__(start.Gate)
-    gate.wait = lambda: (0, 1.5)
-    gate.make_room(free)
-    assert bool(gate.said) == waits
-    assert gate.verdict() == "causality gate: passed, 1.5 s after the start"
+@pytest.mark.parametrize("free, beside", ((75 * GIB, True), (23 * GIB, False)))
+def test_a_large_card_has_room_for_the_gate_beside_training(begin, monkeypatch, free, beside):
+    monkeypatch.setattr(runtime, "choose_device", lambda name: CUDA)
+    monkeypatch.setattr(runtime, "memory_budget", lambda device: free)
+    monkeypatch.setattr(facts, "show_facts", lambda *given: None)
+    merge = train_gpt2_afno.merge_flags
+    monkeypatch.setattr(train_gpt2_afno, "merge_flags", lambda flags, device, *more: merge(
+        flags, CPU, *more))
+    rooms = []
+
+    def trainer(argv, gate):
+        gate.make_room()
+        rooms.append(bool(gate.said))
+        return 0 if gate.verdict() == gate.said else 1
+
+    monkeypatch.setattr(train_gpt2_afno, "main", trainer)
+    assert begin()[0] == 0 and rooms == [not beside]
+
+
+def test_ones_own_data_need_no_download(begin, tmp_path):
+    own = "--input_bin a --input_val_bin b".split()
+    status, out, called = begin("raise SystemExit(2)", "", *own)
+    assert status == 3 and "data: two works" not in out
 
 
 def test_a_run_without_steps_left_starts_no_download(begin, tmp_path):
@@ -486,7 +503,7 @@ def test_a_run_without_steps_left_starts_no_download(begin, tmp_path):
 
 def test_the_trainer_waits_for_the_gate(data, tmp_path):  # noqa: F811
     class Refusing:
-        make_room = lambda self, free: None
+        make_room = lambda self: None
 
         def verdict(self):
             raise InputError("causality gate: it ended with status 1, nothing is trained")
