@@ -51,7 +51,7 @@ from data.loader import TokenStream, count_val_tokens, to_device  # noqa: E402
 from data.text_to_bin import (END_OF_TEXT, ROOT, InputError, Kind, first_line,  # noqa: E402
                               relative)
 from experiments import package_text  # noqa: E402
-from runtime import Runtime, choose_device, run  # noqa: E402
+from runtime import MOST_TOKENS, Runtime, choose_device, run  # noqa: E402
 
 MEASURES = ("stream", "documents")
 UNITS = dict(stream="rows", documents="documents")  # over which errors are taken
@@ -666,7 +666,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--filters", action="store_true", help="look at AFNO's filters, too")
     parser.add_argument("--device", type=trainer.one_of("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--compile", type=trainer.SWITCH, default=0, help="as the trainer does")
-    parser.add_argument("--batch_tokens", type=trainer.integer(1, trainer.MOST_TOKENS),
+    parser.add_argument("--batch_tokens", type=trainer.integer(1, MOST_TOKENS),
                         help="tokens a batch [65536, CPU: 8192]")
     return parser.parse_args(argv)
 
