@@ -427,7 +427,7 @@ def test_the_lengths_to_come(data, tmp_path, monkeypatch, step, expected):
     monkeypatch.setattr(train_gpt2_afno, "train_loop", lambda run: 0)
     check = train_gpt2_afno.Run.check_and_compile
     monkeypatch.setattr(train_gpt2_afno.Run, "check_and_compile",
-                        lambda run: setattr(run, "step", step) or check(run))
+                        lambda run, gate: setattr(run, "step", step) or check(run, gate))
     main(flags(data, tmp_path / "run",
                "--num_iterations 10 --curriculum 4:0.3,8:0.3,16:0.4"))
     assert lengths == expected
