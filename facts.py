@@ -199,6 +199,10 @@ def describe_plan(run, defaults: dict):
     run.say(f"data: {relative(args.input_bin)}, {len(run.stream):,} tokens, {to_come:.3g} "
             f"passes to come; validation: {relative(args.input_val_bin)}, "
             f"{run.val_tokens:,} targets of {len(run.val_stream) - 1:,}")
+    if to_come > 1 and (run.config.pair_rows or run.config.value_tables):
+        run.say("warning: text that is read again is learned by heart by the tables of pairs and "
+                "values (experiments/LOG.md, 2026-11-29): --pair_rows 0 --value_tables 0, or "
+                "more text")
     run.say(f"steps: {run.total_steps} of {a_step:,} tokens ({args.grad_accumulation_steps} "
             f"x {args.batch_size} x {run.T}), optimizer {args.optimizer}, learning rate "
             f"{args.learning_rate}, warmup {args.warmup_iters}, warmdown "

@@ -5,6 +5,7 @@ Nothing here knows how the model is made: it has `hidden`, `step`, `check_length
 import codecs
 import contextlib
 import gc
+import hashlib
 import os
 import re
 import signal
@@ -542,6 +543,31 @@ def keep_compilations():
     """Let compilations stay in the repository's .cache, unless the environment names a folder."""
     for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         os.environ.setdefault(name, str(ROOT / ".cache" / folder))
+
+
+def source_digest(*patterns: str) -> str:
+    """Return the sha256 of the repository's files of these patterns, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for pattern in patterns:
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def keep_graphs():
+    """Let torch.compile keep the blocks' graphs for the next start, with their gradients.
+
+    By default it traces anew what enters autocast or holds a torch.autograd.Function. All that they
+    do stands in the graph, which is the cache's key. The gradients of our operators do not: so
+    kernels/ is in the key, too.
+    """
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    key = source_digest("kernels/*.py")
+    functorch.autograd_cache_allow_custom_autograd_functions = True
+    inductor.unsafe_marked_cacheable_functions = {
+        f"torch.amp.autocast_mode.{name}_autocast": key for name in ("_enter", "_exit")}
 
 
 def run(main_function, memory: str = "--batch_size (and raise --grad_accumulation_steps to match), "

@@ -552,15 +552,14 @@ def passed_file(args, config) -> pathlib.Path:
     Its name is a digest of the sources, the model's shape, the flags that change what runs, the
     versions and the device.
     """
-    root = pathlib.Path(__file__).resolve().parent
+    from runtime import source_digest
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     flags = [getattr(args, name) for name in ("batch_size", "curriculum", "device", "dtype",
                                               "fp8_head", "fp8_mlp")]
-    digest = hashlib.sha256(repr((config, flags, torch.__version__, gpu)).encode())
-    for where in ("*.py", "*/*.py"):
-        for path in sorted(root.glob(where)):
-            digest.update(path.read_bytes())
-    return root / CACHE / f"gate-{digest.hexdigest()[:16]}"
+    runs = config, flags, torch.__version__, gpu, source_digest("*.py", "*/*.py")
+    name = hashlib.sha256(repr(runs).encode()).hexdigest()[:16]
+    return pathlib.Path(__file__).resolve().parent / CACHE / f"gate-{name}"
 
 
 def main(argv: list[str]) -> int:

@@ -51,8 +51,8 @@ from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, 
 from report import report_at_end
 from runtime import (MICRO_BATCH, Clock, Diverged, Energy, Runtime, average_rows, bytes_of_averages,
                      choose_device, choose_dtype, choose_gpus, choose_micro_batch, evaluate,
-                     joined_ranks, launch, measure_matmul_rate, own_card, peak_memory, ranks,
-                     refuse_too_large, run, shapes_of)
+                     joined_ranks, keep_graphs, launch, measure_matmul_rate, own_card, peak_memory,
+                     ranks, refuse_too_large, run, shapes_of)
 from test_causality import random_tokens, refuse_leaks, refuse_other_targets
 
 LAPS = Laps(START)
@@ -633,6 +633,7 @@ class GPT(nn.Module):
         # attention and AFNO, training and evaluation, full and short batch
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.optimize_ddp = False  # it would cut a block's graph on several ranks
+        keep_graphs()
         for block in self.transformer.h:
             block.compile(dynamic=False)
         self.taps_at_once = torch.compile(taps_at_once, dynamic=False)

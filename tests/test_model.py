@@ -14,8 +14,9 @@ from helpers import kept_and_recomputed, relative, TINY, tiny, token_by_token
 
 import kernels
 import kernels.loss
+import runtime
 import test_causality
-from afno import FORMS, rmsnorm
+from afno import FORMS, rmsnorm, taps_at_once
 from checkpoints import loss_by_position
 from data.text_to_bin import InputError
 from kernels.loss import Fp8HeadProducts, Fp8Linear, linear_cross_entropy
@@ -69,6 +70,44 @@ def test_recomputing_changes_memory_and_no_gradient(fresh_compiler, compile, fp8
     assert all(torch.allclose(a, b, **bound)
                for gradients in (plain, again) for a, b in zip(gradients, eager))
     assert little < 0.75 * much
+
+
+def test_graphs_of_all_blocks_are_kept_for_the_next_start(fresh_compiler, monkeypatch):
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+    from torch._functorch._aot_autograd.autograd_cache import check_cacheable
+
+    for config, name in ((functorch, "autograd_cache_allow_custom_autograd_functions"),
+                         (inductor, "unsafe_marked_cacheable_functions")):
+        monkeypatch.setattr(config, name, type(getattr(config, name))())  # goes back at the end
+    model, graphs = tiny(attn_layers=(1,), afno_state_layers=(2,), n_layer=3, n_embd=32, swiglu=1,
+                         pair_rows=8, value_tables=1), []
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward
+    for block in model.transformer.h:
+        block.mlp.fp8 = True
+        block.compile(dynamic=False, backend=backend)
+    model.taps_at_once = torch.compile(taps_at_once, backend=backend)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):
+            model.hidden(random_tokens((2, 16), 97))
+    assert len(graphs) == 8  # three blocks and the filters, with gradients and without
+
+    def refused() -> int:
+        return sum(raises(check_cacheable, graph) for graph in graphs)
+
+    assert refused() >= 6  # AFNO enters autocast, products in fp8 are an autograd.Function
+    runtime.keep_graphs()
+    assert refused() == 0
+    (key,) = {*inductor.unsafe_marked_cacheable_functions.values()}
+    assert key == runtime.source_digest("kernels/*.py") != runtime.source_digest("*.py")
+
+
+def raises(function, *arguments) -> bool:
+    try:
+        function(*arguments)
+    except Exception:  # torch's own, of a private module
+        return True
+    return False
 
 
 # -----------------------------------------------------------------------------

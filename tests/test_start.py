@@ -530,3 +530,11 @@ def test_kernels_that_a_model_uses_are_tried_at_once(options, fp8, names):
         runtime=types.SimpleNamespace(dtype=torch.float32, world=1), fp8=None))
     for name, text in facts.KERNELS.items():  # the loss's softmax is of validation, too
         assert any(line.startswith(f"{text}: ") for line in said) == (name in names | {"loss"})
+
+
+@pytest.mark.parametrize("more, warned", (("--pair_rows 40", 1), ("--value_tables 1", 1), ("", 0)))
+def test_repeated_text_is_said_where_tables_would_learn_it(data, tmp_path, more, warned):  # noqa: F811
+    main(flags(data, tmp_path / "run", f"--num_iterations 2 {more}"))
+    few = len(lines_of(tmp_path / "run", "warning: text that is read again"))
+    main(flags(data, tmp_path / "long", f"--num_iterations 3000 --max_seconds 0.001 {more}"))
+    assert (few, len(lines_of(tmp_path / "long", "warning: text that is read again"))) == (0, warned)
