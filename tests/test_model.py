@@ -72,6 +72,7 @@ def test_recomputing_changes_memory_and_no_gradient(fresh_compiler, compile, fp8
     assert little < 0.75 * much
 
 
+@slow
 def test_graphs_of_all_blocks_are_kept_for_the_next_start(fresh_compiler, monkeypatch):
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
@@ -80,22 +81,20 @@ def test_graphs_of_all_blocks_are_kept_for_the_next_start(fresh_compiler, monkey
     for config, name in ((functorch, "autograd_cache_allow_custom_autograd_functions"),
                          (inductor, "unsafe_marked_cacheable_functions")):
         monkeypatch.setattr(config, name, type(getattr(config, name))())  # goes back at the end
-    model, graphs = tiny(attn_layers=(1,), afno_state_layers=(2,), n_layer=3, n_embd=32, swiglu=1,
-                         pair_rows=8, value_tables=1), []
+    model, graphs = tiny(attn_layers=(1,), n_embd=32, swiglu=1, pair_rows=8, value_tables=1), []
     backend = lambda graph, inputs: graphs.append(graph) or graph.forward
     for block in model.transformer.h:
         block.mlp.fp8 = True
         block.compile(dynamic=False, backend=backend)
     model.taps_at_once = torch.compile(taps_at_once, backend=backend)
-    for gradients in (True, False):
-        with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):
-            model.hidden(random_tokens((2, 16), 97))
-    assert len(graphs) == 8  # three blocks and the filters, with gradients and without
+    with torch.autocast("cpu", torch.bfloat16):
+        model.hidden(random_tokens((2, 16), 97))
+    assert len(graphs) == 3  # two blocks and the filters
 
     def refused() -> int:
         return sum(raises(check_cacheable, graph) for graph in graphs)
 
-    assert refused() >= 6  # AFNO enters autocast, products in fp8 are an autograd.Function
+    assert refused() == 3  # AFNO enters autocast, products in fp8 are an autograd.Function
     runtime.keep_graphs()
     assert refused() == 0
     (key,) = {*inductor.unsafe_marked_cacheable_functions.values()}
