@@ -155,12 +155,17 @@ def joined_ranks(runtime: Runtime):
     dist.destroy_process_group()  # not after an error: it would wait for ranks that do not come
 
 
-def launch(processes: int) -> int:
-    """Run this command by torchrun in so many processes, one a card; return the exit status."""
+def launch(processes: int, gate=None) -> int:
+    """Run this command by torchrun in so many processes, one a card; return the exit status.
+
+    gate: a start.Gate, for which they wait.
+    """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if gate:
+        print(gate.verdict(), file=sys.stderr, flush=True)
     # torchrun would choose 1 and warn
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     try:

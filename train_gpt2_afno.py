@@ -1572,9 +1572,7 @@ def main(argv: list[str], gate=None) -> int:
         gpus = 1 if only_read else choose_gpus(args.gpus, device, args.grad_accumulation_steps, say)
         if gpus > 1:
             stack.close()  # the folder is rank 0's
-            if gate:
-                say(gate.verdict())
-            return launch(gpus)
+            return launch(gpus, gate)
         runtime = Runtime(device, getattr(torch, args.dtype), bool(args.compile), rank, world)
         if device.type == "cuda":
             runtime.device = own_card(local_rank)

@@ -11,7 +11,7 @@ import torch
 
 import train_gpt2_afno
 from data.text_to_bin import InputError
-from runtime import choose_gpus
+from runtime import choose_gpus, launch
 from test_trainer import (SCRIPT, VOCABULARY, data, flags, losses, main, newest,  # noqa: F401
                           small, wait_for_step)
 
@@ -68,6 +68,15 @@ def test_the_shell_leaves_cards_to_the_trainer(tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == \
         f"ran {SCRIPT.parent / 'start.py'} --preset fineweb --gpus 2"
+
+
+def test_several_ranks_wait_for_the_gate():
+    class Refusing:
+        def verdict(self):
+            raise InputError("causality gate: it ended with status 1, nothing is trained")
+
+    with pytest.raises(InputError, match="^causality gate: it ended"):
+        launch(2, Refusing())
 
 
 def test_ranks_started_by_hand_are_as_many_as_asked_for(data, tmp_path, monkeypatch):  # noqa: F811
