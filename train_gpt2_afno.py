@@ -679,7 +679,9 @@ class GPT(nn.Module):
                   if block.mixer.filters is not None}
         if not makers:
             return {}
-        with torch.autocast(self.lm_head.weight.device.type, enabled=False):
+        # with gradients for validation, too: then one graph serves both
+        kind = self.lm_head.weight.device.type
+        with torch.enable_grad(), torch.autocast(kind, enabled=False):
             return dict(zip(makers, self.taps_at_once(list(makers.values()))))
 
     def layers(self, x: Tensor, idx: Tensor, before: Tensor, run) -> Tensor:
