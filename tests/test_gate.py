@@ -688,8 +688,11 @@ def print_mutants():
             patch(monkeypatch)
             begin = time.perf_counter()
             said, lines = start_sees(RICH), gate_sees(RICH, EXACT)
-            found = [re.search(r"output (\d+)", text) for text in (said or "", "".join(lines[:1]))]
-            cells = [f"refused, at {match[1]}" if match else "not seen" for match in found]
+            cells = []
+            for text in (said or "", "".join(lines[:1])):
+                place = re.search(r"output (\d+)", text)
+                cells.append(f"refused, at {place[1]}" if place else
+                             "refused: losses are not the logits'" if text else "not seen")
             seconds = time.perf_counter() - begin
             print(f"| {name} | {' | '.join(cells)} | {seconds:.1f} |", flush=True)
 
