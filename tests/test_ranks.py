@@ -92,7 +92,10 @@ def test_ranks_started_by_hand_must_divide_the_micro_batches(data, tmp_path,  # 
 
 @pytest.mark.slow
 def test_rows_of_tables_are_averaged_over_ranks(tmp_path):
-    """Three ranks with other rows each, one with none; the oracle averages whole gradients."""
+    """Three ranks with other rows each, one with none; the oracle averages whole gradients.
+
+    All know which rows the others have.
+    """
     script = tmp_path / "rows.py"
     script.write_text(f"""
 import sys
@@ -102,21 +105,26 @@ import torch.distributed as dist
 from runtime import average_rows
 
 dist.init_process_group("gloo")
-torch.manual_seed(dist.get_rank())
-for met in ((3, 5, 1), (4, 0, 2)):
-    n, sent, reduce = met[dist.get_rank()], [], dist.all_reduce
-    gradients = [torch.zeros(rows, 4) for rows in (60, 90)]
-    for g in gradients:
-        g[torch.randint(len(g), (n,))] = torch.randn(n, 4)
+rank, reduce = dist.get_rank(), dist.all_reduce
+torch.manual_seed(0)
+for met in ((3, 5, 1), (4, 0, 2), (0, 0, 0)):
+    sent, gradients, rows = [], [], []
+    for size in (60, 90):
+        own = [torch.randint(size, (n,)) for n in met]  # of each rank, on all ranks
+        rows.append(torch.cat(own).unique())
+        gradients.append(torch.zeros(size, 4))
+        gradients[-1][own[rank]] = torch.randn(3, 9, 4)[rank, : met[rank]]
     wanted = [g.clone() for g in gradients]
     for g in wanted:
         reduce(g)
-    dist.all_reduce = lambda x, *op: (sent.append(x.numel()), reduce(x, *op))
-    average_rows(gradients)
+    dist.all_reduce = lambda x, **options: (sent.append(x.numel()), reduce(x, **options))[1]
+    end = average_rows(gradients, rows)
     dist.all_reduce = reduce
+    end()
     for g, sums in zip(gradients, wanted):
         assert (g - sums / 3).abs().max() < 1e-6
-    assert sum(sent) <= 60 + 90 + 2 * 4 * sum(met), sent  # a flag a row, and rows that were met
+    assert sum(sent) == 4 * sum(map(len, rows)) <= 2 * 4 * sum(met), sent  # rows that were met
+dist.destroy_process_group()
 """)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc_per_node=3", str(script)], capture_output=True, text=True,
