@@ -12,7 +12,7 @@ import torch
 import train_gpt2_afno
 from data.text_to_bin import InputError
 from runtime import choose_gpus
-from test_trainer import (SCRIPT, VOCABULARY, data, flags, losses, main, newest,  # noqa: F401
+from test_trainer import (SCRIPT, STOPPED, VOCABULARY, data, flags, losses, main, newest,  # noqa: F401
                           small, wait_for_step)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -124,7 +124,7 @@ for met in ((3, 5, 1), (4, 0, 2), (0, 0, 0)):
     for g, sums in zip(gradients, wanted):
         assert (g - sums / 3).abs().max() < 1e-6
     assert sum(sent) == 4 * sum(map(len, rows)) <= 2 * 4 * sum(met), sent  # rows that were met
-dist.destroy_process_group()
+dist.destroy_process_group()  # else its threads may abort the process at its end
 """)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc_per_node=3", str(script)], capture_output=True, text=True,
@@ -152,7 +152,8 @@ from data.text_to_bin import InputError
 BAD = os.environ.get("BAD")
 trainer.MODELS["d4"] = (2, 16)
 fields, save = trainer.model_fields, Checkpoints.save
-next_batches = trainer.Run.next_batches
+next_batches, goals = trainer.Run.next_batches, trainer.Run.goals
+micro_batches = []  # of the step after 3
 
 def bad_batches(run):
     if run.step == 3 and run.runtime.rank == 1:
@@ -167,6 +168,13 @@ def bad_batches(run):
             time.sleep(600)
     return next_batches(run)
 
+def goals_and_signal(run, y):
+    if run.step == 3 and run.runtime.rank == 1:
+        micro_batches.append(y)
+        if BAD == f"signal in micro-batch {{len(micro_batches)}}":
+            os.kill(os.getpid(), signal.SIGTERM)
+    return goals(run, y)
+
 def slow_save(checkpoints, state):
     if BAD == "slow" and state["step"] == 0:
         time.sleep(7)
@@ -179,6 +187,7 @@ trainer.measure_matmul_rate = trainer.report_at_end = lambda *_: 1e12
 trainer.refuse_too_large = lambda *_: None  # so the launcher imports no compiler
 trainer.choose_gpus = lambda *_: 1 if "RANK" in os.environ else 2
 trainer.Run.next_batches, Checkpoints.save = bad_batches, slow_save
+trainer.Run.goals = goals_and_signal
 runtime.run(trainer.main)
 """)
     return path
@@ -210,6 +219,34 @@ def test_from_one_rank_to_two_which_die_and_back(data, tmp_path, script):  # noq
     assert newest(tmp_path / "run")["position"] == newest(tmp_path / "whole")["position"]
     for a, b in zip(losses(tmp_path / "run")[2:], losses(tmp_path / "whole")[2:], strict=True):
         assert a == (b[0], pytest.approx(b[1], rel=1e-2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch, kept", ((1, 3), (2, 4)))
+def test_two_ranks_train_tables_as_one_does(data, tmp_path, script, micro_batch,  # noqa: F811
+                                            kept):
+    """At two lengths of rows: the same losses, and the same rows move.
+
+    One rank gets a signal in a step of two micro-batches. In the first one the step is given up, by
+    both; in the last one it ends. Then both go on.
+    """
+    options = "--pair_rows 50 --value_tables 1 --predict_ahead 1 --predict_prefix 1 " \
+        "--grad_accumulation_steps 4 --num_iterations 7 --curriculum 8:0.5,16:0.5"
+    main(flags(data, tmp_path / "one", options))
+    resume = flags(data, tmp_path / "two", options + " --resume auto")
+    two = start(script, resume, f"signal in micro-batch {micro_batch}")
+    _, said = two.communicate(timeout=60)
+    assert two.returncode == STOPPED and newest(tmp_path / "two")["step"] == kept, said
+    two = start(script, resume)
+    _, said = two.communicate(timeout=60)
+    assert two.returncode == 0, said
+    for a, b in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
+        assert a == (b[0], pytest.approx(b[1], rel=1e-4))
+    one, two = (newest(tmp_path / name)["model"] for name in ("one", "two"))
+    for name in one:
+        assert (one[name] - two[name]).abs().max() <= 1e-3 * one[name].abs().max(), name
+    moved = one["pairs.weight"].any(1)
+    assert not moved.all() and torch.equal(moved, two["pairs.weight"].any(1))
 
 
 @pytest.mark.slow
