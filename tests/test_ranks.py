@@ -16,7 +16,8 @@ from test_trainer import (SCRIPT, STOPPED, VOCABULARY, data, flags, losses, main
                           small, wait_for_step)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LONG = "--num_iterations 1000000 --save_every 0 --val_loss_every 0 --grad_accumulation_steps 2"
+LONG = "--num_iterations 1000000 --save_every 0 --val_loss_every 0 --grad_accumulation_steps 2 " \
+    "--pair_rows 50 --value_tables 1"
 
 
 # -----------------------------------------------------------------------------
@@ -164,9 +165,14 @@ def bad_batches(run):
         elif BAD == "data":
             raise InputError("a token too large")
         elif BAD == "stuck":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(600)
+            stuck()
+        elif BAD == "stuck in a step":
+            trainer.average_rows = stuck
     return next_batches(run)
+
+def stuck(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(600)
 
 def goals_and_signal(run, y):
     if run.step == 3 and run.runtime.rank == 1:
@@ -180,7 +186,7 @@ def slow_save(checkpoints, state):
         time.sleep(7)
     save(checkpoints, state)
 
-if BAD in ("stuck", "slow"):
+if BAD in ("stuck", "stuck in a step", "slow"):
     runtime.LONGEST_WAIT = datetime.timedelta(seconds=5)
 trainer.model_fields = lambda values: fields(values) | dict(vocab_size={VOCABULARY})
 trainer.measure_matmul_rate = trainer.report_at_end = lambda *_: 1e12
@@ -277,7 +283,8 @@ def test_a_signal_to_the_launcher_saves_and_ends_as_on_one_card(data, tmp_path, 
 @pytest.mark.parametrize("bad, status, message, kept", (
     ("memory", 2, "error: rank 1: out of memory: lower --batch_size", 0),
     ("data", 2, "error: rank 1: a token too large", 3),
-    ("stuck", 1, "error: rank 0: .*[Tt]imed? ?out", 0)))
+    ("stuck", 1, "error: rank 0: .*[Tt]imed? ?out", 0),
+    ("stuck in a step", 1, "error: rank 0: .*[Tt]imed? ?out", 0)))
 def test_a_rank_that_fails_alone_ends_the_run_and_is_named(data, tmp_path, script,  # noqa: F811
                                                            bad, status, message, kept):
     run = start(script, flags(data, tmp_path / "run", LONG), bad)
