@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import TokenStream, to_device
 from data.text_to_bin import (ROOT, InputError, first_line, gpt2_encoding, machine_memory,
@@ -55,6 +56,11 @@ class Runtime:
         if self.world > 1:
             dist.all_reduce(values)
         return values.tolist()
+
+    def add_up(self, x: Tensor):
+        """Let x be its sum over all ranks."""
+        if self.world > 1:
+            dist.all_reduce(x)
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank: ranks must leave the loop together."""
@@ -347,16 +353,57 @@ def with_fewer_rows(rows: int, work, say):
 # measuring
 
 
-def average_rows(gradients: list[Tensor]):
-    """Average gradients (rows, C) over all ranks; only rows that some rank has met travel."""
-    met = torch.cat([g.any(1) for g in gradients]).byte()
-    dist.all_reduce(met, dist.ReduceOp.MAX)
-    rows = [part.nonzero()[:, 0] for part in met.split([len(g) for g in gradients])]
+def of_all_ranks(model, tables: dict[str, Tensor], world: int):
+    """Return the model so wrapped that backward averages gradients over several ranks.
+
+    tables: those of its weights, by name, that are left to average_rows.
+    """
+    if world == 1:
+        return model
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
+    # as views of what travels, gradients are not copied back: a small kernel less for each
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def kept_apart(model):
+    """Return a context in which backward leaves the gradients of of_all_ranks' model to each rank.
+    """
+    shared = isinstance(model, DistributedDataParallel)
+    return model.no_sync() if shared else contextlib.nullcontext()
+
+
+def distinct_rows(rows: Tensor, table: Tensor) -> Tensor:
+    """Return which rows of the table (n, C) these are, each once, on its device; rows: on the CPU.
+    """
+    there = torch.zeros(len(table), dtype=torch.bool)
+    there[rows.flatten()] = True
+    return to_device(there.nonzero()[:, 0], table.device)
+
+
+def average_rows(gradients: list[Tensor], rows: list[Tensor]):
+    """Begin to average these rows of the gradients (n, C) over all ranks; return what ends it.
+
+    rows: indices of each gradient, the same on all ranks. The others must be zero on all of them.
+    On a GPU the host does not wait.
+    """
     sums = torch.cat([g[i] for g, i in zip(gradients, rows)])
-    dist.all_reduce(sums)
-    means = (sums / dist.get_world_size()).split([len(i) for i in rows])
-    for g, i, mean in zip(gradients, rows, means):
-        g[i] = mean
+    travel = dist.all_reduce(sums, async_op=True)
+
+    def end():
+        travel.wait()
+        means = sums.div_(dist.get_world_size()).split([len(i) for i in rows])
+        for g, i, mean in zip(gradients, rows, means):
+            g[i] = mean
+
+    return end
+
+
+def to_host(x: Tensor) -> Tensor:
+    """Return x on the CPU, on a GPU without waiting: it is there once the GPU comes to this point.
+    """
+    if x.device.type == "cpu":
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 class Clock:
@@ -494,8 +541,7 @@ def evaluate(model, stream: TokenStream, val_tokens: int, B: int, T: int, runtim
             hidden = model.hidden(to_device(tokens[:-1].view(B, T), device))
             _, losses = model.lm_head.loss(hidden, to_device(targets.view(B, T), device))
         total += losses.double().sum(0)
-    if runtime.world > 1:
-        dist.all_reduce(total)
+    runtime.add_up(total)
     return total
 
 

@@ -27,10 +27,8 @@ if __name__ == "__main__":  # until the loop, which saves first, Ctrl-C ends wha
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from afno import (AFNO1D, FORMS, ROUTINGS, DyadicOperator, ShortConv, check_arguments, rmsnorm,
@@ -41,7 +39,7 @@ from checkpoints import (TIMES, Checkpoints, RunLog, choose_folder, cooldown_ste
                          read_checkpoint, read_log, refuse_damaged_tensors, refuse_damaged_values,
                          refuse_used, set_random_state)
 from data.loader import (DATA_FLAGS, TokenStream, TrainLoader, choose_data, count_val_tokens,
-                         find_shards, passes)
+                         find_shards, passes, to_device)
 from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, number, one_of,
                               owned, prefix_table, relative, show)
 from facts import FirstSteps, Laps, describe, describe_plan, facts_wanted, kernels_of, show_facts
@@ -50,9 +48,10 @@ from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, 
                           soft_cap)
 from report import report_at_end
 from runtime import (MICRO_BATCH, Clock, Diverged, Energy, Runtime, average_rows, bytes_of_averages,
-                     choose_device, choose_dtype, choose_gpus, choose_micro_batch, evaluate,
-                     joined_ranks, keep_graphs, launch, measure_matmul_rate, own_card, peak_memory,
-                     ranks, refuse_too_large, run, shapes_of)
+                     choose_device, choose_dtype, choose_gpus, choose_micro_batch, distinct_rows,
+                     evaluate, joined_ranks, keep_graphs, kept_apart, launch, measure_matmul_rate,
+                     of_all_ranks, own_card, peak_memory, ranks, refuse_too_large, run, shapes_of,
+                     to_host)
 from test_causality import random_tokens, refuse_leaks, refuse_other_targets
 
 LAPS = Laps(START)
@@ -563,10 +562,13 @@ class PairTable(nn.Embedding):
     def reset_parameters(self):
         nn.init.zeros_(self.weight)
 
-    def forward(self, idx: Tensor, before: Tensor) -> Tensor:
-        """Return (..., C) of the tokens idx and of those before them, (...)."""
+    def rows(self, idx: Tensor, before: Tensor) -> Tensor:
+        """Return the rows of the tokens idx and of those before them, (...)."""
         key = (before * 50257 + idx) * 2654435761 % 2**32  # Fibonacci hashing; below 2^63
-        return super().forward(key * self.num_embeddings >> 32)
+        return key * self.num_embeddings >> 32
+
+    def forward(self, idx: Tensor, before: Tensor) -> Tensor:
+        return super().forward(self.rows(idx, before))
 
 
 class ValueTable(nn.Embedding):
@@ -705,6 +707,12 @@ class GPT(nn.Module):
         run = lambda layer, x, v0, inputs: self.transformer.h[layer](
             x, v0, inputs, rotary, taps.get(layer))
         return self.layers(x, idx, F.pad(idx, (1, 0))[:, :-1], run)
+
+    def rows_met(self, idx: Tensor) -> list[Tensor]:
+        """Return the rows that tokens (B, T) on the CPU look up, for each of row_tables."""
+        rows = [] if self.pairs is None else [distinct_rows(
+            self.pairs.rows(idx, F.pad(idx, (1, 0))[:, :-1]), self.pairs.weight)]
+        return rows + len(self.values) * [distinct_rows(idx, self.lm_head.weight)]
 
     @torch.no_grad()
     def step(self, idx_t: Tensor, state: tuple | None, window: int) -> tuple[Tensor, tuple]:
@@ -1004,6 +1012,7 @@ class Run:
         if args.predict_prefix:
             self.prefixes = torch.tensor(prefix_table(config.vocab_size), device=self.device)
         self.pending, times = None, saved or dict.fromkeys(TIMES, 0.0)
+        self.travelling = []  # what ends the average of the tables' gradients over ranks
         if saved:
             load_optimizers(self.optimizers, saved.pop("optimizers"), folder)
             set_random_state(saved["rng"], self.device)
@@ -1075,11 +1084,8 @@ class Run:
         starts = [0, *(round(end * steps) for end in ends)]
         to_come = dict.fromkeys(length_at(self.lengths, max(start, self.step), steps)
                                 for start in starts)
-        self.wrapped, self.tables = model, row_tables(model)
-        if runtime.world > 1:
-            # average_rows() is for these
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, self.tables)
-            self.wrapped = DistributedDataParallel(model)
+        self.tables = row_tables(model)
+        self.wrapped = of_all_ranks(model, self.tables, runtime.world)
         self.recompute(self.args.recompute)
         if runtime.compile or self.args.may_shrink:
             self.choose_micro_batch(to_come)
@@ -1104,7 +1110,7 @@ class Run:
         It looks at the very graphs.
         """
         args, validated = self.args, (self.args.val_batch_size, self.T)
-        refuse_other_targets(*self.loader.ahead.result())
+        refuse_other_targets(*self.loader.ahead.result()[:2])
         refuse_leaks(self.model, trained, self.runtime, self.say,
                      modes=(True, False) if validated in trained else (True,),
                      goals=self.goals if args.predict_ahead or args.predict_prefix else None,
@@ -1132,15 +1138,14 @@ class Run:
     def attempt(self, rows: int, recompute: int, lengths, averages: int):
         """Make, and drop, gradients of two micro-batches of each length, beside the averages."""
         self.recompute(recompute)
-        world, vocabulary = self.runtime.world, self.config.vocab_size
         made = any(optimizer.state for optimizer in self.optimizers)
         room = torch.empty(0 if made else averages, dtype=torch.uint8, device=self.device)
         try:
             # nothing travels: a rank that fails must not leave the others waiting
-            with contextlib.nullcontext() if world == 1 else self.wrapped.no_sync():
+            with kept_apart(self.wrapped):
                 for length in [length for length in lengths for _ in range(2)]:
                     shape = rows * self.T // length, length
-                    tokens = random_tokens(shape, vocabulary).to(self.device)
+                    tokens = random_tokens(shape, self.config.vocab_size).to(self.device)
                     targets, shares = self.goals(tokens)
                     with self.runtime.autocast():
                         _, loss = self.wrapped(tokens, targets, False, shares)
@@ -1172,7 +1177,7 @@ class Run:
             return []
         steps, batches = self.args.grad_accumulation_steps // self.runtime.world, []
         while len(batches) < steps and not self.signals:
-            batches.append(self.loader.next())
+            batches.append((*self.loader.next(), self.loader.inputs))
         return batches
 
     def goals(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -1188,7 +1193,7 @@ class Run:
             shares.append(prefix)
         if len(shares) == 1:
             return y, None
-        shares = torch.tensor(shares, device=self.device)
+        shares = to_device(torch.tensor(shares), y.device)  # without a wait of the host
         return torch.stack(targets, -1), shares / shares.sum()
 
     def forward_backward(self, batches: list, length: int) -> Tensor | None:
@@ -1199,39 +1204,40 @@ class Run:
         """
         world = self.runtime.world
         losses = torch.zeros(world, len(batches), device=self.device)
-        for i, (x, y) in enumerate(batches):
+        if by_row := world > 1 and self.tables:  # a thread finds them meanwhile
+            tokens = torch.cat([inputs for *_, inputs in batches]).view(-1, length)
+            rows = self.loader.thread.submit(self.model.rows_met, tokens)
+        for i, (x, y, _) in enumerate(batches):
             if self.interrupted():
                 return None
             # gradients travel between ranks once a step
-            once = contextlib.nullcontext() if world == 1 or i == len(batches) - 1 \
-                else self.wrapped.no_sync()
-            with once:
+            with kept_apart(self.wrapped) if i < len(batches) - 1 else contextlib.nullcontext():
                 targets, shares = self.goals(y.view(-1, length))
                 with self.runtime.autocast():
                     _, loss = self.wrapped(x.view(-1, length), targets, False, shares)
                 (loss / len(batches)).backward()
             losses[self.runtime.rank, i] = loss.detach()
-        if world > 1 and self.tables:
-            average_rows([p.grad for p in self.tables.values()])
+        if by_row:
+            gradients = [p.grad for p in self.tables.values()]
+            self.travelling.append(average_rows(gradients, rows.result()))
         return losses
 
     def update(self, losses: Tensor, length: int):
         """Make the optimizers' step, and queue its figures."""
         args, model = self.args, self.model
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         factor = learning_rate_factor(self.step, self.total_steps, args.warmup_iters,
                                       args.warmdown_iters, args.final_lr_fraction)
         for optimizer, full in zip(self.optimizers, self.rates):
             for group, rate in zip(optimizer.param_groups, full):
                 group["lr"] = factor * rate
+            # it is the last: rows travel beside the others' steps
+            while isinstance(optimizer, RowAdam) and self.travelling:
+                self.travelling.pop()()
             optimizer.step()
-            optimizer.zero_grad()
-        if self.runtime.world > 1:
-            dist.all_reduce(losses)
-        figures = torch.cat((losses.T.flatten(), grad_norm.view(1)))  # in the stream's order
-        if self.device.type == "cuda":
-            host = torch.empty(figures.shape, pin_memory=True)
-            figures = host.copy_(figures, non_blocking=True)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        model.zero_grad()
+        self.runtime.add_up(losses)
+        figures = to_host(torch.cat((losses.T.flatten(), grad_norm.view(1))))  # in stream's order
         ended = self.clock.now()
         self.flush()
         self.step, began = self.step + 1, self.position

@@ -109,7 +109,8 @@ class TrainLoader:
     and these to ranks, in turn: any number of ranks sees the same tokens in a step. In the order
     `stream` rows come as they stand. In the order `spread` they come from all over the stream, so
     that neighbours in a batch are not of one document: steps of 0.618 of the stream keep them as
-    far apart as can be for a batch of any size, and meet each row once a pass.
+    far apart as can be for a batch of any size, and meet each row once a pass. `inputs`, (ranks x
+    B, T) on the CPU, are those of all ranks in the micro-batch dealt out last.
     """
 
     def __init__(self, stream: TokenStream, B: int, T: int, position: int, rank: int, world: int,
@@ -140,20 +141,21 @@ class TrainLoader:
     def where(self, position: int) -> str:
         return self.stream.where(self.start(position // self.T))
 
-    def load(self, position: int) -> tuple[Tensor, Tensor]:
+    def load(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inputs and targets of this rank, (B, T) each, and the inputs of all."""
         first = position // self.T
-        # all ranks' tokens, though only a part is used: so a bad one stops every rank alike
+        # all ranks' tokens: so a bad one stops every rank alike, and each knows what others look up
         tokens = torch.stack([self.stream.read(self.start(row), self.T + 1)
                               for row in range(first, first + self.stride // self.T)])
-        tokens = tokens[self.rank * self.B :][: self.B]
-        return tuple(to_device(part.contiguous(), self.device)
-                     for part in (tokens[:, :-1], tokens[:, 1:]))
+        own = tokens[self.rank * self.B :][: self.B]
+        x, y = (to_device(part.contiguous(), self.device) for part in (own[:, :-1], own[:, 1:]))
+        return x, y, tokens[:, :-1]
 
     def next(self) -> tuple[Tensor, Tensor]:
-        batch = self.ahead.result()
+        x, y, self.inputs = self.ahead.result()
         self.position += self.stride
         self.ahead = self.thread.submit(self.load, self.position)
-        return batch
+        return x, y
 
 
 def passes(stream: TokenStream, saved: dict, args, T: int) -> list[tuple[int, int]]:

@@ -2,15 +2,20 @@
 
     python experiments/two_cards.py speed --cards 1 2 4 --output runs/cards
     python experiments/two_cards.py ends --output runs/ends
-    torchrun --standalone --nproc_per_node=2 experiments/two_cards.py parts
+    torchrun --standalone --nproc_per_node=2 experiments/two_cards.py parts --rows 64
 
 speed: the first 50 steps of the hybrid in micro-batches of --rows rows on so many cards, and of 16
 rows on one card, which says how far rounding alone moves the losses. ends: a small model on two
-cards gets SIGTERM, goes on on one, then on two, of which one is killed. parts: what the gradients'
-way between cards takes, the tables' by row or whole, and the optimizers. With --device cpu they try
-themselves out on a tiny model, through gloo. --input_bin and --input_val_bin are the trainer's.
+cards gets SIGTERM, goes on on one, then on two, of which one is killed. parts: what a step and its
+pieces take on the device and on the host, with and without tables, and where nothing travels; where
+the host waits for the device; the gradients' way and the optimizers alone. It takes one process,
+too. A piece's time on the device has that in which the device waits for the host. With --device cpu
+they try themselves out on a tiny model, through gloo. --input_bin and --input_val_bin are the
+trainer's.
 """
 import argparse
+import contextlib
+import gc
 import json
 import os
 import re
@@ -19,7 +24,10 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,17 +35,18 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import train_gpt2_afno as trainer  # noqa: E402
-from data.loader import TokenStream, TrainLoader  # noqa: E402
-from runtime import Clock, average_rows, run  # noqa: E402
+from runtime import Clock, Runtime, average_rows, joined_ranks, own_card, ranks, run  # noqa: E402
 
 SCRIPT = trainer.ROOT / "train_gpt2_afno.py"
 FIRST_50 = "--preset fineweb --num_iterations 50 --warmup_iters 258 --warmdown_iters 0 " \
     "--val_fp32 0 --val_tokens 65536 --val_loss_every 0 --save_every 0"
+WHOLE = "--preset fineweb --val_fp32 0 --val_tokens 65536"
 SMALL = "--preset fineweb --model d4 --n_head 2 --attn_layers 2 --sequence_length 256 " \
     "--batch_size 8 --grad_accumulation_steps 4 --compile 0 --warmup_iters 10 --warmdown_iters 0 " \
     "--val_fp32 0 --val_tokens 4096 --val_loss_every 0 --save_every 20"
 TINY = " --model d1 --n_head 2 --attn_layers none --sequence_length 64 --batch_size 2 " \
     "--num_iterations 12 --val_batch_size 2 --val_tokens 200 --fp8_head 0 --fp8_mlp 0"
+REPEATS = dict(cuda=(3, 20), cpu=(1, 2))  # of what parts measures; the first warm up
 
 
 class Launch:
@@ -144,9 +153,55 @@ def ends(args):
           f"{distance(two.losses(), whole.losses(), step + 1)}")
 
 
-def milliseconds(function, device: torch.device, repeats: int = 20) -> float:
+class Pieces:
+    """Measure what functions take: on the device by events, and on the host."""
+
+    def __init__(self, device: torch.device):
+        self.now, self.moments = Clock(device, 0.0).now, {}
+
+    def timed(self, name: str, function):
+        """Return the function; its calls are measured under this name."""
+        def measured(*arguments, **named):
+            begin = time.perf_counter(), self.now()
+            result = function(*arguments, **named)
+            row = *begin, time.perf_counter(), self.now()
+            self.moments.setdefault(name, []).append(row)
+            return result
+        return measured
+
+    def watch(self, run: trainer.Run, patch):
+        """Measure a step's pieces; patch(object, name, value) sets an attribute for a while."""
+        def average(*arguments):
+            return self.timed("tables: wait, rows back", begin(*arguments))
+
+        begin = self.timed("tables: rows, sums on their way", trainer.average_rows)
+        patch(trainer, "average_rows", average)
+        for place, name, what in (
+                (run, "next_batches", "micro-batches, read ahead"), (run, "goals", "targets"),
+                (run.runtime, "of_ranks", "votes of ranks"), (run.wrapped, "forward", "forward"),
+                (torch.Tensor, "backward", "backward, others' average"),
+                *((optimizer, "step", type(optimizer).__name__) for optimizer in run.optimizers),
+                (torch.nn.utils, "get_total_norm", "norm of gradients"),
+                (run, "flush", "log; wait for the step before")):
+            patch(place, name, self.timed(what, getattr(place, name)))
+
+    def rows(self, steps: int) -> list[tuple[str, float, float]]:
+        """Return (name, milliseconds on the device, on the host) a step."""
+        between = lambda a, b: 1000 * (b - a) if isinstance(a, float) else a.elapsed_time(b)
+        return [(name, sum(between(row[1], row[3]) for row in rows) / steps,
+                 sum(between(row[0], row[2]) for row in rows) / steps)
+                for name, rows in self.moments.items()]
+
+
+def one_step(run: trainer.Run):
+    run.runtime.of_ranks(0)  # the loop's vote
+    run.update(run.forward_backward(run.next_batches(), run.T), run.T)
+
+
+def milliseconds(function, device: torch.device) -> float:
     clock = Clock(device, 0.0)
-    for _ in range(3):  # the first ones warm up
+    warm_up, repeats = REPEATS[device.type]
+    for _ in range(warm_up):
         function()
     clock.restart()
     for _ in range(repeats):
@@ -154,44 +209,84 @@ def milliseconds(function, device: torch.device, repeats: int = 20) -> float:
     return 1000 * clock.add_until(clock.now()) / repeats
 
 
-def parts(args):
-    rank = int(os.environ["RANK"])
-    device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
-    if args.device == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
-    values, world = trainer.DEFAULTS | trainer.PRESETS["fineweb"], dist.get_world_size()
-    if args.device == "cpu":
-        values |= dict(model="d1", attn_layers=(), n_head=2, sequence_length=64, batch_size=2)
-    torch.manual_seed(0)
-    model = trainer.GPT(trainer.GPTConfig(**trainer.model_fields(values))).to(device)
-    adamw, muon, row_adam = trainer.make_optimizers(model, "muon", 0.001, 0.1)
-    tables = trainer.row_tables(model)
-    loader = TrainLoader(TokenStream(args.input_bin, model.config.vocab_size, "input_bin"),
-                         values["batch_size"], model.config.sequence_length, 0, rank, world, device,
-                         values["row_order"])
-    for _ in range(values["grad_accumulation_steps"] // world):
-        x, y = loader.next()
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            loss = model(x, y, return_logits=False)[1]
-        loss.backward()
-    gradients = [p.grad for p in tables.values()]
-    met = sum(g.any(1).sum().item() for g in gradients)
-    whole = torch.zeros(sum(p.numel() for p in tables.values()), device=device)
-    others = torch.zeros(sum(p.numel() for p in model.parameters()) - len(whole), device=device)
-    if rank == 0:
-        print(f"{world} ranks, bytes of gradients: {others.nbytes:,} but for the tables, "
-              f"{met * gradients[0][0].nbytes:,} of the tables' rows that rank 0 met, "
-              f"{whole.nbytes:,} of whole tables")
+def host_waits(run: trainer.Run) -> str:
+    """Return the places of a step at which the host waits for the GPU, as torch finds them."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        one_step(run)
+        torch.cuda.set_sync_debug_mode("default")
+    places = Counter(f"{Path(one.filename).name}:{one.lineno}" for one in found
+                     if "synchroniz" in str(one.message))
+    return ", ".join(f"{place} x {n}" for place, n in places.items()) or "none"
+
+
+def measure_steps(run: trainer.Run, name: str, say):
+    """Say what a whole step takes, then what its pieces take."""
+    say(f"\n{name}: {milliseconds(lambda: one_step(run), run.device):.2f} ms a step")
+    pieces, undo = Pieces(run.device), contextlib.ExitStack()
+    with undo:
+        pieces.watch(run, lambda *what: undo.enter_context(mock.patch.object(*what)))
+        whole = milliseconds(lambda: one_step(run), run.device)
+    say(f"{'device':>10} {'host':>9}   ms a step; {whole:.2f} with what measures these")
+    for piece, device, host in pieces.rows(sum(REPEATS[run.device.type])):
+        say(f"{device:10.2f} {host:9.2f}   {piece}")
+
+
+def measure_alone(run: trainer.Run, say):
+    """Say what the gradients' way between cards and the optimizers take, one by one."""
+    batches = run.next_batches()
+    run.forward_backward(batches, run.T)
+    run.travelling.clear()
+    gradients = [p.grad for p in run.tables.values()]
+    rows = run.model.rows_met(torch.cat([inputs for *_, inputs in batches]))
+    whole = torch.zeros(sum(p.numel() for p in run.tables.values()), device=run.device)
+    others = torch.zeros(sum(p.numel() for p in run.model.parameters()) - len(whole),
+                         device=run.device)
+    say(f"\nalone, bytes of gradients: {others.nbytes:,} but for the tables, "
+        f"{sum(map(len, rows)) * gradients[0][0].nbytes:,} of the tables' rows that a rank met, "
+        f"{whole.nbytes:,} of whole tables")
     for name, function in (("all-reduce but for the tables", lambda: dist.all_reduce(others)),
-                           ("tables by row", lambda: average_rows(gradients)),
+                           ("tables by row", lambda: average_rows(gradients, rows)()),
                            ("all-reduce of whole tables", lambda: dist.all_reduce(whole)),
-                           ("AdamW", adamw.step), ("RowAdam", row_adam.step),
-                           ("Muon", muon.step)):
-        taken = milliseconds(function, device)
-        if rank == 0:
-            print(f"{name}: {taken:.2f} ms")
-    dist.destroy_process_group()
+                           *((type(one).__name__, one.step) for one in run.optimizers)):
+        say(f"{milliseconds(function, run.device):10.2f}   {name}")
+    run.model.zero_grad()
+
+
+def parts(args):
+    rank, world, local_rank = ranks()
+    tiny = args.device == "cpu"
+    flags = (WHOLE + TINY * tiny + f" --num_iterations 3800 --grad_accumulation_steps "
+             f"{128 // args.rows} --batch_size {args.rows // 16 if tiny else args.rows}")
+    say = lambda text: print(text, flush=True) if rank == 0 else None
+    device = own_card(local_rank) if args.device == "cuda" else torch.device("cpu")
+    runtime = Runtime(device, torch.float32 if tiny else torch.bfloat16, not tiny, rank, world)
+    with joined_ranks(runtime):
+        for tables in ("", " --pair_rows 0 --value_tables 0"):
+            given = trainer.parse_flags([*(flags + tables).split(), "--input_bin", args.input_bin,
+                                         "--input_val_bin", args.input_val_bin])
+            values = trainer.merge_flags(given, device, None, say)
+            folder = Path(args.output) / f"parts{'-without' * bool(tables)}"
+            config = trainer.config_of(given, values, None, folder, False)
+            run = trainer.Run(values, config, runtime, None, folder)
+            run.refuse_leaks = lambda trained: None
+            run.check_and_compile(None)
+            run.open_bar()
+            run.bar.disable = True
+            what = f"{world} ranks, {args.rows} rows, with{'out' * bool(tables)} tables"
+            measure_steps(run, what, say)
+            if not tiny:
+                say(f"the host waits at: {host_waits(run)}")
+            if world > 1 and not tables:
+                measure_alone(run, say)
+                with mock.patch.object(trainer, "average_rows", lambda *_: lambda: None):
+                    measure_steps(run, f"{what}, which are not averaged", say)
+            if world > 1:
+                run.wrapped, run.tables = run.model, {}
+                measure_steps(run, f"{what}, nothing travels", say)
+            del run
+            gc.collect()
 
 
 def main(argv: list[str]):

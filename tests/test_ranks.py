@@ -11,12 +11,19 @@ import torch
 
 import train_gpt2_afno
 from data.text_to_bin import InputError
+<<<<<<< HEAD
 from runtime import choose_gpus, launch
 from test_trainer import (SCRIPT, VOCABULARY, data, flags, losses, main, newest,  # noqa: F401
                           small, wait_for_step)
+=======
+from runtime import choose_gpus
+from test_trainer import (SCRIPT, STOPPED, VOCABULARY, data, flags, losses,  # noqa: F401
+                          main, newest, small, wait_for_step)
+>>>>>>> overlap
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LONG = "--num_iterations 1000000 --save_every 0 --val_loss_every 0 --grad_accumulation_steps 2"
+LONG = "--num_iterations 1000000 --save_every 0 --val_loss_every 0 --grad_accumulation_steps 2 " \
+    "--pair_rows 50 --value_tables 1"
 
 
 # -----------------------------------------------------------------------------
@@ -101,7 +108,10 @@ def test_ranks_started_by_hand_must_divide_the_micro_batches(data, tmp_path,  # 
 
 @pytest.mark.slow
 def test_rows_of_tables_are_averaged_over_ranks(tmp_path):
-    """Three ranks with other rows each, one with none; the oracle averages whole gradients."""
+    """Three ranks with other rows each, one with none; the oracle averages whole gradients.
+
+    All know which rows the others have.
+    """
     script = tmp_path / "rows.py"
     script.write_text(f"""
 import sys
@@ -111,21 +121,26 @@ import torch.distributed as dist
 from runtime import average_rows
 
 dist.init_process_group("gloo")
-torch.manual_seed(dist.get_rank())
-for met in ((3, 5, 1), (4, 0, 2)):
-    n, sent, reduce = met[dist.get_rank()], [], dist.all_reduce
-    gradients = [torch.zeros(rows, 4) for rows in (60, 90)]
-    for g in gradients:
-        g[torch.randint(len(g), (n,))] = torch.randn(n, 4)
+rank, reduce = dist.get_rank(), dist.all_reduce
+torch.manual_seed(0)
+for met in ((3, 5, 1), (4, 0, 2), (0, 0, 0)):
+    sent, gradients, rows = [], [], []
+    for size in (60, 90):
+        own = [torch.randint(size, (n,)) for n in met]  # of each rank, on all ranks
+        rows.append(torch.cat(own).unique())
+        gradients.append(torch.zeros(size, 4))
+        gradients[-1][own[rank]] = torch.randn(3, 9, 4)[rank, : met[rank]]
     wanted = [g.clone() for g in gradients]
     for g in wanted:
         reduce(g)
-    dist.all_reduce = lambda x, *op: (sent.append(x.numel()), reduce(x, *op))
-    average_rows(gradients)
+    dist.all_reduce = lambda x, **options: (sent.append(x.numel()), reduce(x, **options))[1]
+    end = average_rows(gradients, rows)
     dist.all_reduce = reduce
+    end()
     for g, sums in zip(gradients, wanted):
         assert (g - sums / 3).abs().max() < 1e-6
-    assert sum(sent) <= 60 + 90 + 2 * 4 * sum(met), sent  # a flag a row, and rows that were met
+    assert sum(sent) == 4 * sum(map(len, rows)) <= 2 * 4 * sum(met), sent  # rows that were met
+dist.destroy_process_group()  # else its threads may abort the process at its end
 """)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc_per_node=3", str(script)], capture_output=True, text=True,
@@ -153,7 +168,8 @@ from data.text_to_bin import InputError
 BAD = os.environ.get("BAD")
 trainer.MODELS["d4"] = (2, 16)
 fields, save = trainer.model_fields, Checkpoints.save
-next_batches = trainer.Run.next_batches
+next_batches, goals = trainer.Run.next_batches, trainer.Run.goals
+micro_batches = []  # of the step after 3
 
 def bad_batches(run):
     if run.step == 3 and run.runtime.rank == 1:
@@ -164,22 +180,35 @@ def bad_batches(run):
         elif BAD == "data":
             raise InputError("a token too large")
         elif BAD == "stuck":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(600)
+            stuck()
+        elif BAD == "stuck in a step":
+            trainer.average_rows = stuck
     return next_batches(run)
+
+def stuck(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(600)
+
+def goals_and_signal(run, y):
+    if run.step == 3 and run.runtime.rank == 1:
+        micro_batches.append(y)
+        if BAD == f"signal in micro-batch {{len(micro_batches)}}":
+            os.kill(os.getpid(), signal.SIGTERM)
+    return goals(run, y)
 
 def slow_save(checkpoints, state):
     if BAD == "slow" and state["step"] == 0:
         time.sleep(7)
     save(checkpoints, state)
 
-if BAD in ("stuck", "slow"):
+if BAD in ("stuck", "stuck in a step", "slow"):
     runtime.LONGEST_WAIT = datetime.timedelta(seconds=5)
 trainer.model_fields = lambda values: fields(values) | dict(vocab_size={VOCABULARY})
 trainer.measure_matmul_rate = trainer.report_at_end = lambda *_: 1e12
 trainer.refuse_too_large = lambda *_: None  # so the launcher imports no compiler
 trainer.choose_gpus = lambda *_: 1 if "RANK" in os.environ else 2
 trainer.Run.next_batches, Checkpoints.save = bad_batches, slow_save
+trainer.Run.goals = goals_and_signal
 runtime.run(trainer.main)
 """)
     return path
@@ -214,6 +243,34 @@ def test_from_one_rank_to_two_which_die_and_back(data, tmp_path, script):  # noq
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("micro_batch, kept", ((1, 3), (2, 4)))
+def test_two_ranks_train_tables_as_one_does(data, tmp_path, script, micro_batch,  # noqa: F811
+                                            kept):
+    """At two lengths of rows: the same losses, and the same rows move.
+
+    One rank gets a signal in a step of two micro-batches. In the first one the step is given up, by
+    both; in the last one it ends. Then both go on.
+    """
+    options = "--pair_rows 50 --value_tables 1 --predict_ahead 1 --predict_prefix 1 " \
+        "--grad_accumulation_steps 4 --num_iterations 7 --curriculum 8:0.5,16:0.5"
+    main(flags(data, tmp_path / "one", options))
+    resume = flags(data, tmp_path / "two", options + " --resume auto")
+    two = start(script, resume, f"signal in micro-batch {micro_batch}")
+    _, said = two.communicate(timeout=60)
+    assert two.returncode == STOPPED and newest(tmp_path / "two")["step"] == kept, said
+    two = start(script, resume)
+    _, said = two.communicate(timeout=60)
+    assert two.returncode == 0, said
+    for a, b in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
+        assert a == (b[0], pytest.approx(b[1], rel=1e-4))
+    one, two = (newest(tmp_path / name)["model"] for name in ("one", "two"))
+    for name in one:
+        assert (one[name] - two[name]).abs().max() <= 1e-3 * one[name].abs().max(), name
+    moved = one["pairs.weight"].any(1)
+    assert not moved.all() and torch.equal(moved, two["pairs.weight"].any(1))
+
+
+@pytest.mark.slow
 def test_rank_0_decides_when_all_save_by_time(data, tmp_path, script):  # noqa: F811
     """A rank dies in the step after 3; no step is saved by its number but the first."""
     two = start(script, flags(data, tmp_path / "run", LONG + " --save_minutes 0.000001"), "killed")
@@ -241,7 +298,8 @@ def test_a_signal_to_the_launcher_saves_and_ends_as_on_one_card(data, tmp_path, 
 @pytest.mark.parametrize("bad, status, message, kept", (
     ("memory", 2, "error: rank 1: out of memory: lower --batch_size", 0),
     ("data", 2, "error: rank 1: a token too large", 3),
-    ("stuck", 1, "error: rank 0: .*[Tt]imed? ?out", 0)))
+    ("stuck", 1, "error: rank 0: .*[Tt]imed? ?out", 0),
+    ("stuck in a step", 1, "error: rank 0: .*[Tt]imed? ?out", 0)))
 def test_a_rank_that_fails_alone_ends_the_run_and_is_named(data, tmp_path, script,  # noqa: F811
                                                            bad, status, message, kept):
     run = start(script, flags(data, tmp_path / "run", LONG), bad)

@@ -87,6 +87,16 @@ def test_a_layer_adds_its_rows_as_the_formula_says(options):
         z, h, added, rotary))[0], x) < 1e-12
 
 
+@pytest.mark.parametrize("given", (TABLES, dict(pair_rows=50), dict(value_tables=1)))
+def test_the_rows_that_tokens_look_up_are_those_that_get_gradients(given):
+    """On several ranks no other rows are averaged."""
+    model, idx = moved(**{"pair_rows": 0, "value_tables": 0, **given}), random_tokens((3, 7), 97)
+    model(idx, idx.roll(-1, 1), return_logits=False)[1].backward()
+    tables = trainer.row_tables(model).values()
+    for p, rows in zip(tables, model.rows_met(idx), strict=True):
+        assert torch.equal(rows, p.grad.any(1).nonzero()[:, 0])
+
+
 @pytest.mark.parametrize("options", MIXERS)
 def test_tables_stream_and_do_not_leak(options):
     model = moved(**TABLES, **options)
