@@ -11,15 +11,9 @@ import torch
 
 import train_gpt2_afno
 from data.text_to_bin import InputError
-<<<<<<< HEAD
 from runtime import choose_gpus, launch
-from test_trainer import (SCRIPT, VOCABULARY, data, flags, losses, main, newest,  # noqa: F401
-                          small, wait_for_step)
-=======
-from runtime import choose_gpus
 from test_trainer import (SCRIPT, STOPPED, VOCABULARY, data, flags, losses,  # noqa: F401
                           main, newest, small, wait_for_step)
->>>>>>> overlap
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LONG = "--num_iterations 1000000 --save_every 0 --val_loss_every 0 --grad_accumulation_steps 2 " \
