@@ -240,7 +240,7 @@ def test_two_ranks_train_tables_as_one_does(data, tmp_path, script):  # noqa: F8
     One rank gets a signal in the first of a step's two micro-batches. Both give the step up, and
     later go on.
     """
-    options = "--pair_rows 50 --value_tables 1 --predict_ahead 1 --predict_prefix 1 " \
+    options = "--pair_rows 50 --value_tables 1 --predict_ahead 1 " \
         "--grad_accumulation_steps 4 --num_iterations 7 --curriculum 8:0.5,16:0.5"
     main(flags(data, tmp_path / "one", options))
     resume = flags(data, tmp_path / "two", options + " --resume auto")
