@@ -134,10 +134,10 @@ def facts_wanted() -> bool:
 
 
 def show_facts(args, folder: Path, device: torch.device, sizes: tuple[int, int],
-               command: str | None = None, pid: int | None = None):
-    """Print the screen; where none are given, of this command, and of this process or torchrun."""
+               command: str | None = None):
+    """Print the screen, of this command where none is given. To stop: this process, or torchrun."""
     command = command or shlex.join(["python", *map(relative, sys.argv)])
-    pid = pid or (os.getpid() if ranks()[1] == 1 else os.getppid())
+    pid = os.getpid() if ranks()[1] == 1 else os.getppid()
     print("\n".join(facts(args, folder, device, sizes, command, pid)), flush=True)
 
 

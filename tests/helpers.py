@@ -1,6 +1,7 @@
 """Share what several test files need: a tiny model, oracles, how far two tensors are apart."""
 import torch
 
+from data.text_to_bin import InputError
 from train_gpt2_afno import GPT, GPTConfig
 
 TINY = dict(vocab_size=97, n_layer=3, n_head=2, n_embd=16, sequence_length=24, afno_num_blocks=4)
@@ -47,3 +48,12 @@ def token_by_token(step, x: torch.Tensor) -> tuple[torch.Tensor, object]:
         y_t, state = step(x[:, t], state)
         outputs.append(y_t)
     return torch.stack(outputs, 1), state
+
+
+class RefusingGate:
+    """A start.Gate that has room beside training, and has found a leak."""
+
+    make_room = lambda self: None
+
+    def verdict(self):
+        raise InputError("causality gate: it ended with status 1, nothing is trained")

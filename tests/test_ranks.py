@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import RefusingGate
 
 import train_gpt2_afno
 from data.text_to_bin import InputError
@@ -72,12 +73,8 @@ def test_the_shell_leaves_cards_to_the_trainer(tmp_path):
 
 
 def test_several_ranks_wait_for_the_gate():
-    class Refusing:
-        def verdict(self):
-            raise InputError("causality gate: it ended with status 1, nothing is trained")
-
     with pytest.raises(InputError, match="^causality gate: it ended"):
-        launch(2, Refusing())
+        launch(2, RefusingGate())
 
 
 def test_ranks_started_by_hand_are_as_many_as_asked_for(data, tmp_path, monkeypatch):  # noqa: F811

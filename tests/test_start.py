@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from helpers import RefusingGate
 
 import facts
 import runtime
@@ -502,14 +503,8 @@ def test_a_run_without_steps_left_starts_no_download(begin, tmp_path):
 
 
 def test_the_trainer_waits_for_the_gate(data, tmp_path):  # noqa: F811
-    class Refusing:
-        make_room = lambda self: None
-
-        def verdict(self):
-            raise InputError("causality gate: it ended with status 1, nothing is trained")
-
     with pytest.raises(InputError, match="^causality gate: it ended"):
-        train_gpt2_afno.main(flags(data, tmp_path / "run"), Refusing())
+        train_gpt2_afno.main(flags(data, tmp_path / "run"), RefusingGate())
     assert not losses(tmp_path / "run")
 
 
