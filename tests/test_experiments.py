@@ -193,31 +193,30 @@ def test_an_unfinished_run_is_resumed(pair, fake_trainer, tmp_path):
 def test_a_run_of_longer_rows_is_evaluated_at_the_common_length(
         data, pair, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation_studies, "COMMON_LENGTH", 8)
+    monkeypatch.delitem(STUDIES["pair"].arms, "one")
     argv = ["pair", "--data", str(data), "--output", str(tmp_path)]
     assert main([*argv, "--keep_checkpoints"]) == 0
     tokens = torch.from_numpy(read_bin(next(data.glob("val_*.bin"))).astype(np.int64))
-    for arm in ("one", "two"):
-        folder = tmp_path / "pair" / f"{arm}-seed1337"
-        state = torch.load(folder / "state_step000002.pt")
-        model = trainer.GPT(trainer.GPTConfig(**state["config"]))
-        model.load_state_dict(state["model"])
-        rows = [tokens[i : i + 9][None] for i in range(0, 39, 8)]  # 39 targets, each of them once
-        loss = sum(model(row[:, :-1], row[:, 1:])[1].item() * (row.size(1) - 1)
-                   for row in rows) / 39
-        said = re.search(r"sequence_length:8 val_tokens:39 val_loss:(\S+)",
-                         (folder / "eval-1024.txt").read_text())
-        assert float(said.group(1)) == pytest.approx(loss, abs=1e-3)
+    folder = tmp_path / "pair/two-seed1337"
+    state = torch.load(folder / "state_step000002.pt")
+    model = trainer.GPT(trainer.GPTConfig(**state["config"]))
+    model.load_state_dict(state["model"])
+    rows = [tokens[i : i + 9][None] for i in range(0, 39, 8)]  # 39 targets, each of them once
+    loss = sum(model(row[:, :-1], row[:, 1:])[1].item() * (row.size(1) - 1) for row in rows) / 39
+    said = re.search(r"sequence_length:8 val_tokens:39 val_loss:(\S+)",
+                     (folder / "eval-1024.txt").read_text())
+    assert float(said.group(1)) == pytest.approx(loss, abs=1e-3)
     # as if the study had been stopped after the run
-    (tmp_path / "pair/two-seed1337/eval-1024.txt").unlink()
+    (folder / "eval-1024.txt").unlink()
     assert main(argv) == 0  # finished, evaluated: checkpoints go
     assert not list(tmp_path.glob("pair/*/*.pt"))
     assert f"| {said.group(1)} |" in (tmp_path / "pair/table.md").read_text()
     # not a checkpoint: cannot be evaluated
-    (tmp_path / "pair/one-seed1337/state_step000002.pt").touch()
-    (tmp_path / "pair/one-seed1337/eval-1024.txt").unlink()
+    (folder / "state_step000002.pt").touch()
+    (folder / "eval-1024.txt").unlink()
     capsys.readouterr()
     assert main(argv) == 1
-    error = "error: one-seed1337: not evaluated at 8 tokens, exit status 2\n"
+    error = "error: two-seed1337: not evaluated at 8 tokens, exit status 2\n"
     assert error in capsys.readouterr().err
 
 

@@ -1,4 +1,5 @@
 """Several ranks, through gloo on the CPU: what they share out, and how a run with them ends."""
+import multiprocessing
 import os
 import re
 import signal
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import RefusingGate
 
 import train_gpt2_afno
 from data.text_to_bin import InputError
-from runtime import choose_gpus, launch
+from runtime import average_rows, choose_gpus, launch
 from test_trainer import (SCRIPT, STOPPED, VOCABULARY, data, flags, losses,  # noqa: F401
                           main, newest, small, wait_for_step)
 
@@ -97,46 +99,41 @@ def test_ranks_started_by_hand_must_divide_the_micro_batches(data, tmp_path,  # 
 # what travels between ranks
 
 
-@pytest.mark.slow
+def average_on(rank: int, store: str):
+    """Be one of three ranks; the oracle averages whole gradients."""
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=3)
+    reduce = dist.all_reduce
+    torch.manual_seed(0)
+    for met in ((3, 5, 1), (4, 0, 2), (0, 0, 0)):
+        sent, gradients, rows = [], [], []
+        for size in (60, 90):
+            own = [torch.randint(size, (n,)) for n in met]  # of each rank, on all ranks
+            rows.append(torch.cat(own).unique())
+            gradients.append(torch.zeros(size, 4))
+            gradients[-1][own[rank]] = torch.randn(3, 9, 4)[rank, : met[rank]]
+        wanted = [g.clone() for g in gradients]
+        for g in wanted:
+            reduce(g)
+        dist.all_reduce = lambda x, **options: (sent.append(x.numel()), reduce(x, **options))[1]
+        end = average_rows(gradients, rows)
+        dist.all_reduce = reduce
+        end()
+        for g, sums in zip(gradients, wanted):
+            assert (g - sums / 3).abs().max() < 1e-6
+        assert sum(sent) == 4 * sum(map(len, rows)) <= 2 * 4 * sum(met), sent  # rows that were met
+    dist.destroy_process_group()  # else its threads may abort the process at its end
+
+
 def test_rows_of_tables_are_averaged_over_ranks(tmp_path):
-    """Three ranks with other rows each, one with none; the oracle averages whole gradients.
-
-    All know which rows the others have.
-    """
-    script = tmp_path / "rows.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import torch
-import torch.distributed as dist
-from runtime import average_rows
-
-dist.init_process_group("gloo")
-rank, reduce = dist.get_rank(), dist.all_reduce
-torch.manual_seed(0)
-for met in ((3, 5, 1), (4, 0, 2), (0, 0, 0)):
-    sent, gradients, rows = [], [], []
-    for size in (60, 90):
-        own = [torch.randint(size, (n,)) for n in met]  # of each rank, on all ranks
-        rows.append(torch.cat(own).unique())
-        gradients.append(torch.zeros(size, 4))
-        gradients[-1][own[rank]] = torch.randn(3, 9, 4)[rank, : met[rank]]
-    wanted = [g.clone() for g in gradients]
-    for g in wanted:
-        reduce(g)
-    dist.all_reduce = lambda x, **options: (sent.append(x.numel()), reduce(x, **options))[1]
-    end = average_rows(gradients, rows)
-    dist.all_reduce = reduce
-    end()
-    for g, sums in zip(gradients, wanted):
-        assert (g - sums / 3).abs().max() < 1e-6
-    assert sum(sent) == 4 * sum(map(len, rows)) <= 2 * 4 * sum(met), sent  # rows that were met
-dist.destroy_process_group()  # else its threads may abort the process at its end
-""")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=3", str(script)], capture_output=True, text=True,
-                          timeout=120)
-    assert done.returncode == 0, done.stderr
+    """Three ranks with other rows each, one with none. All know which rows the others have."""
+    fork = multiprocessing.get_context("fork")  # spares three imports of torch
+    ranks = [fork.Process(target=average_on, args=(rank, f"file://{tmp_path}/store"))
+             for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
 
 
 # -----------------------------------------------------------------------------
