@@ -157,7 +157,8 @@ def kernels_of(config, args) -> set[str]:
         names.add("convolution")
     if "afno" in mixers and config.afno_token_taps:
         names.add("token")
-    if "afno" in mixers and (config.afno_form == "state" or config.afno_state_layers):
+    states = "afno" in mixers and (config.afno_form == "state" or config.afno_state_layers)
+    if states and not config.afno_delta_rule:
         names.add("state")
     return names
 
