@@ -826,8 +826,7 @@ class StateOperator(nn.Module):
     it: recall of what is far is what filters lack.
 
     With the delta rule k has length one, and v_t is replaced by b (v_t - what k_t reads of the past
-    that remains), b = sigmoid(w v): a key that comes again does not add up, it is overwritten. The
-    lower half of the waves does not turn, so that a key is the same wherever it comes again.
+    that remains), b = sigmoid(w v): what a key holds does not add up, it is overwritten.
     """
 
     def __init__(self, mlp: SpectralMLP, router: Router, num_heads: int, width: int,
@@ -837,22 +836,19 @@ class StateOperator(nn.Module):
         num_poles = max(1, width // 2)  # complex: the state has as many numbers as a value squared
         kept = math.ceil(fraction * num_poles)
         angle = 10000.0 ** -(torch.arange(num_poles) / num_poles)
-        self.still = kept // 2 if delta_rule else 0
-        self.angle = nn.Parameter(angle.flip(0)[self.still : kept])  # lowest first
-        tau = log_spaced(filter_length / 8, 4 * filter_length, num_heads, self.angle.detach())
+        # lowest first; logarithms, so that a step of the optimizer leaves a slow wave slow
+        self.log_angle = nn.Parameter(angle.flip(0)[:kept].log())
+        tau = log_spaced(filter_length / 8, 4 * filter_length, num_heads, angle)
         self.log_decay = nn.Parameter((1 / tau).expm1().log())  # b: softplus of it is 1 / tau
         self.decay = nn.Parameter(torch.zeros(num_heads, num_heads * width))  # d
         self.write = nn.Parameter(torch.zeros_like(self.decay)) if delta_rule else None  # w
         pairs = 2 * kept * num_heads  # (re, im) of each head
         self.sizes = (num_heads * width, pairs, pairs)  # of v, k and q
 
-    def angles(self) -> Tensor:
-        """Return the angles of all waves, (poles,), those that do not turn first."""
-        return F.pad(self.angle, (self.still, 0))
-
     def response(self) -> Complex:
         """Return c, two of (num_heads, poles)."""
-        turn = torch.outer(self.angles(), torch.arange(NUM_DELAYS, device=self.angle.device))
+        delay = torch.arange(NUM_DELAYS, device=self.log_angle.device)
+        turn = torch.outer(self.log_angle.exp(), delay)
         parts = response_at(turn, self.mlp, self.router)
         lag = 1 / F.softplus(self.log_decay.detach())
         return tuple(self.router.by_lag(part.mT, lag)[0].mT for part in parts)
@@ -864,11 +860,11 @@ class StateOperator(nn.Module):
         complex one. q, k and v are in z's dtype.
         """
         v, k, q = z.split(self.sizes, -1)
-        of_value = lambda weight: (v @ weight.mT.to(v.dtype)).to(self.angle.dtype)
+        of_value = lambda weight: (v @ weight.mT.to(v.dtype)).to(self.log_angle.dtype)
         decay = of_value(self.decay) + self.log_decay
         beta = () if self.write is None else (torch.sigmoid(of_value(self.write)),)
         log_a = -F.softplus(decay)
-        turn = torch.outer(position, self.angles())[:, None]
+        turn = torch.outer(position, self.log_angle.exp())[:, None]
         cos, sin = turn.cos(), turn.sin()
         v, k, q = (part.unflatten(-1, (self.num_heads, -1)) for part in (v, k, q))
         (k_re, k_im), (q_re, q_im) = (rmsnorm(part.to(cos.dtype)).chunk(2, -1) for part in (k, q))
@@ -883,7 +879,7 @@ class StateOperator(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Return (B, T, C) from z (B, T, v | k | q)."""
         with torch.autocast(z.device.type, enabled=False):
-            position = torch.arange(z.size(1), device=z.device).to(self.angle.dtype)
+            position = torch.arange(z.size(1), device=z.device).to(self.log_angle.dtype)
             scan = state_scan if self.write is None else delta_scan
             return rmsnorm(scan(*self.waves(z, position))).flatten(2)
 
@@ -891,7 +887,7 @@ class StateOperator(nn.Module):
         """Return the next output and state, in O(C width), however long the text."""
         t, S = state or (0, 0.0)
         with torch.autocast(z_t.device.type, enabled=False):
-            waves = self.waves(z_t[:, None], torch.full_like(self.angle[:1], t))
+            waves = self.waves(z_t[:, None], torch.full_like(self.log_angle[:1], t))
             q, k, v, log_a, *beta = (part[:, 0, :, None] for part in waves)
             S, k = log_a.exp()[..., None] * S, k.to(log_a.dtype)
             if beta:

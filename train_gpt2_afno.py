@@ -837,7 +837,7 @@ def row_tables(model: GPT) -> dict[str, nn.Parameter]:
 
 
 # Places, logarithms and factors, for which zero is no neutral value: they do not decay.
-PLACES = ("angle", "centre", "log_decay", "log_width", "embedding_mix", "value_mix", "pair_mix")
+PLACES = ("log_angle", "centre", "log_decay", "log_width", "embedding_mix", "value_mix", "pair_mix")
 
 
 def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float,

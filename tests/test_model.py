@@ -1013,7 +1013,7 @@ def test_places_and_logarithms_do_not_decay():
     optimizer.step()
     still = {name.split(".")[-1] for name, p in model.named_parameters()
              if p.any() and torch.equal(p, before[name])}
-    assert still == {"angle", "log_decay", "centre", "log_width", "embedding_mix"}
+    assert still == {"log_angle", "log_decay", "centre", "log_width", "embedding_mix"}
 
 
 def test_schedule_is_the_baselines():
