@@ -167,8 +167,7 @@ table("device",
       ("fp8_head", 0, SWITCH, "fp8 products in the head while training, where the GPU has fp8"),
       ("fp8_mlp", 0, SWITCH, "fp8 in the MLPs' first product while training, likewise"),
       ("recompute", 0, SWITCH, "keep products alone for backward, compute the rest again; tried "
-       "where few rows do not fit"),
-      common=False)
+       "where few rows do not fit"), common=False)
 table("data and output",
       ("input_bin", None, TEXT, "training shards, a pattern (the preset's)"),
       ("input_val_bin", None, TEXT, "validation shards, a pattern (the preset's)"),
