@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import constant, usable
+from kernels import constant, operator, save_inputs, usable
 from kernels.blocks import BLOCK, chunks_remaining, odd_dft, segment_responses
 
 try:
@@ -324,19 +324,22 @@ class AFNO1D(nn.Module):
         short_conv: taps of the short convolution; >= 1, where 1 mixes no tokens.
         silu: whether SiLU follows it, in all forms but state.
         token_taps: taps that each token makes for itself, in all forms but state; 0 to 64.
+        delta_rule: whether states forget what a key holds before it is written anew, in state.
     Parameters are float32 or float64; autocast makes the rest bf16.
     """
 
     def __init__(self, hidden_size: int, num_blocks: int = 4, sparsity_threshold: float = 0.01,
                  hard_thresholding_fraction: float = 1.0, filter_length: int = 1024,
                  form: str = "filter", num_experts: int = 1, routing: str = "frequency",
-                 short_conv: int = 4, silu: bool = False, token_taps: int = 0):
+                 short_conv: int = 4, silu: bool = False, token_taps: int = 0,
+                 delta_rule: bool = False):
         super().__init__()
         check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholding_fraction,
-                        filter_length, form, num_experts, routing, short_conv, silu, token_taps)
+                        filter_length, form, num_experts, routing, short_conv, silu, token_taps,
+                        delta_rule)
         self.operator = make_operator(form, hidden_size, num_blocks, sparsity_threshold,
                                       hard_thresholding_fraction, filter_length, num_experts,
-                                      routing)
+                                      routing, delta_rule)
         operand = sum(self.operator.sizes) if form == "state" else hidden_size
         self.c_in = nn.Linear(hidden_size, operand, bias=False)
         self.short_conv = ShortConv(operand, short_conv, silu and form != "state")
@@ -426,7 +429,8 @@ def filter_width(form: str, hidden_size: int, num_blocks: int) -> int:
 
 
 def make_operator(form: str, hidden_size: int, num_blocks: int, sparsity_threshold: float,
-                  fraction: float, filter_length: int, num_experts: int, routing: str) -> nn.Module:
+                  fraction: float, filter_length: int, num_experts: int, routing: str,
+                  delta_rule: bool = False) -> nn.Module:
     """Return the operator of a form; the arguments are AFNO1D's."""
     block_size, width = hidden_size // num_blocks, filter_width(form, hidden_size, num_blocks)
     num_filters = hidden_size // width
@@ -439,7 +443,7 @@ def make_operator(form: str, hidden_size: int, num_blocks: int, sparsity_thresho
     lags = (near, filter_length / 2) if form == "dyadic" else (0, filter_length)
     router = Router(num_experts, routing, lags)
     if form == "state":
-        return StateOperator(mlp, router, num_filters, width, fraction, filter_length)
+        return StateOperator(mlp, router, num_filters, width, fraction, filter_length, delta_rule)
     if form == "dyadic":
         return DyadicOperator(mlp, router, num_filters, fraction)
     if form == "reference":
@@ -449,7 +453,8 @@ def make_operator(form: str, hidden_size: int, num_blocks: int, sparsity_thresho
 
 
 def check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholding_fraction,
-                    filter_length, form, num_experts, routing, short_conv, silu, token_taps):
+                    filter_length, form, num_experts, routing, short_conv, silu, token_taps,
+                    delta_rule):
     """Raise ValueError, which begins with the argument's name, where one is out of its range."""
     counts = dict(hidden_size=hidden_size, num_blocks=num_blocks, filter_length=filter_length,
                   num_experts=num_experts, short_conv=short_conv)
@@ -466,7 +471,8 @@ def check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholdi
         raise ValueError("hard_thresholding_fraction must be in (0, 1], "
                          f"got {hard_thresholding_fraction}")
     for name, value, allowed in (("form", form, FORMS), ("routing", routing, ROUTINGS),
-                                 ("silu", silu, (False, True))):
+                                 ("silu", silu, (False, True)),
+                                 ("delta_rule", delta_rule, (False, True))):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")
     if form == "reference" and num_experts > 1:
@@ -709,23 +715,31 @@ def state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
     return plain_state_scan(q, k, v, log_a)
 
 
+def in_chunks(x: Tensor) -> Tensor:
+    """Return x (B, T, G, ...) as (B, G, n, L, ...): chunks of 64 tokens, the last one padded."""
+    T = x.size(1)
+    L = min(64, T)
+    padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -T % L))
+    return padded.unflatten(1, (-1, L)).movedim(3, 1).contiguous()
+
+
+def remains_of(since: Tensor) -> Tensor:
+    """Return what remains of token s at token t of a chunk, (..., t, s), exact zeros for s > t.
+
+    since: (..., L), the logarithm of what is left of the chunk's beginning.
+    """
+    L = since.size(-1)
+    before = torch.ones(L, L, dtype=torch.bool, device=since.device).tril()
+    between = since[..., None] - since[..., None, :]
+    return between.masked_fill(~before, -math.inf).exp()
+
+
 def plain_state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
     """Return state_scan by torch's batched matrix products, in any dtype."""
     T = v.size(1)
-    L = min(64, T)
-    n = -(-T // L)
-
-    def chunks(x: Tensor) -> Tensor:
-        """(B, T, G, ...) to (B, G, n, L, ...)."""
-        padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, n * L - T))
-        return padded.unflatten(1, (n, L)).movedim(3, 1).contiguous()
-
-    q, k, v, log_a = map(chunks, (q, k, v, log_a))
-    since = log_a.cumsum(3)  # the logarithm of what is left of the chunk's beginning
-    before = torch.ones(L, L, dtype=torch.bool, device=v.device).tril()
-    remains = since[..., None] - since[..., None, :]  # (..., t, s)
-    remains = remains.masked_fill(~before, -math.inf).exp()
-    y = ((q @ k.mT) * remains).to(v.dtype) @ v
+    q, k, v, log_a = map(in_chunks, (q, k, v, log_a))
+    since, n = log_a.cumsum(3), v.size(2)
+    y = ((q @ k.mT) * remains_of(since)).to(v.dtype) @ v
     if n > 1:
         whole = since[..., -1]
         # (B, G, n, D, W)
@@ -733,6 +747,68 @@ def plain_state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
         state = (chunks_remaining(whole).to(v.dtype) @ sent.flatten(3)).view_as(sent)
         y = y + (q * since.exp()[..., None]).to(v.dtype) @ state
     return y.movedim(1, 3).flatten(1, 2)[:, :T]
+
+
+def plain_delta_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, beta: Tensor) -> Tensor:
+    """Return y_t = q_t S_t with S_t = a_t S_(t-1) + k_t u_t^T, u_t = b_t (v_t - a_t k_t S_(t-1)).
+
+    state_scan's shapes, and beta: (B, T, G), in log_a's dtype. Bitwise causal. A token writes what
+    its key does not hold yet. Inside a chunk the u are the solution of a triangular system (Yang et
+    al., 2024, "Parallelizing linear transformers with the delta rule"):
+
+        u_t + b_t sum over s < t of remains[t, s] (k_t k_s) u_s = b_t (v_t - since_t k_t S),
+
+    S where the chunk begins. So u = own - held S, with two right sides that all chunks solve at
+    once; then one chunk follows the other.
+    """
+    T, half = v.size(1), v.dtype
+    q, k, v, log_a, beta = map(in_chunks, (q, k, v, log_a, beta))
+    since = log_a.cumsum(3)
+    remains, since = remains_of(since), since.exp()[..., None]
+    beta = beta[..., None]
+    system = torch.eye(k.size(3), device=k.device, dtype=beta.dtype) + (
+        beta * remains * (k @ k.mT)).tril(-1)
+    sides = beta * torch.cat((v.to(beta.dtype), since * k), -1)
+    own, held = torch.linalg.solve_triangular(system, sides, upper=False).split(
+        (v.size(-1), k.size(-1)), -1)
+    until, held = (remains[..., -1, :, None] * k).to(half), held.to(half)
+    state, states, writes = beta.new_zeros(*k.shape[:2], k.size(-1), v.size(-1)), [], []
+    for i in range(v.size(2)):
+        states.append(state.to(half))
+        writes.append((own[:, :, i] - held[:, :, i] @ states[i]).to(half))
+        state = since[:, :, i, -1:] * state + until[:, :, i].mT @ writes[i]
+    y = ((q @ k.mT) * remains).to(half) @ torch.stack(writes, 2)
+    y = y + (since * q).to(half) @ torch.stack(states, 2)
+    return y.movedim(1, 3).flatten(1, 2)[:, :T].contiguous()
+
+
+@operator("delta_scan")  # opaque to torch.compile, which would unroll the chunks
+def delta_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, beta: Tensor) -> Tensor:
+    return plain_delta_scan(q, k, v, log_a, beta)
+
+
+@operator("delta_scan_backward")
+def delta_scan_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor,
+                        beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v, log_a, beta)]
+        gradients = torch.autograd.grad(plain_delta_scan(*inputs), inputs, dy)
+    return tuple(gradient.contiguous() for gradient in gradients)
+
+
+@torch.library.register_fake(delta_scan)
+def _(q, k, v, log_a, beta):
+    return v.new_empty(v.shape)
+
+
+@torch.library.register_fake(delta_scan_backward)
+def _(dy, q, k, v, log_a, beta):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, log_a, beta))
+
+
+torch.library.register_autograd(
+    delta_scan, lambda ctx, dy: delta_scan_backward(dy, *ctx.saved_tensors),
+    setup_context=save_inputs)
 
 
 class StateOperator(nn.Module):
@@ -748,61 +824,75 @@ class StateOperator(nn.Module):
 
     Angles begin as rotary attention's, time constants as an eighth of filter_length to four times
     it: recall of what is far is what filters lack.
+
+    With the delta rule k has length one, and v_t is replaced by b (v_t - what k_t reads of the past
+    that remains), b = sigmoid(w v): what a key holds does not add up, it is overwritten.
     """
 
     def __init__(self, mlp: SpectralMLP, router: Router, num_heads: int, width: int,
-                 fraction: float, filter_length: int):
+                 fraction: float, filter_length: int, delta_rule: bool):
         super().__init__()
         self.mlp, self.router, self.num_heads = mlp, router, num_heads
         num_poles = max(1, width // 2)  # complex: the state has as many numbers as a value squared
         kept = math.ceil(fraction * num_poles)
         angle = 10000.0 ** -(torch.arange(num_poles) / num_poles)
-        self.angle = nn.Parameter(angle.flip(0)[:kept])  # lowest first
-        tau = log_spaced(filter_length / 8, 4 * filter_length, num_heads, self.angle.detach())
+        # lowest first; logarithms, so that a step of the optimizer leaves a slow wave slow
+        self.log_angle = nn.Parameter(angle.flip(0)[:kept].log())
+        tau = log_spaced(filter_length / 8, 4 * filter_length, num_heads, angle)
         self.log_decay = nn.Parameter((1 / tau).expm1().log())  # b: softplus of it is 1 / tau
         self.decay = nn.Parameter(torch.zeros(num_heads, num_heads * width))  # d
+        self.write = nn.Parameter(torch.zeros_like(self.decay)) if delta_rule else None  # w
         pairs = 2 * kept * num_heads  # (re, im) of each head
         self.sizes = (num_heads * width, pairs, pairs)  # of v, k and q
 
     def response(self) -> Complex:
         """Return c, two of (num_heads, poles)."""
-        turn = torch.outer(self.angle, torch.arange(NUM_DELAYS, device=self.angle.device))
+        delay = torch.arange(NUM_DELAYS, device=self.log_angle.device)
+        turn = torch.outer(self.log_angle.exp(), delay)
         parts = response_at(turn, self.mlp, self.router)
         lag = 1 / F.softplus(self.log_decay.detach())
         return tuple(self.router.by_lag(part.mT, lag)[0].mT for part in parts)
 
-    def waves(self, z: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return state_scan's inputs from z (B, T, v | k | q) at positions (T,).
+    def waves(self, z: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+        """Return the scan's inputs from z (B, T, v | k | q) at positions (T,).
 
         q and k are turned to their position, so that their real product is the real part of the
         complex one. q, k and v are in z's dtype.
         """
         v, k, q = z.split(self.sizes, -1)
-        decay = (v @ self.decay.mT.to(v.dtype)).to(self.angle.dtype) + self.log_decay
+        of_value = lambda weight: (v @ weight.mT.to(v.dtype)).to(self.log_angle.dtype)
+        decay = of_value(self.decay) + self.log_decay
+        beta = () if self.write is None else (torch.sigmoid(of_value(self.write)),)
         log_a = -F.softplus(decay)
-        turn = torch.outer(position, self.angle)[:, None]
+        turn = torch.outer(position, self.log_angle.exp())[:, None]
         cos, sin = turn.cos(), turn.sin()
         v, k, q = (part.unflatten(-1, (self.num_heads, -1)) for part in (v, k, q))
         (k_re, k_im), (q_re, q_im) = (rmsnorm(part.to(cos.dtype)).chunk(2, -1) for part in (k, q))
         c_re, c_im = self.response()
         q_re, q_im = q_re * c_re - q_im * c_im, q_re * c_im + q_im * c_re
         k = torch.cat((k_re * cos + k_im * sin, k_im * cos - k_re * sin), -1)  # k exp(-i w t)
+        if beta:
+            k = k * k.size(-1) ** -0.5
         q = torch.cat((q_re * cos - q_im * sin, -q_re * sin - q_im * cos), -1)  # conj(q exp(i w t))
-        return q.to(v.dtype), k.to(v.dtype), v, log_a
+        return q.to(v.dtype), k.to(v.dtype), v, log_a, *beta
 
     def forward(self, z: Tensor) -> Tensor:
         """Return (B, T, C) from z (B, T, v | k | q)."""
         with torch.autocast(z.device.type, enabled=False):
-            position = torch.arange(z.size(1), device=z.device).to(self.angle.dtype)
-            return rmsnorm(state_scan(*self.waves(z, position))).flatten(2)
+            position = torch.arange(z.size(1), device=z.device).to(self.log_angle.dtype)
+            scan = state_scan if self.write is None else delta_scan
+            return rmsnorm(scan(*self.waves(z, position))).flatten(2)
 
     def step(self, z_t: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
         """Return the next output and state, in O(C width), however long the text."""
         t, S = state or (0, 0.0)
         with torch.autocast(z_t.device.type, enabled=False):
-            waves = self.waves(z_t[:, None], torch.full_like(self.angle[:1], t))
-            q, k, v, log_a = (part[:, 0, :, None] for part in waves)
-            S = log_a.exp()[..., None] * S + k.mT.to(log_a.dtype) * v  # (B, G, 2 poles, width)
+            waves = self.waves(z_t[:, None], torch.full_like(self.log_angle[:1], t))
+            q, k, v, log_a, *beta = (part[:, 0, :, None] for part in waves)
+            S, k = log_a.exp()[..., None] * S, k.to(log_a.dtype)
+            if beta:
+                v = beta[0][..., None] * (v - (k @ S if t else 0))
+            S = S + k.mT * v  # (B, G, 2 poles, width)
             y = rmsnorm(q.to(S.dtype) @ S)
             return y.flatten(1).to(z_t.dtype), (t + 1, S)
 

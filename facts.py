@@ -157,7 +157,8 @@ def kernels_of(config, args) -> set[str]:
         names.add("convolution")
     if "afno" in mixers and config.afno_token_taps:
         names.add("token")
-    if "afno" in mixers and (config.afno_form == "state" or config.afno_state_layers):
+    states = "afno" in mixers and (config.afno_form == "state" or config.afno_state_layers)
+    if states and not config.afno_delta_rule:
         names.add("state")
     return names
 
@@ -178,6 +179,8 @@ def describe(run):
                                      for name, value in config.afno_arguments().items()))
     if config.afno_state_layers:
         run.say(f"afno layers of form state: {', '.join(map(str, config.afno_state_layers))}")
+    if config.afno_delta_rule:
+        run.say("delta rule: plain PyTorch, no kernel is written for it")
     names = kernels_of(config, run.args) | {"loss"}  # validation is without fp8
     for name in KERNELS:
         if name in names:

@@ -138,6 +138,7 @@ table("model",
       ("afno_num_experts", 1, integer(1, 1000), "sets of weights of AFNO's MLP"),
       ("afno_routing", "frequency", one_of(*ROUTINGS), "what mixes experts; position is the lag"),
       ("afno_short_conv", 4, integer(1, 1024), "taps of the short convolution; 1: none"),
+      ("afno_delta_rule", 0, SWITCH, "states overwrite what a key holds, in form state"),
       ("afno_silu", 0, SWITCH, "SiLU after the short convolution, except in form state"),
       ("afno_token_taps", 0, integer(0, 64), "taps each token makes itself, except in form state"),
       ("position", "none", one_of("none", "learned", "sinusoidal", "fourier"),
@@ -166,8 +167,7 @@ table("device",
       ("fp8_head", 0, SWITCH, "fp8 products in the head while training, where the GPU has fp8"),
       ("fp8_mlp", 0, SWITCH, "fp8 in the MLPs' first product while training, likewise"),
       ("recompute", 0, SWITCH, "keep products alone for backward, compute the rest again; tried "
-       "where few rows do not fit"),
-      common=False)
+       "where few rows do not fit"), common=False)
 table("data and output",
       ("input_bin", None, TEXT, "training shards, a pattern (the preset's)"),
       ("input_val_bin", None, TEXT, "validation shards, a pattern (the preset's)"),
@@ -836,7 +836,7 @@ def row_tables(model: GPT) -> dict[str, nn.Parameter]:
 
 
 # Places, logarithms and factors, for which zero is no neutral value: they do not decay.
-PLACES = ("angle", "centre", "log_decay", "log_width", "embedding_mix", "value_mix", "pair_mix")
+PLACES = ("log_angle", "centre", "log_decay", "log_width", "embedding_mix", "value_mix", "pair_mix")
 
 
 def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float,

@@ -488,7 +488,8 @@ def test_a_scale_of_the_whole_batch_in_fp8_is_a_leak(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", (
     {}, dict(mixer="attn"), dict(afno_form="hilbert"), dict(afno_form="dyadic"),
-    dict(afno_form="state"), dict(afno_state_layers=(1,), afno_silu=1)))
+    dict(afno_form="state"), dict(afno_state_layers=(1,), afno_silu=1),
+    dict(afno_form="state", afno_delta_rule=1)))
 def test_nothing_true_is_called_a_leak(options):
     config = dataclasses.replace(CONFIG, value_residual=1, **options)
     assert start_sees(config) is start_sees(config, HALF) is None

@@ -464,7 +464,8 @@ def generated(model, idx):
     pytest.param(position, marks=slow) for position in ("sinusoidal", "fourier"))))
 @pytest.mark.parametrize("options", (
     dict(mixer="attn"), dict(attn_layers=(1,)), dict(afno_form="dyadic", attn_layers=(1,)),
-    dict(afno_silu=1, afno_state_layers=(1,), afno_token_taps=5)))
+    dict(afno_silu=1, afno_state_layers=(1,), afno_token_taps=5),
+    dict(afno_state_layers=(0, 2), afno_delta_rule=1)))
 def test_token_by_token_gives_the_same_hidden_states(position, options):
     model = tiny(position=position, **options).double()
     idx = random_tokens((2, 24 if position == "learned" else 150), 97)
@@ -1012,7 +1013,7 @@ def test_places_and_logarithms_do_not_decay():
     optimizer.step()
     still = {name.split(".")[-1] for name, p in model.named_parameters()
              if p.any() and torch.equal(p, before[name])}
-    assert still == {"angle", "log_decay", "centre", "log_width", "embedding_mix"}
+    assert still == {"log_angle", "log_decay", "centre", "log_width", "embedding_mix"}
 
 
 def test_schedule_is_the_baselines():
