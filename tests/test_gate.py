@@ -486,6 +486,14 @@ def test_a_scale_of_the_whole_batch_in_fp8_is_a_leak(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("delta_rule", (0, 1))
+def test_states_that_hold_later_tokens_are_a_leak(monkeypatch, delta_rule):
+    monkeypatch.setattr(afno, "remains_of", lambda since: torch.ones_like(since)[..., None, :])
+    config = dataclasses.replace(CONFIG, afno_form="state", afno_delta_rule=delta_rule)
+    assert "refusing to go on: output 0 " in start_sees(config)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", (
     {}, dict(mixer="attn"), dict(afno_form="hilbert"), dict(afno_form="dyadic"),
     dict(afno_form="state"), dict(afno_state_layers=(1,), afno_silu=1),
