@@ -22,7 +22,8 @@ from kernels import usable
 from runtime import GIB, gpu_driver, memory_budget, ranks
 
 STARTED = "RUN_AFNO_SECONDS"  # in the environment once the screen is shown: what came before it
-SHARD = 100_000_000  # tokens of one of FineWeb's
+SHARD, SHARDS = 100_000_000, 103  # tokens of one of FineWeb's, and how many there are
+SCRIPTS = {"fineweb10B": "cached_fineweb10B.py", "shakespeare": "shakespeare.py"}
 KEPT_FILES = 5  # checkpoints on the disk at most: two last, best, the cooldown's, one being written
 # The loss to expect, and where that is from, by the folder under runs/: it is the preset's where no
 # flag changes the run.
@@ -54,15 +55,34 @@ def in_container(path: Path, mounts: str = "/proc/mounts") -> bool:
     return max(found, default=(0, ""))[1] == "overlay"
 
 
-def describe_data(args, tokens: int) -> tuple[str, int]:
+def tokens_of(args) -> int:
+    """Return the tokens that the whole run reads."""
+    step = args.batch_size * args.grad_accumulation_steps * args.sequence_length
+    return (args.num_iterations + args.extend) * step
+
+
+def data_script(args) -> list[str]:
+    """Return the script in data/ that brings the shards, and its argument; [] for one's own shards.
+
+    It brings as many as the run reads, but none for a last 1% of one.
+    """
+    folder = Path(args.input_bin).parent
+    if folder.parent != ROOT / "data" or folder.name not in SCRIPTS:
+        return []
+    shards = max(1, min(math.ceil(tokens_of(args) / SHARD - 0.01), SHARDS))
+    return [SCRIPTS[folder.name], *([str(shards)] if folder.name == "fineweb10B" else [])]
+
+
+def describe_data(args) -> tuple[str, int]:
     """Return where the data are, and the bytes that start.py fetches."""
     train, val = (find_shards(pattern) for pattern in (args.input_bin, args.input_val_bin))
     size = sum(os.path.getsize(path) for path in train) // 2
     folder = os.path.dirname(relative(args.input_bin))
-    if args.input_bin != str(ROOT / "data/fineweb10B/fineweb_train_*.bin"):
+    _, *shards = data_script(args) or [""]
+    if not shards:
         return (f"{folder}: there, {size / 1e6:,.1f}M tokens" if train and val
                 else f"{folder}: not there yet"), 0
-    wanted = math.ceil(tokens / SHARD)
+    wanted = int(shards[0])
     missing = max(0, wanted - len(train)) + (not val)
     if not missing:
         return f"{folder}: there, {len(train)} shards for training, {size / 1e6:,.0f}M tokens", 0
@@ -98,8 +118,7 @@ def facts(args, folder: Path, device: torch.device, sizes: tuple[int, int], comm
     """
     weights, averages = sizes
     steps, rows = args.num_iterations + args.extend, args.batch_size * args.grad_accumulation_steps
-    tokens = steps * rows * args.sequence_length
-    data, fetched = describe_data(args, tokens)
+    data, fetched = describe_data(args)
     saved = Checkpoints(folder).steps()
     name, trial = "CPU", ""
     if device.type == "cuda":
@@ -113,7 +132,7 @@ def facts(args, folder: Path, device: torch.device, sizes: tuple[int, int], comm
         + (f"at step {saved[0]} of {steps}" if saved else "a new run"),
         f"device: {name}; memory free: {shown(memory_budget(device))}",
         f"memory needed: {shown(2 * weights + averages)} and a micro-batch's work{trial}",
-        f"tokens: {tokens:,} in {steps} steps of {rows} rows of {args.sequence_length}",
+        f"tokens: {tokens_of(args):,} in {steps} steps of {rows} rows of {args.sequence_length}",
         f"data: {data}",
         *describe_disk(folder, weights + averages, fetched),
         f"loss to expect: {expected or 'not known for these flags'}",

@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-DATA = {"fineweb": ("cached_fineweb10B.py", "5"), "fineweb-4k": ("cached_fineweb10B.py", "5"),
-        "baseline": ("cached_fineweb10B.py", "25"), "shakespeare": ("shakespeare.py",)}
 BOTH = 60 * 2**30  # free bytes of a GPU that are enough for the gate beside a micro-batch
 
 
@@ -81,11 +79,10 @@ class Gate(Beside):
         return self.said
 
 
-def fetch(preset: str):
-    """Fetch the preset's data; what is there is not fetched again. Raises InputError."""
+def fetch(script: str, *argv: str):
+    """Fetch data by a script of data/, which leaves what is there. Raises InputError."""
     from data.text_to_bin import InputError
 
-    script, *argv = DATA[preset]
     child = Beside("data", f"data/{script}", *argv)
     try:
         status, _ = child.wait()
@@ -99,7 +96,7 @@ def main(argv: list[str], gate: Gate) -> int:
     """Show the facts, wait for the data, train; return the exit status."""
     import train_gpt2_afno as trainer
     from checkpoints import Checkpoints
-    from facts import STARTED, show_facts
+    from facts import STARTED, data_script, show_facts
     from runtime import choose_device, memory_budget
 
     flags, said = trainer.parse_flags(argv), []
@@ -120,8 +117,8 @@ def main(argv: list[str], gate: Gate) -> int:
     trainer.LAPS.done("facts")
     gate.show()
     gate.has_room = device.type == "cuda" and memory_budget(device) >= BOTH
-    if not {"input_bin", "input_val_bin"} <= flags.keys():
-        fetch(flags["preset"])
+    if script := data_script(args):
+        fetch(*script)
         trainer.LAPS.done("data")
     if device.type == "cpu":  # both would take all cores
         gate.verdict()

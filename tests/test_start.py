@@ -257,7 +257,7 @@ def screen(monkeypatch, tmp_path, argv: str, **variables) -> list[str]:
         monkeypatch.setattr(f"{name}.ROOT", tmp_path)
     shown, show = [], facts.facts
     monkeypatch.setattr(facts, "facts", lambda *given: shown.extend(show(*given)) or shown)
-    monkeypatch.setattr(start, "fetch", lambda preset: None)
+    monkeypatch.setattr(start, "fetch", lambda *script: None)
     monkeypatch.setattr(train_gpt2_afno, "main", lambda *given: 0)
     assert start.main(argv.split(), Passed()) == 0
     monkeypatch.setattr(facts, "facts", show)
@@ -315,6 +315,23 @@ def test_what_is_there_is_not_needed_again(monkeypatch, tmp_path):
     assert ", at step 7 of 3800" in text
     assert "fineweb10B: 3 of 6 shards to fetch, 0.6 GB" in text
     assert f"--output_dir {run} --resume auto" in text
+
+
+@pytest.mark.parametrize("argv, script", (
+    ("--preset fineweb", "cached_fineweb10B.py 5"), ("--preset baseline", "cached_fineweb10B.py 25"),
+    ("--preset fineweb-4k", "cached_fineweb10B.py 5"), ("--preset shakespeare", "shakespeare.py"),
+    ("--preset fineweb --num_iterations 7600", "cached_fineweb10B.py 10"),
+    ("--preset fineweb --num_iterations 7631", "cached_fineweb10B.py 10"),
+    ("--preset fineweb --num_iterations 7720", "cached_fineweb10B.py 11"),
+    ("--preset fineweb --extend 3800", "cached_fineweb10B.py 10"),
+    ("--preset baseline --num_iterations 999999", "cached_fineweb10B.py 103"),
+    ("--preset fineweb --num_iterations 1", "cached_fineweb10B.py 1"),
+    ("--preset fineweb --input_bin mine_*.bin --input_val_bin mine.bin", ""),
+    ("--preset fineweb --input_bin data/shakespeare/train_*.bin --input_val_bin mine.bin",
+     "shakespeare.py")))
+def test_as_much_text_is_fetched_as_a_run_reads(argv, script):
+    args = train_gpt2_afno.merge_flags(train_gpt2_afno.parse_flags(argv.split()), CPU, None, print)
+    assert " ".join(facts.data_script(args)) == script
 
 
 def test_a_disk_that_is_too_small_is_said(monkeypatch, tmp_path):
