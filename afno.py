@@ -790,7 +790,7 @@ def delta_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, beta: Tensor) -> 
 @operator("delta_scan_backward")
 def delta_scan_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor,
                         beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
         inputs = [x.detach().requires_grad_() for x in (q, k, v, log_a, beta)]
         gradients = torch.autograd.grad(plain_delta_scan(*inputs), inputs, dy)
     return tuple(gradient.contiguous() for gradient in gradients)

@@ -541,6 +541,17 @@ def test_delta_rule_in_the_dtypes_that_train(dtype):
     assert_agrees(mixer, x, mixer(x), dtype)
 
 
+def test_the_delta_rules_gradients_do_not_heed_autocast():
+    """Some call backward() inside autocast, where its products in fp32 must stay such."""
+    q, k, v = (torch.randn(1, 70, 2, 4) for _ in range(3))
+    inputs = [x.requires_grad_() for x in (q, k, v, -torch.rand(1, 70, 2), torch.rand(1, 70, 2))]
+    y = afno.delta_scan(*inputs).square().sum()
+    outside = torch.autograd.grad(y, inputs, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y, inputs)
+    assert all(map(torch.equal, inside, outside))
+
+
 @pytest.mark.slow
 def test_the_delta_rule_is_one_graph():
     """With gradients, at a length that is no multiple of a chunk."""
