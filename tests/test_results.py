@@ -73,7 +73,6 @@ def test_sources_have_the_names_of_their_sha256():
         assert path.name == f"{digest[:12]}.py.gz"
 
 
-@pytest.mark.slow
 def test_pages_are_up_to_date():
     for path, page in results.pages().items():
         assert page == path.read_text(), f"{path.name}: run python experiments/results.py"
