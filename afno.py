@@ -1003,6 +1003,89 @@ class ReferenceOperator(nn.Module):
 
 
 # -----------------------------------------------------------------------------
+# beside the operator: Fourier-gated positions, and the longest earlier match
+
+
+class FourierGate(nn.Module):
+    """Turn embeddings x, (B, T, C), into x * sigmoid(W2 g(t)) + W1 g(t).
+
+    g(t), (T, C): sines and cosines of position t at log-spaced frequencies. W1 g begins with the
+    size of embeddings, the gate near 1/2.
+    """
+
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.shift = nn.Linear(n_embd, n_embd, bias=False)  # W1
+        self.scale = nn.Linear(n_embd, n_embd, bias=False)  # W2
+        for linear in (self.shift, self.scale):
+            nn.init.normal_(linear.weight, std=math.sqrt(2 / 3) / n_embd)
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.scale(g)) + self.shift(g)
+
+
+MATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # lengths that are told apart, in tokens
+# each but the first as two that are shorter
+PARTS = {2: (1, 1), 3: (2, 1), 4: (2, 2), 6: (4, 2), 8: (4, 4), 12: (8, 4), 16: (8, 8)}
+
+
+def longest_matches(idx: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what followed each token's longest earlier match in its row, and the match's length.
+
+    What ends with a token is compared with what ends with every token before it. Of the longest
+    matches, in the lengths of MATCHES, the newest counts. idx: (B, T). Returns two of (B, T): the
+    token after the match (idx where there is none), and how many of MATCHES it reaches, 0 for
+    none. Exact, from tokens of the past alone, in eight sorts.
+    """
+    T = idx.size(1)
+    place = torch.arange(T, device=idx.device)
+    names, newest, level = {}, torch.full_like(idx, -1), torch.zeros_like(idx)
+    for n, length in enumerate(MATCHES, 1):
+        key = idx
+        if length > 1:  # the names of both parts; the second ends where the first begins
+            first, second = PARTS[length]
+            key = names[first] * T + F.pad(names[second], (first, 0))[:, :T]
+            key = torch.where(place < length - 1, -1 - place, key)  # too short: like nothing else
+        names[length], before = name_keys(key)
+        newest = torch.where(before < 0, newest, before)
+        level = torch.where(before < 0, level, n)
+    after = idx.gather(1, (newest + 1).clamp(max=T - 1))
+    return torch.where(newest < 0, idx, after), level
+
+
+def name_keys(key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return numbers 0 ... T - 1 for keys (B, T), equal where the keys of a row are.
+
+    Also the place before each, in its row, that has the same key, or -1.
+    """
+    ordered, order = key.sort(dim=1, stable=True)
+    new = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
+    before = order.roll(1, 1).masked_fill(new, -1)
+    back = lambda x: torch.empty_like(order).scatter_(1, order, x)
+    return back(new.cumsum(1) - 1), back(before)
+
+
+def newest_matches(idx_t: Tensor, seen: tuple | None,
+                   window: int) -> tuple[tuple[Tensor, Tensor], tuple]:
+    """Return longest_matches for one more token (B,), and what the next call needs.
+
+    It looks back at most `window` tokens.
+    """
+    tokens, lengths = seen or (idx_t.new_zeros(len(idx_t), 0),) * 2
+    # a match that ends with an earlier token is one longer than that of the tokens before both
+    lengths = torch.where(tokens == idx_t[:, None], 1 + lengths, 0)
+    level = torch.bucketize(lengths, lengths.new_tensor(MATCHES), right=True)
+    place = torch.arange(tokens.size(1), device=idx_t.device)
+    best = F.pad(level * window + place, (1, 0), value=-1)  # -1: no match
+    best = best.masked_fill(F.pad(level, (1, 0)) == 0, -1).amax(1)
+    tokens = torch.cat((tokens, idx_t[:, None]), 1)
+    place = (best.clamp(min=0) % window + 1).clamp(max=tokens.size(1) - 1)
+    after = tokens.gather(1, place[:, None])[:, 0]
+    found = torch.where(best < 0, idx_t, after), best.clamp(min=0) // window
+    return found, (tokens[:, -window:], F.pad(lengths, (1, 0))[:, -window:])
+
+
+# -----------------------------------------------------------------------------
 # python afno.py
 
 

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from afno import (AFNO1D, FORMS, ROUTINGS, DyadicOperator, ShortConv, check_arguments, rmsnorm,
-                  taps_at_once)
+from afno import (AFNO1D, FORMS, MATCHES, ROUTINGS, DyadicOperator, FourierGate, ShortConv,
+                  check_arguments, longest_matches, newest_matches, rmsnorm, taps_at_once)
 from checkpoints import (TIMES, Checkpoints, RunLog, choose_folder, cooldown_step, describe_miss,
                          energy_used, fall_steps, find_checkpoint, finished, load_optimizers,
                          load_weights, not_finite, of_this_version, preset_folder, random_state,
@@ -141,6 +141,7 @@ table("model",
       ("afno_delta_rule", 0, SWITCH, "states overwrite what a key holds, in form state"),
       ("afno_silu", 0, SWITCH, "SiLU after the short convolution, except in form state"),
       ("afno_token_taps", 0, integer(0, 64), "taps each token makes itself, except in form state"),
+      ("copy_matches", 0, SWITCH, "add what followed the row's longest earlier match"),
       ("position", "none", one_of("none", "learned", "sinusoidal", "fourier"),
        "what embeddings get; attention has rotary anyway"),
       ("swiglu", 0, SWITCH, "MLPs of silu(W1 x) V x instead of gelu(W1 x)"),
@@ -464,8 +465,9 @@ class Block(nn.Module):
     learning"): v0 is the first mixer's value, g are Gates of what the mixer reads, one for
     value_channels channels (Karpathy, 2025, nanochat). With value_tables some layers add g' times a
     row of their own table, g' Gates likewise. With pair_rows p g'' times the row of the token's
-    pair is added to the mixer's output (modded-nanogpt, 2026). a, b, c and p are learned; they
-    begin at 1, 0, 0 and 0.05.
+    pair is added to the mixer's output (modded-nanogpt, 2026). With copy_matches m f times the
+    embedding of what followed the longest earlier match is added there, too: an m for each length
+    of MATCHES, f Gates. a, b, c, p and m are learned; they begin at 1, 0, 0, 0.05 and 0.
     """
 
     recompute = False  # compute what is cheap again in backward, instead of keeping it
@@ -482,6 +484,8 @@ class Block(nn.Module):
         self.value_gate = gates() if residual else None  # g
         self.table_gate = gates() if layer in config.value_layers() else None  # g'
         self.pair_mix = nn.Parameter(torch.tensor(0.05)) if config.pair_rows else None  # p
+        self.copy_mix = nn.Parameter(torch.zeros(len(MATCHES))) if config.copy_matches else None
+        self.copy_gate = Gates(1, C) if config.copy_matches else None  # m above, f
         self.pair_gate = Gates(1, C) if config.pair_rows else None  # g''
         if config.mixer_of(layer) == "attn":
             self.mixer = CausalSelfAttention(config)
@@ -493,8 +497,8 @@ class Block(nn.Module):
                 taps: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return x and v0, (B, T, C), for the next layer.
 
-        inputs: x0, the row of the token's pair and that of the layer's table of values, each (B, T,
-        C), or None.
+        inputs: x0, the row of the token's pair, that of the layer's table of values, each (B, T, C)
+        or None, and the token to copy, or None: its embedding, and its place in MATCHES, one-hot.
         """
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.residual, x, v0, inputs, rotary, taps, use_reentrant=False,
@@ -518,7 +522,7 @@ class Block(nn.Module):
 
     def around(self, x, v0, inputs, mix) -> tuple[Tensor, Tensor | None]:
         """Return (x, v0) after the layer; mix(z, h, added) is the mixer's output."""
-        x0, pair, value = inputs
+        x0, pair, value, copied = inputs
         if self.embedding_mix is not None:
             x = self.embedding_mix[0] * x + self.embedding_mix[1] * x0
         h = rmsnorm(x)
@@ -532,25 +536,10 @@ class Block(nn.Module):
         x = x + self.scale * mix(z, h, added)
         if self.pair_mix is not None:
             x = x + self.pair_mix * self.pair_gate.times(pair, h)
+        if self.copy_mix is not None:
+            row, length = copied
+            x = x + (length * self.copy_mix).sum(-1, keepdim=True) * self.copy_gate.times(row, h)
         return x + self.mlp(rmsnorm(x)), v0
-
-
-class FourierGate(nn.Module):
-    """Turn embeddings x, (B, T, C), into x * sigmoid(W2 g(t)) + W1 g(t).
-
-    g(t), (T, C): sines and cosines of position t at log-spaced frequencies. W1 g begins with the
-    size of embeddings, the gate near 1/2.
-    """
-
-    def __init__(self, n_embd: int):
-        super().__init__()
-        self.shift = nn.Linear(n_embd, n_embd, bias=False)  # W1
-        self.scale = nn.Linear(n_embd, n_embd, bias=False)  # W2
-        for linear in (self.shift, self.scale):
-            nn.init.normal_(linear.weight, std=math.sqrt(2 / 3) / n_embd)
-
-    def forward(self, x: Tensor, g: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.scale(g)) + self.shift(g)
 
 
 class PairTable(nn.Embedding):
@@ -686,19 +675,22 @@ class GPT(nn.Module):
         with torch.enable_grad(), torch.autocast(kind, enabled=False):
             return dict(zip(makers, self.taps_at_once(list(makers.values()))))
 
-    def layers(self, x: Tensor, idx: Tensor, before: Tensor, run) -> Tensor:
+    def layers(self, x: Tensor, idx: Tensor, before: Tensor, matches, run) -> Tensor:
         """Return normed hidden states, (..., C), of embeddings x of the tokens idx, (...).
 
-        before: the tokens before them. run(layer, x, v0, inputs): (x, v0) after a Block.
+        before: the tokens before them. matches: longest_matches', or None. run(layer, x, v0,
+        inputs): (x, v0) after a Block.
         """
         look_up = lambda table, *tokens: table(*tokens).to(product_dtype(x))
         pair = None if self.pairs is None else look_up(self.pairs, idx, before)
         # x0 only where it is used: it may make block 0 a graph of its own
         x0, v0 = x if self.config.embedding_residual else None, None
+        copied = matches and (rmsnorm(self.transformer.wte(matches[0])).to(product_dtype(x)),
+                              F.one_hot(matches[1], 1 + len(MATCHES))[..., 1:].to(product_dtype(x)))
         for layer in range(self.config.n_layer):
             key = str(layer)
             value = look_up(self.values[key], idx) if key in self.values else None
-            x, v0 = run(layer, x, v0, (x0, pair, value))
+            x, v0 = run(layer, x, v0, (x0, pair, value, copied))
         return rmsnorm(x)
 
     def hidden(self, idx: Tensor) -> Tensor:
@@ -706,7 +698,8 @@ class GPT(nn.Module):
         (x, rotary), taps = self.embed(idx, 0), self.taps()
         run = lambda layer, x, v0, inputs: self.transformer.h[layer](
             x, v0, inputs, rotary, taps.get(layer))
-        return self.layers(x, idx, F.pad(idx, (1, 0))[:, :-1], run)
+        matches = longest_matches(idx) if self.config.copy_matches else None
+        return self.layers(x, idx, F.pad(idx, (1, 0))[:, :-1], matches, run)
 
     def rows_met(self, idx: Tensor) -> list[Tensor]:
         """Return the rows that tokens (B, T) on the CPU look up, for each of row_tables."""
@@ -721,7 +714,8 @@ class GPT(nn.Module):
         The first state is None; a state is used once. The numbers are hidden's, but attention looks
         back at most `window` tokens.
         """
-        t, states, before = state or (0, [None] * self.config.n_layer, torch.zeros_like(idx_t))
+        t, states, before, seen = state or (
+            0, [None] * self.config.n_layer, torch.zeros_like(idx_t), None)
         (x, rotary), states = self.embed(idx_t[:, None], t), list(states)
 
         def run(layer: int, x: Tensor, v0: Tensor | None, inputs: tuple):
@@ -729,7 +723,9 @@ class GPT(nn.Module):
                 x, v0, inputs, rotary, states[layer], window)
             return x, v0
 
-        return self.layers(x[:, 0], idx_t, before, run), (t + 1, states, idx_t)
+        matches, seen = newest_matches(idx_t, seen, window) if self.config.copy_matches \
+            else (None, None)
+        return self.layers(x[:, 0], idx_t, before, matches, run), (t + 1, states, idx_t, seen)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True,
                 shares: Tensor | None = None):
@@ -836,7 +832,8 @@ def row_tables(model: GPT) -> dict[str, nn.Parameter]:
 
 
 # Places, logarithms and factors, for which zero is no neutral value: they do not decay.
-PLACES = ("log_angle", "centre", "log_decay", "log_width", "embedding_mix", "value_mix", "pair_mix")
+PLACES = ("log_angle", "centre", "log_decay", "log_width", "embedding_mix", "value_mix", "pair_mix",
+          "copy_mix")
 
 
 def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float,

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import afno
-from afno import (AFNO1D, FORMS, ROUTINGS, ShortConv, apply_causal_mask_freq, causal_conv,
-                  check_arguments, complex_relu, complex_soft_shrink, inverse_rdft, make_operator,
-                  plain_short_conv, rmsnorm, taps_at_once, toeplitz, token_conv)
+from afno import (AFNO1D, FORMS, MATCHES, ROUTINGS, ShortConv, apply_causal_mask_freq, causal_conv,
+                  check_arguments, complex_relu, complex_soft_shrink, inverse_rdft,
+                  longest_matches, make_operator, newest_matches, plain_short_conv, rmsnorm,
+                  taps_at_once, toeplitz, token_conv)
 from helpers import relative, toeplitz_sum, token_by_token
 
 # primes, powers of two, one more and one less
@@ -733,3 +734,47 @@ def test_the_demonstration_prints_that_ours_has_no_leak(capsys):
     assert moved.keys() == {*leaking, *(f"AFNO1D, form {form}" for form in CAUSAL)}
     assert all((move > 1) == (name in leaking) and (move == 0) == (name not in leaking)
                for name, move in moved.items())
+
+
+# -----------------------------------------------------------------------------
+# the longest earlier match
+
+
+def match_by_definition(row: list[int], t: int) -> tuple[int, int]:
+    """Return longest_matches at token t, by comparing lists."""
+    for level in range(len(MATCHES), 0, -1):
+        length = MATCHES[level - 1]
+        for s in range(t - 1, length - 2, -1):
+            if row[s - length + 1 : s + 1] == row[t - length + 1 : t + 1]:
+                return row[s + 1], level
+    return row[t], 0
+
+
+def rows_with_matches(T: int) -> torch.Tensor:
+    """Return rows of few tokens, of many, of one, of a period, and one whose end is its middle."""
+    rows = torch.stack((torch.randint(3, (T,)), torch.randint(40, (T,)), torch.full((T,), 7),
+                        torch.arange(T) % 5, torch.randint(50257, (T,))))
+    rows[4, T - T // 3 :] = rows[4, T // 3 : T // 3 + T // 3]
+    return rows
+
+
+@pytest.mark.parametrize("T", (1, 2, 3, 17, 100))
+def test_longest_matches_are_those_of_the_definition(T):
+    torch.manual_seed(T)
+    idx = rows_with_matches(T)
+    wanted = [[match_by_definition(row, t) for t in range(T)] for row in idx.tolist()]
+    assert torch.stack(longest_matches(idx), -1).tolist() == [[*map(list, row)] for row in wanted]
+
+
+def test_matches_token_by_token():
+    torch.manual_seed(0)
+    idx, seen, found = rows_with_matches(60), None, []
+    for t in range(60):
+        step, seen = newest_matches(idx[:, t], seen, window=60)
+        found.append(torch.stack(step, -1))
+    assert torch.equal(torch.stack(found, 1), torch.stack(longest_matches(idx), -1))
+    seen = None
+    for t in range(60):  # what is further away than the window is not found
+        step, seen = newest_matches(idx[:, t], seen, window=4)
+        assert seen[0].size(1) <= 4
+    assert step[1][3] == 0 < step[1][2]

@@ -231,7 +231,7 @@ def table_of_pairs(monkeypatch):
 def tables_of_values(monkeypatch):
     around = train_gpt2_afno.Block.around
     monkeypatch.setattr(train_gpt2_afno.Block, "around", lambda self, x, v0, inputs, mix: around(
-        self, x, v0, (*inputs[:2], NEXT(inputs[2])), mix))
+        self, x, v0, (*inputs[:2], NEXT(inputs[2]), inputs[3]), mix))
 
 
 def short_conv(monkeypatch):
@@ -483,6 +483,22 @@ def test_a_scale_of_the_whole_batch_in_fp8_is_a_leak(monkeypatch):
     assert start_sees(RICH, HALF, fp8=True) is None
     fp8_scale_of_the_batch(monkeypatch)
     assert "output" in start_sees(RICH, HALF, fp8=True)
+
+
+@pytest.mark.slow
+def test_a_match_that_is_not_earlier_is_a_leak(monkeypatch):
+    config = dataclasses.replace(CONFIG, copy_matches=1)
+    assert start_sees(config) is start_sees(config, HALF) is None
+    assert gate_sees(config, EXACT) == []
+    find = train_gpt2_afno.longest_matches
+
+    def later(idx):
+        after, level = find(idx.flip(1))
+        return after.flip(1), level.flip(1)
+
+    monkeypatch.setattr(train_gpt2_afno, "longest_matches", later)
+    assert "refusing to go on: output " in start_sees(config)
+    assert gate_sees(config, EXACT)
 
 
 @pytest.mark.slow

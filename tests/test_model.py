@@ -313,7 +313,7 @@ def test_values_and_shares_are_in_bf16_under_autocast(options):
         model, given = tiny(residual_bf16=on, value_residual=1, **options), []
         idx = random_tokens((2, 24), 97)
         with torch.autocast("cpu", torch.bfloat16):
-            _, v0 = model.transformer.h[0].around(model.embed(idx, 0)[0], None, (None,) * 3,
+            _, v0 = model.transformer.h[0].around(model.embed(idx, 0)[0], None, (None,) * 4,
                                                   lambda z, h, added: given.extend((z, added)) or h)
         assert [x.dtype for x in (*given, v0)] == [torch.bfloat16] * 3
 
@@ -334,7 +334,7 @@ def test_depth_scale_scales_the_mixer():
         rotary = rotary_tables(torch.arange(9.0).double(), 8)
         mixed = block.mixer.mix(block.mixer.project(norm(x)), norm(x), None, rotary)
         after_mixer = x + scale * mixed
-        after, _ = block(x, None, (None,) * 3, rotary)
+        after, _ = block(x, None, (None,) * 4, rotary)
         assert relative(after, after_mixer + block.mlp(norm(after_mixer))) < 1e-12
 
 
@@ -412,7 +412,7 @@ def test_filters_of_all_layers_at_once_change_nothing(options, layers):
     assert list(model.taps()) == layers
     x, rotary = model.embed(idx, 0)
     for block in model.transformer.h:
-        x, _ = block(x, None, (None,) * 3, rotary)  # makes its own
+        x, _ = block(x, None, (None,) * 4, rotary)  # makes its own
     own, at_once = rmsnorm(x), model.hidden(idx)
     assert relative(at_once, own) < 1e-13
     upstream, parameters = torch.randn_like(own), list(model.parameters())
@@ -465,7 +465,7 @@ def generated(model, idx):
 @pytest.mark.parametrize("options", (
     dict(mixer="attn"), dict(attn_layers=(1,)), dict(afno_form="dyadic", attn_layers=(1,)),
     dict(afno_silu=1, afno_state_layers=(1,), afno_token_taps=5),
-    dict(afno_state_layers=(0, 2), afno_delta_rule=1)))
+    dict(afno_state_layers=(0, 2), afno_delta_rule=1), dict(copy_matches=1)))
 def test_token_by_token_gives_the_same_hidden_states(position, options):
     model = tiny(position=position, **options).double()
     idx = random_tokens((2, 24 if position == "learned" else 150), 97)
