@@ -538,7 +538,8 @@ class Block(nn.Module):
             x = x + self.pair_mix * self.pair_gate.times(pair, h)
         if self.copy_mix is not None:
             row, length = copied
-            x = x + (length * self.copy_mix).sum(-1, keepdim=True) * self.copy_gate.times(row, h)
+            factor = length @ self.copy_mix.to(length.dtype)[:, None]
+            x = x + factor * self.copy_gate.times(row, h)
         return x + self.mlp(rmsnorm(x)), v0
 
 

@@ -1,6 +1,7 @@
 """Share what several test files need: a tiny model, oracles, how far two tensors are apart."""
 import torch
 
+from afno import MATCHES
 from data.text_to_bin import InputError
 from train_gpt2_afno import GPT, GPTConfig
 
@@ -48,6 +49,16 @@ def token_by_token(step, x: torch.Tensor) -> tuple[torch.Tensor, object]:
         y_t, state = step(x[:, t], state)
         outputs.append(y_t)
     return torch.stack(outputs, 1), state
+
+
+def match_by_definition(row: list[int], t: int) -> tuple[int, int]:
+    """Return longest_matches at token t, by comparing lists."""
+    for level in range(len(MATCHES), 0, -1):
+        length = MATCHES[level - 1]
+        for s in range(t - 1, length - 2, -1):
+            if row[s - length + 1 : s + 1] == row[t - length + 1 : t + 1]:
+                return row[s + 1], level
+    return row[t], 0
 
 
 class RefusingGate:

@@ -16,7 +16,7 @@ from afno import (AFNO1D, FORMS, MATCHES, ROUTINGS, ShortConv, apply_causal_mask
                   check_arguments, complex_relu, complex_soft_shrink, inverse_rdft,
                   longest_matches, make_operator, newest_matches, plain_short_conv, rmsnorm,
                   taps_at_once, toeplitz, token_conv)
-from helpers import relative, toeplitz_sum, token_by_token
+from helpers import match_by_definition, relative, toeplitz_sum, token_by_token
 
 # primes, powers of two, one more and one less
 LENGTHS = (1, 2, 3, 7, 31, 63, 64, 65, 127, 128, 129, 257)
@@ -738,16 +738,6 @@ def test_the_demonstration_prints_that_ours_has_no_leak(capsys):
 
 # -----------------------------------------------------------------------------
 # the longest earlier match
-
-
-def match_by_definition(row: list[int], t: int) -> tuple[int, int]:
-    """Return longest_matches at token t, by comparing lists."""
-    for level in range(len(MATCHES), 0, -1):
-        length = MATCHES[level - 1]
-        for s in range(t - 1, length - 2, -1):
-            if row[s - length + 1 : s + 1] == row[t - length + 1 : t + 1]:
-                return row[s + 1], level
-    return row[t], 0
 
 
 def rows_with_matches(T: int) -> torch.Tensor:

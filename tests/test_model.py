@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import kept_and_recomputed, relative, TINY, tiny, token_by_token
+from helpers import kept_and_recomputed, match_by_definition, relative, TINY, tiny, token_by_token
 
 import kernels
 import kernels.loss
@@ -26,7 +26,7 @@ from train_gpt2_afno import (GPT, MODELS, GPTConfig, Muon, flops_per_token, lear
 
 RECIPE = dict(swiglu=1, qk_norm=1, attn_short_conv=3, attn_gate=1, embedding_norm=1,
               logit_softcap=2.0, embedding_residual=1, depth_scale=1, half_rotary=1,
-              value_residual=1)
+              value_residual=1, copy_matches=1)
 
 
 slow = pytest.mark.slow
@@ -124,6 +124,8 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
     T, C = x.shape[1:]
     unseen = torch.ones(T, T).triu(1).bool()
     d = C // n_head
+    after, level = torch.tensor([[match_by_definition(row, t) for t in range(T)]
+                                 for row in idx.tolist()]).unbind(-1)
     angle = torch.arange(T).double()[:, None] / 10000 ** (torch.arange(d // 2).double() * 2 / d)
     if recipe:  # d = 8: two frequencies of four turn
         angle = torch.arange(T).double()[:, None] * torch.tensor([1, 1 / 1024, 0, 0]).double()
@@ -160,7 +162,13 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
             heads.append(scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v[..., part])
             if recipe:
                 heads[-1] = heads[-1] * 2 / (1 + torch.exp(-(norm(x) @ gate[head]))[..., None])
+        h = norm(x)
         x = x + torch.cat(heads, -1) @ w["mixer.c_proj"].T / math.sqrt(2 * n_layer)
+        if recipe:
+            mix, copy_gate = (weights[f"transformer.h.{layer}.{name}"]
+                              for name in ("copy_mix", "copy_gate.w"))
+            x = x + (torch.cat((mix[:1] * 0, mix))[level][..., None] * 2 / (
+                1 + torch.exp(-h @ copy_gate.T)) * norm(weights["lm_head.weight"][after]))
         hidden = norm(x) @ w["mlp.c_fc"].T
         if recipe:  # two thirds of 64, up to a multiple of 16
             active = hidden[..., :48] / (1 + torch.exp(-hidden[..., :48])) * hidden[..., 48:]
@@ -182,6 +190,7 @@ def test_attention_model_is_the_baseline():
 
 def test_the_recipe_is_its_formulas():
     model, idx = tiny(mixer="attn", **RECIPE).double(), random_tokens((2, 24), 97)
+    idx[:, 12:] = idx[:, 4:16].clone()  # something to copy
     move_weights(model)
     logits, loss = model(idx, idx.roll(-1, 1))
     expected = baseline(model.state_dict(), idx, n_layer=3, n_head=2, recipe=True)
@@ -290,8 +299,10 @@ def test_the_recipe_is_causal(options, T):
             assert dtype == torch.float32 or later_gradients(model, T) < 1e-10
 
 
-def test_the_residual_stream_in_bf16():
-    models = [tiny(attn_layers=(1,), residual_bf16=on) for on in (0, 1)]
+@pytest.mark.parametrize("options", ({}, dict(copy_matches=1, pair_rows=50, value_tables=1)))
+def test_the_residual_stream_in_bf16(options):
+    models = [tiny(attn_layers=(1,), residual_bf16=on, **options) for on in (0, 1)]
+    move_weights(models[0])
     models[1].load_state_dict(models[0].state_dict())
     idx, streams = random_tokens((2, 24), 97), []
     for block in models[1].transformer.h:
