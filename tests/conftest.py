@@ -27,14 +27,15 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items):
-    """Mark and group slow tests, and move them to the end."""
+    """Mark and group slow tests, and move them to the end: first those that one process does."""
     for item in items:
         if item.nodeid.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") and item.path.stem in PROCESSES:
             many = (os.cpu_count() or 1) >= MANY_CORES
             item.add_marker(pytest.mark.xdist_group(item.path.stem if many else "processes"))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    marked = lambda item, name: item.get_closest_marker(name) is not None
+    items.sort(key=lambda item: marked(item, "slow") * (2 - marked(item, "xdist_group")))
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_a_layer_adds_its_rows_as_the_formula_says(options):
     block.around = lambda x, v0, inputs, mix: found.append((x, v0, inputs)) or around(
         x, v0, inputs, mix)
     model.hidden(idx)
-    x, v0, (x0, pair, value) = found[0]
+    x, v0, (x0, pair, value, _) = found[0]
     before = torch.cat((torch.zeros(2, 1, dtype=torch.long), idx[:, :-1]), 1)
     assert torch.equal(pair, model.pairs(idx, before))
     assert torch.equal(value, model.values[str(layer)].weight[idx])

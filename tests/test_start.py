@@ -318,7 +318,8 @@ def test_what_is_there_is_not_needed_again(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("argv, script", (
-    ("--preset fineweb", "cached_fineweb10B.py 5"), ("--preset baseline", "cached_fineweb10B.py 25"),
+    ("--preset fineweb", "cached_fineweb10B.py 5"),
+    ("--preset baseline", "cached_fineweb10B.py 25"),
     ("--preset fineweb-4k", "cached_fineweb10B.py 5"), ("--preset shakespeare", "shakespeare.py"),
     ("--preset fineweb --num_iterations 7600", "cached_fineweb10B.py 10"),
     ("--preset fineweb --num_iterations 7631", "cached_fineweb10B.py 10"),
