@@ -16,13 +16,15 @@ from pathlib import Path
 import torch
 
 from checkpoints import Checkpoints
+from data.cached_fineweb10B import ALL
 from data.loader import find_shards
 from data.text_to_bin import ROOT, relative
 from kernels import usable
 from runtime import GIB, gpu_driver, memory_budget, ranks
 
 STARTED = "RUN_AFNO_SECONDS"  # in the environment once the screen is shown: what came before it
-SHARD, SHARDS = 100_000_000, 103  # tokens of one of FineWeb's, and how many there are
+SHARD = 100_000_000  # tokens of one of FineWeb's
+# in data/, by the folder there that they fill
 SCRIPTS = {"fineweb10B": "cached_fineweb10B.py", "shakespeare": "shakespeare.py"}
 KEPT_FILES = 5  # checkpoints on the disk at most: two last, best, the cooldown's, one being written
 # The loss to expect, and where that is from, by the folder under runs/: it is the preset's where no
@@ -61,16 +63,18 @@ def tokens_of(args) -> int:
     return (args.num_iterations + args.extend) * step
 
 
-def data_script(args) -> list[str]:
-    """Return the script in data/ that brings the shards, and its argument; [] for one's own shards.
+def shards_of(args) -> int:
+    """Return how many of FineWeb's shards the run reads; the last 1% of one counts as none."""
+    return max(1, min(math.ceil(tokens_of(args) / SHARD - 0.01), ALL))
 
-    It brings as many as the run reads, but none for a last 1% of one.
-    """
+
+def data_script(args) -> list[str]:
+    """Return the script in data/ that brings the shards, and its arguments; [] for one's own."""
     folder = Path(args.input_bin).parent
     if folder.parent != ROOT / "data" or folder.name not in SCRIPTS:
         return []
-    shards = max(1, min(math.ceil(tokens_of(args) / SHARD - 0.01), SHARDS))
-    return [SCRIPTS[folder.name], *([str(shards)] if folder.name == "fineweb10B" else [])]
+    count = [str(shards_of(args))] if folder.name == "fineweb10B" else []
+    return [SCRIPTS[folder.name], *count]
 
 
 def describe_data(args) -> tuple[str, int]:
@@ -78,11 +82,10 @@ def describe_data(args) -> tuple[str, int]:
     train, val = (find_shards(pattern) for pattern in (args.input_bin, args.input_val_bin))
     size = sum(os.path.getsize(path) for path in train) // 2
     folder = os.path.dirname(relative(args.input_bin))
-    _, *shards = data_script(args) or [""]
-    if not shards:
+    if SCRIPTS["fineweb10B"] not in data_script(args):
         return (f"{folder}: there, {size / 1e6:,.1f}M tokens" if train and val
                 else f"{folder}: not there yet"), 0
-    wanted = int(shards[0])
+    wanted = shards_of(args)
     missing = max(0, wanted - len(train)) + (not val)
     if not missing:
         return f"{folder}: there, {len(train)} shards for training, {size / 1e6:,.0f}M tokens", 0

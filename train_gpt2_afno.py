@@ -484,9 +484,9 @@ class Block(nn.Module):
         self.value_gate = gates() if residual else None  # g
         self.table_gate = gates() if layer in config.value_layers() else None  # g'
         self.pair_mix = nn.Parameter(torch.tensor(0.05)) if config.pair_rows else None  # p
+        self.pair_gate = Gates(1, C) if config.pair_rows else None  # g''
         self.copy_mix = nn.Parameter(torch.zeros(len(MATCHES))) if config.copy_matches else None
         self.copy_gate = Gates(1, C) if config.copy_matches else None  # m above, f
-        self.pair_gate = Gates(1, C) if config.pair_rows else None  # g''
         if config.mixer_of(layer) == "attn":
             self.mixer = CausalSelfAttention(config)
         else:
