@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from kernels import constant, usable
 from kernels.blocks import (BLOCK, chunks_remaining, in_chunks, odd_dft, remains_of,
                             segment_responses)
-from kernels.delta import delta_scan
 
 try:
     import kernels.convolution
@@ -326,22 +325,19 @@ class AFNO1D(nn.Module):
         short_conv: taps of the short convolution; >= 1, where 1 mixes no tokens.
         silu: whether SiLU follows it, in all forms but state.
         token_taps: taps that each token makes for itself, in all forms but state; 0 to 64.
-        delta_rule: whether states forget what a key holds before it is written anew, in state.
     Parameters are float32 or float64; autocast makes the rest bf16.
     """
 
     def __init__(self, hidden_size: int, num_blocks: int = 4, sparsity_threshold: float = 0.01,
                  hard_thresholding_fraction: float = 1.0, filter_length: int = 1024,
                  form: str = "filter", num_experts: int = 1, routing: str = "frequency",
-                 short_conv: int = 4, silu: bool = False, token_taps: int = 0,
-                 delta_rule: bool = False):
+                 short_conv: int = 4, silu: bool = False, token_taps: int = 0):
         super().__init__()
         check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholding_fraction,
-                        filter_length, form, num_experts, routing, short_conv, silu, token_taps,
-                        delta_rule)
+                        filter_length, form, num_experts, routing, short_conv, silu, token_taps)
         self.operator = make_operator(form, hidden_size, num_blocks, sparsity_threshold,
                                       hard_thresholding_fraction, filter_length, num_experts,
-                                      routing, delta_rule)
+                                      routing)
         operand = sum(self.operator.sizes) if form == "state" else hidden_size
         self.c_in = nn.Linear(hidden_size, operand, bias=False)
         self.short_conv = ShortConv(operand, short_conv, silu and form != "state")
@@ -431,8 +427,7 @@ def filter_width(form: str, hidden_size: int, num_blocks: int) -> int:
 
 
 def make_operator(form: str, hidden_size: int, num_blocks: int, sparsity_threshold: float,
-                  fraction: float, filter_length: int, num_experts: int, routing: str,
-                  delta_rule: bool = False) -> nn.Module:
+                  fraction: float, filter_length: int, num_experts: int, routing: str) -> nn.Module:
     """Return the operator of a form; the arguments are AFNO1D's."""
     block_size, width = hidden_size // num_blocks, filter_width(form, hidden_size, num_blocks)
     num_filters = hidden_size // width
@@ -445,7 +440,7 @@ def make_operator(form: str, hidden_size: int, num_blocks: int, sparsity_thresho
     lags = (near, filter_length / 2) if form == "dyadic" else (0, filter_length)
     router = Router(num_experts, routing, lags)
     if form == "state":
-        return StateOperator(mlp, router, num_filters, width, fraction, filter_length, delta_rule)
+        return StateOperator(mlp, router, num_filters, width, fraction, filter_length)
     if form == "dyadic":
         return DyadicOperator(mlp, router, num_filters, fraction)
     if form == "reference":
@@ -455,8 +450,7 @@ def make_operator(form: str, hidden_size: int, num_blocks: int, sparsity_thresho
 
 
 def check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholding_fraction,
-                    filter_length, form, num_experts, routing, short_conv, silu, token_taps,
-                    delta_rule):
+                    filter_length, form, num_experts, routing, short_conv, silu, token_taps):
     """Raise ValueError, which begins with the argument's name, where one is out of its range."""
     counts = dict(hidden_size=hidden_size, num_blocks=num_blocks, filter_length=filter_length,
                   num_experts=num_experts, short_conv=short_conv)
@@ -473,8 +467,7 @@ def check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholdi
         raise ValueError("hard_thresholding_fraction must be in (0, 1], "
                          f"got {hard_thresholding_fraction}")
     for name, value, allowed in (("form", form, FORMS), ("routing", routing, ROUTINGS),
-                                 ("silu", silu, (False, True)),
-                                 ("delta_rule", delta_rule, (False, True))):
+                                 ("silu", silu, (False, True))):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")
     if form == "reference" and num_experts > 1:
@@ -745,13 +738,10 @@ class StateOperator(nn.Module):
 
     Angles begin as rotary attention's, time constants as an eighth of filter_length to four times
     it: recall of what is far is what filters lack.
-
-    With the delta rule k has length one, and v_t is replaced by b (v_t - what k_t reads of the past
-    that remains), b = sigmoid(w v): what a key holds does not add up, it is overwritten.
     """
 
     def __init__(self, mlp: SpectralMLP, router: Router, num_heads: int, width: int,
-                 fraction: float, filter_length: int, delta_rule: bool):
+                 fraction: float, filter_length: int):
         super().__init__()
         self.mlp, self.router, self.num_heads = mlp, router, num_heads
         num_poles = max(1, width // 2)  # complex: the state has as many numbers as a value squared
@@ -762,7 +752,6 @@ class StateOperator(nn.Module):
         tau = log_spaced(filter_length / 8, 4 * filter_length, num_heads, angle)
         self.log_decay = nn.Parameter((1 / tau).expm1().log())  # b: softplus of it is 1 / tau
         self.decay = nn.Parameter(torch.zeros(num_heads, num_heads * width))  # d
-        self.write = nn.Parameter(torch.zeros_like(self.decay)) if delta_rule else None  # w
         pairs = 2 * kept * num_heads  # (re, im) of each head
         self.sizes = (num_heads * width, pairs, pairs)  # of v, k and q
 
@@ -781,10 +770,8 @@ class StateOperator(nn.Module):
         complex one. q, k and v are in z's dtype.
         """
         v, k, q = z.split(self.sizes, -1)
-        of_value = lambda weight: (v @ weight.mT.to(v.dtype)).to(self.log_angle.dtype)
-        decay = of_value(self.decay) + self.log_decay
-        beta = () if self.write is None else (torch.sigmoid(of_value(self.write)),)
-        log_a = -F.softplus(decay)
+        log_a = -F.softplus((v @ self.decay.mT.to(v.dtype)).to(self.log_decay.dtype)
+                            + self.log_decay)
         turn = torch.outer(position, self.log_angle.exp())[:, None]
         cos, sin = turn.cos(), turn.sin()
         v, k, q = (part.unflatten(-1, (self.num_heads, -1)) for part in (v, k, q))
@@ -792,28 +779,22 @@ class StateOperator(nn.Module):
         c_re, c_im = self.response()
         q_re, q_im = q_re * c_re - q_im * c_im, q_re * c_im + q_im * c_re
         k = torch.cat((k_re * cos + k_im * sin, k_im * cos - k_re * sin), -1)  # k exp(-i w t)
-        if beta:
-            k = k * k.size(-1) ** -0.5
         q = torch.cat((q_re * cos - q_im * sin, -q_re * sin - q_im * cos), -1)  # conj(q exp(i w t))
-        return q.to(v.dtype), k.to(v.dtype), v, log_a, *beta
+        return q.to(v.dtype), k.to(v.dtype), v, log_a
 
     def forward(self, z: Tensor) -> Tensor:
         """Return (B, T, C) from z (B, T, v | k | q)."""
         with torch.autocast(z.device.type, enabled=False):
             position = torch.arange(z.size(1), device=z.device).to(self.log_angle.dtype)
-            scan = state_scan if self.write is None else delta_scan
-            return rmsnorm(scan(*self.waves(z, position))).flatten(2)
+            return rmsnorm(state_scan(*self.waves(z, position))).flatten(2)
 
     def step(self, z_t: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
         """Return the next output and state, in O(C width), however long the text."""
         t, S = state or (0, 0.0)
         with torch.autocast(z_t.device.type, enabled=False):
             waves = self.waves(z_t[:, None], torch.full_like(self.log_angle[:1], t))
-            q, k, v, log_a, *beta = (part[:, 0, :, None] for part in waves)
-            S, k = log_a.exp()[..., None] * S, k.to(log_a.dtype)
-            if beta:
-                v = beta[0][..., None] * (v - (k @ S if t else 0))
-            S = S + k.mT * v  # (B, G, 2 poles, width)
+            q, k, v, log_a = (part[:, 0, :, None] for part in waves)
+            S = log_a.exp()[..., None] * S + k.to(log_a.dtype).mT * v  # (B, G, 2 poles, width)
             y = rmsnorm(q.to(S.dtype) @ S)
             return y.flatten(1).to(z_t.dtype), (t + 1, S)
 

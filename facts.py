@@ -179,8 +179,7 @@ def kernels_of(config, args) -> set[str]:
         names.add("convolution")
     if "afno" in mixers and config.afno_token_taps:
         names.add("token")
-    states = "afno" in mixers and (config.afno_form == "state" or config.afno_state_layers)
-    if states and not config.afno_delta_rule:
+    if "afno" in mixers and (config.afno_form == "state" or config.afno_state_layers):
         names.add("state")
     return names
 
@@ -201,8 +200,6 @@ def describe(run):
                                      for name, value in config.afno_arguments().items()))
     if config.afno_state_layers:
         run.say(f"afno layers of form state: {', '.join(map(str, config.afno_state_layers))}")
-    if config.afno_delta_rule:
-        run.say("delta rule: plain PyTorch, no kernel is written for it")
     names = kernels_of(config, run.args) | {"loss"}  # validation is without fp8
     for name in KERNELS:
         if name in names:

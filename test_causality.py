@@ -659,7 +659,6 @@ def test_experts_are_causal():
 def test_hybrids_are_causal():
     assert_causal(mixer="afno", attn_layers=(1,))
     assert_causal(mixer="afno", afno_state_layers=(1,), afno_silu=1)
-    assert_causal(mixer="afno", afno_state_layers=(1,), afno_delta_rule=1)
     assert_causal(mixer="afno", attn_layers=(1,), afno_state_layers=(2,), value_residual=1,
                   half_rotary=1)
 

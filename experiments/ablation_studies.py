@@ -99,7 +99,6 @@ STUDIES = {
             "attention-all": ATTENTION,
             "taps-128": f"{HYBRID} --afno_filter_length 128",
             "states-5-10": MIXERS["states"],
-            "states-5-10-delta": f"{MIXERS['states']} --afno_delta_rule 1",
             "states-2-5-8-11": f"{AFNO} --afno_state_layers 2,5,8,11 --afno_short_conv 4",
             "states-all": f"{AFNO} {STATE}",
         }),

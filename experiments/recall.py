@@ -3,7 +3,6 @@
     python experiments/ablation_studies.py recall                     # a laptop, under 15 minutes
     python experiments/ablation_studies.py recall --grid whole        # a GPU
     python experiments/ablation_studies.py recall --tasks recall,copying --seeds 1,2
-    python experiments/ablation_studies.py recall --mixers states,delta  # with the delta rule
 
 recall      pairs of a key and its value, then each key once more: what was its value?
 induction   triggers among noise, each always followed by the same token: which one?
@@ -76,11 +75,9 @@ MIXERS = {
     "attention": dict(mixer="attn"),
     "hybrid": dict(mixer="afno", attn_layers=(1,), afno_short_conv=1),
     "states": dict(mixer="afno", afno_state_layers=(1,), afno_short_conv=4),
-    "delta": dict(mixer="afno", afno_state_layers=(1,), afno_short_conv=4, afno_delta_rule=1),
     "filters": dict(mixer="afno", afno_short_conv=4),
     "none": dict(mixer="afno", afno_short_conv=1, afno_filter_length=1),
 }
-USUAL = [name for name in MIXERS if name != "delta"]  # with it a laptop takes over 15 minutes
 COUNTED = "counting"  # the task that attention need not solve
 SOLVED, MARGIN = 0.995, 0.05  # shares: what counts as all answers, and as no better than chance
 LEARNT = 0.005  # nats: a mean loss below is that of right answers alone
@@ -471,7 +468,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--grid", choices=GRIDS, default="small", help="lengths and loads (small)")
     add("--tasks", type=names(TASKS), default=[*TASKS], help="(all)")
-    add("--mixers", type=names(MIXERS), default=USUAL, help="(all but delta)")
+    add("--mixers", type=names(MIXERS), default=[*MIXERS], help="(all)")
     add("--seeds", type=seeds, default="1337", metavar="N,N", help="(1337)")
     add("--device", type=trainer.FLAGS["device"].kind, default="auto", help="(auto)")
     add("--output", type=Path, default=ROOT / "experiments/studies", metavar="DIR",

@@ -5,7 +5,6 @@
     convolution.py    causal_conv and short_conv
     token_conv.py     token_conv: taps of each token's own
     state.py          state_scan
-    delta.py          delta_scan, states by the delta rule; no Triton
     softmax.py        the softmax of the loss, a transpose
     loss.py           linear_cross_entropy, and what fp8 is; imports without Triton
     trials.py         every kernel against float64, before it is trusted
@@ -32,14 +31,11 @@ def installed() -> bool:
 
 def operators() -> set:
     """Return the operators that recomputing should not run again."""
-    from kernels import delta  # noqa: F401 (registers it)
-
     if not installed():
-        return {torch.ops.afno.delta_scan.default}
+        return set()
     from kernels import convolution, state  # noqa: F401
 
-    return {getattr(torch.ops.afno, name).default
-            for name in ("block_conv", "state_scan", "delta_scan")}
+    return {torch.ops.afno.block_conv.default, torch.ops.afno.state_scan.default}
 
 
 def keep_products():

@@ -372,14 +372,12 @@ def test_reference_is_the_papers_formula(T, fraction):
 
 
 @pytest.mark.parametrize("T", (1, 63, 64, 65, pytest.param(300, marks=pytest.mark.slow)))
-@pytest.mark.parametrize("options", (*OPTIONS, dict(delta_rule=True), dict(
-    delta_rule=True, num_experts=2, hard_thresholding_fraction=0.4)))
+@pytest.mark.parametrize("options", OPTIONS)
 def test_state_is_its_recurrence(T, options):
     operator = data_operator("state", **options)
     z = torch.randn(2, T, sum(operator.sizes), dtype=torch.float64)
     z.requires_grad_()
     got, G = operator(z), operator.num_heads
-    delta = options.get("delta_rule", False)
     angles = operator.log_angle.exp()
     angle = angles.detach().numpy()
     c = naive_response(operator, angle)
@@ -390,24 +388,16 @@ def test_state_is_its_recurrence(T, options):
     v, k, q = (z[..., a:b].unflatten(-1, (G, -1)) for a, b in zip((0, *ends), ends))
     k, q = (part / (part.square().mean(-1, keepdim=True) + 1e-6).sqrt() for part in (k, q))
     k, q = (torch.complex(*part.chunk(2, -1)) for part in (k, q))
-    k = k * (2 * len(angle)) ** -0.5 if delta else k
     turn, S, expected = torch.polar(torch.ones(len(angle)).double(), angles), 0, []
     for t in range(T):
         # exp(-softplus(x))
         a = 1 / (1 + torch.exp(operator.log_decay + v[:, t].flatten(1) @ operator.decay.T))
-        S, write = a[..., None, None] * turn[:, None] * S, v[:, t]
-        if delta:
-            held = (k[:, t].conj()[..., None] * S).sum(2).real
-            beta = 1 / (1 + torch.exp(-v[:, t].flatten(1) @ operator.write.T))
-            write = beta[..., None] * (write - held)
-        S = S + k[:, t, :, :, None] * write[:, :, None]
+        S = a[..., None, None] * turn[:, None] * S + k[:, t, :, :, None] * v[:, t, :, None]
         y = ((c * q[:, t])[..., None] * S).sum(2).real
         expected.append((y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()).flatten(1))
     expected = torch.stack(expected, 1)
     upstream = torch.randn_like(got)
-    wanted = [z, operator.decay, operator.log_decay]
-    wanted += [operator.write] if delta else []
-    wanted += [operator.log_angle]
+    wanted = [z, operator.decay, operator.log_decay, operator.log_angle]
     assert relative(got, expected) < 1e-10
     for ours, theirs in zip(torch.autograd.grad(got, wanted, upstream),
                             torch.autograd.grad(expected, wanted[:-1], upstream)):
@@ -532,43 +522,6 @@ def test_a_longer_input_changes_no_prefix(form):
     single = mixer.float()(x.float())
     for T in (1, 39, 64, 65, 300):
         assert relative(mixer(x[:, :T].float()), single[:, :T]) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_delta_rule_in_the_dtypes_that_train(dtype):
-    """Its float64 is proven above. Keys that come again are where errors would add up."""
-    mixer, x = random_mixer(50, "state", delta_rule=True), torch.randn(2, 300, 24).double()
-    x[:, 100:] = x[:, :200]
-    x[:, 250:] = x[:, 250:251]
-    assert_agrees(mixer, x, mixer(x), dtype)
-
-
-def test_the_delta_rules_gradients_do_not_heed_autocast():
-    """Some call backward() inside autocast, where its products in fp32 must stay such."""
-    q, k, v = (torch.randn(1, 70, 2, 4) for _ in range(3))
-    inputs = [x.requires_grad_() for x in (q, k, v, -torch.rand(1, 70, 2), torch.rand(1, 70, 2))]
-    y = afno.delta_scan(*inputs).square().sum()
-    outside = torch.autograd.grad(y, inputs, retain_graph=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = torch.autograd.grad(y, inputs)
-    assert all(map(torch.equal, inside, outside))
-
-
-@pytest.mark.slow
-def test_the_delta_rule_is_one_graph():
-    """With gradients, at a length that is no multiple of a chunk."""
-    torch.manual_seed(0)
-    layer, x = AFNO1D(16, 2, form="state", delta_rule=True), torch.randn(2, 150, 16)
-    parameters = [x.requires_grad_(), *layer.parameters()]
-    slope = torch.linspace(-1, 1, 16)
-
-    def gradients(run):
-        y = run(x)
-        return [y, *torch.autograd.grad((y * slope).sum(), parameters)]
-
-    plain, compiled = map(gradients, (layer, torch.compile(layer, backend="aot_eager",
-                                                           fullgraph=True)))
-    assert max(relative(ours, theirs) for ours, theirs in zip(compiled, plain)) < 1e-4
 
 
 VARIANTS = ({}, dict(num_experts=2), dict(num_experts=3, routing="position"), dict(silu=True),
@@ -712,7 +665,7 @@ def test_every_form_has_its_operator():
 def test_check_arguments_is_what_the_mixer_calls(monkeypatch):
     given = []
     monkeypatch.setattr(afno, "check_arguments", lambda *arguments: given.append(arguments))
-    arguments = 24, 4, 0.1, 0.5, 50, "hilbert", 2, "position", 3, True, 7, True
+    arguments = 24, 4, 0.1, 0.5, 50, "hilbert", 2, "position", 3, True, 7
     AFNO1D(*arguments)
     assert given == [arguments]
     assert check_arguments(*given[0]) is None

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import afno  # noqa: E402
-import kernels.delta  # noqa: E402
 import kernels.loss  # noqa: E402
 import test_causality  # noqa: E402
 import train_gpt2_afno  # noqa: E402
@@ -503,20 +502,16 @@ def test_a_match_that_is_not_earlier_is_a_leak(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delta_rule", (0, 1))
-def test_states_that_hold_later_tokens_are_a_leak(monkeypatch, delta_rule):
-    everything = lambda since: torch.ones_like(since)[..., None, :]
-    for module in (afno, kernels.delta):
-        monkeypatch.setattr(module, "remains_of", everything)
-    config = dataclasses.replace(CONFIG, afno_form="state", afno_delta_rule=delta_rule)
+def test_states_that_hold_later_tokens_are_a_leak(monkeypatch):
+    monkeypatch.setattr(afno, "remains_of", lambda since: torch.ones_like(since)[..., None, :])
+    config = dataclasses.replace(CONFIG, afno_form="state")
     assert "refusing to go on: output 0 " in start_sees(config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", (
     {}, dict(mixer="attn"), dict(afno_form="hilbert"), dict(afno_form="dyadic"),
-    dict(afno_form="state"), dict(afno_state_layers=(1,), afno_silu=1),
-    dict(afno_form="state", afno_delta_rule=1)))
+    dict(afno_form="state"), dict(afno_state_layers=(1,), afno_silu=1)))
 def test_nothing_true_is_called_a_leak(options):
     config = dataclasses.replace(CONFIG, value_residual=1, **options)
     assert start_sees(config) is start_sees(config, HALF) is None

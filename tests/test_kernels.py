@@ -542,8 +542,7 @@ for fp8 in (False, True):
 
 def test_operators_are_those_whose_results_recomputing_keeps():
     ops = torch.ops.afno
-    assert kernels.operators() == {ops.block_conv.default, ops.state_scan.default,
-                                   ops.delta_scan.default}
+    assert kernels.operators() == {ops.block_conv.default, ops.state_scan.default}
 
 
 @pytest.mark.slow

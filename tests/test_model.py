@@ -476,7 +476,7 @@ def generated(model, idx):
 @pytest.mark.parametrize("options", (
     dict(mixer="attn"), dict(attn_layers=(1,)), dict(afno_form="dyadic", attn_layers=(1,)),
     dict(afno_silu=1, afno_state_layers=(1,), afno_token_taps=5),
-    dict(afno_state_layers=(0, 2), afno_delta_rule=1), dict(copy_matches=1)))
+    dict(afno_state_layers=(0, 2)), dict(copy_matches=1)))
 def test_token_by_token_gives_the_same_hidden_states(position, options):
     model = tiny(position=position, **options).double()
     idx = random_tokens((2, 24 if position == "learned" else 150), 97)
