@@ -267,7 +267,7 @@ class FirstSteps:
         """Count a step; so many are left."""
         self.seconds.append(seconds)
         if len(self.seconds) == 1:
-            self.laps.done("first save, validation and step")
+            self.laps.done("first save and step")
             before = os.environ.get(STARTED)
             self.say(f"seconds to the first step: {self.laps}"
                      + (f"; before, in run_afno.sh: {before}" if before else ""))

@@ -7,6 +7,7 @@ The gate and the fetching of data are processes of their own, whose lines begin 
 beside it, too. No step is made before the gate has passed.
 """
 import contextlib
+import importlib
 import os
 import shlex
 import signal
@@ -115,6 +116,9 @@ def main(argv: list[str], gate: Gate) -> int:
                shlex.join(["bash", "run_afno.sh", *words]))
     os.environ.setdefault(STARTED, "")  # the trainer shows no facts
     trainer.LAPS.done("facts")
+    if args.compile:  # beside the set-up, which waits for other compilers
+        threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",),
+                         daemon=True).start()
     gate.show()
     gate.has_room = device.type == "cuda" and memory_budget(device) >= BOTH
     if script := data_script(args):

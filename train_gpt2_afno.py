@@ -1008,7 +1008,7 @@ class Run:
                       for optimizer in self.optimizers]  # at a factor of 1
         if args.predict_prefix:
             self.prefixes = torch.tensor(prefix_table(config.vocab_size), device=self.device)
-        self.pending, times = None, saved or dict.fromkeys(TIMES, 0.0)
+        self.pending, self.checked, times = None, False, saved or dict.fromkeys(TIMES, 0.0)
         self.travelling = []  # what ends the average of the tables' gradients over ranks
         if saved:
             load_optimizers(self.optimizers, saved.pop("optimizers"), folder)
@@ -1088,7 +1088,6 @@ class Run:
             self.choose_micro_batch(to_come)
             LAPS.done("compilation")
         self.refuse_leaks([(self.tokens // length, length) for length in to_come])
-        runtime.wait()
         LAPS.done("causality check")
         if runtime.compile:
             self.compile_time += time.perf_counter() - begin
@@ -1101,17 +1100,14 @@ class Run:
                  "the 100% of mfu")
         self.flops = {length: flops_per_token(model, length) for length in to_come}
 
-    def refuse_leaks(self, trained: list[tuple[int, int]]):
-        """Raise InputError where the model leaks in the shapes that train, or where it validates.
-
-        It looks at the very graphs.
-        """
-        args, validated = self.args, (self.args.val_batch_size, self.T)
-        refuse_other_targets(*self.loader.ahead.result()[:2])
-        refuse_leaks(self.model, trained, self.runtime, self.say,
-                     modes=(True, False) if validated in trained else (True,),
-                     goals=self.goals if args.predict_ahead or args.predict_prefix else None,
-                     validated=validated)
+    def refuse_leaks(self, shapes: list[tuple[int, int]], training: bool = True):
+        """Raise InputError where the very graphs that train, or validate, leak in these shapes."""
+        args, goals = self.args, None
+        if training:
+            refuse_other_targets(*self.loader.ahead.result()[:2])
+            goals = self.goals if args.predict_ahead or args.predict_prefix else None
+        refuse_leaks(self.model, shapes, self.runtime, self.say, modes=(training,), goals=goals)
+        self.runtime.wait()
 
     def recompute(self, recompute: int):
         for block in self.model.transformer.h:
@@ -1309,10 +1305,17 @@ class Run:
         self.clock.restart()
 
     def validate(self):
-        """Log the validation loss, unless a signal ends it; note whether the target is reached."""
+        """Log the validation loss, unless a signal ends it; note whether the target is reached.
+
+        Its graph is compiled and checked now: the first training step does not wait for it.
+        """
         if self.step == self.validated:
             return
         self.flush()
+        if not self.checked:
+            begin, self.checked = time.perf_counter(), True
+            self.refuse_leaks([(self.args.val_batch_size, self.T)], training=False)
+            self.compile_time += self.runtime.compile * (time.perf_counter() - begin)
         loss = self.validation_loss(self.runtime)
         if loss is not None:
             self.validated, step = self.step, self.step
@@ -1403,9 +1406,8 @@ def train_loop(run: Run) -> int:
     args, runtime = run.args, run.runtime
     while True:
         if run.step in (0, run.cooldown) or run.is_due(args.save_every):
-            # before the validation, whose failure then costs nothing; the first before the log
-            run.save(wait=run.step == 0)
-        if run.is_due(args.val_loss_every):
+            run.save()  # before the validation, whose failure then costs nothing
+        if run.step and run.is_due(args.val_loss_every):
             run.validate()
         batches, error = [], None
         try:

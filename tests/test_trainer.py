@@ -417,8 +417,8 @@ def test_a_run_learns_and_logs(data, tmp_path, monkeypatch):
     assert steps[0]["lr"] == 0.005 and steps[1]["lr"] == steps[30]["lr"] == 0.01
     assert steps[-1]["lr"] == 0.005
     found = validations(tmp_path / "run")
-    assert [line["step"] for line in found] == [*range(0, 40, 3), 40]
-    assert 6 < found[0]["val_loss"] < 7 and found[-1]["val_loss"] < 3
+    assert [line["step"] for line in found] == [*range(3, 40, 3), 40]
+    assert 6 < steps[0]["train_loss"] < 7 and found[-1]["val_loss"] < 3
     assert lines[-1]["wall_clock_time_to_target_loss"] is None and lines[-1]["tokens_per_s"] > 0
     log = (tmp_path / "run/train.log").read_text()
     for said in ("commit: ", "command: ", f"torch {torch.__version__}", "mixers afno attn",
@@ -652,7 +652,7 @@ def test_a_curriculum_reads_every_token_once_and_in_order(data, tmp_path, monkey
     assert [line["tokens"] for line in lines] == list(range(64, 641, 64))
     assert [line["sequence_length"] for line in lines] == lengths
     at = [line["tokens"] for line in validations(tmp_path / "run")]
-    assert at == [0, 192, 384, 576, 640]
+    assert at == [192, 384, 576, 640]
     assert newest(tmp_path / "run")["position"] == 640
     assert "1.46 passes to come" in (tmp_path / "run/train.log").read_text()
 
@@ -834,7 +834,7 @@ def test_killed_and_resumed_equals_uninterrupted(data, tmp_path, script, recipe)
     assert killed.wait() == -signal.SIGKILL, killed.stderr.read()
     assert main(flags(data, tmp_path / "killed", options + " --resume auto")) == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    assert [line["step"] for line in validations(tmp_path / "killed")] == [0, 3, 6, 9, 12]
+    assert [line["step"] for line in validations(tmp_path / "killed")] == [3, 6, 9, 12]
     a, b = newest(tmp_path / "killed"), newest(tmp_path / "whole")
     assert a["step"] == 12 and a["position"] == 12 * 32
     assert_same(a, b)
@@ -864,10 +864,10 @@ def test_a_signal_cuts_a_validation_short(data, tmp_path, monkeypatch):
     monkeypatch.setattr(GPT, "hidden", slow)
     monkeypatch.setattr(train_gpt2_afno, "refuse_leaks", lambda *given, **more: None)
     assert main(flags(data, tmp_path / "run"), STOPPED) == STOPPED
-    assert len(calls) == 1 and newest(tmp_path / "run")["step"] == 0
+    assert len(calls) == 1 and newest(tmp_path / "run")["step"] == 3
     monkeypatch.setattr(GPT, "hidden", hidden)
     assert main(flags(data, tmp_path / "run", "--resume auto")) == 0
-    assert [line["step"] for line in validations(tmp_path / "run")] == [0, 3, 6]
+    assert [line["step"] for line in validations(tmp_path / "run")] == [3, 6]
 
 
 def test_a_signal_from_outside_ends_the_tests(data, tmp_path, monkeypatch):
@@ -924,7 +924,7 @@ def test_what_is_no_sound_checkpoint_is_not_loaded(data, tmp_path, capsys, damag
 def test_a_run_killed_before_its_first_step_can_be_resumed(data, tmp_path):
     main(flags(data, tmp_path / "run", "--max_seconds 0.001 --save_every 0"))
     main(flags(data, tmp_path / "run", "--resume auto"))
-    assert [line["step"] for line in validations(tmp_path / "run")] == [0, 3, 6]
+    assert [line["step"] for line in validations(tmp_path / "run")] == [3, 6]
 
 
 def test_the_data_of_a_run_stay_its_own(data, tmp_path, monkeypatch):
@@ -1230,6 +1230,20 @@ def test_a_leaking_model_is_not_trained(data, tmp_path, monkeypatch):
                                          "output 0 is the first that changes with the tokens"):
         main(flags(data, tmp_path / "run"))
     assert not losses(tmp_path / "run")
+
+
+def test_a_model_that_leaks_where_it_validates_reports_no_loss(data, tmp_path, monkeypatch):
+    def looks_ahead(self, idx):
+        x = hidden(self, idx)
+        return x + F.pad(x, (0, 0, 0, 1))[:, 1:] if len(idx) == rows else x
+
+    hidden, rows = GPT.hidden, 5  # that no batch has but a validation's
+    monkeypatch.setattr(test_causality, "budget", BUDGET)
+    monkeypatch.setattr(GPT, "hidden", looks_ahead)
+    with pytest.raises(InputError, match="causality check: the model leaks, refusing to go on: "
+                                         "output 0 is the first that changes with the tokens"):
+        main(flags(data, tmp_path / "run"))
+    assert len(losses(tmp_path / "run")) == 3 and not validations(tmp_path / "run")
 
 
 def test_the_causality_check_changes_nothing(data, tmp_path, monkeypatch):
