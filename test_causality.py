@@ -372,6 +372,11 @@ def budget(seq_len: int, rows: int, device: torch.device) -> int | None:
     return max(32, rows)
 
 
+def head_rows(seq_len: int, rows: int, device: torch.device) -> int:
+    """Return how many rows the head is tried on: all on a GPU, else 1,024 positions or two rows."""
+    return rows if torch.device(device).type == "cuda" else min(rows, max(2, 1024 // seq_len))
+
+
 def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, False),
                 cuts: int | None = -1, logits: bool | None = False,
                 seed: int | None = None, goals=None) -> Leaks:
@@ -392,7 +397,8 @@ def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, F
                                     cuts=cuts, device=device, seed=seed + mode)
             leaks += found
             if logits is not None:
-                head = lambda *more: check_head(model, seq_len, rows, device, seed + mode, *more)
+                tried = head_rows(seq_len, rows, device)
+                head = lambda *more: check_head(model, seq_len, tried, device, seed + mode, *more)
                 leaks += head(logits, logits or cuts is None)
                 if goals and gradients:
                     leaks += head(False, False, goals)
