@@ -443,13 +443,12 @@ def energy_used(log: str) -> float:
 class RunLog:
     """Write train.log (the version, all that is printed, energy) and metrics.jsonl of a run."""
 
-    def __init__(self, folder: Path, resumed_step: int | None):
+    def __init__(self, folder: Path, step: int):
+        """Go on after `step`; -1 is a new run's."""
         self.folder, self.validations = folder, []  # each with VALIDATED and its step
         with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
-            if resumed_step is not None:
-                self.cut_back(resumed_step)
-            (folder / "metrics.jsonl").touch()
+            self.cut_back(step)
             for text in record_source(folder):
                 self.line(text)
 
@@ -556,8 +555,12 @@ def describe_miss(log: RunLog, checkpoints: Checkpoints, target: float, args) ->
 
 
 def holds_run(folder: Path) -> bool:
-    metrics = folder / "metrics.jsonl"
-    return bool(Checkpoints(folder).paths()) or metrics.is_file() and metrics.stat().st_size > 0
+    """Return whether there is a checkpoint, or the log of a run that has validated or ended.
+
+    A run that was killed before its first checkpoint was written has none of these.
+    """
+    return bool(Checkpoints(folder).paths()) or any(
+        "val_loss" in values or is_summary(values) for _, values in read_metrics(folder))
 
 
 def refuse_used(folder: Path, resuming: bool):
@@ -613,6 +616,9 @@ def finished(flags: dict, saved: dict | None, args, folder: Path) -> str | None:
     losses = [values["val_loss"] for values in here if "val_loss" in values]
     if not losses or not any(map(is_summary, here)):
         return None
+    exact = re.search(rf"^step:{step}/\d+ val_loss_fp32:", read_log(folder), re.MULTILINE)
+    if args.val_fp32 and args.dtype != "float32" and not exact:
+        return None
     if step != steps and losses[-1] > (args.target_val_loss or -math.inf):
         return None
     return f"{relative(str(folder))} is finished: step:{step}/{steps} val_loss:{losses[-1]:.4f}"
@@ -624,6 +630,22 @@ def last_to_extend(saved: dict, flags: dict) -> float:
     if flags.get("extend", there.get("extend", 0)) == there.get("extend", 0):
         return math.inf
     return min(cooldown_step(there), cooldown_step(there | flags))
+
+
+def saved_flags(flags: dict, folder: Path | None, known: dict[str, dict]) -> dict | None:
+    """Return config, args and step of the checkpoint that --resume goes on from, else None.
+
+    Its tensors are not read. known: of_this_version's flags.
+    """
+    if "resume" not in flags:
+        return None
+    auto = flags["resume"] == "auto"
+    for path in Checkpoints(folder).paths() if auto else [to_path(flags["resume"])]:
+        with contextlib.suppress(Exception):  # the trainer reads all of it, and says what is wrong
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            kept = {name: state[name] for name in ("config", "args", "step")}
+            return of_this_version(kept, path, known)
+    return None
 
 
 def find_checkpoint(flags: dict, folder: Path, only_read: bool, sound, say) -> dict | None:

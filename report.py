@@ -112,7 +112,9 @@ def state_of(record: Record) -> str:
         return f"**Unfinished** at {where}: {why}."
     if record.step == record.total_steps:
         return f"Finished: {where}."
-    if record.run.summary["wall_clock_time_to_target_loss"] is not None:
+    target = record.last(r"flags that differ .*\btarget_val_loss ([^,\n]+)")
+    last = record.validations[-1] if record.validations else dict(step=None)
+    if target and last["step"] == record.step and last["val_loss"] <= float(target):
         return f"Stopped at its target: {where}."
     return f"**Unfinished** at {where}: {record.last('(stopped by .*)') or 'it was stopped'}."
 

@@ -282,6 +282,24 @@ def attempted(work, may_blame_compiler: bool) -> tuple[int, str]:
         return 2, first_line(getattr(error, "inner_exception", error))
 
 
+def leave_out_compiler(runtime: Runtime, reason: str, say):
+    """Go on without torch.compile, and say so."""
+    say(f"torch.compile fails here ({reason or 'on another rank'}): it goes on as with "
+        "--compile 0, slower and with more memory")
+    torch.compiler.set_stance("force_eager")
+    runtime.compile = False
+
+
+def compiled_or_not(runtime: Runtime, work, say):
+    """Do work() on all ranks; where it does not compile on one of them, again without compiler."""
+    outcome, reason = attempted(work, runtime.compile)
+    runtime.wait()  # one may compile for minutes
+    if max(runtime.of_ranks(outcome)):
+        if runtime.compile and outcome != 1:
+            leave_out_compiler(runtime, reason, say)
+        work()  # where memory is not enough, it raises again
+
+
 def choose_micro_batch(runtime: Runtime, args, T: int, unit: int, channels: int, fixed: int,
                        attempt, say):
     """Set args.batch_size, grad_accumulation_steps and recompute to what all ranks' cards take.
@@ -311,10 +329,7 @@ def choose_micro_batch(runtime: Runtime, args, T: int, unit: int, channels: int,
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         if outcome == 2:
-            say(f"torch.compile fails here ({reason or 'on another rank'}): it goes on as with "
-                "--compile 0, slower and with more memory")
-            torch.compiler.set_stance("force_eager")
-            runtime.compile = False
+            leave_out_compiler(runtime, reason, say)
             continue
         what = f"{rows} row{'s' * (rows > 1)} of {T}" + " with --recompute 1" * recompute
         why = f"{what} need at least {need / GIB:.1f} GiB, {budget / GIB:.1f} are free" \

@@ -21,6 +21,12 @@ HERE = Path(__file__).resolve().parent
 BOTH = 60 * 2**30  # free bytes of a GPU that are enough for the gate beside a micro-batch
 
 
+def import_compiler():
+    """Import torch.compile's parts, which takes 2 s, while kernels are tried for the set-up."""
+    with contextlib.suppress(Exception):  # where it fails, the compilation says so
+        importlib.import_module("torch._inductor.compile_fx")
+
+
 class Beside:
     """A script in a process of its own. Its lines are shown from show() on; end() ends it."""
 
@@ -61,9 +67,12 @@ class Gate(Beside):
 
     def __init__(self, argv: list[str]):
         super().__init__("gate", "test_causality.py", *argv)
+        self.importing = threading.Thread(target=import_compiler, daemon=True)
 
     def make_room(self):
-        """Wait for the verdict, unless memory is enough for both."""
+        """Wait for the compiler's import, and for the verdict unless memory is enough for both."""
+        if self.importing.ident:
+            self.importing.join()
         if not self.has_room:
             self.verdict()
 
@@ -96,29 +105,33 @@ def fetch(script: str, *argv: str):
 def main(argv: list[str], gate: Gate) -> int:
     """Show the facts, wait for the data, train; return the exit status."""
     import train_gpt2_afno as trainer
-    from checkpoints import Checkpoints
+    from checkpoints import refuse_used, saved_flags
     from facts import STARTED, data_script, show_facts
     from runtime import choose_device, memory_budget
 
     flags, said = trainer.parse_flags(argv), []
     sys.argv = [str(HERE / "train_gpt2_afno.py"), *argv]  # what torchrun and train.log repeat
     if {"generate", "eval_only"} & flags.keys():
+        gate.end()
         return trainer.main(argv)
     device = choose_device(flags.get("device", "auto"))
     folder = trainer.choose_folder(flags, False) or \
         trainer.folder_of_preset(flags, device, said.append)
-    args = trainer.merge_flags(flags, device, None, said.append)
-    if Checkpoints(folder).steps()[:1] == [args.num_iterations + args.extend]:
-        return trainer.main(argv)  # no step is left
-    config = trainer.GPTConfig(**trainer.model_fields(vars(args)))
+    saved = saved_flags(flags, folder, trainer.CHECKPOINT_FLAGS)
+    if "resume" not in flags:
+        refuse_used(folder, False)  # before anything is fetched
+    args = trainer.merge_flags(flags, device, saved, said.append)
+    if saved and saved["step"] == args.num_iterations + args.extend:  # no step is left
+        gate.end()
+        return trainer.main(argv)
+    config = trainer.config_of(flags, args, saved, folder, False)
     words = argv[1:] if argv[:1] == ["--preset"] else argv  # as run_afno.sh was called
     show_facts(args, folder, device, trainer.sizes_of(config, args),
                shlex.join(["bash", "run_afno.sh", *words]))
     os.environ.setdefault(STARTED, "")  # the trainer shows no facts
     trainer.LAPS.done("facts")
-    if args.compile:  # beside the set-up, which waits for other compilers
-        threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",),
-                         daemon=True).start()
+    if args.compile:
+        gate.importing.start()
     gate.show()
     gate.has_room = device.type == "cuda" and memory_budget(device) >= BOTH
     if script := data_script(args):

@@ -48,10 +48,10 @@ from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, 
                           soft_cap)
 from report import report_at_end
 from runtime import (MICRO_BATCH, Clock, Diverged, Energy, Runtime, average_rows, bytes_of_averages,
-                     choose_device, choose_dtype, choose_gpus, choose_micro_batch, distinct_rows,
-                     evaluate, joined_ranks, keep_graphs, kept_apart, launch, measure_matmul_rate,
-                     of_all_ranks, own_card, peak_memory, ranks, refuse_too_large, run, shapes_of,
-                     to_host)
+                     choose_device, choose_dtype, choose_gpus, choose_micro_batch, compiled_or_not,
+                     distinct_rows, evaluate, joined_ranks, keep_graphs, kept_apart, launch,
+                     measure_matmul_rate, of_all_ranks, own_card, peak_memory, ranks,
+                     refuse_too_large, run, shapes_of, to_host)
 from test_causality import random_tokens, refuse_leaks, refuse_other_targets
 
 LAPS = Laps(START)
@@ -995,7 +995,7 @@ class Run:
         self.model = GPT(config).to(self.device)
         if saved:  # before the log is cut back: weights that do not fit must cost nothing
             load_weights(self.model, saved.pop("model"), folder)
-        self.log = RunLog(folder, self.step if saved else None) if runtime.rank == 0 else None
+        self.log = RunLog(folder, self.step if saved else -1) if runtime.rank == 0 else None
         self.checkpoints = Checkpoints(folder)
         self.say(f"command: {shlex.join(map(relative, sys.argv))}"
                  + (f", resumed at step {self.step}" if saved else ""))
@@ -1088,6 +1088,7 @@ class Run:
             self.choose_micro_batch(to_come)
             LAPS.done("compilation")
         self.refuse_leaks([(self.tokens // length, length) for length in to_come])
+        runtime.wait()
         LAPS.done("causality check")
         if runtime.compile:
             self.compile_time += time.perf_counter() - begin
@@ -1107,7 +1108,6 @@ class Run:
             refuse_other_targets(*self.loader.ahead.result()[:2])
             goals = self.goals if args.predict_ahead or args.predict_prefix else None
         refuse_leaks(self.model, shapes, self.runtime, self.say, modes=(training,), goals=goals)
-        self.runtime.wait()
 
     def recompute(self, recompute: int):
         for block in self.model.transformer.h:
@@ -1314,11 +1314,12 @@ class Run:
         self.flush()
         if not self.checked:
             begin, self.checked = time.perf_counter(), True
-            self.refuse_leaks([(self.args.val_batch_size, self.T)], training=False)
+            compiled_or_not(self.runtime, lambda: self.refuse_leaks(
+                [(self.args.val_batch_size, self.T)], training=False), self.say)
             self.compile_time += self.runtime.compile * (time.perf_counter() - begin)
         loss = self.validation_loss(self.runtime)
         if loss is not None:
-            self.validated, step = self.step, self.step
+            self.validated = step = self.step
             self.say(f"step:{step}/{self.total_steps} val_loss:{loss:.4f} "
                      f"train_time:{self.clock.total:.1f}s "
                      f"step_avg:{1000 * self.clock.total / max(step, 1):.1f}ms "
@@ -1333,8 +1334,6 @@ class Run:
                 self.reached, self.checkpoints.keep["cooldown"] = self.clock.total, None
                 self.say(f"target {self.target:g} reached: step {step}, {self.position:,} tokens, "
                          f"{self.reached:.1f} s")
-            if self.args.val_fp32 and self.has_ended():
-                self.validate_in_fp32()
         self.clock.restart()
 
     def validation_loss(self, runtime: Runtime) -> float | None:
@@ -1409,6 +1408,8 @@ def train_loop(run: Run) -> int:
             run.save()  # before the validation, whose failure then costs nothing
         if run.step and run.is_due(args.val_loss_every):
             run.validate()
+            if args.val_fp32 and run.has_ended():
+                run.validate_in_fp32()
         batches, error = [], None
         try:
             batches = run.next_batches()

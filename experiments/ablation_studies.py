@@ -291,8 +291,9 @@ def finished_run(flags: dict[str, str]) -> Run | None:
     if not (folder_of(flags) / "metrics.jsonl").is_file():
         return None
     run = read_run(folder_of(flags))
+    reached = run.summary and run.summary["wall_clock_time_to_target_loss"] is not None
     ended = run.summary and (run.summary["step"] == integer(flags, "--num_iterations")
-                             or run.summary["wall_clock_time_to_target_loss"] is not None)
+                             or "--target_val_loss" in flags and reached)
     return run if ended else None
 
 

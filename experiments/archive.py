@@ -127,7 +127,7 @@ def pack(folder: Path, runs: Path = RUNS) -> int:
     if name in archives(runs):
         raise ArchiveError(f"an archive {name} exists")
     files = [path for path in folder.rglob("*")
-             if path.is_file() and path.suffix not in (".pt", ".png")]
+             if path.is_file() and path.suffix != ".png" and not path.match("state_step*")]
     files.sort(key=lambda path: (path.suffix, path.name, path))  # alike files in a row pack best
     archive, options = io.BytesIO(), {"preset": 9 | lzma.PRESET_EXTREME}
     with tarfile.open(fileobj=archive, mode="w:xz", format=tarfile.USTAR_FORMAT, **options) as tar:

@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from experiments import archive  # noqa: E402
+from experiments.plot_runs import time_to_loss  # noqa: E402
 
 GOALS, LONG = "2026-11-26-goals", "2026-11-26-400m-tokens"
 ROWS = (  # of THE table: the letter of the glossary, what it is, its runs
@@ -179,21 +180,14 @@ def mean_curve(runs: list[Run]) -> list[tuple[float, float]]:
             for step in shared]
 
 
-def time_to(curve: list[tuple[float, float]], loss: float) -> float:
-    """Return the seconds at which a curve first reaches a loss, linear between validations."""
-    for (t0, y0), (t1, y1) in zip(curve, curve[1:]):
-        if y1 <= loss:
-            return t0 + (y0 - loss) / (y0 - y1) * (t1 - t0)
-    raise ValueError(f"a curve that ends at {curve[-1][1]} never reaches {loss}")
-
-
 def times_faster(runs: list[Run], other: list[Run], compilation: bool = False) -> float:
     """Return the other's seconds to the higher of both last losses over the runs' seconds to it."""
     loss = max(mean_curve(group)[-1][1] for group in (runs, other))
 
     def seconds(group: list[Run]) -> float:
         before = mean(run.with_compilation - run.seconds for run in timed(group))
-        return time_to(mean_curve(group), loss) + before * compilation
+        curve = [(0, *point) for point in mean_curve(group)]
+        return time_to_loss(curve, loss)[0] + before * compilation
 
     return seconds(other) / seconds(runs)
 

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import afno  # noqa: E402
-from data.text_to_bin import InputError, Parser, integer, one_of  # noqa: E402
+from data.text_to_bin import InputError, Parser, first_line, integer, one_of  # noqa: E402
 from kernels import usable  # noqa: E402
 from runtime import Runtime, measure_matmul_rate, run  # noqa: E402
 from test_causality import random_tokens  # noqa: E402
@@ -225,7 +225,7 @@ def measure_operators(B: int, T: int, only, device, dtype, runtime, part: str, e
             if layers == 1:  # the peak of twelve layers is not twelve times that of one
                 row["memory_MB"] = memory
         except RuntimeError as error:  # a backend that does not run here, or too little memory
-            emit(dict(row, error=str(error).strip().splitlines()[0][:200]))
+            emit(dict(row, error=first_line(error)[:200]))
             continue
         finally:
             torch._dynamo.reset()
@@ -305,7 +305,7 @@ def measure_steps(lengths, tokens, model_name, residual_bf16, only, device, runt
             try:
                 emit(measure_step(row, options, device, runtime, matmul_rate))
             except torch.OutOfMemoryError as error:
-                emit(dict(row, error=str(error).splitlines()[0][:200]))
+                emit(dict(row, error=first_line(error)[:200]))
             torch._dynamo.reset()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -86,6 +86,15 @@ def test_numbers_are_those_of_the_metrics(data, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob("*.part"))
 
 
+def test_a_goal_that_is_reached_ends_no_run(data, tmp_path, monkeypatch):  # noqa: F811
+    """Only --target_val_loss does."""
+    options = "--goal_val_loss 99 --num_iterations"
+    main(flags(data, tmp_path / "run", f"{options} 4"))
+    main(flags(data, tmp_path / "run", f"{options} 8 --resume auto --max_seconds 0.001"))
+    assert metrics(tmp_path / "run")[-1]["wall_clock_time_to_target_loss"] is not None
+    assert "**Unfinished** at step 4 of 8" in written(monkeypatch, tmp_path / "run")[0]
+
+
 @pytest.mark.slow
 def test_the_target_is_reached_or_by_how_much_it_is_missed(data, tmp_path, monkeypatch):
     options = "--num_iterations 60 --learning_rate 0.01 --target_val_loss"

@@ -1,4 +1,6 @@
 """How a run starts: what it says first, the micro-batch that fits, what run_afno.sh does."""
+import argparse
+import contextlib
 import os
 import re
 import signal
@@ -13,12 +15,13 @@ from helpers import RefusingGate
 import facts
 import runtime
 import start
+import test_causality
 import train_gpt2_afno
 from data.text_to_bin import InputError
 from runtime import choose_dtype, memory_budget, next_smaller, with_fewer_rows
 from test_trainer import (CPU, SCRIPT, assert_same, data, flags, full_size,  # noqa: F401
-                          losses, main, newest, small)
-from train_gpt2_afno import PRESETS, Run
+                          losses, main, newest, small, validations)
+from train_gpt2_afno import PRESETS, GPTConfig, Run
 
 GIB = 2**30
 CUDA = torch.device("cuda", 0)
@@ -180,6 +183,26 @@ def test_compilation_that_fails_is_left_out(data, tmp_path, monkeypatch):  # noq
         main(flags(data, tmp_path / "other", "--compile 1"))
 
 
+def test_what_validates_is_checked_without_a_compiler_that_fails(data, tmp_path,  # noqa: F811
+                                                                 monkeypatch):
+    stances, check = [], train_gpt2_afno.refuse_leaks
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda *given: stances.append(given[0])
+                        or contextlib.nullcontext())
+    monkeypatch.setattr(train_gpt2_afno.GPT, "compile", lambda model: None)
+
+    def fails(model, shapes, runtime, say, modes, goals):
+        if runtime.compile and modes == (False,):
+            raise RuntimeError("Failed to find C compiler.")
+        check(model, shapes, runtime, say, modes, goals)
+
+    monkeypatch.setattr(train_gpt2_afno, "refuse_leaks", fails)
+    main(flags(data, tmp_path / "run", "--compile 1"))
+    assert "force_eager" in stances and len(validations(tmp_path / "run")) == 2
+    (said,) = lines_of(tmp_path / "run", "torch.compile fails here ")
+    assert len(lines_of(tmp_path / "run", "causality check of validation")) == 1
+
+
+
 def test_the_rank_with_the_smallest_card_decides():
     """This rank's card would take 32 rows, the other's 8."""
     others = iter([10 * GIB, 1, 1, 0])
@@ -268,6 +291,7 @@ class Passed:
     """A gate that has passed."""
 
     show = verdict = lambda self: None
+    importing = argparse.Namespace(start=lambda: None)
 
 
 def test_one_screen_says_what_a_run_needs(full_size, monkeypatch, tmp_path):  # noqa: F811
@@ -311,7 +335,7 @@ def test_what_is_there_is_not_needed_again(monkeypatch, tmp_path):
     for name in ("train_000001", "train_000002", "val_000000"):
         (shards / f"fineweb_{name}.bin").write_bytes(bytes(2_000_000))
     text = "\n".join(screen(monkeypatch, tmp_path, "--preset fineweb --device cpu --model d4 "
-                            f"--n_head 1 --attn_layers 1 --output_dir {run}"))
+                            f"--n_head 1 --attn_layers 1 --output_dir {run} --resume auto"))
     assert ", at step 7 of 3800" in text
     assert "fineweb10B: 3 of 6 shards to fetch, 0.6 GB" in text
     assert f"--output_dir {run} --resume auto" in text
@@ -513,11 +537,49 @@ def test_ones_own_data_need_no_download(begin, tmp_path):
 
 
 def test_a_run_without_steps_left_starts_no_download(begin, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "state_step000120.pt").touch()
-    status, out, called = begin(gate=SLEEPS, data=SLEEPS)
+    saved_at(tmp_path / "run", 120, "--preset shakespeare --device cpu")
+    status, out, called = begin(SLEEPS, SLEEPS, "--resume", "auto")
     assert status == 3 and out == "" and len(called) == 1
+    assert "holds a run: add --resume auto" in begin(SLEEPS, SLEEPS)[0]
+
+
+def saved_at(folder, step: int, given: str):
+    """Write what start.py reads of a checkpoint that such flags have made."""
+    args = train_gpt2_afno.merge_flags(train_gpt2_afno.parse_flags(given.split()), CPU, None, print)
+    config = GPTConfig(**train_gpt2_afno.model_fields(vars(args)))
+    folder.mkdir()
+    torch.save(dict(step=step, args=args.to_save, config=vars(config)),
+               folder / f"state_step{step:06d}.pt")
+
+
+def test_a_run_that_goes_on_is_described_as_its_checkpoint_is(begin, tmp_path):
+    saved_at(tmp_path / "run", 60, "--preset shakespeare --device cpu "
+             "--sequence_length 128 --num_iterations 240")
+    status, out, called = begin("", "", "--resume", "auto")
+    assert status == 3 and "run, at step 60 of 240\n" in out
+    assert "in 240 steps of 8 rows of 128" in out
+
+
+def test_the_gate_tries_the_model_of_the_checkpoint(tmp_path, monkeypatch, capsys):
+    saved_at(tmp_path / "run", 60, "--preset shakespeare --device cpu --mixer attn --batch_size 4")
+    tried = []
+    monkeypatch.setattr(test_causality, "check_trained",
+                        lambda gate, trainer, args, config, runtime: tried.append((args, config)))
+    monkeypatch.setattr(test_causality, "check_family", lambda *given: None)
+    monkeypatch.setattr(test_causality, "CACHE", tmp_path / "cache")
+    argv = ["--preset", "shakespeare", "--device", "cpu", "--output_dir", str(tmp_path / "run")]
+    assert test_causality.main([*argv, "--resume", "auto"]) == 0
+    ((args, config),) = tried
+    assert (config.mixer, args.batch_size) == ("attn", 4)
+
+
+@pytest.mark.parametrize("more", (("--eval_only",), ("--generate", "x")))
+def test_nothing_trains_so_the_gate_ends(begin, monkeypatch, more):
+    """Else it would take the cores from what was asked for."""
+    ended, end = [], start.Gate.end
+    monkeypatch.setattr(start.Gate, "end", lambda gate: ended.append(True) or end(gate))
+    monkeypatch.setattr(train_gpt2_afno, "main", lambda argv, gate=None: 5 if ended else 4)
+    assert begin(SLEEPS, SLEEPS, *more)[0] == 5
 
 
 def test_the_trainer_waits_for_the_gate(data, tmp_path):  # noqa: F811

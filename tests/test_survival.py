@@ -226,6 +226,44 @@ def test_of_the_files_set_aside_those_of_the_last_time_are_kept(tmp_path):
     assert "state_step000006.pt.abandoned, set aside before, is removed" in said
 
 
+def test_killed_before_its_first_file_is_written_the_same_command_begins_anew(
+        data, tmp_path, monkeypatch):  # noqa: F811
+    out, argv = tmp_path / "run", flags(data, tmp_path / "run", "--resume auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", lambda *given: None)
+        patch.setattr(Run, "validate", lambda run: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(argv)
+    assert [step for step, _ in losses(out)] == [1, 2, 3] and not steps_in(out)
+    main(argv)
+    assert [step for step, _ in losses(out)] == [1, 2, 3, 4, 5, 6]
+    aside = (out / "metrics.jsonl.abandoned").read_text()
+    assert aside.count("train_loss") == 3  # nothing is lost
+    for path in out.glob("state_step*"):
+        path.unlink()
+    with pytest.raises(InputError, match="holds a run"):  # it has validated and ended
+        main(argv)
+
+
+def test_a_loss_in_fp32_that_a_signal_cut_short_is_made_by_the_next_command(
+        data, tmp_path, monkeypatch):  # noqa: F811
+    out, options = tmp_path / "run", "--dtype bfloat16 --val_fp32 1"
+    exact = Run.validate_in_fp32
+
+    def signalled(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        exact(run)
+
+    monkeypatch.setattr(Run, "validate_in_fp32", signalled)
+    assert main(flags(data, out, options), STOPPED) == STOPPED
+    said = lambda: (out / "train.log").read_text().count("step:6/6 val_loss_fp32:")
+    assert said() == 0
+    monkeypatch.setattr(Run, "validate_in_fp32", exact)
+    main(flags(data, out, f"{options} --resume auto"))
+    main(flags(data, out, f"{options} --resume auto"))  # "is finished"
+    assert said() == 1
+
+
 # -----------------------------------------------------------------------------
 # a miss, and a longer constant phase
 
