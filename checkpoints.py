@@ -1,6 +1,6 @@
 """What a run leaves behind: its folder, its checkpoints, its log; and --eval_only and --generate.
 
-Files are written so that a kill at any moment loses nothing, and read so that damage is refused.
+Files are written so that a kill at any moment damages none, and read so that damage is refused.
 The trainer says what its checkpoints must hold: its flags, its model, its optimizers.
 """
 import contextlib
@@ -37,8 +37,8 @@ NEEDED = {"optimizer", "input_bin", "input_val_bin"}  # of the flags: each has a
 class Checkpoints:
     """state_step*.pt of one run: copied to the host's memory, then written by a thread.
 
-    A file is written under another name, synced, renamed. One write at most is under way. The two
-    last files are kept, and those of the steps in `keep`; of those set aside, the last time's.
+    A file is written under another name, synced, renamed; one at a time. The two newest are kept,
+    and those of the steps in `keep`. Of files set aside, the latest set is kept.
     """
 
     def __init__(self, folder: Path):

@@ -22,7 +22,7 @@ from data.text_to_bin import ROOT, relative
 from kernels import usable
 from runtime import GIB, gpu_driver, memory_budget, ranks
 
-STARTED = "RUN_AFNO_SECONDS"  # in the environment once the screen is shown: what came before it
+STARTED = "RUN_AFNO_SECONDS"  # in the environment of what run_afno.sh starts: seconds before it
 SHARD = 100_000_000  # tokens of one of FineWeb's
 # in data/, by the folder there that they fill
 SCRIPTS = {"fineweb10B": "cached_fineweb10B.py", "shakespeare": "shakespeare.py"}

@@ -1,6 +1,6 @@
 """Run a model: on a device, one process a card; clocks; its loss and its text; how a script ends.
 
-Nothing here knows how the model is made: it has `hidden`, `step`, `check_length` and `lm_head`.
+A model has `hidden`, `step`, `check_length` and `lm_head`.
 """
 import codecs
 import contextlib
@@ -291,7 +291,7 @@ def leave_out_compiler(runtime: Runtime, reason: str, say):
 
 
 def compiled_or_not(runtime: Runtime, work, say):
-    """Do work() on all ranks; where it does not compile on one of them, again without compiler."""
+    """Do work() on all ranks. Where it does not compile on one of them, do it without compiler."""
     outcome, reason = attempted(work, runtime.compile)
     runtime.wait()  # one may compile for minutes
     if max(runtime.of_ranks(outcome)):

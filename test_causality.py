@@ -5,8 +5,8 @@
 
 `check_causality(model, seq_len, vocab_size)` is the check itself. It needs torch alone and takes
 any model or function from tokens to outputs: `from test_causality import check_causality` in a
-project of your own. The trainer calls it at start on the graphs, dtype and shape that it will
-train.
+project of your own. The trainer calls it on the graphs, dtype and shapes that it uses: on what
+trains before the first step, on what validates before the first validation.
 
 How it looks. Two batches differ so: row k of the second keeps its first c_k tokens, and every token
 after this cut is another one. Outputs before the cut must be the same, bit for bit: nothing here
@@ -256,7 +256,7 @@ def gradient_leaks(hidden, embedding: torch.nn.Module, T: int, vocab_size: int,
 
 
 # -----------------------------------------------------------------------------
-# this repository's models: what the trainer checks at start, and the gate
+# this repository's models: what the trainer checks, and the gate
 
 
 @contextlib.contextmanager
@@ -320,9 +320,9 @@ def check_head(model, seq_len: int, rows: int, device, seed: int, logits: bool,
                every_pair: bool, goals=None) -> Leaks:
     """Return the leaks of the head, which must treat every position of every row by itself.
 
-    Positions are numbered at random. In batch b a position has one hidden state and target where
-    digit b of its binary number is 0, else another. Two batches must agree wherever these two
-    digits do. The numbers 1, 2 and 3 tell two of three pairs of positions apart; every_pair:
+    Each position gets a random number. In batch b it holds its first state and target where bit b
+    of the number is 0, else its second. Where two batches hold the same ones, outputs must be
+    equal. With the numbers 1 to 3 two of three pairs of positions are told apart; every_pair:
     numbers that all differ. goals: what makes GPT.forward's targets and shares of the next tokens.
     The losses are those of training; one batch makes gradients, too.
     """
@@ -373,7 +373,10 @@ def budget(seq_len: int, rows: int, device: torch.device) -> int | None:
 
 
 def head_rows(seq_len: int, rows: int, device: torch.device) -> int:
-    """Return how many rows the head is tried on: all on a GPU, else 1,024 positions or two rows."""
+    """Return how many rows the head is tried on: on a GPU all, else 1,024 positions of them.
+
+    There are at least two rows.
+    """
     return rows if torch.device(device).type == "cuda" else min(rows, max(2, 1024 // seq_len))
 
 
@@ -479,9 +482,10 @@ class Gate:
 
 
 def short_configs(given, device: torch.device) -> dict:
-    """Return two layers of every mixer and form, two heads of `given`'s size, by its recipe.
+    """Return the gate's small models, {name: GPTConfig}: two layers of each mixer and form.
 
-    On a CPU heads are half as wide: that takes half the time, and no kernel there knows a width.
+    They have the recipe of `given` and at most two heads. On a CPU heads are half as wide, which
+    halves the time; no kernel there depends on the width.
     """
     heads, size = min(given.n_head, 2), given.n_embd // given.n_head
     width = heads * (size // 2 if device.type == "cpu" and size % 4 == 0 else size)
@@ -499,8 +503,8 @@ def short_configs(given, device: torch.device) -> dict:
 def check_trained(gate: Gate, trainer, args, config, runtime):
     """Add rows for the model that the flags ask for, in the shapes and dtype that train.
 
-    Nobody trains at T - 1: there the vocabulary is small. Not compiled: the trainer checks the
-    compiled graphs at start, on which it then trains.
+    At T - 1, at which nobody trains, the vocabulary is small. Nothing is compiled here: the trainer
+    checks its compiled graphs itself.
     """
     from runtime import with_fewer_rows
 

@@ -594,7 +594,7 @@ class Head(nn.Linear):
 
 
 class GPT(nn.Module):
-    """A GPT-2: embedding, blocks, head. Every Block has its mixer; nothing else mixes tokens."""
+    """A GPT-2. Mixers mix tokens, and so do PairTable (the token before) and copy_matches."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -798,10 +798,9 @@ class Muon(torch.optim.Optimizer):
 class RowAdam(torch.optim.Optimizer):
     """Adam without momentum for tables of which a step meets few rows: the others do not move.
 
-    A row's second moment is one number, the mean of its channels. It fades by beta2 in every step,
-    whether the row is met or not. It begins as zero and is not corrected for that: so a row that is
-    met for the first time moves by 4.5 rates, as far as momentum of 0.75 would carry it in the
-    steps that follow. Momentum itself would move rows that no token of a step has asked for.
+    A row's second moment is one number, the mean square of its channels. It decays by beta2 in
+    every step. It is not bias-corrected, so a row's first update is 1 / sqrt(1 - beta2) = 4.5 rates
+    long. There is no momentum: it would move rows that no token of the step has met.
     """
 
     def __init__(self, tables: list[nn.Parameter], lr: float, beta2: float = 0.95,

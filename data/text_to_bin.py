@@ -1,4 +1,4 @@
-"""Turn any .txt and .jsonl files into training and validation shards of GPT-2 tokens.
+"""Turn .txt, .md and .jsonl files into training and validation shards of GPT-2 tokens.
 
     python data/text_to_bin.py FILES... --out mine [--field text] [--val_fraction 0.05]
     python train_gpt2_afno.py --input_bin "mine/train_*.bin" --input_val_bin "mine/val_*.bin"

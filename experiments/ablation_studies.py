@@ -62,6 +62,10 @@ WITHOUT = {
     "6-heads": "--n_head 12",
     "rest-lr": "--rest_lr 0.0043",  # the learning rate of the other weights
     "residual-bf16": "--residual_bf16 0",
+    "pair-rows": "--pair_rows 0",
+    "value-tables": "--value_tables 0",
+    "predict-ahead": "--predict_ahead 0",
+    "predict-prefix": "--predict_prefix 0",
     "long-warmdown": "--warmdown_iters baseline",
     "final-lr": "--final_lr_fraction 0",
 }

@@ -4,8 +4,8 @@
     python experiments/archive.py restore 2026-11-26-goals --output runs  # runs of the tables
     python experiments/plot_runs.py runs/2026-11-26-goals/[bc]-92 --x seconds --output goals.png
 
-Points are validation losses. Thin lines are training losses, each the mean of the last fiftieth of
-its run's steps. Training seconds are the trainer's: without compilation, validation and saving.
+Points are validation losses. Thin lines are training losses, averaged over the last fiftieth of
+all steps. Training seconds are the trainer's: without compilation, validation and saving.
 Needs matplotlib.
 """
 import argparse

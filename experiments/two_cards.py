@@ -270,7 +270,7 @@ def parts(args):
             folder = Path(args.output) / f"parts{'-without' * bool(tables)}"
             config = trainer.config_of(given, values, None, folder, False)
             run = trainer.Run(values, config, runtime, None, folder)
-            run.refuse_leaks = lambda trained: None
+            run.refuse_leaks = lambda shapes: None
             run.check_and_compile(None)
             run.open_bar()
             run.bar.disable = True

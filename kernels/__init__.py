@@ -1,4 +1,4 @@
-"""Everything in Triton. Skip this when you read: plain PyTorch computes the same sums, only slower.
+"""Kernels in Triton, and the head's loss. Skip the former: plain PyTorch computes the same sums.
 
     compiled.py       how kernels are compiled
     blocks.py         mathematics that the plain paths of afno.py use, too; no Triton
@@ -41,7 +41,7 @@ def operators() -> set:
 def keep_products():
     """Return torch.utils.checkpoint's contexts for --recompute: keep products, recompute the rest.
 
-    Kept for backward are the results of matrix products, attention, convolutions and states.
+    Kept for backward are the results of matrix products, attention, long convolutions and states.
     """
     attention = [f"_scaled_dot_product_{name}" for name in (
         "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]
