@@ -218,34 +218,20 @@ class OtherVersion(InputError):
     """Say that a whole checkpoint is of another version of this trainer."""
 
 
-# Flags that are gone, and the value at which they did nothing: such checkpoints still load.
-GONE = dict(afno_gate=0, afno_relu="cartesian", mlp_ratio=4, grad_clip=0.0)
-
-
 def of_this_version(state: dict, path: Path, flags: dict[str, dict]) -> dict:
     """Return the checkpoint in this version's names; raise OtherVersion for what is gone.
 
-    flags: {name: Flag} of the trainer, for the checkpoint's config and for its args.
+    flags: {name: Flag} of the trainer, for the checkpoint's config and for its args. A flag that is
+    gone, and was off, does not matter.
     """
-    config = state["config"]
-    baseline = (2 * config["n_layer"]) ** -0.5
-    # what it was before there was a flag for it
-    before = baseline if config.get("mixer") == "attn" else 1.0
-    scale = config.get("mixer_scale", None if "depth_scale" in config else before)
     for part, known in flags.items():
         values = state[part]
-        if scale in (1.0, baseline):  # a factor once, a switch now
-            values.pop("mixer_scale", None)
-            values["depth_scale"] = int(scale == baseline)
-        for name, neutral in GONE.items():
-            if values.get(name) == neutral:
-                del values[name]
         if gone := sorted(name for name in values if name not in known and values[name]):
             raise OtherVersion(f"{relative(str(path))} is of another version of this trainer, "
                                f"which had {', '.join(gone)}: its train.log names that version")
         for name in set(values) - set(known):
             del values[name]
-    for name, value in config.items():
+    for name, value in state["config"].items():
         flag = flags["config"][name]
         if {type(value), type(flag.default)} == {str} and not flag.kind.accepts(value):
             raise OtherVersion(f"{relative(str(path))} is of another version of this trainer: "
