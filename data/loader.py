@@ -16,7 +16,10 @@ DATA_FLAGS = ("input_bin", "input_val_bin")
 
 
 def choose_data(flags: dict, values: dict) -> dict:
-    """Return absolute patterns of the shards: a flag's from here, others from the repository."""
+    """Return absolute patterns of the shards: a flag's from here, others from the repository.
+
+    Raise InputError where one flag is given without the other.
+    """
     if len(flags.keys() & DATA_FLAGS) == 1:
         raise InputError("--input_bin and --input_val_bin go together, one is missing")
     return {name: os.path.abspath(to_path(values[name]) if name in flags else ROOT / values[name])
@@ -24,7 +27,7 @@ def choose_data(flags: dict, values: dict) -> dict:
 
 
 def find_shards(pattern: str) -> list[str]:
-    """Return the files that match, sorted; as much of the pattern as exists is no pattern."""
+    """Return the files that match, sorted. As much of the pattern as exists is taken literally."""
     there = pattern
     while there and not os.path.exists(there):
         there = os.path.dirname(there)
@@ -32,9 +35,10 @@ def find_shards(pattern: str) -> list[str]:
 
 
 class TokenStream:
-    """All shards that match a pattern, as one sequence without beginning or end.
+    """Read all shards that match a pattern as one sequence without beginning or end.
 
-    They are read, not mapped: a mapped file that shrinks would kill the process.
+    They are read, not mapped: a mapped file that shrinks would kill the process. Raise InputError
+    where none matches.
     """
 
     def __init__(self, pattern: str, vocab_size: int, flag: str):
@@ -66,7 +70,10 @@ class TokenStream:
         return f"{self.paths[shard]}, token {offset}"
 
     def read(self, position: int, count: int) -> Tensor:
-        """Return tokens position ... position + count - 1, int64, from the end to the beginning."""
+        """Return tokens position ... position + count - 1, int64; the first one follows the last.
+
+        Raise InputError where one is not in the vocabulary.
+        """
         parts, begin = [], position
         while count > 0:
             shard, offset = self.locate(begin)
@@ -93,29 +100,34 @@ class TokenStream:
 
 
 def to_device(tokens: Tensor, device: torch.device) -> Tensor:
+    """Return tokens on the device. On a GPU the host does not wait for the copy."""
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
 
 @functools.cache
 def spread_step(rows: int) -> int:
-    """Return a step of 0.618 of the rows that meets all of them before it meets one again."""
+    """Return a step of about 0.618 rows that meets all of them before it meets one again."""
     return next(n for n in range(round(0.618 * rows), 2 * rows) if math.gcd(n, rows) == 1)
 
 
 class TrainLoader:
-    """Endless micro-batches (B, T) of inputs and targets, read one ahead in a thread.
+    """Deal out micro-batches (B, T) of inputs and targets without end, read one ahead in a thread.
 
-    `position` counts the tokens dealt out before; it is a multiple of T. Rows go to micro-batches,
-    and these to ranks, in turn: any number of ranks sees the same tokens in a step. In the order
-    `stream` rows come as they stand. In the order `spread` they come from all over the stream, so
-    that neighbours in a batch are not of one document: steps of 0.618 of the stream keep them as
-    far apart as can be for a batch of any size, and meet each row once a pass. `inputs`, (ranks x
-    B, T) on the CPU, are those of all ranks in the micro-batch dealt out last.
+    `position` counts the tokens dealt out before, to all ranks; it is a multiple of T. Rows go to
+    micro-batches, and these to ranks, in turn: any number of ranks sees the same tokens in a step.
+    `inputs`, (ranks x B, T) on the CPU, are those of all ranks in the micro-batch dealt out last.
+
+    In the order `stream` rows come as they stand. In the order `spread` they come from all over the
+    stream, so that neighbours in a batch are not of one document. Steps of 0.618 of the stream keep
+    them as far apart as can be for a batch of any size. They meet each row once a pass.
     """
 
     def __init__(self, stream: TokenStream, B: int, T: int, position: int, rank: int, world: int,
                  device, order: str = "stream", passes=None):
-        """passes: (where it begins, tokens of the stream) of each pass that has other data."""
+        """Begin at `position`; raise InputError where the stream is too short for one micro-batch.
+
+        passes: (where it begins, tokens of the stream) of each pass that has other data.
+        """
         if len(stream) < world * B * T + 1:
             raise InputError(
                 f"--input_bin holds {len(stream)} tokens, fewer than one micro-batch and its last "
@@ -128,7 +140,7 @@ class TrainLoader:
         self.ahead = self.thread.submit(self.load, position)
 
     def pass_at(self, position: int) -> tuple[int, int]:
-        """Return where the pass began that is under way, and its tokens of the stream."""
+        """Return where the pass at this position began, and its tokens of the stream."""
         return max((one for one in self.passes if one[0] <= position), default=self.passes[0])
 
     def start(self, row: int) -> int:
@@ -142,7 +154,7 @@ class TrainLoader:
         return self.stream.where(self.start(position // self.T))
 
     def load(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return inputs and targets of this rank, (B, T) each, and the inputs of all."""
+        """Return inputs and targets of this rank, (B, T) each, and the inputs of all ranks."""
         first = position // self.T
         # all ranks' tokens: so a bad one stops every rank alike, and each knows what others look up
         tokens = torch.stack([self.stream.read(self.start(row), self.T + 1)
@@ -152,6 +164,7 @@ class TrainLoader:
         return x, y, tokens[:, :-1]
 
     def next(self) -> tuple[Tensor, Tensor]:
+        """Return the next inputs and targets, (B, T) each; begin to read those after them."""
         x, y, self.inputs = self.ahead.result()
         self.position += self.stride
         self.ahead = self.thread.submit(self.load, self.position)
@@ -162,8 +175,8 @@ def passes(stream: TokenStream, saved: dict, args, T: int) -> list[tuple[int, in
     """Return (position at which it begins, tokens of the stream) of this pass and a later one.
 
     saved: the checkpoint, or {}. Rows that are spread must stay those of the pass that has begun.
-    Shards that were added come after it with --extend, or with --new_pass once each row was read.
-    Raises InputError otherwise.
+    With --extend, added shards come after that pass. With --new_pass they come once each row was
+    read. Raise InputError otherwise.
     """
     began, position, now = saved.get("pass_began", 0), saved.get("position", 0), len(stream)
     before = saved.get("data_tokens") or now
@@ -185,7 +198,11 @@ def passes(stream: TokenStream, saved: dict, args, T: int) -> list[tuple[int, in
 
 
 def count_val_tokens(wanted: int | None, val_stream: TokenStream) -> int:
-    """Return how many targets to evaluate: every token but the first can be one."""
+    """Return how many targets to evaluate: every token but the first can be one.
+
+    Without `wanted` it is at most 1,048,576. Raise InputError where there are too few tokens, or
+    one is not in the vocabulary.
+    """
     most = len(val_stream) - 1
     if most < 1:
         raise InputError("--input_val_bin holds one token, validation needs two")

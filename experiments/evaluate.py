@@ -6,26 +6,26 @@
     python experiments/evaluate.py runs/b runs/c --text all --rows 65536 --out runs/long
 
 A CHECKPOINT is a file state_step*.pt of the trainer, or a run's folder, whose newest one counts.
-Scored are the first --tokens targets of --bin (the first checkpoint's validation shards), or of
-each source of --text, which are made of installed packages (package_text.py), by two measures.
-Both score the same targets, so all differences are paired.
+Two measures score the first --tokens targets of --bin (the first checkpoint's validation shards).
+With --text they score those of each source, made of installed packages (package_text.py). Both
+score the same targets, so all differences are paired.
 
 stream      rows of --rows tokens as they stand: the trainer's own validation
 documents   a token is predicted from its own document alone, from token 50256 on. A document
             longer than --rows is cut into pieces, none of which sees the one before. The target
             of a document's last token is the 50256 of the next one, and it counts
 
-Losses are also told apart by position, by source, by whether a document ended before in the row,
-and by the longest earlier match of the tokens up to the target: a hit is where the token after the
-most recent match is the right next one. --filters adds the lengths, rank and movement of AFNO's
-filters, and the loss without the taps beyond some lags.
+Losses are also told apart by position, by source, and by whether a document ended before in the
+row. They are told apart by the longest earlier match of the tokens up to the target, too. A hit is
+where the token after the most recent match is the right next one. --filters adds the lengths, rank
+and movement of AFNO's filters, and the loss without the taps beyond some lags.
 
-The tables go to stdout and, with --out, to DIR/table.md and as curves to DIR/curves.png, which
-takes matplotlib. DIR/losses.npz keeps the losses as float16 under LABEL/stream and LABEL/documents,
-where place i is the target i + 1 of the text, and taps under LABEL/taps and LABEL/initial taps.
-LABEL is folder@step. What stands there for the same file, text, tokens and rows is not computed
-again. A standard error is that of the mean over rows or documents: it holds the text's noise, not
-that of training.
+The tables go to stdout. With --out they also go to DIR/table.md, and curves to DIR/curves.png,
+which takes matplotlib. DIR/losses.npz keeps the losses as float16 under LABEL/stream and
+LABEL/documents, where place i is the target i + 1 of the text. It keeps taps under LABEL/taps and
+LABEL/initial taps. LABEL is folder@step. What stands there for the same file, text, tokens and rows
+is not computed again. A standard error is that of the mean over rows or documents: it holds the
+text's noise, not that of training.
 """
 import argparse
 import contextlib
@@ -122,8 +122,8 @@ def losses_of(model: trainer.GPT, tokens: np.ndarray, pieces: Pieces, T: int,
               runtime: Runtime, batch_tokens: int) -> np.ndarray:
     """Return every target's loss, (N,) float32, in pieces of at most T tokens.
 
-    Pieces of similar length make a batch of about batch_tokens, filled up on the right to the next
-    power of two with targets that do not count. So there are few shapes.
+    tokens: (N + 1,). Pieces of similar length make a batch of about batch_tokens. It is filled up
+    on the right to the next power of two, with targets that do not count. So there are few shapes.
     """
     count = int(pieces.length.sum())
     losses = np.zeros(count, np.float32)
@@ -156,12 +156,13 @@ def longest_matches(tokens: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, 
     """Return the longest earlier match of the tokens up to each input, and whether it is a hit.
 
     tokens: (N + 1,). start: (N,), where the row of each input begins. The match of input i is the
-    largest m so that the tokens i - m + 1 ... i also end at an earlier j of the row; a hit is where
-    the token after the most recent such j is the right next one, that of i + 1. Returns (N,) of
-    int, 0 where token i is new in its row, and of bool.
+    largest m such that the tokens i - m + 1 ... i also end at an earlier j of the row. It is a hit
+    where the token after the most recent such j is token i + 1. Returns (N,) of int, 0 where token
+    i is new in its row, and (N,) of bool.
 
-    Length by length: `inputs` are those whose last m tokens occur more than once in their row, and
-    inputs with equal ones have equal `name`s. Costs the sum of all matches, times a logarithm.
+    Matches are found length by length. `inputs` are those whose last m tokens occur more than once
+    in their row. Inputs whose last m tokens are equal have equal `name`s. The cost is the sum of
+    all matches, times a logarithm.
     """
     count = len(start)
     match, last = np.zeros(count, np.int32), np.zeros(count, np.int64)
@@ -217,7 +218,7 @@ def groups_of(text: "Text", measure: str) -> dict[str, dict[str, np.ndarray]]:
 def mean_and_error(values: np.ndarray, unit: np.ndarray) -> tuple[float, float]:
     """Return the mean of values (n,) and its standard error over units (n,), nan for a single one.
 
-    Units are of unequal size: the mean is a ratio of sums, the error is that of a ratio.
+    Units are of unequal size. So the mean is a ratio of sums, and the error is that of a ratio.
     """
     values, size = values.astype(np.float64), np.bincount(unit)
     mean = values.mean()
@@ -232,7 +233,10 @@ def mean_and_error(values: np.ndarray, unit: np.ndarray) -> tuple[float, float]:
 
 
 class Checkpoint:
-    """Read one checkpoint; its tensors are read from the file when they are used."""
+    """Read one checkpoint; its tensors are read from the file when they are used.
+
+    Raise InputError where there is none that can be read.
+    """
 
     def __init__(self, source: str):
         self.path = Path(source)
@@ -278,7 +282,10 @@ class Checkpoint:
 
 
 class Results:
-    """Hold arrays and numbers by name, in folder/losses.npz where a folder is named."""
+    """Hold arrays and numbers by name, in folder/losses.npz where a folder is named.
+
+    Raise InputError where that file is not of this script.
+    """
 
     def __init__(self, folder: Path | None):
         self.path = folder / "losses.npz" if folder else None
@@ -297,7 +304,7 @@ class Results:
         return self.index.get(name, {}).get("key") == key
 
     def put(self, name: str, key: list, arrays: dict[str, np.ndarray], **numbers):
-        """Keep a result; arrays become float16."""
+        """Keep a result, in the file where there is one; arrays become float16."""
         self.index[name] = dict(key=key, **numbers)
         self.arrays |= {where: values.astype(np.float16) for where, values in arrays.items()}
         if self.path is None:
@@ -362,7 +369,8 @@ def read_text(args, first: Checkpoint) -> Text:
 def read_sources(args, first: Checkpoint, T: int) -> Text:
     """Return the sources of --text, one after the other; no row and no document is of two.
 
-    The last target of a source is the 50256 with which the next one begins.
+    The last target of a source is the 50256 with which the next one begins. Raise InputError where
+    the checkpoint's tokens are not GPT-2's.
     """
     if first.config.vocab_size <= END_OF_TEXT:
         raise InputError(f"--text: the {first.config.vocab_size} tokens of {first.label} are not "
@@ -447,10 +455,11 @@ def filter_figures(taps: np.ndarray, initial: np.ndarray) -> list[float]:
     """Return a layer's figures, in the order of FIGURES, of taps (filters, lags).
 
     All but the last two are of filters scaled to the same energy. A filter's length is the lag up
-    to which it has a share of its energy, then the mean is taken. Half of a response's energy is
-    below the median frequency, in cycles a token: 0.25 where all frequencies pass. The rank is the
-    exponential of the entropy of the squared singular values' shares. The last two compare all taps
-    together.
+    to which it has a share of its energy; the mean over filters is taken. Half of a response's
+    energy is below the median frequency, in cycles a token. It is 0.25 where all frequencies pass.
+    The rank is the exponential of the entropy of the squared singular values' shares. The
+    correlation is the mean |cosine| of two filters. The last two compare all taps with the initial
+    ones.
     """
     taps, initial = taps.astype(np.float64), initial.astype(np.float64)
     unit = taps / np.maximum(np.linalg.norm(taps, axis=1, keepdims=True), 1e-30)
@@ -476,7 +485,7 @@ def filter_figures(taps: np.ndarray, initial: np.ndarray) -> list[float]:
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
-    """Return a table; numbers have four decimals."""
+    """Return a Markdown table; numbers have four decimals, nan is left empty."""
     def cell(value) -> str:
         return f"{value:.4f}" if isinstance(value, float) and math.isfinite(value) else \
             "" if isinstance(value, float) else str(value)
@@ -486,7 +495,7 @@ def markdown(header: list[str], rows: list[list]) -> str:
 
 
 def difference(name: str, first: str, results: Results) -> np.ndarray:
-    """Return what one checkpoint's losses are above another's, (N,) float32."""
+    """Return the losses of `name` less those of `first`, (N,) float32."""
     return results.arrays[name].astype(np.float32) - results.arrays[first].astype(np.float32)
 
 
@@ -506,7 +515,7 @@ def table_of_means(labels: list[str], text: Text, results: Results) -> str:
 
 
 def table_of_contexts(labels: list[str], text: Text, results: Results) -> str:
-    """Return what a model loses or gains when it sees a target's own document alone."""
+    """Return a table of what a model loses or gains when it sees a target's own document alone."""
     after, unit = text.after_an_end(), text.pieces["documents"].units()
     masks = {"all": np.full(text.count, True), "no end before": ~after, "an end before": after}
     masks = {name: mask for name, mask in masks.items() if mask.any()}
@@ -523,7 +532,7 @@ def table_of_contexts(labels: list[str], text: Text, results: Results) -> str:
 
 def tables_of_groups(labels: list[str], text: Text, results: Results, measure: str,
                      groups: dict[str, dict[str, np.ndarray]]) -> str:
-    """Return a measure's losses by group: the first checkpoint's, then the others' above it.
+    """Return tables of losses by group: the first checkpoint's, then how far the others' are above.
 
     What a group adds to the whole difference is its share times its own.
     """
@@ -546,7 +555,7 @@ def tables_of_groups(labels: list[str], text: Text, results: Results, measure: s
 
 
 def tables_of_filters(checkpoints: list[Checkpoint], results: Results) -> str:
-    """Return figures of every layer's filters, and what the loss gains when taps are cut."""
+    """Return figures of every layer's filters, and how far the loss rises when taps are cut."""
     page, cuts = ["## filters"], []
     for checkpoint in checkpoints:
         label = checkpoint.label

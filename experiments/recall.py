@@ -11,16 +11,16 @@ needle      such pairs, far apart among tokens as frequent as words; all keys ag
 copying     a string of different tokens, a pause, a marker: the string again
 counting    symbols among filler: how often was this one there until now?
 
-A model of two layers learns a task on fresh rows of all lengths and loads at once, and is tested
-on rows that it has never seen. The load is the number of pairs, triggers, needles, tokens of
-the string, kinds of symbols. The distance is from a question to what it asks for, in
-counting to the symbol's first place. Mixers have the recipe of the trainer, the same rows in the
-same order, and as many steps, fewer only where all answers are right.
+A model of two layers learns a task on fresh rows of all lengths and loads at once. It is tested on
+rows that it has never seen. The load is the number of pairs, triggers, needles, tokens of the
+string, kinds of symbols. The distance, in tokens, is from a question to what it asks for. In
+counting it is to the symbol's first place. Mixers have the recipe of the trainer, the same rows in
+the same order, and as many steps. They take fewer steps only where all answers are right.
 
 Two controls say whether a task measures anything. Attention must answer all questions of recall,
 induction, needle and copying. A model whose layers mix no tokens, filters of one tap, must stay at
-chance everywhere: what it answers above that the question gives away. It has a third of the steps.
-Filters alone are no control: what they find is a result.
+chance everywhere. Whatever it answers above that, the question gives away. It has a third of the
+steps. Filters alone are no control: what they find is a result.
 
 In experiments/studies/recall/ are rows.jsonl, with a line for every model, and table.md and
 curves.png made from it. Models that stand there are not trained again.
@@ -60,7 +60,7 @@ class Grid:
     answers: int  # of a test, at least
 
     def cells(self) -> list[tuple[int, int]]:
-        """Return every (length, load) of which four times the load fit into the length."""
+        """Return every (length, load) where four times the load fit into the length."""
         return [(T, n) for T in self.lengths for n in self.loads if 4 * n <= T]
 
 
@@ -109,7 +109,10 @@ class Draw:
         return self.half + self.below(self.vocab_size - self.half, count)
 
     def words(self, count: int) -> Tensor:
-        """Return values that are as unequal in frequency as words: the n-th has 1/n (Zipf)."""
+        """Return values, (rows, count), as unequal in frequency as words.
+
+        The frequency of the n-th is as 1/n (Zipf).
+        """
         share = 1 / torch.arange(1, self.vocab_size - self.half + 1, device=self.like["device"])
         drawn = torch.multinomial(share, self.rows * count, True, generator=self.like["generator"])
         return self.half + drawn.view(self.rows, count)
@@ -122,6 +125,11 @@ class Draw:
 
 
 def recall(draw: Draw, T: int, load: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, targets and distances, (rows, T) each, of the task recall.
+
+    First come `load` pairs of a key and its value. Then each key comes once more, at a random
+    place. Its target is its value, and the distance goes back to that value. The rest is filler.
+    """
     tokens, targets, distance = draw.empty(T)
     keys, values = draw.keys(load), draw.values(load)
     tokens[:, 0 : 2 * load : 2], tokens[:, 1 : 2 * load : 2] = keys, values
@@ -133,6 +141,12 @@ def recall(draw: Draw, T: int, load: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def induction(draw: Draw, T: int, load: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, targets and distances, (rows, T) each, of the task induction.
+
+    T // 4 triggers of `load` kinds stand among noise. The same token follows every trigger of a
+    kind. It is the target at a trigger, except at the first of its kind. The distance goes back to
+    where that token last followed the kind.
+    """
     _, targets, distance = draw.empty(T)
     tokens, triggers, after = draw.values(T), draw.keys(load), draw.values(load)
     places = 2 * draw.distinct(T // 4, 0, T // 2).sort(1).values
@@ -148,6 +162,12 @@ def induction(draw: Draw, T: int, load: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def needle(draw: Draw, T: int, load: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, targets and distances, (rows, T) each, of the task needle.
+
+    `load` pairs of a key and its value stand far apart among words. All keys come again at the end,
+    each with its value after it. A key's target is its value there, and the distance goes back to
+    the first place of the value.
+    """
     _, targets, distance = draw.empty(T)
     tokens, keys, values = draw.words(T), draw.keys(load), draw.values(load)
     places = 2 * draw.distinct(load, 0, T // 2 - load)
@@ -160,6 +180,11 @@ def needle(draw: Draw, T: int, load: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def copying(draw: Draw, T: int, load: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, targets and distances, (rows, T) each, of the task copying.
+
+    A string of `load` different tokens is followed by filler and MARKER. From MARKER on the targets
+    are the string again. Every distance is T - load.
+    """
     tokens, targets, distance = draw.empty(T)
     string = draw.distinct(load, draw.half, draw.vocab_size)
     tokens[:, :load], tokens[:, -load] = string, MARKER
@@ -169,6 +194,11 @@ def copying(draw: Draw, T: int, load: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def counting(draw: Draw, T: int, load: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, targets and distances, (rows, T) each, of the task counting.
+
+    min(8 load, T // 2) symbols of `load` kinds stand among filler. The target at the n-th symbol of
+    a kind is the token vocab_size // 2 + n - 1. The distance goes back to the kind's first symbol.
+    """
     tokens, targets, distance = draw.empty(T)
     count = min(8 * load, T // 2)  # of all symbols
     symbols, kind = draw.keys(load), draw.below(load, count)
@@ -195,6 +225,7 @@ def generator(seed: int, task: str, part: str, device: torch.device) -> torch.Ge
 
 
 def make_model(grid: Grid, mixer: str, seed: int) -> trainer.GPT:
+    """Return a model of the grid's shape with one of MIXERS, its weights drawn from the seed."""
     torch.manual_seed(seed)
     shape = dict(vocab_size=grid.vocab_size, n_embd=grid.n_embd, sequence_length=max(grid.lengths))
     return trainer.GPT(trainer.GPTConfig(**shape | RECIPE | MIXERS[mixer]))
@@ -205,7 +236,7 @@ def train(model: trainer.GPT, task: str, grid: Grid, seed: int,
     """Train on batches of one (length, load) each; return the last loss and the number of steps.
 
     A round is a batch of every (length, load), in random order. The last loss is the mean over two
-    rounds; where it falls below LEARNT, the rest of grid.steps is left out.
+    rounds. Once it is below LEARNT, the rest of grid.steps is left out.
     """
     recipe = trainer.RECIPE
     optimizers = trainer.make_optimizers(
@@ -247,7 +278,8 @@ def answers(model: trainer.GPT, tokens: Tensor, targets: Tensor) -> tuple[Tensor
 def test(model: trainer.GPT, task: str, grid: Grid, seed: int, runtime: Runtime) -> list[dict]:
     """Return for every (length, load) how many answers are right, in all and by distance.
 
-    chance is the share of the commonest answer. Distances are told apart by powers of two.
+    chance is the share of the commonest answer. by_distance has [begin, right, answers] for the
+    distances from begin to 2 begin - 1. begin is a power of two.
     """
     source, cells = generator(seed, task, "test", runtime.device), []
     for T, load in grid.cells():
@@ -272,7 +304,10 @@ def test(model: trainer.GPT, task: str, grid: Grid, seed: int, runtime: Runtime)
 
 
 def measure(task: str, mixer: str, seed: int, grid: Grid, runtime: Runtime) -> dict:
-    """Train and test one model; return its line of rows.jsonl. Raises Diverged."""
+    """Train and test one model; return its line of rows.jsonl.
+
+    Raise Diverged where the loss is not finite.
+    """
     model = make_model(grid, mixer, seed).to(runtime.device)
     begin = time.perf_counter()
     most = math.ceil(grid.steps / 3) if mixer == "none" else grid.steps
@@ -295,15 +330,16 @@ def setting(grid: Grid, mixer: str) -> dict:
 
 
 def machine(runtime: Runtime) -> str:
+    """Return the version of torch, the device and its driver in words."""
     chip = f"{torch.cuda.get_device_name()}, driver {gpu_driver()}" \
         if runtime.device.type == "cuda" else "CPU"
     return f"torch {torch.__version__}, {chip}"
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Return the lines of a file of results; raise InputError where one is none.
+    """Return the results in a file, one a line; raise InputError where a line is none.
 
-    A last line that a kill has cut off is dropped, from the file, too.
+    A last line that a kill has cut off is dropped, also from the file.
     """
     if not path.exists():
         return []
@@ -359,7 +395,10 @@ def cell_key(cell: dict) -> tuple[int, int]:
 
 
 def by_distance(rows: list[dict]) -> dict[int, float]:
-    """Return {distance, the power of two where it begins: accuracy} over all lengths and loads."""
+    """Return {begin: accuracy} over all lengths and loads.
+
+    Distances are told apart by the power of two, begin, where a group begins.
+    """
     found = {}
     for row in rows:
         for cell in row["cells"]:
@@ -425,7 +464,7 @@ def write_report(rows: list[dict], folder: Path, grid: Grid):
 
 
 def plot(rows: list[dict], output: Path, grid: Grid):
-    """Draw accuracy against load at the longest rows, and against distance, a line for a task."""
+    """Draw accuracy against load at the longest rows, and against distance: two panels a task."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -456,12 +495,13 @@ def plot(rows: list[dict], output: Path, grid: Grid):
 
 
 def names(known) -> Kind:
-    """Return what reads "one,other" as a list of known names."""
+    """Return the Kind that reads "one,other" as a list of known names."""
     return Kind(lambda text: [*dict.fromkeys(text.split(","))], {*known}.issuperset,
                 f"of {', '.join(known)}, with commas between", "NAME,NAME")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the arguments; raise InputError where they are wrong."""
     parser = trainer.Parser(prog="ablation_studies.py recall", description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             allow_abbrev=False)

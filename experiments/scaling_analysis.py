@@ -3,12 +3,17 @@
     python experiments/scaling_analysis.py                           # all parts, into runs/speed/
     python experiments/scaling_analysis.py --parts operator --lengths 1024,4096
 
-Parts: operator (u to y, as attention's core is q, k, v to o, at constant tokens; AFNO's cores are
-the mean of twelve layers, whose filters are made at once), batch (the same at constant T), step
-(forward, backward and optimizer of the trainer's model), profile (a step's time by phase and by
-kernel). Every run is warmed up, timed by events on the GPU (operators as CUDA graphs), and reported
-as the median; inputs are random. Rows go to rows.jsonl as they are measured; tables.md and the
-plots are made from that file, also from one of an earlier run with --parts none.
+Parts:
+
+operator    u to y at constant tokens, as attention's core is q, k, v to o. AFNO's cores are the
+            mean of twelve layers, whose filters are made at once
+batch       the same at constant T
+step        forward, backward and optimizer of the trainer's model
+profile     a step's time by phase and by kernel
+
+Every run is warmed up and timed by events on the GPU, operators as CUDA graphs. The median is
+reported. Inputs are random. Rows go to rows.jsonl as they are measured. tables.md and the plots are
+made from that file, also from one of an earlier run with --parts none.
 """
 import argparse
 import contextlib
@@ -57,9 +62,10 @@ def measure(run, device: torch.device, seconds: float = 0.3,
             graph: bool = False) -> tuple[float, float, float]:
     """Return median and range of run()'s time in ms, and its peak of memory above before, in MB.
 
-    graph: what run() launches on a GPU is recorded once as a CUDA graph and replayed. For runs of a
-    few short kernels, which the GPU does faster than the host launches them: in a training step the
-    host is ahead, here the GPU would wait.
+    A MB is 2^20 bytes; on a CPU the peak is nan. graph: what run() launches on a GPU is recorded
+    once as a CUDA graph and replayed. It is for runs of a few short kernels, which the GPU does
+    faster than the host launches them. In a training step the host is ahead. Here the GPU would
+    wait.
     """
     if device.type == "cpu":
         times = []
@@ -102,7 +108,10 @@ LAYERS = 12  # of AFNO's cores: a model makes all layers' filters at once, a cor
 
 
 def fft_conv(u, taps):
-    """Return the usual FFT convolution, in fp32: not bitwise causal, none of its kernels fused."""
+    """Return the usual FFT convolution of u (B, T, C) with taps (G, K), in fp32.
+
+    It is not bitwise causal, and none of its kernels are fused.
+    """
     n = 2 * u.size(1)
     responses = torch.fft.rfft(taps, n=n).repeat_interleave(u.size(2) // len(taps), 0).T
     spectrum = torch.fft.rfft(u.float(), n=n, dim=1) * responses
@@ -110,7 +119,7 @@ def fft_conv(u, taps):
 
 
 def conv_products(T: int, K: int) -> float:
-    """Return the kernels' multiply-adds a token and channel in forward."""
+    """Return the kernels' multiply-adds a token and channel in forward, for K taps on T tokens."""
     from kernels import convolution
 
     far = convolution.FAR
@@ -124,6 +133,7 @@ def random(*shape, device, dtype=torch.float32, scale=1.0):
 
 
 def attention_operators(B: int, T: int, device, dtype):
+    """Yield attention's cores, as `operators` does, for each size of a head and backend."""
     for head in (64, 128):
         for name, backend in BACKENDS.items():
             shape = B, C // head, T, head
@@ -139,7 +149,8 @@ def attention_operators(B: int, T: int, device, dtype):
 def operators(B: int, T: int, device, dtype):
     """Yield (name, inputs, function, multiply-adds a token and channel, layers).
 
-    One by one, to hold little memory.
+    They come one by one, to hold little memory. Multiply-adds are those of forward, nan where they
+    are not known.
     """
     yield from attention_operators(B, T, device, dtype)
     filters = C // afno.CHANNELS_PER_FILTER
@@ -187,8 +198,8 @@ def operators(B: int, T: int, device, dtype):
 def state_products(kernels: bool) -> float:
     """Return the state kernels' multiply-adds a token and channel in forward.
 
-    They are a chunk's scores and sum, of which a product makes half for nothing, what it sends and
-    what it reads.
+    They are a chunk's scores and sum, what it sends and what it reads. Half of the scores and of
+    the sum is made for nothing. Without kernels it is nan.
     """
     if not kernels:
         return math.nan
@@ -202,6 +213,10 @@ def outputs(y: torch.Tensor | list) -> list:
 
 
 def measure_operators(B: int, T: int, only, device, dtype, runtime, part: str, emit):
+    """Emit a row for every operator that `only` finds: ms, TB/s, TFLOP/s, and memory in MB.
+
+    The row of one that does not run has its error instead.
+    """
     for name, inputs, function, products, layers in operators(B, T, device, dtype):
         if not only.search(name):
             continue
@@ -243,7 +258,10 @@ def measure_operators(B: int, T: int, only, device, dtype, runtime, part: str, e
 
 
 def training_step(options: dict, model_name: str, B: int, T: int, device, runtime):
-    """Return the model, a function that makes one of its steps on random tokens, and its phases."""
+    """Return a model, a function that makes one step on random tokens, and the step's two phases.
+
+    The phases are forward and backward, and the optimizers.
+    """
     n_layer, n_embd = MODELS[model_name]
     options = dict(options)
     if model_name == "d4":  # for a test of this script on a CPU
@@ -278,6 +296,7 @@ def training_step(options: dict, model_name: str, B: int, T: int, device, runtim
 
 
 def measure_step(row: dict, options: dict, device, runtime, matmul_rate) -> dict:
+    """Return the row with what a step takes: ms, GiB, tokens/s, MFU and parameters."""
     model, step, backpropagate, optimize = training_step(
         options, row["model"], row["B"], row["T"], device, runtime)
     if device.type == "cuda":
@@ -295,6 +314,10 @@ def measure_step(row: dict, options: dict, device, runtime, matmul_rate) -> dict
 
 def measure_steps(lengths, tokens, model_name, residual_bf16, only, device, runtime, matmul_rate,
                   emit):
+    """Emit a row for every length and every model of STEPS that `only` finds.
+
+    A model that takes too much memory has its error instead.
+    """
     for T in lengths:
         for name, options in STEPS.items():
             if (options.get("afno_filter_length") or 0) >= T or not only.search(name):
@@ -383,6 +406,7 @@ def exponent(points: list[tuple[float, float]]) -> float:
 
 
 def number(value) -> str:
+    """Return a number as the tables show it, empty for None and nan."""
     if isinstance(value, int):
         return f"{value:,}"
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -393,6 +417,10 @@ def number(value) -> str:
 
 
 def table(rows: list[dict], columns: dict[str, str]) -> list[str]:
+    """Return a Markdown table's lines; columns: {key of a row: title}.
+
+    A row without ms shows its error there.
+    """
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [row.get(key, row.get("error", "") if key == "ms" else "") for key in columns]
@@ -402,7 +430,10 @@ def table(rows: list[dict], columns: dict[str, str]) -> list[str]:
 
 
 def matrix(rows: list[dict], key: str, by: str) -> list[str]:
-    """Return a table of names against lengths or batch sizes."""
+    """Return the lines of a table of names against lengths or batch sizes.
+
+    key: what is shown; by: "T" or "B". Against T, a line ends with its exponent.
+    """
     across = sorted({row[by] for row in rows})
     lines = [f"| {key}, {by} = | " + " | ".join(map(str, across)) + " | exponent |",
              "|" + "---|" * (len(across) + 2)]
@@ -417,6 +448,7 @@ def matrix(rows: list[dict], key: str, by: str) -> list[str]:
 
 
 def operator_tables(operator: list[dict]) -> list[str]:
+    """Return the lines of the operators' tables: ms, TFLOP/s, TB/s and MB against T."""
     known = [row for row in operator if not math.isnan(row.get("TFLOP_per_s", 0))]
     with_memory = [row for row in operator if "memory_MB" in row or "error" in row]
     return [
@@ -430,6 +462,7 @@ def operator_tables(operator: list[dict]) -> list[str]:
 
 
 def profile_tables(row: dict) -> list[str]:
+    """Return the lines of a profile's tables: ms by phase, by kind of kernel, by kernel."""
     lines = [f"## Profile: {row['name']}, {row['B']} rows of {row['T']}", ""]
     lines += [f"- {key}: {number(row[key])}" for key in row if key.endswith(", ms")] + [""]
     kernels = {key: ms for key, ms in row["by_kernel_ms"].items()
@@ -450,6 +483,7 @@ def profile_tables(row: dict) -> list[str]:
 
 
 def write_tables(rows: list[dict], folder: Path):
+    """Write tables.md of all rows into a folder."""
     by_part = {part: [row for row in rows if row["part"] == part] for part in (*PARTS, "floor")}
     lines = ["Made by experiments/scaling_analysis.py from rows.jsonl. ms are medians; exponents "
              "are slopes of log ms against log T at constant tokens (0: linear cost, 1: "
@@ -473,9 +507,10 @@ def write_tables(rows: list[dict], folder: Path):
 
 
 def amdahl(operator: list[dict], steps: list[dict]) -> list[str]:
-    """Return a table of what the ratio of steps is and could be.
+    """Return the lines of a table of what the ratio of steps is and could be.
 
-    The bound is (D + 12 A) / (D - saved + n A + (12 - n) M), D - saved read off the AFNO step.
+    The bound is (D + 12 A) / (D - saved + n A + (12 - n) M), for n layers of attention. Its letters
+    are times in ms, explained under the table's title; bound_of makes it.
     """
     lines = ["## Ratio of tokens/s to all attention's, and the Amdahl bound", "",
              "A: attention's core a layer, the fastest backend; M: AFNO's core and what is beside "
@@ -508,7 +543,7 @@ def amdahl(operator: list[dict], steps: list[dict]) -> list[str]:
 
 
 def bound_of(attention: dict, attention_layers: int, A: float, M: float) -> float:
-    """Return the bound of a step with so many layers of attention; A and M as in amdahl."""
+    """Return the bound of a step with so many layers of attention; A and M, in ms, as in amdahl."""
     few = 12 - attention_layers
     rate = attention["mfu"] and flops_of_row(attention) / attention["mfu"]
     saved = few * 6 * 2 * C * C * attention["B"] * attention["T"] / rate * 1000
@@ -522,6 +557,7 @@ def flops_of_row(row: dict) -> float:
 
 
 def plot(rows: list[dict], folder: Path):
+    """Draw ms, tokens/s and peak memory against T, a PNG file each."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -585,6 +621,7 @@ def measure_floors(tokens: int, device, dtype, emit) -> float:
 
 
 def measure_parts(args: argparse.Namespace, device, runtime: Runtime, emit):
+    """Measure the floors, then what --parts names; emit the rows."""
     matmul_rate = measure_floors(args.tokens, device, runtime.dtype, emit)
     operator = lambda B, T, part: measure_operators(
         B, T, args.only, device, runtime.dtype, runtime, part, emit)

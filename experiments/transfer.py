@@ -4,17 +4,17 @@
     python experiments/ablation_studies.py transfer runs/c runs/b --domains law --rates 0.001
 
 A CHECKPOINT is what evaluate.py takes. It is tuned for --steps steps on each domain's text, and
-judged on another part of it. The operator are AFNO's MLPs in frequency, of which the filters are
-made. Attention has none: in its place as large a share of the weights is trained, some rows of
-query and key, which decide what is mixed. Each part has its own best rate of --rates.
+judged on another part of it. The operator is AFNO's MLPs in frequency, which make the filters.
+Attention has none. In its place some rows of query and key are trained, which decide what is mixed.
+They are as large a share of the weights. Each part has its own best rate of --rates.
 
 code     the Python files of installed packages; the last tenth is judged
 plays    Shakespeare's plays, training and validation shard (python data/shakespeare.py)
 law      licence texts of installed packages; the last tenth is judged
 
 Then operators are exchanged between the models that were tuned on different domains: what is a
-filter of one domain worth in another? In --output are rows.jsonl, with a line for every result,
-and table.md and gains.png made from it. What stands there is not done again.
+filter of one domain worth in another? In --output are rows.jsonl, with a line for every result, and
+table.md and gains.png made from it. What stands there is not done again.
 """
 import argparse
 import functools
@@ -48,9 +48,10 @@ Masks = dict[str, Tensor | None]  # of parameters by name: which numbers, None f
 
 
 def operator_of(model: trainer.GPT, share: float) -> Masks:
-    """Return the operator's weights; of a model without one, such a share of all as query and key.
+    """Return masks of the operator's weights; where a model has none, of rows of query and key.
 
-    The rows are the same in query and key, and evenly spread over the heads' channels.
+    Those rows are `share` of all weights. They are the same in query and key, and evenly spread
+    over the heads' channels.
     """
     named = dict(model.named_parameters())
     own = {name: None for name in named if ".mixer.operator." in name}
@@ -66,7 +67,7 @@ def operator_of(model: trainer.GPT, share: float) -> Masks:
 
 
 def part_of(model: trainer.GPT, part: str, operator: Masks) -> Masks:
-    """Return the weights of one of PARTS."""
+    """Return masks of the weights of one of PARTS."""
     named = dict(model.named_parameters())
     if part == "operator":
         return operator
@@ -84,7 +85,10 @@ def count(model: trainer.GPT, masks: Masks) -> int:
 
 
 def share_of_operators(checkpoints: list[Checkpoint]) -> float:
-    """Return the operator's share of the weights, of the first checkpoint that has one."""
+    """Return the operator's share of the weights, of the first checkpoint that has one.
+
+    Raise InputError where none has.
+    """
     for checkpoint in checkpoints:
         model = shapes_of(trainer.GPT, checkpoint.config)
         if any(".mixer.operator." in name for name, _ in model.named_parameters()):
@@ -126,7 +130,10 @@ def judge(model: trainer.GPT, domain: str, runtime: Runtime) -> float:
 
 
 def tune(model: trainer.GPT, masks: Masks, domain: str, rate: float, args, runtime: Runtime):
-    """Train the chosen weights on random rows of a domain's text. Raises Diverged."""
+    """Train the chosen weights on random rows of a domain's text.
+
+    Raise InputError where the text is shorter than a row, Diverged where the loss is not finite.
+    """
     tokens, T = torch.from_numpy(text_of(domain)[0]), model.config.sequence_length
     if len(tokens) <= T:
         raise InputError(f"--domains {domain}: {len(tokens)} tokens here, a row has {T}")
@@ -212,7 +219,7 @@ class Study:
         return self.find(label, domain, part, rate, domain, make)
 
     def best(self, label: str, domain: str, part: str) -> dict:
-        """Return the best result of a part over the rates; weights of the others go."""
+        """Return the best result of a part over the rates; delete the weights of the others."""
         best = min((self.tuned(label, domain, part, rate) for rate in self.args.rates),
                    key=lambda row: row["loss"])
         for rate in {*self.args.rates} - {best["rate"]} if part == "all" else ():
@@ -220,7 +227,10 @@ class Study:
         return best
 
     def exchanged(self, label: str, domain: str, other: str) -> float:
-        """Return the loss of a tuned model with the operator of another domain's, or of START."""
+        """Return the loss of a tuned model with another operator.
+
+        other: the domain whose tuned model has that operator, or START.
+        """
         rate = self.best(label, domain, "all")["rate"]
 
         def make() -> dict:
@@ -235,6 +245,7 @@ class Study:
         return self.find(label, domain, "all", rate, other, make)["loss"]
 
     def read(self, label: str, domain: str, rate: float) -> dict[str, Tensor]:
+        """Return weights that `tuned` has kept; raise InputError where they are gone."""
         path = self.weights(label, domain, rate)
         if not path.exists():
             raise InputError(f"{path} is gone; delete its lines of rows.jsonl to train it again")
@@ -246,7 +257,7 @@ class Study:
 
 
 def tables(study: Study) -> str:
-    """Return all tables as Markdown; makes what is missing."""
+    """Return all tables as Markdown; make what is missing."""
     args, gains, worth = study.args, [], []
     for label, domain in itertools.product(study.checkpoints, args.domains):
         before = study.before(label, domain)
@@ -303,11 +314,12 @@ def plot(study: Study, output: Path):
 
 
 def rates(text: str) -> list[float]:
-    """Return the learning rates of "0.001,0.003"."""
+    """Return the learning rates of "0.001,0.003", sorted."""
     return sorted({trainer.FLAGS["learning_rate"].kind(part) for part in text.split(",")})
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the arguments; raise InputError where they are wrong."""
     parser = trainer.Parser(prog="ablation_studies.py transfer", description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             allow_abbrev=False)

@@ -4,14 +4,19 @@
     python experiments/two_cards.py ends --output runs/ends
     torchrun --standalone --nproc_per_node=2 experiments/two_cards.py parts --rows 64
 
-speed: the first 50 steps of the hybrid in micro-batches of --rows rows on so many cards, and of 16
-rows on one card, which says how far rounding alone moves the losses. ends: a small model on two
-cards gets SIGTERM, goes on on one, then on two, of which one is killed. parts: what a step and its
-pieces take on the device and on the host, with and without tables, and where nothing travels; where
-the host waits for the device; the gradients' way and the optimizers alone. It takes one process,
-too. A piece's time on the device has that in which the device waits for the host. With --device cpu
-they try themselves out on a tiny model, through gloo. --input_bin and --input_val_bin are the
-trainer's.
+speed runs the first 50 steps of the hybrid on so many cards, in micro-batches of --rows rows. A run
+on one card with 16 rows says how far rounding alone moves the losses.
+
+ends runs a small model on two cards. It gets SIGTERM and resumes on one card. Then it resumes on
+two, of which one is killed.
+
+parts times a step and its pieces, on the device and on the host: with tables, without them, and
+where nothing travels. It says where the host waits for the device. It times the gradients' way and
+the optimizers alone. It also runs in one process. A piece's time on the device holds that in which
+the device waits for the host.
+
+With --device cpu they try themselves out on a tiny model, through gloo. --input_bin and
+--input_val_bin are the trainer's.
 """
 import argparse
 import contextlib
@@ -50,7 +55,11 @@ REPEATS = dict(cuda=(3, 20), cpu=(1, 2))  # of what parts measures; the first wa
 
 
 class Launch:
-    """One command of the trainer on so many cards, or processes on a CPU; its output is a file."""
+    """Run one command of the trainer on so many cards, or processes on a CPU.
+
+    Its output goes to the file `printed`, its run to `folder`. `variables` are added to the
+    environment.
+    """
 
     def __init__(self, args, name: str, cards: int, flags: str, folder: str | None = None,
                  **variables):
@@ -82,13 +91,14 @@ class Launch:
         return [row for line in whole.splitlines() if "train_loss" in (row := json.loads(line))]
 
     def wait_for(self, step: int):
+        """Wait until a step is logged; raise SystemExit where the run ends before."""
         while not (self.rows() and self.rows()[-1]["step"] >= step):
             if self.process.poll() is not None:
                 raise SystemExit(f"{self.printed} ended too early")
             time.sleep(0.2)
 
     def rank(self, wanted: int) -> int:
-        """Return the process of a rank."""
+        """Return the process id of a rank; raise SystemExit where there is none."""
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 parent = int(path.joinpath("stat").read_text().rpartition(")")[2].split()[1])
@@ -100,19 +110,24 @@ class Launch:
         raise SystemExit(f"{self.printed}: no process of rank {wanted}")
 
     def end_by(self, pid: int, signum: int) -> tuple[int, float]:
-        """Send a signal; return the launcher's status and the seconds it took to end."""
+        """Send a signal to a process; return the launcher's status and its seconds to the end."""
         begin = time.perf_counter()
         os.kill(pid, signum)
         return self.status(), time.perf_counter() - begin
 
 
 def distance(a: dict[int, float], b: dict[int, float], first: int = 1) -> str:
-    """Return how far two runs' losses are apart from a step on."""
+    """Return in words how far two runs' losses are apart, from the step `first` on."""
     apart = [abs(a[step] - b[step]) for step in sorted(a.keys() & b.keys()) if step >= first]
     return f"{len(apart)} steps, largest {max(apart):.6f}, mean {statistics.mean(apart):.6f}"
 
 
 def speed(args):
+    """Train the first 50 steps on each number of cards; print speed, memory and losses.
+
+    Speed is in tokens/s, the median from the eleventh logged step on, and as a multiple of one
+    card's. Losses are compared with those of one card. Raise SystemExit where a run fails.
+    """
     tiny, runs = args.device == "cpu", {}
     for cards, rows in ((1, 16), *((cards, args.rows) for cards in args.cards)):
         # on the second card, beside the next one
@@ -135,6 +150,10 @@ def speed(args):
 
 
 def ends(args):
+    """End a run by SIGTERM, resume it on one card and on two, and kill a rank.
+
+    Print statuses, seconds, and how far its losses are from those of a whole run.
+    """
     small = SMALL + TINY * (args.device == "cpu") + " --num_iterations "
     run = Launch(args, "1-two-cards", 2, small + "1000000", "run")
     run.wait_for(30)
@@ -154,7 +173,7 @@ def ends(args):
 
 
 class Pieces:
-    """Measure what functions take: on the device by events, and on the host."""
+    """Measure what functions take, in ms: on the device by events, and on the host."""
 
     def __init__(self, device: torch.device):
         self.now, self.moments = Clock(device, 0.0).now, {}
@@ -194,11 +213,13 @@ class Pieces:
 
 
 def one_step(run: trainer.Run):
+    """Make one training step, with the loop's vote of ranks."""
     run.runtime.of_ranks(0)  # the loop's vote
     run.update(run.forward_backward(run.next_batches(), run.T), run.T)
 
 
 def milliseconds(function, device: torch.device) -> float:
+    """Return the mean ms of a call on the device, after calls that warm up (REPEATS)."""
     clock = Clock(device, 0.0)
     warm_up, repeats = REPEATS[device.type]
     for _ in range(warm_up):
@@ -222,7 +243,7 @@ def host_waits(run: trainer.Run) -> str:
 
 
 def measure_steps(run: trainer.Run, name: str, say):
-    """Say what a whole step takes, then what its pieces take."""
+    """Say what a whole step takes, then what its pieces take, in ms."""
     say(f"\n{name}: {milliseconds(lambda: one_step(run), run.device):.2f} ms a step")
     pieces, undo = Pieces(run.device), contextlib.ExitStack()
     with undo:
@@ -234,7 +255,7 @@ def measure_steps(run: trainer.Run, name: str, say):
 
 
 def measure_alone(run: trainer.Run, say):
-    """Say what the gradients' way between cards and the optimizers take, one by one."""
+    """Say what the gradients' way between cards and the optimizers take, one by one, in ms."""
     batches = run.next_batches()
     run.forward_backward(batches, run.T)
     run.travelling.clear()
@@ -255,6 +276,11 @@ def measure_alone(run: trainer.Run, say):
 
 
 def parts(args):
+    """Measure steps and their pieces on the ranks that torchrun began, with and without tables.
+
+    With several ranks, also measure the gradients' way alone, steps whose tables are not averaged,
+    and steps where nothing travels. Rank 0 prints.
+    """
     rank, world, local_rank = ranks()
     tiny = args.device == "cpu"
     flags = (WHOLE + TINY * tiny + f" --num_iterations 3800 --grad_accumulation_steps "
@@ -290,6 +316,7 @@ def parts(args):
 
 
 def main(argv: list[str]):
+    """Run speed, ends or parts; raise InputError where the arguments are wrong."""
     parser = trainer.Parser(description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("speed", "ends", "parts"))

@@ -1,4 +1,4 @@
-"""The mathematics of blocks that afno.py's plain paths and the kernels share. No Triton here."""
+"""Compute with blocks, as afno.py's plain paths and the kernels both do. No Triton here."""
 import math
 
 import torch
@@ -29,11 +29,11 @@ def odd_dft(block: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def segment_responses(taps: Tensor, forward: Tensor, n: int, b: int) -> Tensor:
-    """Return, by frequency, what blocks of b tokens send to blocks 0 ... n - 1 later.
+    """Return, by frequency, what a block of b tokens sends to the block l later, for l < n.
 
-    taps: (G, K); forward: odd_dft's of blocks of b; to (G, 2b, n), rows (w, re/im). Blocks l apart
-    meet at the lags (l - 1) b + 1 ... (l + 1) b - 1. Column l = 0 is zero: a block's own lags are
-    no part of it.
+    taps: (G, K). forward: odd_dft's, for blocks of b. Returns (G, 2b, n), rows (w, re/im). Blocks l
+    apart meet at the lags (l - 1) b + 1 ... (l + 1) b - 1. Column l = 0 is zero: a block's own lags
+    are no part of it.
     """
     taps = F.pad(taps, (0, max(0, n * b - taps.size(1))))[:, : n * b]
     return F.pad(forward @ taps.unfold(-1, 2 * b, b).mT, (1, 0))
@@ -42,9 +42,8 @@ def segment_responses(taps: Tensor, forward: Tensor, n: int, b: int) -> Tensor:
 def chunks_remaining(whole: Tensor) -> Tensor:
     """Return how much of the state after chunk j is left where chunk i begins, zero for j >= i.
 
-    whole: (..., n), every chunk's sum of log_a; to (..., n, n), exp of the sum over chunks j + 1
-    ... i - 1. The sums end with chunk i - 1, so a chunk's own, of which a later token is a part,
-    is never in them.
+    whole: (..., n), every chunk's sum of log_a. Returns (..., n, n), exp of the sum over the chunks
+    between j and i. Chunk i's own sum is never in it: a later token is a part of that.
     """
     n, end = whole.size(-1), whole.cumsum(-1)
     past = torch.ones(n, n, dtype=torch.bool, device=whole.device).tril(-1)
@@ -53,7 +52,10 @@ def chunks_remaining(whole: Tensor) -> Tensor:
 
 
 def in_chunks(x: Tensor) -> Tensor:
-    """Return x (B, T, G, ...) as (B, G, n, L, ...): chunks of 64 tokens, the last one padded."""
+    """Return x (B, T, G, ...) in chunks of L = min(64, T) tokens, (B, G, chunks, L, ...).
+
+    The last chunk is padded with zeros.
+    """
     T = x.size(1)
     L = min(64, T)
     padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -T % L))

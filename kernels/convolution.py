@@ -1,12 +1,12 @@
-"""Causal convolutions as Triton kernels, forward and backward: long filters, and a few taps.
+"""Convolve causally in Triton, forward and backward: with long filters, and with a few taps.
 
 `causal_conv(u, taps)` makes one filter's taps serve its W channels, by matrix products alone.
 `short_conv` has a few taps for every channel by itself. This file needs Triton; afno.py computes
 the same sums without.
 
-A filter takes one of two ways (is_short). Short filters are made of Toeplitz tiles alone: a tile
-of taps times a block of NEAR = 128 tokens, one for every pair of blocks that the taps reach. Here
-K = 2 NEAR + 1:
+A filter takes one of two ways (is_short). Short filters are made of Toeplitz tiles alone. A tile of
+taps multiplies a block of NEAR = 128 tokens. There is one for every pair of blocks that the taps
+reach. Here K = 2 NEAR + 1:
 
              x[0]   x[1]   x[2]   x[3]      l is a tile's lag, in blocks. Entry (p, q) of tile l is
       y[0]   l=0     0      0      0        taps[l NEAR + p - q]: p is a token of y's block, q of
@@ -15,34 +15,34 @@ K = 2 NEAR + 1:
       y[3]    0     l=2    l=1    l=0
 
 Long filters have blocks of FAR = 256 tokens. A Toeplitz matrix serves a block's own lags.
-Completed blocks are transformed one by one, mixed frequency by frequency, and transformed back:
-overlap-save, uniformly partitioned (Stockham, 1966). A block is zero-padded to 2 FAR points and
-transformed at the odd frequencies (blocks.odd_dft), S[w] for w < FAR. One matrix H of half the
-size does it, even and odd tokens apart:
+Completed blocks are transformed one by one, mixed frequency by frequency, and transformed back.
+This is overlap-save, uniformly partitioned (Stockham, 1966). A block is zero-padded to 2 FAR points
+and transformed at the odd frequencies (blocks.odd_dft), to S[w] for w < FAR. One matrix H of half
+the size does it, for even and odd tokens apart:
 
       tokens 0, 2, 4 ...  -- H -->  E[w]      S[w]           = E[w] + turn O[w]
       tokens 1, 3, 5 ...  -- H -->  O[w]      S[FAR - 1 - w] = conj(E[w] - turn O[w])
                                               turn = exp(-i pi (w + 1/2) / FAR), w < FAR / 2
 
-The kernels that mix do this last step, in fp32; memory holds E and O, (G, 2, FAR, columns), rows
+The kernels that mix do this last step, in fp32. Memory holds E and O, (G, 2, FAR, columns), rows
 (w, re/im). The way back is the transform's transpose. An inverse transform has another phase
-between its two halves: that is part of the response (causal_conv).
+between its two halves. That phase is part of the response (causal_conv).
 
 The right-hand sides of all products are columns: one channel of a filter in one block of one row
-(of B). The entries of a column are the block's tokens. Their numbering, for G filters and C = G W
-channels:
+(of B). The entries of a column are the block's tokens. Columns are numbered as follows, for
+G filters and C = G W channels:
 
       n         0 ... W-1   W ... 2W-1   ...   (B-1)W ... BW-1   BW ... BW+W-1   ...
       channel   0 ... W-1   0 ... W-1    ...     0    ...  W-1    0 ... W-1          n % W
       row           0           1        ...        B-1               0              n // W % B
       block         0           0        ...         0                1              n // W // B
 
-Bitwise causal for finite inputs: an output sums products of its own block and of earlier ones;
-matrices for its own block (where blocks are mixed, for its own tile of blocks) hold exact zeros
-above the diagonal. That holds among inputs of one length: another T may make the sums in another
-order.
+The kernels are bitwise causal for finite inputs. An output sums products of its own block and of
+earlier ones. The matrices for its own block hold exact zeros above the diagonal. Where blocks are
+mixed, so do those for its own tile of blocks. This holds among inputs of one length: another T may
+make the sums in another order.
 
-Operands have the input's dtype, sums are in fp32, there are no atomics: equal inputs give equal
+Operands have the input's dtype, and sums are in fp32. There are no atomics: equal inputs give equal
 bits. Only the inputs are kept for the backward pass; spectra are computed again.
 """
 import functools
@@ -81,7 +81,7 @@ def tile_shapes(device: torch.device) -> dict:
 
 
 class Sizes:
-    """The numbers that launches for u (B, T, C), G filters and blocks of `size` tokens share."""
+    """Hold what launches share for u (B, T, C), G filters and blocks of `size` tokens."""
 
     def __init__(self, u: Tensor, G: int, size: int):
         self.B, self.T, C = u.shape
@@ -103,9 +103,9 @@ def last_dimension_dense(x: Tensor) -> Tensor:
 @jit
 def toeplitz_kernel(taps_ptr, out_ptr, K, tile_step, row_step, sign, ROWS: tl.constexpr,
                     COLUMNS: tl.constexpr, BP: tl.constexpr):
-    """out[g, i, p, q] = taps[g, sign (i tile_step + p row_step - q)].
+    """Write out[g, i, p, q] = taps[g, sign (i tile_step + p row_step - q)].
 
-    Zero where there is no such tap. taps: (G, K) in fp32; out: (G, tiles, ROWS, COLUMNS).
+    It is zero where there is no such tap. taps: (G, K) in fp32; out: (G, tiles, ROWS, COLUMNS).
     """
     first, g = tl.program_id(0) * BP, tl.program_id(1)
     p, q = first + tl.arange(0, BP), tl.arange(0, COLUMNS)  # rows of all tiles, numbered on
@@ -118,7 +118,7 @@ def toeplitz_kernel(taps_ptr, out_ptr, K, tile_step, row_step, sign, ROWS: tl.co
 
 def toeplitz(taps: Tensor, tiles: int, shape: tuple[int, int], tile_step: int, row_step: int,
              sign: int, dtype: torch.dtype) -> Tensor:
-    """Return Toeplitz matrices of taps (G, K), (G, tiles, *shape): see toeplitz_kernel."""
+    """Return the Toeplitz matrices (G, tiles, *shape) of taps (G, K): see toeplitz_kernel."""
     out, BP = taps.new_empty(len(taps), tiles, *shape, dtype=dtype), min(16, shape[0])
     toeplitz_kernel[tiles * shape[0] // BP, len(taps)](
         taps.contiguous(), out, taps.size(1), tile_step, row_step, sign, ROWS=shape[0],
@@ -131,15 +131,18 @@ def toeplitz(taps: Tensor, tiles: int, shape: tuple[int, int], tile_step: int, r
 
 
 def count_lags(blocks: int, K: int) -> int:
-    """Return the number of tiles of NEAR taps; the last tap reaches into the tile after its own."""
+    """Return how many tiles K taps make, one for every lag of blocks, at most `blocks`.
+
+    The last tap reaches into the tile after its own.
+    """
     return min(blocks, -(-(K - 1) // NEAR) + 1)
 
 
 def multiply_adds(T: int, K: int) -> float:
     """Return the multiply-adds of a token and channel by Toeplitz tiles, about K - K^2 / (2 T).
 
-    It is NEAR for every lag that the token's block has a partner at, in the mean of the row's
-    blocks, of which the first have fewer.
+    It is NEAR for every lag at which the token's block has a partner, in the mean of the row's
+    blocks. The first blocks have fewer partners.
     """
     blocks = -(-T // NEAR)
     lags = count_lags(blocks, K)
@@ -155,9 +158,10 @@ def is_short(T: int, K: int) -> bool:
 def short_kernel(x_ptr, tiles_ptr, y_ptr, B, T, stride_b, stride_t, num_blocks, num_lags, columns,
                  W: tl.constexpr, NEAR: tl.constexpr, TRANSPOSED: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr):
-    """y[i] = sum over lags l of tiles[g, l] @ x[i - l]; TRANSPOSED: of tiles[g, l] @ x[i + l].
+    """Write y[i] = sum over lags l of tiles[g, l] @ x[i - l], for every block i.
 
-    x: (B, T, C), strided; tiles: (G, num_lags, NEAR, NEAR); y: (B, T, C).
+    With TRANSPOSED the sum is of tiles[g, l] @ x[i + l]. x: (B, T, C), strided; tiles: (G,
+    num_lags, NEAR, NEAR); y: (B, T, C).
     """
     first, g = tl.program_id(0), tl.program_id(1)
     if not TRANSPOSED:
@@ -191,7 +195,10 @@ def short_kernel(x_ptr, tiles_ptr, y_ptr, B, T, stride_b, stride_t, num_blocks, 
 
 
 def short_filter_conv(x: Tensor, taps: Tensor, transposed: bool) -> Tensor:
-    """Return x (B, T, C) convolved with short filters (G, K); transposed: x's gradient, of y's."""
+    """Return x (B, T, C) convolved with short filters, taps (G, K).
+
+    With transposed, x is the output's gradient, and the input's is returned.
+    """
     s, y, shapes = Sizes(x, len(taps), NEAR), x.new_empty(x.shape), tile_shapes(x.device)
     num_lags = count_lags(s.blocks, taps.size(1))
     sign = -1 if transposed else 1  # lags l NEAR +- (p - q)
@@ -208,7 +215,7 @@ def short_filter_conv(x: Tensor, taps: Tensor, transposed: bool) -> Tensor:
 
 @functools.cache
 def half_transform(device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
-    """Return H: (size, size / 2), rows (w, re/im), exp(-2 pi i (w + 1/2) t / size).
+    """Return H (size, size / 2), rows (w, re/im): exp(-2 pi i (w + 1/2) t / size).
 
     It is made in fp32 and once for all layers.
     """
@@ -219,7 +226,7 @@ def half_transform(device: torch.device, dtype: torch.dtype, size: int) -> Tenso
 @jit
 def transform_kernel(x_ptr, half_ptr, out_ptr, B, T, stride_b, stride_t, columns, W: tl.constexpr,
                      FAR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """E and O: out[g, parity, :, n] = half @ the tokens of that parity of column n.
+    """Write E and O: out[g, parity, :, n] = half @ the tokens of that parity of column n.
 
     x: (B, T, C), strided; half: (FAR, FAR/2) = H; out: (G, 2, FAR, columns). A program makes half
     of the rows.
@@ -243,7 +250,7 @@ def transform_kernel(x_ptr, half_ptr, out_ptr, B, T, stride_b, stride_t, columns
 
 
 def transform(x: Tensor, half: Tensor, s: Sizes) -> Tensor:
-    """Return E and O of all blocks of FAR tokens, (G, 2, FAR, columns)."""
+    """Return E and O of all blocks of FAR tokens of x, (G, 2, FAR, columns)."""
     out, shapes = x.new_empty(s.G, 2, FAR, s.columns), tile_shapes(x.device)
     transform_kernel[4, triton.cdiv(s.columns, shapes["BN"]), s.G](
         x, half, out, s.B, s.T, *x.stride()[:2], s.columns, W=s.W, FAR=FAR, **shapes)
@@ -252,9 +259,10 @@ def transform(x: Tensor, half: Tensor, s: Sizes) -> Tensor:
 
 @jit
 def load_pair(place, odd, size, cos, sin, mask):
-    """S[w] and S[FAR - 1 - w], (re, im) each.
+    """Return S[w] and S[FAR - 1 - w], (re, im) each.
 
-    They are made of E[w] at place (its imaginary part at + size) and O[w] at place + odd.
+    They are made of E[w] at `place` and O[w] at `place + odd`. An imaginary part is `size` after
+    its real part. cos and sin are those of pi (w + 1/2) / FAR.
     """
     dtype = place.dtype.element_ty
     e_re = tl.load(place, mask=mask, other=0.0).to(tl.float32)
@@ -268,7 +276,10 @@ def load_pair(place, odd, size, cos, sin, mask):
 
 @jit
 def load_response(response_ptr, line, blocks, lag, TRANSPOSED: tl.constexpr, dtype: tl.constexpr):
-    """Toeplitz tile (re, im) of a frequency's response, lags > 0 alone; TRANSPOSED: conjugated."""
+    """Return a frequency's response at `lag`, (re, im), as a Toeplitz tile.
+
+    It is zero but for lags 1 ... blocks - 1. With TRANSPOSED it is conjugated.
+    """
     wanted = (lag > 0) & (lag < blocks)
     re = tl.load(response_ptr + line * blocks + lag, mask=wanted, other=0.0).to(dtype)
     im = tl.load(response_ptr + line * blocks + blocks + lag, mask=wanted, other=0.0).to(dtype)
@@ -277,7 +288,7 @@ def load_response(response_ptr, line, blocks, lag, TRANSPOSED: tl.constexpr, dty
 
 @jit
 def add_product(re, im, h_re, h_im, x_re, x_im):
-    """(re, im) + h @ x, complex."""
+    """Return (re, im) + h @ x, a complex product."""
     re = tl.dot(h_re, x_re, tl.dot(-h_im, x_im, re, input_precision="ieee"), input_precision="ieee")
     im = tl.dot(h_re, x_im, tl.dot(h_im, x_re, im, input_precision="ieee"), input_precision="ieee")
     return re, im
@@ -291,13 +302,14 @@ MIX = dict(BI=16, BN=128)
 @jit
 def mix_kernel(x_ptr, response_ptr, out_ptr, B, blocks, columns, padded_columns, W: tl.constexpr,
                FAR: tl.constexpr, TRANSPOSED: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr):
-    """M[i] = sum over blocks j < i of response[i - j] * S[j] at every frequency.
+    """Write, at every frequency, M[i] = sum over blocks j < i of response[i - j] * S[j].
 
-    TRANSPOSED: over j > i of conj(response[j - i]) * S[j]. x: S as E and O; response: (G, FAR, 2,
-    blocks); out: what F's transpose multiplies with H's, laid out as x.
+    With TRANSPOSED the sum is over j > i of conj(response[j - i]) * S[j]. x: S as E and O;
+    response: (G, FAR, 2, blocks). out is laid out as x and holds M folded for the way back: H.T @
+    out[g, parity] are the tokens of that parity of F.T @ M. F is the whole transform.
 
     A program does the frequencies w and FAR - 1 - w, in Toeplitz tiles of BI blocks. Its column n
-    is column n % (B W) of the blocks from n // (B W) BI on, so a tile serves all blocks at once.
+    is column n % (B W) of the blocks from n // (B W) BI on. So one tile serves all blocks at once.
     """
     w, g, first = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     angle = (w + 0.5) * (3.141592653589793 / FAR)
@@ -339,7 +351,7 @@ def mix_kernel(x_ptr, response_ptr, out_ptr, B, blocks, columns, padded_columns,
 
 
 def mix(x: Tensor, response: Tensor, s: Sizes, transposed: bool) -> Tensor:
-    """Return the mixed spectra of x, both (G, 2, FAR, columns); response: (G, 2 FAR, blocks)."""
+    """Return x mixed by mix_kernel, both (G, 2, FAR, columns); response: (G, 2 FAR, blocks)."""
     out, BI = torch.empty_like(x), MIX["BI"]
     padded_columns = triton.cdiv(s.blocks, BI) * s.width
     BN = min(MIX["BN"], max(16, triton.next_power_of_2(padded_columns)))
@@ -352,10 +364,10 @@ def mix(x: Tensor, response: Tensor, s: Sizes, transposed: bool) -> Tensor:
 @jit
 def long_kernel(x_ptr, near_ptr, mixed_ptr, half_ptr, y_ptr, B, T, stride_b, stride_t, columns,
                 W: tl.constexpr, FAR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Tokens of one parity of y: near[g, parity] @ x of the same block + half.T @ mixed[g, parity].
+    """Write the tokens of one parity of y: near[g, parity] @ x + half.T @ mixed[g, parity].
 
-    x: (B, T, C), strided; near: (G, 2, FAR/2, FAR); mixed: (G, 2, FAR, columns); half: (FAR,
-    FAR/2) = H; y: (B, T, C).
+    x and mixed are those of the same block. x: (B, T, C), strided; near: (G, 2, FAR/2, FAR); mixed:
+    (G, 2, FAR, columns); half: (FAR, FAR/2) = H; y: (B, T, C).
     """
     NEAR: tl.constexpr = FAR // 2
     g, parity = tl.program_id(1), tl.program_id(2)
@@ -385,7 +397,11 @@ def long_kernel(x_ptr, near_ptr, mixed_ptr, half_ptr, y_ptr, B, T, stride_b, str
 
 def long_filter_conv(x: Tensor, taps: Tensor, mixed: Tensor, half: Tensor, s: Sizes,
                      transposed: bool) -> Tensor:
-    """Return what a block's own tokens send, by taps (G, FAR or fewer), plus what `mixed` holds."""
+    """Return y (B, T, C): what a block's own tokens send, plus what `mixed` brings it.
+
+    x: (B, T, C); taps: (G, FAR or fewer); mixed: (G, 2, FAR, columns); half: H. With transposed, x
+    is the output's gradient, and y is the input's.
+    """
     sign = -1 if transposed else 1  # lags +-(2 p + parity - q)
     near = toeplitz(taps, 2, (FAR // 2, FAR), 1, 2, sign, x.dtype)
     y, shapes = x.new_empty(x.shape), tile_shapes(x.device)
@@ -407,12 +423,12 @@ PROGRAMS = 256
 def tiles_gradient_kernel(u_ptr, dy_ptr, out_ptr, B, T, u_stride_b, u_stride_t, dy_stride_b,
                           dy_stride_t, num_lags, units, together, units_each, W: tl.constexpr,
                           NEAR: tl.constexpr, LAGS: tl.constexpr, BK: tl.constexpr):
-    """out[g, l, split] = sum of dy[i] @ u[i - l].T over the split's units (block i, row).
+    """Write out[g, l, split] = sum of dy[i] @ u[i - l].T over the split's units.
 
-    A split has units_each units. A unit's blocks i - l and i are among the same `together` blocks.
-    u, dy: (B, T, C), strided; out: (G, num_lags, splits, NEAR, NEAR) in fp32. A program makes LAGS
-    lags at once, of the units that the first of them has. A split without units leaves its tiles
-    as they were; fold_kernel does not read them.
+    A unit is a block i of a row. A split has units_each units. A unit's blocks i - l and i are
+    among the same `together` blocks. u, dy: (B, T, C), strided; out: (G, num_lags, splits, NEAR,
+    NEAR) in fp32. A program makes LAGS lags at once, of the units that the first of them has. A
+    split without units leaves its tiles as they were; fold_kernel does not read them.
     """
     split, lag, g = tl.program_id(0), tl.program_id(1) * LAGS, tl.program_id(2)
     p, q, k = tl.arange(0, NEAR), tl.arange(0, LAGS * NEAR), tl.arange(0, BK)
@@ -447,7 +463,7 @@ RESPONSE = {16: 64, 32: 32, 64: 32}
 @jit
 def response_gradient_kernel(x_ptr, dm_ptr, out_ptr, B, blocks, columns, W: tl.constexpr,
                              FAR: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr):
-    """out[g, w, :, l, p, q] = sum over a and columns of dM[a BI + p] * conj(S[(a - l) BI + q]).
+    """Write out[g, w, :, l, p, q] = sum over a and columns of dM[a BI + p] conj(S[(a - l) BI + q]).
 
     Those are the tiles of the gradient of mix_kernel's response. x, dm: S and dM as E and O; out:
     (G, FAR, 2, lags, BI, BI) in fp32.
@@ -486,20 +502,20 @@ def response_gradient_kernel(x_ptr, dm_ptr, out_ptr, B, blocks, columns, W: tl.c
 @jit
 def fold_kernel(tiles_ptr, out_ptr, splits, units, together, units_each, LAGS: tl.constexpr,
                 SIZE: tl.constexpr, BP: tl.constexpr):
-    """Gradient of taps from that of their Toeplitz tiles, split by split.
+    """Write the gradient of taps from that of their Toeplitz tiles, split by split.
 
-    out[g, split, l SIZE + d] is the sum of all entries (p, q) of tiles l with p - q = d and of
-    tiles l + 1 with p - q = d - SIZE:
+    out[g, split, l SIZE + d] is the sum of all entries (p, q) of tile l with p - q = d, and of tile
+    l + 1 with p - q = d - SIZE:
 
-               q ->                        q ->
-          p    0  .  .  .             p    .  1  2  3      the number is d, for SIZE = 4
-               1  0  .  .                  .  .  1  2
-               2  1  0  .                  .  .  .  1
-               3  2  1  0                  .  .  .  .
-               tiles l                     tiles l + 1
+                   q ->                        q ->
+              p    0  .  .  .             p    .  1  2  3      the number is d, for SIZE = 4
+                   1  0  .  .                  .  .  1  2
+                   2  1  0  .                  .  .  .  1
+                   3  2  1  0                  .  .  .  .
+                   tile l                      tile l + 1
 
-    tiles: (G, lags, splits, SIZE, SIZE), of whose splits as many are there as
-    tiles_gradient_kernel makes; out: (G, splits, lags SIZE).
+    tiles: (G, lags, splits, SIZE, SIZE); out: (G, splits, lags SIZE). Only those splits are read
+    that tiles_gradient_kernel makes.
     """
     # g first: the other two numbers of programs end at 65,535
     g, lag, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -520,7 +536,7 @@ def fold_kernel(tiles_ptr, out_ptr, splits, units, together, units_each, LAGS: t
 
 
 def fold(tiles: Tensor, units: int, together: int, units_each: int, lags_at_once: int) -> Tensor:
-    """Return (N, lags SIZE): tiles (N, lags, splits, SIZE, SIZE) summed by diagonals and splits."""
+    """Return tiles (N, lags, splits, SIZE, SIZE) summed by diagonals and splits, (N, lags SIZE)."""
     N, lags, splits, SIZE, _ = tiles.shape
     out = tiles.new_empty(N, splits, lags * SIZE)
     fold_kernel[N, lags, splits](
@@ -530,7 +546,7 @@ def fold(tiles: Tensor, units: int, together: int, units_each: int, lags_at_once
 
 
 def taps_gradient(u: Tensor, dy: Tensor, G: int, K: int, together: int | None = None) -> Tensor:
-    """Return the gradient of taps (G, K).
+    """Return the gradient of taps (G, K), in fp32; u, dy: (B, T, C).
 
     It is that of all pairs of tokens, or of those in the same `together` blocks of NEAR.
     """
@@ -577,9 +593,9 @@ def block_conv(u: Tensor, taps: Tensor, response: Tensor | None) -> Tensor:
     """Return the causal convolution of u (B, T, C) with taps (G, K), contiguous, in u's dtype.
 
     Without a response all filters are short ones. With one, taps are those of lags inside a block
-    of FAR tokens, and response (G, 2 FAR, blocks), rows (w, re/im), is for blocks 1, 2 ... apart:
-    a block sends F's transpose of response times its F. u: bf16, fp16 or fp32, any strides; the
-    others: fp32.
+    of FAR tokens. response (G, 2 FAR, blocks), rows (w, re/im), is for blocks 1, 2 ... apart. A
+    block x sends F.T @ (response * F @ x); F transforms x, zero-padded. u: bf16, fp16 or fp32, any
+    strides; the others: fp32.
     """
     with torch.cuda.device_of(u):  # Triton launches on the current device
         u = last_dimension_dense(u)
@@ -631,9 +647,10 @@ torch.library.register_autograd(block_conv, backward, setup_context=save_inputs)
 def causal_conv(u: Tensor, taps: Tensor) -> Tensor:
     """Return y_t = sum over s <= t of taps[t - s] * u_s, (B, T, C) in u's dtype.
 
-    u: (B, T, C) in half precision (fp32 is slow); taps: (G, K), used in fp32, filter g for
-    channels g C/G ... (g + 1) C/G - 1. A token and channel takes about K - K^2 / (2 T) multiply-
-    adds up to DIRECT (multiply_adds); where that would be more, 3 FAR + 2 T / FAR.
+    u: (B, T, C) in half precision (fp32 is slow). taps: (G, K), used in fp32; filter g serves
+    channels g C/G ... (g + 1) C/G - 1. A token and channel takes about K - K^2 / (2 T)
+    multiply-adds up to DIRECT (multiply_adds). Where that would be more, it takes about
+    3 FAR + 2 T / FAR.
     """
     T, b = u.size(1), FAR
     taps = taps[:, :T].float()
@@ -657,10 +674,11 @@ def causal_conv(u: Tensor, taps: Tensor) -> Tensor:
 def depthwise_kernel(x_ptr, taps_ptr, dy_ptr, y_ptr, T, C, LENGTH: tl.constexpr,
                      TRANSPOSED: tl.constexpr, SILU: tl.constexpr, GRADIENT: tl.constexpr,
                      BT: tl.constexpr, BC: tl.constexpr):
-    """y[t] = sum over lags l of taps[l] * x[t - l], channel by channel.
+    """Write y[t] = sum over lags l of taps[l] * x[t - l], channel by channel.
 
-    TRANSPOSED: of taps[l] * x[t + l]. SILU: y is SiLU of that; GRADIENT: dy times SiLU's slope
-    there. x, dy, y: (B, T, C), contiguous; taps: (LENGTH, C) in fp32.
+    With TRANSPOSED the sum is of taps[l] * x[t + l]. With SILU, y is SiLU of the sum. With
+    GRADIENT, too, y is dy times SiLU's slope at the sum. x, dy, y: (B, T, C), contiguous; taps:
+    (LENGTH, C) in fp32.
     """
     t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BC + tl.arange(0, BC)
     begin = tl.program_id(2).to(tl.int64) * T * C
@@ -686,10 +704,10 @@ def depthwise_kernel(x_ptr, taps_ptr, dy_ptr, y_ptr, T, C, LENGTH: tl.constexpr,
 @jit
 def depthwise_gradient_kernel(x_ptr, dy_ptr, out_ptr, tokens, T, C, BT: tl.constexpr,
                               BC: tl.constexpr):
-    """out[split, l] = sum of dy[t] * x[t - l] over the split's tokens of all B T.
+    """Write out[split, l] = sum of dy[t] * x[t - l] over the split's share of all B T tokens.
 
-    out: (splits, LENGTH, C) in fp32. Programs of all lags follow each other: what the first one
-    reads is in the cache for the others.
+    x, dy: (B, T, C); out: (splits, LENGTH, C) in fp32. Programs of all lags follow each other: what
+    the first one reads is in the cache for the others.
     """
     lag, c, split = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(2)
     inside = c < C
@@ -708,7 +726,10 @@ def depthwise_gradient_kernel(x_ptr, dy_ptr, out_ptr, tokens, T, C, BT: tl.const
 
 def depthwise(x: Tensor, taps: Tensor, transposed: bool = False, silu: bool = False,
               dy: Tensor | None = None) -> Tensor:
-    """Return depthwise_kernel's y of x (B, T, C), taps (length, C); dy: SiLU's gradient instead."""
+    """Return depthwise_kernel's y of x (B, T, C) and taps (length, C).
+
+    With silu and dy (B, T, C), it is the gradient of SiLU's input.
+    """
     B, T, C = x.shape
     y = x.new_empty(x.shape)
     depthwise_kernel[triton.cdiv(T, 32), triton.cdiv(C, 128), B](
@@ -721,7 +742,7 @@ def depthwise(x: Tensor, taps: Tensor, transposed: bool = False, silu: bool = Fa
 def short_conv(x: Tensor, taps: Tensor, silu: bool) -> Tensor:
     """Return the causal convolution of x (B, T, C) with taps (length, C), every channel by itself.
 
-    x: bf16, fp16 or fp32; taps: fp32, few of them. silu: SiLU of that.
+    With silu, return SiLU of it. x: bf16, fp16 or fp32; taps: fp32, few of them.
     """
     with torch.cuda.device_of(x):
         return depthwise(x, taps, silu=silu)
@@ -734,7 +755,7 @@ def _(x, taps, silu):
 
 @operator("depthwise_conv_backward")
 def short_conv_backward(dy: Tensor, x: Tensor, taps: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and taps; what SiLU was taken of is computed again."""
+    """Return the gradients of x and taps. SiLU's input is computed again."""
     B, T, C = x.shape
     with torch.cuda.device_of(x):
         x, dy = x.contiguous(), dy.contiguous()

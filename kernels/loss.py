@@ -1,17 +1,18 @@
-"""The loss of a language model's head, which never holds all logits, and products in fp8.
+"""Compute the loss of a language model's head without holding all logits, and products in fp8.
 
 This file imports without Triton. `linear_cross_entropy` is the loss; it takes Triton's softmax
 (kernels/softmax.py) where kernels.usable says so. `Fp8Linear` is a linear layer whose product is
 in fp8.
 
-What fp8 is. A number of 8 bits, in two formats. float8_e4m3fn has 3 bits of mantissa: it rounds by
-up to 1/16 and reaches from 2^-9 to 448. float8_e5m2 has 2: it rounds by up to 1/8 and reaches from
-2^-16 to 57,344. GPUs that have it, from compute capability 8.9 on, multiply fp8 matrices twice as
-fast as bf16 ones; sums are in fp32 (Micikevicius et al., 2022, "FP8 formats for deep learning").
-The head's logits alone are summed by use_fast_accum, which is faster and keeps fewer digits.
+What fp8 is. A number of 8 bits, in two formats. float8_e4m3fn has 3 bits of mantissa, so it rounds
+by up to 1/16. It reaches from 2^-9 to 448. float8_e5m2 has 2 bits, so it rounds by up to 1/8. It
+reaches from 2^-16 to 57,344. GPUs have fp8 from compute capability 8.9 on. They multiply fp8
+matrices twice as fast as bf16 ones, with sums in fp32 (Micikevicius et al., 2022, "FP8 formats for
+deep learning"). The head's logits alone are summed by use_fast_accum, which is faster and keeps
+fewer digits.
 
-Which tensors. Only in training, and only two layers: the head (x @ w.T with its 50,000 rows of w)
-and the MLPs' first layer. Weights stay in fp32 and are rounded anew in every step.
+Which tensors. Only in training, and only in two layers: the head (x @ w.T with its 50,000 rows of
+w) and the MLPs' first layer. Weights stay in fp32 and are rounded anew in every step.
 
     product                      first operand         second operand        made by
     y  = x @ w.T                 x    e4m3             w    e4m3             both
@@ -34,9 +35,9 @@ product is divided afterwards. Every scale is a constant, or comes from the weig
                              seen 0.2 / N. Larger ones become the largest that e5m2 has.
 
 Why not the usual scale, which is made from the largest number in the batch. The largest number may
-be in a later token. It would change how an earlier token is rounded: the future would leak into
-the past, if by rounding alone, and the causality check compares bits. For the same reason padding
-or a second row in a batch would change the result.
+be in a later token. It would change how an earlier token is rounded. The future would leak into the
+past, if by rounding alone, and the causality check compares bits. In the same way padding or a
+second row in a batch would change the result.
 
 What it costs. A product is 4 to 6% off in norm, without a bias: rounding errors have no sign in
 common. kernels.usable("fp8", ...) tries it on the device against float64 before it is trusted.
@@ -70,7 +71,10 @@ def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fp8_weight(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return w in float8_e4m3fn, its largest number as fp8's largest, and its scale."""
+    """Return w in float8_e4m3fn, and the scale that it is to be multiplied by.
+
+    The largest |w| becomes the largest number of fp8.
+    """
     scale = w.abs().amax().float().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
     return (w / scale).to(torch.float8_e4m3fn), scale
 
@@ -90,7 +94,7 @@ def fp8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: t
 
 
 class Fp8Linear(torch.autograd.Function):
-    """Return x (N, C), rows as fp8_rows wants them, @ w (M, C).T in x's dtype.
+    """Compute x @ w.T in x's dtype; x: (N, C), rows as fp8_rows wants them; w: (M, C).
 
     This and the gradient of x are made in fp8, the gradient of w in x's dtype.
     """
@@ -119,7 +123,7 @@ class Fp8Linear(torch.autograd.Function):
 
 
 class HeadProducts:
-    """Make the three products of rows `part` of hidden states x (N, C) with the head w (V, C).
+    """Make the products of the head w (V, C) with some rows, `part`, of hidden states x (N, C).
 
     They are the logits, and the gradients of x and w from those of the logits. All are of one
     dtype.
@@ -138,7 +142,7 @@ class HeadProducts:
 
 
 class Fp8HeadProducts(HeadProducts):
-    """Make the same in fp8, for rows x as fp8_rows wants them."""
+    """Make HeadProducts' products in fp8, for rows x as fp8_rows wants them."""
 
     gradient_scale = 2.0**15
 
@@ -172,9 +176,9 @@ class Fp8HeadProducts(HeadProducts):
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    """Return cap tanh(logits / cap), so within +-cap; a cap of 0: logits as they are.
+    """Return cap tanh(logits / cap), which is within +-cap.
 
-    From bf16 it makes fp32.
+    A cap of 0 changes no number. bf16 logits become fp32.
     """
     full = logits.float() if logits.dtype == torch.bfloat16 else logits
     return cap * torch.tanh(full / cap) if cap else full
@@ -185,10 +189,10 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, shares: Tensor, vocab_s
                         fp8_scale: float = 0.0) -> tuple[Tensor, Tensor | None]:
     """Return the losses of some rows' targets, (rows, K), and a gradient of the logits, or None.
 
-    It is that of the losses' sum weighed by shares: softmax(logits) times the row's shares, minus
-    its share at each target, all times the slope of soft_cap. It comes in the logits' dtype, or,
-    where fp8_scale > 0, multiplied by that in float8_e5m2. logits: (rows, at least vocab_size),
-    columns beyond are padding; targets and shares: (rows, K).
+    logits: (rows, at least vocab_size), columns beyond are padding; targets and shares: (rows, K).
+    The gradient is that of sum_k shares_k loss_k: (softmax(capped logits) sum_k shares_k, less
+    shares_k at target k) times soft_cap's slope. Its dtype is the logits'. With fp8_scale > 0 it is
+    multiplied by that and is float8_e5m2.
     """
     capped = soft_cap(logits[:, :vocab_size], cap)
     log_prob = F.log_softmax(capped, -1)
@@ -210,11 +214,11 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float 
                          shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the mean cross-entropy of soft_cap(x @ weight.T), and every target's.
 
-    The targets' have no gradient. x: (N, C); weight: (vocab_size, C); targets: (N,), or with
-    shares (K,), by which a row's losses are weighed in the mean, (N, K). -1 does not count, and a
-    row whose first target is -1 counts in none. fp8 holds where gradients are made alone; it wants
-    rows as fp8_rows does, and a multiple of 16 of them. chunk_function: what takes
-    cross_entropy_chunk's place where Triton's kernel is not usable, such as a compiled one.
+    The targets' have no gradient. x: (N, C); weight: (vocab_size, C); targets: (N,), or (N, K) with
+    shares (K,). Shares weigh a row's losses in the mean. A target of -1 does not count. A row whose
+    first target is -1 does not count at all. fp8 holds only where gradients are made. It wants rows
+    as fp8_rows does, and a multiple of 16 of them. Where Triton's kernel is not usable,
+    chunk_function makes the losses, such as a compiled cross_entropy_chunk.
     """
     if usable("loss", x.device, product_dtype(x))[0]:
         from kernels import softmax
@@ -228,11 +232,11 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float 
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Make linear_cross_entropy in chunks of rows: the (N, vocab_size) logits never exist at once.
+    """Compute linear_cross_entropy by chunks of rows, never all (N, vocab_size) logits at once.
 
     The gradient of a mean cross-entropy needs nothing from above but one factor. So forward
     computes it along with the loss, and backward only scales it. Products are in autocast's dtype
-    where it is on, the softmax in fp32 (float64 for float64); fp8: see Fp8HeadProducts.
+    where it is on. The softmax is in fp32, for float64 in float64. For fp8, see Fp8HeadProducts.
     """
 
     @staticmethod

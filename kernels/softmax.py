@@ -1,4 +1,4 @@
-"""The softmax of the loss as a Triton kernel, and the transpose that fp8 products need.
+"""Compute the softmax of the loss in Triton, and the transpose that fp8 products need.
 
 This file needs Triton. kernels/loss.py has the loss itself, and the same softmax without Triton.
 """
@@ -12,13 +12,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def quick_exp(x):
-    """exp(x), zero below 2^-126: numbers so small cost tl.exp three more instructions."""
+    """Return exp(x), zero below 2^-126. tl.exp keeps such numbers, by three more instructions."""
     return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def soft_cap(logits, CAP: tl.constexpr):
-    """CAP tanh(logits / CAP) in fp32; 0: the logits as they are."""
+    """Return CAP tanh(logits / CAP) in fp32. A CAP of 0 leaves the logits as they are."""
     full = logits.to(tl.float32)
     return full if CAP == 0 else CAP - (2 * CAP) / (1 + tl.exp2(full * (2 * LOG2_E / CAP)))
 
@@ -32,11 +32,12 @@ SOFTMAX = dict(BV=8192, num_warps=16)
 def cross_entropy_kernel(logits_ptr, gradient_ptr, targets_ptr, shares_ptr, losses_ptr, vocab_size,
                          columns, CAP: tl.constexpr, GRADIENT: tl.constexpr, SCALE: tl.constexpr,
                          K: tl.constexpr, BV: tl.constexpr):
-    """The losses of one row of logits (rows, columns) for its targets (rows, K).
+    """Write the losses of one row of logits (rows, columns) for its targets (rows, K).
 
-    GRADIENT: also d / d logits of their sum weighed by shares (rows, K), times SCALE. It may take
-    the logits' place. The row is read from memory once; the second time it is still in the cache,
-    if not too many rows are under way.
+    With GRADIENT, also write the gradient of sum_k shares_k loss_k by the logits, times SCALE. It
+    may take the logits' place. shares: (rows, K). Columns from vocab_size on are padding; their
+    gradient is zero. The row is read from memory once. The second time it is still in the cache, if
+    not too many rows are under way.
     """
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * columns
@@ -106,7 +107,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, shares: Tensor, vocab_size: i
 
 @triton.jit
 def transpose_kernel(x_ptr, y_ptr, M, N, BLOCK: tl.constexpr):
-    """y (N, M) of x (M, N), both dense."""
+    """Write y (N, M), the transpose of x (M, N), both dense."""
     m = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = (m[:, None] < M) & (n[None, :] < N)
@@ -116,7 +117,10 @@ def transpose_kernel(x_ptr, y_ptr, M, N, BLOCK: tl.constexpr):
 
 
 def transposed(x: Tensor) -> Tensor:
-    """Return x (M, N), dense, of one byte a number, as (N, M): much faster than torch's copy."""
+    """Return the transpose (N, M) of x (M, N), much faster than torch's copy.
+
+    x is dense and has one byte a number.
+    """
     (M, N), y = x.shape, x.new_empty(x.shape[::-1])
     with torch.cuda.device_of(x):
         transpose_kernel[triton.cdiv(N, 128), triton.cdiv(M, 128)](

@@ -1,14 +1,14 @@
-"""The scan S_t = a_t S_(t-1) + k_t v_t^T, y_t = q_t S_t as Triton kernels, with gradients.
+"""Compute the scan S_t = a_t S_(t-1) + k_t v_t^T, y_t = q_t S_t in Triton, with gradients.
 
 `state_scan(q, k, v, log_a)` is bitwise causal. This file needs Triton; afno.py computes the same
-sums without. A row is cut into chunks of CHUNK = 64 tokens; a program works for one chunk of one
+sums without. A row is cut into chunks of CHUNK = 64 tokens. A program works for one chunk of one
 head. Three steps make the output:
 
     sent_kernel     sent_j, what the tokens of chunk j add to the state, as it is at the chunk's end
     a product       state_i, the state where chunk i begins: the sum of remains[i, j] sent_j, j < i
     state_kernel    y: attention without a softmax inside the chunk, and what state_i adds to it
 
-The matrix `remains` (blocks.chunks_remaining), where a_j is what chunk j leaves of a state:
+Here is the matrix `remains` (blocks.chunks_remaining); a_j is what chunk j leaves of a state:
 
                   sent_0    sent_1    sent_2    sent_3
       state_0       0         0         0         0
@@ -16,12 +16,12 @@ The matrix `remains` (blocks.chunks_remaining), where a_j is what chunk j leaves
       state_2      a_1        1         0         0
       state_3    a_1 a_2     a_2        1         0
 
-Inside a chunk a token's share is masked by exact zeros for later tokens. The backward pass runs
-the same chain from the other end: dsent is the gradient of what was sent.
+Inside a chunk, the shares of later tokens are exact zeros. The backward pass runs the same chain
+from the other end: dsent is the gradient of what was sent.
 
 What remains of a number from token s to token t is exp(log_a_(s+1) + ... + log_a_t). `since` and
-`until` are the sums, in fp32, from the chunk's beginning to each token, and from each token to the
-chunk's end.
+`until` are such sums of log_a, in fp32. `since` goes from the chunk's beginning to each token,
+`until` from each token to the chunk's end.
 """
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,10 @@ def heads_dense(x: Tensor) -> Tensor:
 
 def launch(kernel, q: Tensor, v: Tensor, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...],
            **options):
-    """Run a program for every chunk of every head of every row.
+    """Run `kernel` with one program for every chunk of every head of every row.
 
-    The kernel is told the first two strides of what is in `strided`.
+    It gets `pointers`, T, the first two strides of each tensor in `strided`, D and W. q: (B, T, G,
+    D); v: (B, T, G, W).
     """
     (B, T, G, D), W = q.shape, v.size(3)
     DP, WP = (max(16, triton.next_power_of_2(size)) for size in (D, W))
@@ -60,7 +61,10 @@ def launch(kernel, q: Tensor, v: Tensor, pointers: tuple[Tensor, ...], strided: 
 
 @jit
 def load_heads(x_ptr, g, b, t, T, first, size, stride_b, stride_t, SIZE: tl.constexpr):
-    """x[b, t, g, first:] of x (B, T, G, size), heads side by side: (tokens, SIZE), zero beyond."""
+    """Return x[b, t, g, first:], (tokens, SIZE), zero beyond T and beyond size.
+
+    x: (B, T, G, size), heads side by side in memory.
+    """
     d = first + tl.arange(0, SIZE)
     x_ptr += b.to(tl.int64) * stride_b + g * size
     return tl.load(x_ptr + t.to(tl.int64)[:, None] * stride_t + d[None, :],
@@ -69,9 +73,10 @@ def load_heads(x_ptr, g, b, t, T, first, size, stride_b, stride_t, SIZE: tl.cons
 
 @jit
 def state_places(x_ptr, ahead, first, D, W, DP: tl.constexpr, WP: tl.constexpr):
-    """Pointers (DP, WP), and which are valid, to the state `ahead` chunks after the program's own.
+    """Return pointers (DP, WP) to a chunk's state, and which of them are valid.
 
-    States are (B, G, chunks, D, W); columns from `first` on.
+    The chunk is `ahead` chunks after the program's own. States are (B, G, chunks, D, W). Columns
+    begin at `first`.
     """
     chunk = tl.program_id(0) + ahead
     n = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -83,16 +88,17 @@ def state_places(x_ptr, ahead, first, D, W, DP: tl.constexpr, WP: tl.constexpr):
 
 @jit
 def load_state(x_ptr, ahead, first, D, W, DP: tl.constexpr, WP: tl.constexpr):
-    """The numbers at state_places, zero beyond."""
+    """Return the numbers at state_places, (DP, WP), zero where a pointer is not valid."""
     places, inside = state_places(x_ptr, ahead, first, D, W, DP, WP)
     return tl.load(places, mask=inside, other=0.0)
 
 
 @jit
 def load_log_a(log_a_ptr, g, b, t, T):
-    """(since, until): logarithms of what remains.
+    """Return (since, until), logarithms of what remains, (tokens,) each.
 
-    since: of the chunk's beginning at each token; until: of each token at the chunk's end.
+    since: of the chunk's beginning at each token; until: of each token at the chunk's end. log_a:
+    (B, T, G), contiguous.
     """
     place = (b.to(tl.int64) * T + t) * tl.num_programs(1) + g
     log_a = tl.load(log_a_ptr + place, mask=t < T, other=0.0)
@@ -102,7 +108,7 @@ def load_log_a(log_a_ptr, g, b, t, T):
 
 @jit
 def remains_inside(since, t):
-    """What remains of token s at token t of the chunk, (t, s), exact zeros for s > t."""
+    """Return what remains of token s at token t of the chunk, (t, s), exact zeros for s > t."""
     between = since[:, None] - since[None, :]
     return tl.exp(tl.where(t[:, None] >= t[None, :], between, -float("inf")))
 
@@ -115,10 +121,11 @@ def remains_inside(since, t):
 def sent_kernel(x_ptr, y_ptr, log_a_ptr, out_ptr, T, x_stride_b, x_stride_t, y_stride_b,
                 y_stride_t, D, W, FROM_START: tl.constexpr, L: tl.constexpr, DP: tl.constexpr,
                 WP: tl.constexpr):
-    """out[b, g, chunk] = sum over the chunk's tokens of decay x y^T.
+    """Write out[b, g, chunk] = sum over the chunk's tokens of decay x y^T.
 
-    decay is what remains of the token at the chunk's end; FROM_START: of the chunk's beginning at
-    the token. x: (B, T, G, D); y: (B, T, G, W); log_a: (B, T, G), fp32; out: (B, G, chunks, D, W).
+    decay is what remains of the token at the chunk's end. With FROM_START it is what remains of the
+    chunk's beginning at the token. x: (B, T, G, D); y: (B, T, G, W); log_a: (B, T, G), fp32; out:
+    (B, G, chunks, D, W).
     """
     g, b = tl.program_id(1), tl.program_id(2)
     t = tl.program_id(0) * L + tl.arange(0, L)
@@ -132,16 +139,17 @@ def sent_kernel(x_ptr, y_ptr, log_a_ptr, out_ptr, T, x_stride_b, x_stride_t, y_s
 
 
 def remaining(log_a: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return chunks_remaining of log_a (B, T, G), (B, G, n, n)."""
+    """Return chunks_remaining of log_a (B, T, G): (B, G, n, n) in `dtype`, for n chunks."""
     n = triton.cdiv(log_a.size(1), CHUNK)
     padded = F.pad(log_a, (0, 0, 0, n * CHUNK - log_a.size(1)))
     return chunks_remaining(padded.unflatten(1, (n, CHUNK)).sum(2).mT).to(dtype)
 
 
 def chunk_states(x: Tensor, y: Tensor, log_a: Tensor, remains: Tensor, transposed: bool) -> Tensor:
-    """Return of k and v the states where chunks begin, (B, G, n, D, W), from what each chunk sends.
+    """Return the states where chunks begin, (B, G, n, D, W), from what each chunk sends.
 
-    transposed: of q and dy, the gradient of what was sent, from the states'.
+    x is k, (B, T, G, D), and y is v, (B, T, G, W). remains: (B, G, n, n). With transposed, x is q
+    and y is dy. Then the result is the gradient of what each chunk sends, from that of the states.
     """
     (B, T, G, D), W = x.shape, y.size(3)
     sent = y.new_empty(B, G, triton.cdiv(T, CHUNK), D, W)
@@ -153,10 +161,10 @@ def chunk_states(x: Tensor, y: Tensor, log_a: Tensor, remains: Tensor, transpose
 def state_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, y_ptr, T, q_stride_b, q_stride_t,
                  k_stride_b, k_stride_t, v_stride_b, v_stride_t, D, W, L: tl.constexpr,
                  DP: tl.constexpr, WP: tl.constexpr):
-    """y_t = sum over s <= t of the chunk of remains[t, s] (q_t k_s) v_s + begin_t q_t state.
+    """Write y_t = begin_t q_t state + sum over s <= t of remains[t, s] (q_t k_s) v_s.
 
-    begin_t is what remains of the chunk's beginning.
-    state: (B, G, chunks, D, W), where chunks begin; y: (B, T, G, W).
+    s and t are tokens of the chunk. begin_t is what remains of the chunk's beginning at t. state:
+    (B, G, chunks, D, W), where chunks begin; q, k: (B, T, G, D); v, y: (B, T, G, W).
     """
     g, b = tl.program_id(1), tl.program_id(2)
     t = tl.program_id(0) * L + tl.arange(0, L)
@@ -190,12 +198,16 @@ def state_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, dse
                           dk_ptr, dv_ptr, dlog_a_ptr, T, dy_stride_b, dy_stride_t, q_stride_b,
                           q_stride_t, k_stride_b, k_stride_t, v_stride_b, v_stride_t, D, W,
                           L: tl.constexpr, DP: tl.constexpr, WP: tl.constexpr):
-    """Gradients of q, k, v and log_a; dsent: (B, G, chunks, D, W).
+    """Write the gradients of q, k, v and log_a.
 
-    That of the sum of log_a up to a token is q dq - k dk: the sum is in what the token reads with
-    this sign, in what it writes with the other. A token's own log_a is in the sums of all tokens
-    from it on: of its chunk's, and of the later ones', which all go through the state where the
-    next chunk begins, whose gradient is dsent.
+    state: (B, G, chunks, D, W), where chunks begin; dsent: likewise, the gradient of what chunks
+    send.
+
+    log_a acts through its sums c_t up to token t. The gradient of c_t is q_t dq_t - k_t dk_t: what
+    a token reads has c_t with a plus, what it writes has it with a minus. A token's log_a is in the
+    sums of all tokens from it on. For tokens of its own chunk their gradients are added up. All
+    later tokens read through the state where the next chunk begins. They add that state times its
+    gradient, which is dsent.
     """
     g, b = tl.program_id(1), tl.program_id(2)
     t = tl.program_id(0) * L + tl.arange(0, L)
@@ -246,7 +258,7 @@ def state_gradient_kernel(dy_ptr, q_ptr, k_ptr, v_ptr, log_a_ptr, state_ptr, dse
 
 @operator("state_scan")
 def state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
-    """Return y (B, T, G, W), contiguous, in v's dtype.
+    """Return the scan's y (B, T, G, W), contiguous, in v's dtype.
 
     q, k: (B, T, G, D) and v: (B, T, G, W) in bf16, fp16 or fp32, any strides; log_a: (B, T, G) in
     fp32, at most zero.
@@ -267,7 +279,7 @@ def _(q, k, v, log_a):
 @operator("state_scan_backward")
 def state_scan_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor,
                         log_a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v and log_a."""
+    """Return the gradients of q, k, v and log_a, shaped as these; dy: (B, T, G, W)."""
     with torch.cuda.device_of(v):
         (dy, q, k, v), log_a = map(heads_dense, (dy, q, k, v)), log_a.contiguous()
         remains = remaining(log_a, v.dtype)

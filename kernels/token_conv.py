@@ -1,6 +1,6 @@
-"""Convolutions with taps of each token's own, as Triton kernels, forward and backward.
+"""Convolve with taps of each token's own, in Triton, forward and backward.
 
-`token_conv(u, w)` is y[t] = sum over lags j < K of w[t, j] u[t - j], one set of taps for the W
+`token_conv(u, w)` is y[t] = sum over lags j < K of w[t, j] u[t - j]. One set of taps serves the W
 channels of a group. This file needs Triton; afno.py computes the same sums without.
 
 Blocks of BLOCK tokens meet themselves and the block before, which K <= BLOCK taps reach. The taps
@@ -12,7 +12,7 @@ of the block, s one that it reads:
       t0+1         0    w[.,2]  w[.,1]  w[.,0]   0       zero where s > t: a token reads no later
       t0+2         0       0    w[.,2]  w[.,1] w[.,0]    one, bit for bit, where inputs are finite.
 
-Operands have the input's dtype, sums are in fp32, there are no atomics: equal inputs give equal
+Operands have the input's dtype, and sums are in fp32. There are no atomics: equal inputs give equal
 bits.
 """
 import torch
@@ -57,7 +57,10 @@ def tap_places(row, t, s, g, T, stride, LENGTH: tl.constexpr):
 @jit
 def token_conv_kernel(u_ptr, w_ptr, y_ptr, T, C, w_stride, LENGTH: tl.constexpr, W: tl.constexpr,
                       BLOCK: tl.constexpr, BW: tl.constexpr):
-    """y[t] = sum over s of w[t, t - s] u[s]. u, y: (B, T, C); w: (B, T, G, K)."""
+    """Write y[t] = sum over s of w[t, t - s] u[s].
+
+    u, y: (B, T, C); w: (B, T, G, K).
+    """
     g, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK, BW), tl.float32)
@@ -74,9 +77,10 @@ def token_conv_kernel(u_ptr, w_ptr, y_ptr, T, C, w_stride, LENGTH: tl.constexpr,
 def token_conv_gradient_kernel(dy_ptr, u_ptr, w_ptr, du_ptr, dw_ptr, T, C, w_stride,
                                LENGTH: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
                                BW: tl.constexpr):
-    """du[s] = sum over t of w[t, t - s] dy[t]; dw[t, t - s] = dy[t] u[s], summed over channels.
+    """Write du[s] = sum over t of w[t, t - s] dy[t], and dw[t, t - s] = dy[t] u[s].
 
-    dw: (B, T, G, LENGTH), contiguous.
+    dw is summed over the channels of a group. dy, u, du: (B, T, C); w, dw: (B, T, G, LENGTH), dw
+    contiguous.
     """
     g, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -98,7 +102,7 @@ def token_conv_gradient_kernel(dy_ptr, u_ptr, w_ptr, du_ptr, dw_ptr, T, C, w_str
 
 
 def launch(run, u: Tensor, w: Tensor, *tensors: Tensor):
-    """Run a kernel on tensors for u (B, T, C) and w (B, T, G, K)."""
+    """Run the kernel `run` on `tensors`, sized for u (B, T, C) and w (B, T, G, K)."""
     B, T, C = u.shape
     G, K = w.shape[2:]
     with torch.cuda.device_of(u):  # Triton launches on the current device

@@ -1,7 +1,7 @@
-"""Every kernel is tried on its device before it is trusted: values and gradients, against float64.
+"""Try every kernel on its device before it is trusted: values and gradients, against float64.
 
-Compilers differ between machines and versions, and a wrong sum would train, only worse. The exact
-sums are written here a second time, on the CPU, by other means than the kernels and than afno.py's
+Compilers differ between machines and versions. A wrong sum would train, only worse. The exact sums
+are written here a second time, on the CPU. They use other means than the kernels and than afno.py's
 plain paths. This file needs Triton, except for try_fp8.
 """
 import contextlib
@@ -33,7 +33,7 @@ def exact_conv(u: Tensor, taps: Tensor) -> Tensor:
 
 
 def exact_short_conv(x: Tensor, taps: Tensor, silu: bool) -> Tensor:
-    """Return x (B, T, C) convolved with taps (length, C), by shifts; silu: SiLU of that."""
+    """Return x (B, T, C) convolved with taps (length, C), by shifts; with silu, SiLU of that."""
     T = x.size(1)
     y = sum(tap * F.pad(x, (0, 0, lag, 0))[:, :T] for lag, tap in enumerate(taps))
     return y / (1 + torch.exp(-y)) if silu else y
@@ -47,7 +47,10 @@ def exact_token_conv(u: Tensor, w: Tensor) -> Tensor:
 
 
 def exact_state(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
-    """Return the state's output as one masked sum over all pairs of tokens, O(T^2)."""
+    """Return the state's output (B, T, G, W) as one masked sum over all pairs of tokens, O(T^2).
+
+    q, k: (B, T, G, D); v: (B, T, G, W); log_a: (B, T, G).
+    """
     T, total = v.size(1), log_a.cumsum(1)
     past = torch.ones(T, T, dtype=torch.bool).tril()[..., None]
     between = total[:, :, None] - total[:, None]  # (B, t, s, G)
@@ -56,26 +59,29 @@ def exact_state(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
 
 
 def exact_cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Return the losses of targets (rows, K) for cap tanh(logits / cap); a cap of 0 is none."""
+    """Return the losses of targets, both (rows, K), for the logits cap tanh(logits / cap).
+
+    logits: (rows, vocabulary). A cap of 0 leaves them as they are.
+    """
     logits = cap * torch.tanh(logits / cap) if cap else logits
     return torch.stack([F.cross_entropy(logits, column, reduction="none")
                         for column in targets.unbind(1)], 1)
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """Return |got - exact| / |exact|."""
+    """Return |got - exact| / |exact|, in Euclidean norms of all numbers."""
     return ((got.detach().cpu().double() - exact.detach()).norm() / exact.detach().norm()).item()
 
 
 def with_gradients(run, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
-    """Return run(*inputs) and its gradients of all inputs, for dy from above."""
+    """Return y = run(*inputs), then the gradients of all inputs where that of y is dy."""
     inputs = [x.clone().requires_grad_() for x in inputs]
     y = run(*inputs)
     return [y, *torch.autograd.grad(y, inputs, dy)]
 
 
 class Trials:
-    """Try kernels on a device with random numbers; `bound`: what their relative error may be."""
+    """Try kernels on a device with random numbers; their relative error must be below `bound`."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, bound: float):
         self.device, self.dtype, self.bound = device, dtype, bound
@@ -88,7 +94,11 @@ class Trials:
         return self.random(*shape).to(self.dtype)
 
     def compare(self, kernel, exact, what: str, **inputs: Tensor) -> str | None:
-        """Return in words what of the output and the gradients is off, or None."""
+        """Return in words what is off, the output or a gradient of an input, or None.
+
+        `exact` gets the inputs in float64 on the CPU, `kernel` gets them on the device. The output
+        has the shape of the first input.
+        """
         dy = self.half(*next(iter(inputs.values())).shape)
         wanted = with_gradients(exact, [x.double() for x in inputs.values()], dy.double())
         ours = [x.to(self.device) for x in inputs.values()]
@@ -100,10 +110,12 @@ class Trials:
         return None
 
     def check(self, what: str, got: Tensor, wanted: Tensor) -> str | None:
+        """Return in words how far `got` is off `wanted`, or None where that is below the bound."""
         off = relative_error(got, wanted)
         return None if off < self.bound else f"{what} is {off:.1e} off, more than {self.bound:g}"
 
     def short_conv(self) -> str | None:
+        """Try the short convolution of four taps, without SiLU and with it."""
         from kernels import convolution
 
         for silu in (False, True):
@@ -115,7 +127,7 @@ class Trials:
         return None
 
     def filter(self, T: int, K: int) -> str | None:
-        """Try two filters as wide as models have."""
+        """Try two filters of K taps on T tokens, as wide as models have."""
         from kernels import convolution
 
         return self.compare(convolution.causal_conv, exact_conv, f"{K} taps",
@@ -123,12 +135,13 @@ class Trials:
                             taps=self.random(2, K) / math.sqrt(K))
 
     def short_filter(self) -> str | None:
+        """Try filters that are made of Toeplitz tiles alone."""
         from kernels import convolution
 
         return self.filter(300, convolution.FAR - 5)
 
     def long_filter(self) -> str | None:
-        """Try 33 blocks: more than one tile of blocks to mix."""
+        """Try long filters over 33 blocks: more than one tile of blocks to mix."""
         from kernels import convolution
 
         return self.filter(33 * convolution.FAR - 5, 33 * convolution.FAR)
@@ -142,7 +155,7 @@ class Trials:
                             u=self.half(2, T, 2 * CHANNELS), w=self.half(2, T, 2, 16) / 4)
 
     def state(self) -> str | None:
-        """Try the scan of states."""
+        """Try the scan of states, over five chunks, the last one short."""
         from kernels import state
 
         T = 5 * state.CHUNK - 5
@@ -187,7 +200,10 @@ def first_line(error: Exception) -> str:
 
 
 def find_fault(what: str, device: torch.device, dtype: torch.dtype, bound: float) -> str | None:
-    """Return what is wrong with these kernels, a name of BOUNDS, here, or None."""
+    """Return in words what is wrong with the kernels `what` on this device, or None.
+
+    what: a name of BOUNDS. bound: their relative error must be below it.
+    """
     def part(name: str) -> str | None:
         with exactly(device):
             return getattr(Trials(device, dtype, bound), name)()
@@ -206,7 +222,8 @@ def find_fault(what: str, device: torch.device, dtype: torch.dtype, bound: float
 def try_fp8(device: torch.device, dtype: torch.dtype) -> tuple[str | None, float]:
     """Return what is wrong with products in fp8 on this device, or None, and their largest error.
 
-    Tried are the head's loss and Fp8Linear, values and gradients.
+    It tries the head's loss and Fp8Linear, values and gradients. The error is relative, and nan
+    where they do not work.
     """
     from kernels.loss import Fp8Linear, linear_cross_entropy
 
