@@ -79,6 +79,11 @@ class Runtime:
         return seed.item()
 
 
+def usual_runtime(device: torch.device) -> Runtime:
+    """Return one process, bf16 on a GPU and fp32 on a CPU, without compilation."""
+    return Runtime(device, torch.bfloat16 if device.type == "cuda" else torch.float32, False)
+
+
 def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no CUDA device; use cpu or auto")

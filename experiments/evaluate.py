@@ -46,6 +46,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt2_afno as trainer  # noqa: E402
+from afno import MATCHES  # noqa: E402
 from checkpoints import Checkpoints, OtherVersion, load_weights, of_this_version  # noqa: E402
 from data.loader import TokenStream, count_val_tokens, to_device  # noqa: E402
 from data.text_to_bin import (END_OF_TEXT, ROOT, InputError, Kind, first_line,  # noqa: E402
@@ -62,7 +63,6 @@ FIGURES = {  # of filters, and how they are written
     **{f"energy beyond {last}": "{:.2%}" for last in CUTS},
     "median frequency": "{:.3f}",
     "rank": "{:.2f}", "correlation": "{:.3f}", "moved": "{:.2f}", "cosine to initial": "{:.3f}"}
-MATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # where groups of matches begin
 BATCH_TOKENS = dict(cuda=65536, cpu=8192)
 TOKENS_A_SOURCE = 262_144  # at most, of --text
 

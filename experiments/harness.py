@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt2_afno as trainer  # noqa: E402
 from data.loader import to_device  # noqa: E402
 from data.text_to_bin import InputError, first_line, gpt2_encoding, to_path  # noqa: E402
-from runtime import Runtime, choose_device, run  # noqa: E402
+from runtime import Runtime, choose_device, run, usual_runtime  # noqa: E402
 
 try:
     import lm_eval
@@ -186,7 +186,7 @@ def main(argv: list[str]) -> int:
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise InputError(f"--tasks: the harness has no task {unknown[0]} (see `lm-eval ls tasks`)")
     device = choose_device(args.device)
-    runtime = Runtime(device, torch.bfloat16 if device.type == "cuda" else torch.float32, False)
+    runtime = usual_runtime(device)
     adapter = Adapter(load_exported(args.model), runtime, args.batch_size)
     found = lm_eval.simple_evaluate(adapter, tasks=tasks, num_fewshot=args.shots, limit=args.limit,
                                     task_manager=manager)

@@ -41,7 +41,7 @@ import train_gpt2_afno as trainer
 from data.text_to_bin import ROOT, InputError, Kind
 from experiments.ablation_studies import seeds
 from experiments.evaluate import markdown
-from runtime import Diverged, Runtime, choose_device, gpu_driver
+from runtime import Diverged, Runtime, choose_device, gpu_driver, usual_runtime
 
 FILLER, MARKER, FIRST = 0, 1, 2  # tokens; keys begin at FIRST, values at half of the vocabulary
 
@@ -528,7 +528,7 @@ def main(argv: list[str]) -> int:
         print("\n".join(name_of(task, mixer, seed) for seed, task, mixer in wanted))
         return 0
     device = choose_device(args.device)
-    runtime = Runtime(device, torch.bfloat16 if device.type == "cuda" else torch.float32, False)
+    runtime = usual_runtime(device)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "rows.jsonl"
     rows = read_rows(path, grid)

@@ -33,7 +33,7 @@ from data.text_to_bin import ROOT, InputError, read_bin, relative
 from experiments import package_text
 from experiments.evaluate import BATCH_TOKENS, Checkpoint, cut_rows, losses_of, markdown
 from experiments.recall import append_line, names, read_lines
-from runtime import Diverged, Runtime, choose_device, shapes_of
+from runtime import Diverged, Runtime, choose_device, shapes_of, usual_runtime
 
 DOMAINS = {"code": "code", "plays": "plays", "law": "licences"}
 PARTS = ("all", "rest", "operator")  # which weights are trained
@@ -340,7 +340,7 @@ def main(argv: list[str]) -> int:
     """Do what is missing and print the tables; return the exit status."""
     args = parse(argv)
     device = choose_device(args.device)
-    runtime = Runtime(device, torch.bfloat16 if device.type == "cuda" else torch.float32, False)
+    runtime = usual_runtime(device)
     study = Study(args, runtime)
     page = tables(study)
     (study.folder / "table.md").write_text(page + "\n", encoding="utf-8")
