@@ -456,6 +456,7 @@ class RunLog:
                 self.validations.append(values)
         if aside:  # before it is gone from the other
             self.line("".join(aside).removesuffix("\n"), "metrics.jsonl.abandoned")
+            (self.folder / "report.md").unlink(missing_ok=True)  # it is of what does not count
         part = path.with_suffix(".jsonl.part")
         part.write_text("".join(kept), encoding="utf-8")
         part.replace(path)
@@ -466,6 +467,11 @@ class RunLog:
             # opened each time: so it is the file of that name; names in it need not be UTF-8
             with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text + "\n")
+
+    def error(self, error: Exception):
+        """Write the error that ends the run as the last line, if the disk takes it."""
+        with contextlib.suppress(InputError):
+            self.line(f"error: {error}")
 
     def metric(self, **values):
         self.line(json.dumps(values), "metrics.jsonl")
@@ -602,7 +608,7 @@ def finished(flags: dict, saved: dict | None, args, folder: Path) -> str | None:
     losses = [values["val_loss"] for values in here if "val_loss" in values]
     if not losses or not any(map(is_summary, here)):
         return None
-    exact = re.search(rf"^step:{step}/\d+ val_loss_fp32:", read_log(folder), re.MULTILINE)
+    exact = any("val_loss_fp32" in values for values in here)
     if args.val_fp32 and args.dtype != "float32" and not exact:
         return None
     if step != steps and losses[-1] > (args.target_val_loss or -math.inf):
@@ -621,7 +627,7 @@ def last_to_extend(saved: dict, flags: dict) -> float:
 def saved_flags(flags: dict, folder: Path | None, known: dict[str, dict]) -> dict | None:
     """Return config, args and step of the checkpoint that --resume goes on from, else None.
 
-    Its tensors are not read. known: of_this_version's flags.
+    Its weights are not read. known: of_this_version's flags.
     """
     if "resume" not in flags:
         return None
@@ -629,8 +635,10 @@ def saved_flags(flags: dict, folder: Path | None, known: dict[str, dict]) -> dic
     for path in Checkpoints(folder).paths() if auto else [to_path(flags["resume"])]:
         with contextlib.suppress(Exception):  # the trainer reads all of it, and says what is wrong
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            kept = {name: state[name] for name in ("config", "args", "step")}
-            return of_this_version(kept, path, known)
+            state = of_this_version(state, path, known)
+            refuse_damaged_values(state, known["args"])
+            if not auto or state["step"] <= last_to_extend(state, flags):
+                return {name: state[name] for name in ("config", "args", "step")}
     return None
 
 

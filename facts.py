@@ -113,16 +113,16 @@ def describe_disk(folder: Path, state: int, fetched: int) -> list[str]:
     return lines
 
 
-def facts(args, folder: Path, device: torch.device, sizes: tuple[int, int], command: str,
-          pid: int) -> list[str]:
+def facts(args, folder: Path, device: torch.device, sizes: tuple[int, int], saved: dict | None,
+          command: str, pid: int) -> list[str]:
     """Return the screen's lines.
 
-    sizes: bytes of the weights, and of the optimizers' averages. pid: the process to stop.
+    sizes: bytes of the weights, and of the optimizers' averages. saved: the checkpoint that the run
+    goes on from, or None. pid: the process to stop.
     """
     weights, averages = sizes
     steps, rows = args.num_iterations + args.extend, args.batch_size * args.grad_accumulation_steps
     data, fetched = describe_data(args)
-    saved = Checkpoints(folder).steps()
     name, trial = "CPU", ""
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, {torch.cuda.device_count()} here"
@@ -132,7 +132,7 @@ def facts(args, folder: Path, device: torch.device, sizes: tuple[int, int], comm
     expected = EXPECTED.get(folder.name) if folder.parent == ROOT / "runs" else None
     lines = [
         f"output: {relative(str(folder))}, "
-        + (f"at step {saved[0]} of {steps}" if saved else "a new run"),
+        + (f"at step {saved['step']} of {steps}" if saved else "a new run"),
         f"device: {name}; memory free: {shown(memory_budget(device))}",
         f"memory needed: {shown(2 * weights + averages)} and a micro-batch's work{trial}",
         f"tokens: {tokens_of(args):,} in {steps} steps of {rows} rows of {args.sequence_length}",
@@ -141,7 +141,8 @@ def facts(args, folder: Path, device: torch.device, sizes: tuple[int, int], comm
         f"loss to expect: {expected or 'not known for these flags'}",
         "minutes: said once six steps of this device are measured",
         f"to stop: Ctrl-C or kill -TERM {pid}; once it trains, it saves first",
-        f"to go on: {command}{' --resume auto' * named}",
+        f"to go on: {re.sub('--resume .*?(?= --|$)', '--resume auto', command)}"
+        + " --resume auto" * named,
     ]
     rented = sys.stdout.isatty() or in_container(Path("/"))
     if rented and not {"TMUX", "STY"} & os.environ.keys():
@@ -156,11 +157,11 @@ def facts_wanted() -> bool:
 
 
 def show_facts(args, folder: Path, device: torch.device, sizes: tuple[int, int],
-               command: str | None = None):
+               saved: dict | None, command: str | None = None):
     """Print the screen, of this command where none is given. To stop: this process, or torchrun."""
     command = command or shlex.join(["python", *map(relative, sys.argv)])
     pid = os.getpid() if ranks()[1] == 1 else os.getppid()
-    print("\n".join(facts(args, folder, device, sizes, command, pid)), flush=True)
+    print("\n".join(facts(args, folder, device, sizes, saved, command, pid)), flush=True)
 
 
 # -----------------------------------------------------------------------------

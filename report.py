@@ -69,8 +69,9 @@ class Record:
 
     def loss_at(self, step: int) -> tuple[float, str] | None:
         """Return the validation loss at a step, in fp32 if there is one, and its dtype."""
-        if exact := self.last(rf"step:{step}/\d+ val_loss_fp32:(\S+)"):
-            return float(exact), "float32"
+        at = [row for row in self.run.rows if row.get("step") == step]
+        if exact := [row["val_loss_fp32"] for row in at if "val_loss_fp32" in row]:
+            return exact[-1], "float32"
         found = [row["val_loss"] for row in self.validations if row["step"] == step]
         return (found[-1], self.last(r"device: \w+, (\w+),") or "a dtype not known") \
             if found else None

@@ -122,11 +122,10 @@ def main(argv: list[str], gate: Gate) -> int:
         refuse_used(folder, False)  # before anything is fetched
     args = trainer.merge_flags(flags, device, saved, said.append)
     if saved and saved["step"] == args.num_iterations + args.extend:  # no step is left
-        gate.end()
-        return trainer.main(argv)
+        return trainer.main(argv, gate)
     config = trainer.config_of(flags, args, saved, folder, False)
     words = argv[1:] if argv[:1] == ["--preset"] else argv  # as run_afno.sh was called
-    show_facts(args, folder, device, trainer.sizes_of(config, args),
+    show_facts(args, folder, device, trainer.sizes_of(config, args), saved,
                shlex.join(["bash", "run_afno.sh", *words]))
     os.environ.setdefault(STARTED, "")  # the trainer shows no facts
     trainer.LAPS.done("facts")

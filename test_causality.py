@@ -270,17 +270,18 @@ def as_constant(weight: torch.nn.Parameter):
         weight.requires_grad_(wanted)
 
 
-def given_to_head(model):
+def given_to_head(model, goals=None):
     """Return a function from tokens to the states that forward(), which trains, gives to the head.
 
-    The next tokens are forward's targets. Raises ValueError where it does anything else to the
-    head's mean loss than to return it: that could not be checked.
+    The next tokens are forward's targets, or what goals makes of them. Raises ValueError where it
+    does anything else to the head's mean loss than to return it: that could not be checked.
     """
     def states(idx: torch.Tensor) -> torch.Tensor:
         given, mean = [], torch.zeros(())
         model.lm_head.loss = lambda x, targets, shares=None: (given.append(x) or mean, None)
         try:
-            loss = model(idx, idx.roll(-1, 1), return_logits=False)[1]
+            targets, *shares = goals(idx.roll(-1, 1)) if goals else (idx.roll(-1, 1),)
+            loss = model(idx, targets, False, *shares)[1]
         finally:
             del model.lm_head.loss  # the class's is back
         if len(given) != 1 or loss is not mean:
@@ -372,23 +373,16 @@ def budget(seq_len: int, rows: int, device: torch.device) -> int | None:
     return max(32, rows)
 
 
-def head_rows(seq_len: int, rows: int, device: torch.device) -> int:
-    """Return how many rows the head is tried on: on a GPU all, else 1,024 positions of them.
-
-    There are at least two rows.
-    """
-    return rows if torch.device(device).type == "cuda" else min(rows, max(2, 1024 // seq_len))
-
-
 def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, False),
                 cuts: int | None = -1, logits: bool | None = False,
-                seed: int | None = None, goals=None) -> Leaks:
+                seed: int | None = None, goals=()) -> Leaks:
     """Return the leaks of hidden states and of the head's losses for (rows, seq_len).
 
     autocast: a function that makes the context to run in. modes: with gradients the graph that
     trains runs, forward(), without the one that validates, hidden(). cuts, seed:
     check_causality's; cuts of -1: budget's. logits: look at the head's logits, too, and at every
-    pair of its positions; None: not at the head. goals: check_head's, while training alone.
+    pair of its positions; None: not at the head. goals: what makes the targets and shares that
+    train; forward() and the head are tried with each, with as many cuts as rows.
     """
     cuts = budget(seq_len, rows, device) if cuts == -1 else cuts
     seed = new_seed() if seed is None else seed
@@ -400,11 +394,14 @@ def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, F
                                     cuts=cuts, device=device, seed=seed + mode)
             leaks += found
             if logits is not None:
-                tried = head_rows(seq_len, rows, device)
-                head = lambda *more: check_head(model, seq_len, tried, device, seed + mode, *more)
+                head = lambda *more: check_head(model, seq_len, rows, device, seed + mode, *more)
                 leaks += head(logits, logits or cuts is None)
-                if goals and gradients:
-                    leaks += head(False, False, goals)
+            for goal in goals if gradients else ():
+                leaks += check_causality(
+                    given_to_head(model, goal), seq_len, model.config.vocab_size, rows=rows,
+                    cuts=min(rows, seq_len - 1), device=device, seed=seed + mode)
+                if logits is not None:
+                    leaks += head(False, False, goal)
         leaks.coverage, leaks.cuts, leaks.seed = found.coverage, found.cuts, seed
     return leaks
 
@@ -417,11 +414,12 @@ def refuse_other_targets(x: torch.Tensor, y: torch.Tensor):
         raise InputError("causality check: the targets of training rows are not their next tokens")
 
 
-def refuse_leaks(model, shapes, runtime, say, modes=(True, False), goals=None):
+def refuse_leaks(model, shapes, runtime, say, modes=(True, False), goals=(),
+                 cuts: int | None = -1):
     """Raise InputError where an output depends on a later token or on another row, bit for bit.
 
-    shapes: (rows, T) of the batches to try. runtime: the trainer's Runtime. modes, goals:
-    check_model's.
+    shapes: (rows, T) of the batches to try. runtime: the trainer's Runtime. modes, goals,
+    cuts: check_model's.
     """
     from data.text_to_bin import InputError
 
@@ -431,7 +429,7 @@ def refuse_leaks(model, shapes, runtime, say, modes=(True, False), goals=None):
         for rows, T in shapes:
             begin = time.perf_counter()
             leaks = check_model(model, T, rows, runtime.device, runtime.autocast, modes, seed=seed,
-                                goals=goals)
+                                goals=goals, cuts=cuts)
             if leaks:
                 raise InputError(
                     f"causality check: the model leaks, refusing to go on: {leaks[0]}")
@@ -518,6 +516,8 @@ def check_trained(gate: Gate, trainer, args, config, runtime):
         if said and not shorter:
             print(said)
         for T in lengths:
+            if T - shorter < 2:  # one token has no later one
+                continue
             gate.row(name, T - shorter, args.dtype, lambda: with_fewer_rows(
                 tokens // T, lambda rows: check_model(model, T - shorter, rows, device,
                                                       runtime.autocast, modes), print))
@@ -554,7 +554,7 @@ def check_family(gate: Gate, trainer, configs: dict, runtime):
                 what = str(mode.dtype).removeprefix("torch.") + ", eval mode" * evaluating
                 gate.row(name, length, what, lambda: check_model(
                     model, length, 16, device, mode.autocast, (not evaluating,), cuts,
-                    logits=None if count else True, goals=None if count else two_goals))
+                    logits=None if count else True, goals=() if count else (two_goals,)))
         model.double()
         gate.row(name, GRADIENT_LENGTH, "float64 gradients", lambda: gradient_leaks(
             model.hidden, model.transformer.wte, GRADIENT_LENGTH, config.vocab_size, device))

@@ -11,6 +11,7 @@ ranks, validation and generation are in runtime.py, checkpoints and the log in c
 """
 import argparse
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -39,7 +40,7 @@ from checkpoints import (TIMES, Checkpoints, RunLog, choose_folder, cooldown_ste
                          read_checkpoint, read_log, refuse_damaged_tensors, refuse_damaged_values,
                          refuse_used, set_random_state)
 from data.loader import (DATA_FLAGS, TokenStream, TrainLoader, choose_data, count_val_tokens,
-                         find_shards, passes, to_device)
+                         find_shards, length_at, length_phases, passes, to_device)
 from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, number, one_of,
                               owned, prefix_table, relative, show)
 from facts import FirstSteps, Laps, describe, describe_plan, facts_wanted, kernels_of, show_facts
@@ -82,10 +83,10 @@ TEXT = Kind(str, lambda value: isinstance(value, str), "text", "TEXT")
 LAYERS = Kind(parse_layers, lambda value: isinstance(value, tuple) and
               {*map(type, value)} <= {int}, "layer numbers such as 3,9, or none", "L,L")
 SHARES = Kind(
-    parse_shares, lambda parts: all(type(length) is int and length >= 1 and share > 0
+    parse_shares, lambda parts: all(type(length) is int and length >= 2 and share > 0
                                     for length, share in parts) and
     math.isclose(sum(share for _, share in parts), 1, abs_tol=1e-6),
-    "length:share,length:share,... with integer lengths >= 1 and shares > 0 that sum to 1",
+    "length:share,length:share,... with integer lengths >= 2 and shares > 0 that sum to 1",
     "T:SHARE,...")
 
 # n_layer, n_embd; d12 to d48 are GPT-2's sizes, d1 and d4 are for CPUs
@@ -126,7 +127,7 @@ table("model",
       ("model", "d12", one_of(*MODELS), "size: layers, heads and channels"),
       ("mixer", "afno", one_of("attn", "afno"), "what mixes tokens"),
       ("attn_layers", (), LAYERS, "layers that keep attention where the mixer is afno: the hybrid"),
-      ("sequence_length", 1024, integer(1, 2**20), "tokens a row"),
+      ("sequence_length", 1024, integer(2, 2**20), "tokens a row"),
       ("afno_form", "filter", one_of(*FORMS), "construction of the operator; reference leaks"))
 table("model",
       ("n_head", None, integer(1, 10_000), "heads of attention (n_embd / 64)"),
@@ -894,38 +895,6 @@ def shares_at(done: float, ahead: bool, prefix: bool) -> tuple[list[float], floa
     return ahead_shares if ahead else [], prefix_share if prefix else 0.0
 
 
-def length_at(phases: tuple[tuple[int, float], ...], step: int, num_iterations: int) -> int:
-    """Return the length of rows of the update that follows `step` updates.
-
-    phases: (length, share of the steps), in their order.
-    """
-    end = 0.0
-    for length, share in phases:
-        end += share
-        if step < round(end * num_iterations):
-            break
-    return length
-
-
-def length_phases(args, T: int, world: int) -> tuple[tuple[int, float], ...]:
-    """Return length_at's phases; raise InputError where they and the batch do not fit."""
-    B, total = args.batch_size, args.grad_accumulation_steps
-    lengths = args.curriculum or ((T, 1.0),)
-    product = f"(--batch_size {B} x --sequence_length {T})"
-    if args.fp8_head and B * T % 16:
-        raise InputError("--fp8_head: a micro-batch must be of a multiple of 16 tokens, "
-                         f"got {B * T} {product}")
-    if total % world:
-        raise InputError(f"--grad_accumulation_steps must be a multiple of the {world} ranks, "
-                         f"got {total}")
-    if lengths[-1][0] != T:
-        raise InputError(f"--curriculum must end with --sequence_length {T}, got {lengths[-1][0]}")
-    if uneven := [length for length, _ in lengths if B * T % length]:
-        raise InputError(f"--curriculum: lengths must divide the {B * T} tokens of a micro-batch "
-                         f"{product}, got {uneven[0]}")
-    return lengths
-
-
 # -----------------------------------------------------------------------------
 # training; checkpoints and the log are in checkpoints.py, ranks and clocks in runtime.py
 
@@ -1086,7 +1055,8 @@ class Run:
         if runtime.compile or self.args.may_shrink:
             self.choose_micro_batch(to_come)
             LAPS.done("compilation")
-        self.refuse_leaks([(self.tokens // length, length) for length in to_come])
+        self.shapes = [(self.tokens // length, length) for length in to_come]
+        self.refuse_leaks(self.shapes)
         runtime.wait()
         LAPS.done("causality check")
         if runtime.compile:
@@ -1102,11 +1072,10 @@ class Run:
 
     def refuse_leaks(self, shapes: list[tuple[int, int]], training: bool = True):
         """Raise InputError where the very graphs that train, or validate, leak in these shapes."""
-        args, goals = self.args, None
         if training:
             refuse_other_targets(*self.loader.ahead.result()[:2])
-            goals = self.goals if args.predict_ahead or args.predict_prefix else None
-        refuse_leaks(self.model, shapes, self.runtime, self.say, modes=(training,), goals=goals)
+        refuse_leaks(self.model, shapes, self.runtime, self.say, modes=(training,),
+                     goals=self.goals_to_come() if training else ())
 
     def recompute(self, recompute: int):
         for block in self.model.transformer.h:
@@ -1172,10 +1141,18 @@ class Run:
             batches.append((*self.loader.next(), self.loader.inputs))
         return batches
 
-    def goals(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return GPT.forward's targets and shares for the next tokens y (B, T)."""
-        args = self.args
-        ahead, prefix = shares_at(self.step / args.num_iterations, bool(args.predict_ahead),
+    def goals_to_come(self) -> list:
+        """Return functions as goals(), for each number of targets that a token will have."""
+        args, steps = self.args, self.args.num_iterations
+        starts = {max(self.step, math.ceil(third * steps / 3)) for third in (0, 1)}
+        return [functools.partial(self.goals, step=step) for step in sorted(starts)
+                if 3 * step < 2 * steps and (args.predict_ahead or args.predict_prefix)]
+
+    def goals(self, y: Tensor, step: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return GPT.forward's targets and shares, at a step or now, for the next tokens y (B, T).
+        """
+        args, step = self.args, self.step if step is None else step
+        ahead, prefix = shares_at(step / args.num_iterations, bool(args.predict_ahead),
                                   bool(args.predict_prefix))
         targets, shares = [y], [1.0, *ahead]
         for n in range(1, len(shares)):
@@ -1312,10 +1289,13 @@ class Run:
             return
         self.flush()
         if not self.checked:
-            begin, self.checked = time.perf_counter(), True
+            begin, compiled, self.checked = time.perf_counter(), self.runtime.compile, True
+            self.checkpoints.wait()  # a log with a validation has a checkpoint
             compiled_or_not(self.runtime, lambda: self.refuse_leaks(
                 [(self.args.val_batch_size, self.T)], training=False), self.say)
-            self.compile_time += self.runtime.compile * (time.perf_counter() - begin)
+            if compiled and not self.runtime.compile:
+                self.refuse_leaks(self.shapes)
+            self.compile_time += compiled * (time.perf_counter() - begin)
         loss = self.validation_loss(self.runtime)
         if loss is not None:
             self.validated = step = self.step
@@ -1341,14 +1321,18 @@ class Run:
         return None if total is None else total.sum().item() / self.val_tokens
 
     def validate_in_fp32(self):
-        """Say the last validation's loss in fp32, without compilation: NoCap-Test's arithmetic."""
-        if self.runtime.dtype == torch.float32:
+        """Log the last validation's loss in fp32, not compiled: NoCap-Test's arithmetic."""
+        if self.runtime.dtype == torch.float32 or self.interrupted():
             return
         exact = Runtime(self.device, torch.float32, False, self.runtime.rank, self.runtime.world)
         with torch.compiler.set_stance("force_eager"):
+            refuse_leaks(self.model, [(self.args.val_batch_size, self.T)], exact, self.say,
+                         modes=(False,), cuts=32)
             loss = self.validation_loss(exact)
         if loss is not None:
             self.say(f"step:{self.step}/{self.total_steps} val_loss_fp32:{loss:.4f}")
+            if self.log:
+                self.log.metric(step=self.step, val_loss_fp32=loss)
 
     def finish(self, late: bool) -> int:
         """Say why the run ended, and its summary; return the exit status."""
@@ -1394,7 +1378,12 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder:
     run.open_bar()
     # until here there was nothing to save; a second signal does nothing, as torchrun sends two
     with handled(lambda signum, frame: run.signals.append(signum)), run.checkpoints:
-        status = train_loop(run)
+        try:
+            status = train_loop(run)
+        except InputError as error:
+            if run.log:
+                run.log.error(error)
+            raise
     report_at_end(run)
     return status
 
@@ -1590,7 +1579,7 @@ def main(argv: list[str], gate=None) -> int:
                 read_checkpoint(flags, args, model, runtime, saved, folder, say)
             return 0
         if facts_wanted():
-            show_facts(args, folder, runtime.device, sizes_of(config, args))
+            show_facts(args, folder, runtime.device, sizes_of(config, args), saved)
         with joined_ranks(runtime):
             return train(args, config, runtime, saved, folder, gate)
 

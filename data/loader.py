@@ -213,3 +213,39 @@ def count_val_tokens(wanted: int | None, val_stream: TokenStream) -> int:
     for begin in range(0, count, 1 << 20):  # a bad token should not wait for the first validation
         val_stream.read(begin, min(1 << 20, count + 1 - begin))
     return count
+
+
+# -----------------------------------------------------------------------------
+# lengths of rows
+
+
+def length_at(phases: tuple[tuple[int, float], ...], step: int, num_iterations: int) -> int:
+    """Return the length of rows of the update that follows `step` updates.
+
+    phases: (length, share of the steps), in their order.
+    """
+    end = 0.0
+    for length, share in phases:
+        end += share
+        if step < round(end * num_iterations):
+            break
+    return length
+
+
+def length_phases(args, T: int, world: int) -> tuple[tuple[int, float], ...]:
+    """Return length_at's phases; raise InputError where they and the batch do not fit."""
+    B, total = args.batch_size, args.grad_accumulation_steps
+    lengths = args.curriculum or ((T, 1.0),)
+    product = f"(--batch_size {B} x --sequence_length {T})"
+    if args.fp8_head and B * T % 16:
+        raise InputError("--fp8_head: a micro-batch must be of a multiple of 16 tokens, "
+                         f"got {B * T} {product}")
+    if total % world:
+        raise InputError(f"--grad_accumulation_steps must be a multiple of the {world} ranks, "
+                         f"got {total}")
+    if lengths[-1][0] != T:
+        raise InputError(f"--curriculum must end with --sequence_length {T}, got {lengths[-1][0]}")
+    if uneven := [length for length, _ in lengths if B * T % length]:
+        raise InputError(f"--curriculum: lengths must divide the {B * T} tokens of a micro-batch "
+                         f"{product}, got {uneven[0]}")
+    return lengths

@@ -378,7 +378,8 @@ def hook_on_the_model(monkeypatch):
     """Read the targets instead of the inputs, before forward()."""
     def init(self, config, old=GPT.__init__):
         old(self, config)
-        self.register_forward_pre_hook(lambda model, given: (given[1], *given[1:]))
+        first = lambda targets: targets if targets.ndim == 2 else targets[..., 0].clamp(min=0)
+        self.register_forward_pre_hook(lambda model, given: (first(given[1]), *given[1:]))
     monkeypatch.setattr(GPT, "__init__", init)
 
 
@@ -434,7 +435,7 @@ def test_what_is_around_hidden_states_is_checked(monkeypatch, runtime):
         model = GPT(dataclasses.replace(CONFIG, mixer="attn", n_layer=1))
         test_causality.move_weights(model)
         return " ".join(map(str, check_model(model, 12, 4, CPU, runtime.autocast, cuts=4, seed=1,
-                                             goals=test_causality.two_goals)))
+                                             goals=(test_causality.two_goals,))))
 
     assert found() == ""
     for name, (patch, said) in AROUND.items():
@@ -450,7 +451,35 @@ def test_a_forward_that_makes_its_own_loss_cannot_be_checked(monkeypatch):
         check_model(GPT(CONFIG), 8, 2, CPU, EXACT.autocast)
 
 
-def checked_by_the_trainer(config: GPTConfig, targets_from: int = 1, **flags):
+@pytest.mark.parametrize("step, columns", ((0, [4, 3]), (1, [4, 3]), (2, [3]), (4, [])))
+def test_every_number_of_targets_to_come_is_tried(monkeypatch, step, columns):
+    """Of six steps two have four targets a token, two have three, two have the next token alone."""
+    seen, forward = [], GPT.forward
+
+    def recorded(model, idx, targets, return_logits, shares=None):
+        seen.append(targets.size(-1) if shares is not None else 1)
+        return forward(model, idx, targets, return_logits, shares)
+
+    monkeypatch.setattr(GPT, "forward", recorded)
+    checked_by_the_trainer(CONFIG, predict_ahead=1, predict_prefix=1, num_iterations=6, step=step)
+    assert [*dict.fromkeys(seen)] == [1, *columns]
+
+
+@pytest.mark.parametrize("columns", (3, 4))
+def test_a_forward_that_leaks_with_several_targets_alone_is_refused(monkeypatch, columns):
+    def leaks(model, idx, targets=None, return_logits=True, shares=None):
+        x = model.hidden(idx)
+        if shares is not None and targets.size(-1) == columns:
+            x = x + model.transformer.wte(targets[..., 0].clamp(min=0))
+        return None, model.lm_head.loss(x, targets, *([] if shares is None else [shares]))[0]
+
+    monkeypatch.setattr(GPT, "forward", leaks)
+    checked_by_the_trainer(CONFIG)
+    with pytest.raises(InputError, match="causality check: the model leaks"):
+        checked_by_the_trainer(CONFIG, predict_ahead=1, predict_prefix=1, num_iterations=6)
+
+
+def checked_by_the_trainer(config: GPTConfig, targets_from: int = 1, step: int = 0, **flags):
     """Run the trainer's check at start of a micro-batch of 4 rows of 24."""
     args = argparse.Namespace(**{**dict(predict_ahead=0, predict_prefix=0, num_iterations=1),
                                  **flags})
@@ -458,8 +487,10 @@ def checked_by_the_trainer(config: GPTConfig, targets_from: int = 1, **flags):
     batch = row[:, :24], row[:, targets_from : targets_from + 24]
     loader = argparse.Namespace(ahead=argparse.Namespace(result=lambda: batch))
     run = argparse.Namespace(args=args, model=GPT(config), runtime=EXACT, T=24, loader=loader,
-                             say=lambda text: None, step=0, device=CPU)
-    run.goals = lambda y: train_gpt2_afno.Run.goals(run, y)
+                             say=lambda text: None, step=step, device=CPU,
+                             prefixes=torch.arange(300))
+    run.goals = lambda *given, **more: train_gpt2_afno.Run.goals(run, *given, **more)
+    run.goals_to_come = lambda: train_gpt2_afno.Run.goals_to_come(run)
     train_gpt2_afno.Run.refuse_leaks(run, [(4, 24)])
 
 

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_gpt2_afno
 from checkpoints import Checkpoints, measured_slope, more_steps, preset_folder, read_metrics
@@ -256,12 +257,44 @@ def test_a_loss_in_fp32_that_a_signal_cut_short_is_made_by_the_next_command(
 
     monkeypatch.setattr(Run, "validate_in_fp32", signalled)
     assert main(flags(data, out, options), STOPPED) == STOPPED
-    said = lambda: (out / "train.log").read_text().count("step:6/6 val_loss_fp32:")
+    said = lambda: (out / "metrics.jsonl").read_text().count('"val_loss_fp32"')
     assert said() == 0
     monkeypatch.setattr(Run, "validate_in_fp32", exact)
     main(flags(data, out, f"{options} --resume auto"))
     main(flags(data, out, f"{options} --resume auto"))  # "is finished"
     assert said() == 1
+    # a run that goes back has no loss of before, nor its report
+    (out / "report.md").touch()
+    main(flags(data, out, f"{options} --resume {out}/state_step000004.pt --max_seconds 0.001"))
+    assert said() == 0 and not (out / "report.md").exists()
+
+
+def test_a_leak_in_fp32_alone_reports_no_loss(data, tmp_path, monkeypatch):  # noqa: F811
+    def leaks(self, idx):
+        x = hidden(self, idx)
+        exact = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        return x + F.pad(x[:, 1:], (0, 0, 0, 1)) if exact else x
+
+    hidden, out = train_gpt2_afno.GPT.hidden, tmp_path / "run"
+    monkeypatch.setattr(train_gpt2_afno.GPT, "hidden", leaks)
+    with pytest.raises(InputError, match="causality check: the model leaks"):
+        main(flags(data, out, "--dtype bfloat16 --val_fp32 1"))
+    assert "val_loss_fp32" not in (out / "metrics.jsonl").read_text()
+    assert (out / "train.log").read_text().splitlines()[-1].startswith("error: causality check: ")
+
+
+def test_a_first_file_that_cannot_be_written_locks_nobody_out(data, tmp_path,  # noqa: F811
+                                                              monkeypatch):
+    def full(state, file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    argv = flags(data, tmp_path / "run", "--val_loss_every 1 --resume auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(InputError, match="cannot write state_step000000.pt"):
+            main(argv)
+    main(argv)
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 # -----------------------------------------------------------------------------
