@@ -482,8 +482,9 @@ class Gate:
 def short_configs(given, device: torch.device) -> dict:
     """Return the gate's small models, {name: GPTConfig}: two layers of each mixer and form.
 
-    They have the recipe of `given` and at most two heads. On a CPU heads are half as wide, which
-    halves the time; no kernel there depends on the width.
+    They have the recipe of `given` and at most two heads. The forms filter and state are in the
+    mixtures. On a CPU heads are half as wide, which halves the time; no kernel there depends on
+    the width.
     """
     heads, size = min(given.n_head, 2), given.n_embd // given.n_head
     width = heads * (size // 2 if device.type == "cpu" and size % 4 == 0 else size)
@@ -492,8 +493,7 @@ def short_configs(given, device: torch.device) -> dict:
                    mixer="afno", attn_layers=(), afno_state_layers=())
     configs = {"attention": dict(mixer="attn"), "hybrid": dict(attn_layers=(1,)),
                "states among filters": dict(afno_state_layers=(1,))}
-    configs |= {f"afno, {form}": dict(afno_form=form)
-                for form in ("filter", "hilbert", "state", "dyadic")}
+    configs |= {f"afno, {form}": dict(afno_form=form) for form in ("hilbert", "dyadic")}
     return {name: dataclasses.replace(given, **options | dict(afno_form="filter") | change)
             for name, change in configs.items()}
 
