@@ -1291,6 +1291,7 @@ class Run:
         if not self.checked:
             begin, compiled, self.checked = time.perf_counter(), self.runtime.compile, True
             self.checkpoints.wait()  # a log with a validation has a checkpoint
+            self.runtime.wait()
             compiled_or_not(self.runtime, lambda: self.refuse_leaks(
                 [(self.args.val_batch_size, self.T)], training=False), self.say)
             if compiled and not self.runtime.compile:

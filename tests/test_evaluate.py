@@ -348,7 +348,7 @@ def test_a_picture_of_every_group(model, tokens, tmp_path, monkeypatch):
     ("a --tokens 901", "--tokens must be <= 900"),
     ("a long", "--rows: name the tokens of a row, a@7 was trained with 96, long@7 with 48"),
     ("a --bin none*.bin", "--bin: no shard matches"),
-    ("a --rows 0", "must be an integer >= 1")))
+    ("a --rows 0", "must be an integer >= 2")))
 def test_bad_input_is_one_line(model, tokens, tmp_path, monkeypatch, words, message):
     pattern = write_text(tmp_path / "data", tokens)
     write_checkpoint(tmp_path / "a", model, pattern)

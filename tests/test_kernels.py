@@ -531,7 +531,7 @@ import sys
 import threading
 sys.modules["triton"] = None
 import torch, kernels, kernels.blocks, kernels.loss
-assert len(kernels.operators()) == 1 and not kernels.installed()
+assert not kernels.operators() and not kernels.installed()
 assert not kernels.usable("loss", torch.device("cpu"), torch.bfloat16)[0]
 x, w = torch.randn(32, 16), torch.randn(20, 16, requires_grad=True)
 for fp8 in (False, True):
