@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import constant, usable
-from kernels.blocks import (BLOCK, chunks_remaining, in_chunks, odd_dft, remains_of,
-                            segment_responses)
+from kernels.blocks import BLOCK, chunks_remaining, odd_dft, segment_responses
 
 try:
     import kernels.convolution
@@ -708,6 +707,28 @@ def state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
     if usable("state", v.device, v.dtype)[0]:
         return kernels.state.state_scan(q, k, v, log_a)
     return plain_state_scan(q, k, v, log_a)
+
+
+def in_chunks(x: Tensor) -> Tensor:
+    """Return x (B, T, G, ...) in chunks of L = min(64, T) tokens, (B, G, chunks, L, ...).
+
+    The last chunk is padded with zeros.
+    """
+    T = x.size(1)
+    L = min(64, T)
+    padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -T % L))
+    return padded.unflatten(1, (-1, L)).movedim(3, 1).contiguous()
+
+
+def remains_of(since: Tensor) -> Tensor:
+    """Return what remains of token s at token t of a chunk, (..., t, s), exact zeros for s > t.
+
+    since: (..., L), the logarithm of what is left of the chunk's beginning.
+    """
+    L = since.size(-1)
+    before = torch.ones(L, L, dtype=torch.bool, device=since.device).tril()
+    between = since[..., None] - since[..., None, :]
+    return between.masked_fill(~before, -math.inf).exp()
 
 
 def plain_state_scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:

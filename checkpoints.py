@@ -624,7 +624,7 @@ def last_to_extend(saved: dict, flags: dict) -> float:
     return min(cooldown_step(there), cooldown_step(there | flags))
 
 
-def saved_flags(flags: dict, folder: Path | None, known: dict[str, dict]) -> dict | None:
+def saved_flags(flags: dict, folder: Path, known: dict[str, dict]) -> dict | None:
     """Return config, args and step of the checkpoint that --resume goes on from, else None.
 
     Its weights are not read. known: of_this_version's flags.

@@ -271,9 +271,18 @@ def next_smaller(rows: int, recompute: int, T: int, unit: int) -> tuple[int, int
     return None if recompute else (rows, 1)
 
 
-def attempted(work, may_blame_compiler: bool) -> tuple[int, str]:
-    """Return 0 where work() works, 1 where memory is not enough, 2 where it does not compile; why.
+def attempted(runtime: Runtime, work) -> tuple[int, str]:
+    """Return the worst of all ranks' outcomes of work(), and why this rank's is not 0.
+
+    It is 0 where it works, 1 where memory is not enough, 2 where it does not compile.
     """
+    outcome, reason = attempted_here(work, runtime.compile)
+    runtime.wait()  # one may compile for minutes
+    return max(runtime.of_ranks(outcome)), reason
+
+
+def attempted_here(work, may_blame_compiler: bool) -> tuple[int, str]:
+    """Return this rank's outcome, as attempted, and why it is not 0."""
     try:
         work()
         return 0, ""
@@ -297,11 +306,10 @@ def leave_out_compiler(runtime: Runtime, reason: str, say):
 
 def compiled_or_not(runtime: Runtime, work, say):
     """Do work() on all ranks. Where it does not compile on one of them, do it without compiler."""
-    outcome, reason = attempted(work, runtime.compile)
-    runtime.wait()  # one may compile for minutes
-    if max(runtime.of_ranks(outcome)):
-        if runtime.compile and outcome != 1:
-            leave_out_compiler(runtime, reason, say)
+    outcome, reason = attempted(runtime, work)
+    if outcome == 2:
+        leave_out_compiler(runtime, reason, say)
+    if outcome:
         work()  # where memory is not enough, it raises again
 
 
@@ -322,9 +330,7 @@ def choose_micro_batch(runtime: Runtime, args, T: int, unit: int, channels: int,
         need = (fixed + KEPT[recompute] * channels * rows * T) * args.may_shrink
         outcome, reason = 1, ""
         if need <= budget:
-            outcome, reason = attempted(lambda: attempt(rows, recompute), runtime.compile)
-            runtime.wait()  # one may compile for minutes
-            outcome = max(runtime.of_ranks(outcome))
+            outcome, reason = attempted(runtime, lambda: attempt(rows, recompute))
         if outcome == 0:
             break
         if runtime.compile and outcome == 1:

@@ -105,7 +105,7 @@ def fetch(script: str, *argv: str):
 def main(argv: list[str], gate: Gate) -> int:
     """Show the facts, wait for the data, train; return the exit status."""
     import train_gpt2_afno as trainer
-    from checkpoints import refuse_used, saved_flags
+    from checkpoints import refuse_used
     from facts import STARTED, data_script, show_facts
     from runtime import choose_device, memory_budget
 
@@ -115,15 +115,11 @@ def main(argv: list[str], gate: Gate) -> int:
         gate.end()
         return trainer.main(argv)
     device = choose_device(flags.get("device", "auto"))
-    folder = trainer.choose_folder(flags, False) or \
-        trainer.folder_of_preset(flags, device, said.append)
-    saved = saved_flags(flags, folder, trainer.CHECKPOINT_FLAGS)
+    folder, saved, args, config = trainer.run_of(flags, device, said.append)
     if "resume" not in flags:
         refuse_used(folder, False)  # before anything is fetched
-    args = trainer.merge_flags(flags, device, saved, said.append)
     if saved and saved["step"] == args.num_iterations + args.extend:  # no step is left
         return trainer.main(argv, gate)
-    config = trainer.config_of(flags, args, saved, folder, False)
     words = argv[1:] if argv[:1] == ["--preset"] else argv  # as run_afno.sh was called
     show_facts(args, folder, device, trainer.sizes_of(config, args), saved,
                shlex.join(["bash", "run_afno.sh", *words]))

@@ -579,18 +579,12 @@ def passed_file(args, config) -> pathlib.Path:
 def main(argv: list[str]) -> int:
     """Run the gate for the model that the trainer's flags ask for; return the exit status."""
     import train_gpt2_afno as trainer
-    from checkpoints import saved_flags
     from runtime import Runtime, choose_device
 
     imported = time.perf_counter()
     flags = trainer.parse_flags(argv)
     device = choose_device(flags.get("device", "auto"))
-    folder = trainer.choose_folder(flags, False)
-    if folder is None and "preset" in flags:
-        folder = trainer.folder_of_preset(flags, device, print)
-    saved = saved_flags(flags, folder, trainer.CHECKPOINT_FLAGS)
-    args = trainer.merge_flags(flags, device, saved, print)
-    config = trainer.config_of(flags, args, saved, folder, False)
+    _, _, args, config = trainer.run_of(flags, device, print)
     runtime = Runtime(device, getattr(torch, args.dtype), bool(args.compile))
     passed = passed_file(args, config)
     if passed.exists():

@@ -38,7 +38,7 @@ from checkpoints import (TIMES, Checkpoints, RunLog, choose_folder, cooldown_ste
                          energy_used, fall_steps, find_checkpoint, finished, load_optimizers,
                          load_weights, not_finite, of_this_version, preset_folder, random_state,
                          read_checkpoint, read_log, refuse_damaged_tensors, refuse_damaged_values,
-                         refuse_used, set_random_state)
+                         refuse_used, saved_flags, set_random_state)
 from data.loader import (DATA_FLAGS, TokenStream, TrainLoader, choose_data, count_val_tokens,
                          find_shards, length_at, length_phases, passes, to_device)
 from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, number, one_of,
@@ -1149,8 +1149,7 @@ class Run:
                 if 3 * step < 2 * steps and (args.predict_ahead or args.predict_prefix)]
 
     def goals(self, y: Tensor, step: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return GPT.forward's targets and shares, at a step or now, for the next tokens y (B, T).
-        """
+        """Return GPT.forward's targets and shares for next tokens y (B, T), at a step or now."""
         args, step = self.args, self.step if step is None else step
         ahead, prefix = shares_at(step / args.num_iterations, bool(args.predict_ahead),
                                   bool(args.predict_prefix))
@@ -1513,6 +1512,17 @@ def config_of(flags: dict, args, saved: dict | None, folder: Path, only_read: bo
         raise InputError(f"{relative(str(folder))}: a checkpoint of another config: " + ", ".join(
             f"{name} is {there[name]} there, the flags say {here[name]}" for name in differing))
     return config
+
+
+def run_of(flags: dict, device: torch.device, say) -> tuple[Path, dict | None, object, GPTConfig]:
+    """Return (folder, what saved_flags finds there, all flags, shape) of the run that flags name.
+
+    It reads no weights: for what goes on before or beside training.
+    """
+    folder = choose_folder(flags, False) or folder_of_preset(flags, device, say)
+    saved = saved_flags(flags, folder, CHECKPOINT_FLAGS)
+    args = merge_flags(flags, device, saved, say)
+    return folder, saved, args, config_of(flags, args, saved, folder, False)
 
 
 def refuse_untrainable(config: GPTConfig, args):

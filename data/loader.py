@@ -106,7 +106,7 @@ def to_device(tokens: Tensor, device: torch.device) -> Tensor:
 
 @functools.cache
 def spread_step(rows: int) -> int:
-    """Return a step of about 0.618 rows that meets all of them before it meets one again."""
+    """Return a step, some 0.618 of the rows, that meets all before it meets one again."""
     return next(n for n in range(round(0.618 * rows), 2 * rows) if math.gcd(n, rows) == 1)
 
 

@@ -49,25 +49,3 @@ def chunks_remaining(whole: Tensor) -> Tensor:
     past = torch.ones(n, n, dtype=torch.bool, device=whole.device).tril(-1)
     until = F.pad(end, (1, -1))[..., None]
     return (until - end[..., None, :]).masked_fill(~past, -math.inf).exp()
-
-
-def in_chunks(x: Tensor) -> Tensor:
-    """Return x (B, T, G, ...) in chunks of L = min(64, T) tokens, (B, G, chunks, L, ...).
-
-    The last chunk is padded with zeros.
-    """
-    T = x.size(1)
-    L = min(64, T)
-    padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -T % L))
-    return padded.unflatten(1, (-1, L)).movedim(3, 1).contiguous()
-
-
-def remains_of(since: Tensor) -> Tensor:
-    """Return what remains of token s at token t of a chunk, (..., t, s), exact zeros for s > t.
-
-    since: (..., L), the logarithm of what is left of the chunk's beginning.
-    """
-    L = since.size(-1)
-    before = torch.ones(L, L, dtype=torch.bool, device=since.device).tril()
-    between = since[..., None] - since[..., None, :]
-    return between.masked_fill(~before, -math.inf).exp()
