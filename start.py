@@ -22,9 +22,24 @@ BOTH = 60 * 2**30  # free bytes of a GPU that are enough for the gate beside a m
 
 
 def import_compiler():
-    """Import torch.compile's parts, which takes 2 s, while kernels are tried for the set-up."""
+    """Import torch.compile's parts and start its processes, beside the set-up.
+
+    The import takes 2 s. The processes import torch, and the first compilation would wait for that.
+    """
     with contextlib.suppress(Exception):  # where it fails, the compilation says so
         importlib.import_module("torch._inductor.compile_fx")
+        importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
+
+
+def try_kernels(args, config, device):
+    """Try the kernels that the run will use, beside the facts. The trainer waits for the answer."""
+    import torch
+
+    from facts import kernels_of
+    from kernels import try_kernels
+
+    with contextlib.suppress(Exception):  # the trainer meets it again, and says so
+        try_kernels(kernels_of(config, args), device, getattr(torch, args.dtype))
 
 
 class Beside:
@@ -120,6 +135,7 @@ def main(argv: list[str], gate: Gate) -> int:
         refuse_used(folder, False)  # before anything is fetched
     if saved and saved["step"] == args.num_iterations + args.extend:  # no step is left
         return trainer.main(argv, gate)
+    threading.Thread(target=try_kernels, args=(args, config, device), daemon=True).start()
     words = argv[1:] if argv[:1] == ["--preset"] else argv  # as run_afno.sh was called
     show_facts(args, folder, device, trainer.sizes_of(config, args), saved,
                shlex.join(["bash", "run_afno.sh", *words]))

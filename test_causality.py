@@ -165,8 +165,9 @@ def check_causality(model, seq_len: int, vocab_size: int, tolerance: float = 0.0
     largest r, the norm of what moves before a cut over that of what moves after it, that is no
     leak. 0 asks for bit-identical outputs; a model that passes whole sequences through an FFT
     needs about 1e-5 in fp32. rows: of a batch; at least 2 are needed to see that rows are apart.
-    cuts: how many to try, a stratified sample; None: all seq_len - 1. seed: of tokens and cuts;
-    None: a new one. Gradients are on or off as the caller has them.
+    cuts: how many to try, a stratified sample; half of them meet a special token next. None: all
+    seq_len - 1, each with a special token next and without. seed: of tokens and cuts; None: a new
+    one. Gradients are on or off as the caller has them.
     """
     if seq_len < 2 or vocab_size < 2:
         raise ValueError(f"seq_len and vocab_size must be >= 2, got {seq_len} and {vocab_size}")
@@ -380,9 +381,10 @@ def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, F
 
     autocast: a function that makes the context to run in. modes: with gradients the graph that
     trains runs, forward(), without the one that validates, hidden(). cuts, seed:
-    check_causality's; cuts of -1: budget's. logits: look at the head's logits, too, and at every
-    pair of its positions; None: not at the head. goals: what makes the targets and shares that
-    train; forward() and the head are tried with each, with as many cuts as rows.
+    check_causality's; cuts of -1: budget's, of which validation tries each once. logits: look at
+    the head's logits, too, and at every pair of its positions; None: not at the head. goals: what
+    makes the targets and shares that train; forward() and the head are tried with each, with as
+    many cuts as rows.
     """
     cuts = budget(seq_len, rows, device) if cuts == -1 else cuts
     seed = new_seed() if seed is None else seed
@@ -390,8 +392,9 @@ def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, F
     for mode, gradients in enumerate(modes):
         with torch.set_grad_enabled(gradients), autocast():
             states = given_to_head(model) if gradients else model.hidden
-            found = check_causality(states, seq_len, model.config.vocab_size, rows=rows,
-                                    cuts=cuts, device=device, seed=seed + mode)
+            found = check_causality(
+                states, seq_len, model.config.vocab_size, rows=rows, device=device,
+                cuts=seq_len - 1 if cuts is None and not gradients else cuts, seed=seed + mode)
             leaks += found
             if logits is not None:
                 head = lambda *more: check_head(model, seq_len, rows, device, seed + mode, *more)
@@ -501,8 +504,8 @@ def short_configs(given, device: torch.device) -> dict:
 def check_trained(gate: Gate, trainer, args, config, runtime):
     """Add rows for the model that the flags ask for, in the shapes and dtype that train.
 
-    At T - 1, at which nobody trains, the vocabulary is small. Nothing is compiled here: the trainer
-    checks its compiled graphs itself.
+    At T - 1, at which nobody trains, the vocabulary is small and each cut is tried once. Nothing is
+    compiled here: the trainer checks its compiled graphs itself.
     """
     from runtime import with_fewer_rows
 
@@ -518,9 +521,12 @@ def check_trained(gate: Gate, trainer, args, config, runtime):
         for T in lengths:
             if T - shorter < 2:  # one token has no later one
                 continue
-            gate.row(name, T - shorter, args.dtype, lambda: with_fewer_rows(
-                tokens // T, lambda rows: check_model(model, T - shorter, rows, device,
-                                                      runtime.autocast, modes), print))
+            length, rows = T - shorter, tokens // T
+            cuts = budget(length, rows, device)
+            if cuts is None and shorter:
+                cuts = length - 1
+            gate.row(name, length, args.dtype, lambda: with_fewer_rows(rows, lambda some: (
+                check_model(model, length, some, device, runtime.autocast, modes, cuts)), print))
 
 
 def moved_model(trainer, config, seed: int, device):

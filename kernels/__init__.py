@@ -14,10 +14,14 @@ This file imports without Triton. `usable` says whether a kernel may be used, an
 """
 import functools
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+
+PROBING = {what: threading.RLock() for what in ("convolution", "token", "state", "loss", "fp8")}
 
 
 def installed() -> bool:
@@ -92,16 +96,18 @@ def usable(what: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, s
 
     what: convolution (causal_conv and short_conv), token (token_conv), state, loss (its softmax),
     or fp8 (products of the head and of Fp8Linear; dtype is the one that they replace). The first
-    call for a device tries the kernels there; the answer is kept.
+    call for a device tries the kernels there; the answer is kept. Other threads wait for it.
     """
-    return probe(what, device, dtype)
+    with PROBING[what]:
+        return probe(what, device, dtype)
 
 
 def at_once(function, items, device: torch.device) -> list:
     """Return function(item) of each, on a GPU in threads: Triton's compiler leaves Python free."""
     if device.type != "cuda":
         return [function(item) for item in items]
-    card = torch.cuda.current_device()  # threads begin on card 0
+    # threads begin on card 0
+    card = torch.cuda.current_device() if device.index is None else device.index
 
     def on_card(item):
         torch.cuda.set_device(card)

@@ -5,6 +5,8 @@ are written here a second time, on the CPU. They use other means than the kernel
 plain paths. This file needs Triton, except for try_fp8.
 """
 import contextlib
+import functools
+import importlib
 import math
 
 import torch
@@ -16,9 +18,10 @@ from kernels import at_once
 # Relative error that a kernel may have, and that fp8 products may have; rounding leaves a scale
 # alone.
 BOUNDS = dict(convolution=2e-2, token=2e-2, state=2e-2, loss=1e-2)
-# Trials of each; they share no kernel
+# Trials of each, and the module whose kernels they launch
 PARTS = dict(convolution=("short_conv", "short_filter", "long_filter"), token=("token",),
              state=("state",), loss=("loss",))
+MODULES = dict(convolution="convolution", token="token_conv", state="state", loss="softmax")
 FP8_BOUND, FP8_SCALE_BOUND = 8e-2, 2e-2
 # Channels of a filter and of a head, as models have them (AFNO1D's)
 CHANNELS, HEAD = 64, 128
@@ -186,6 +189,51 @@ class Trials:
         return None
 
 
+class Rehearsal(Trials):
+    """Do what the trials do on the device, and compare nothing."""
+
+    def compare(self, kernel, exact, what: str, **inputs: Tensor):
+        ours = [x.to(self.device) for x in inputs.values()]
+        with_gradients(kernel, ours, self.half(*ours[0].shape).to(self.device))
+
+    def check(self, what: str, got: Tensor, wanted: Tensor):
+        pass
+
+
+@contextlib.contextmanager
+def recorded_launches(what: str):
+    """Record meanwhile, once a variant, what would launch the kernels of `what`; launch nothing.
+
+    It gives {variant: a function that compiles it}.
+    """
+    module, found = importlib.import_module(f"kernels.{MODULES[what]}"), {}
+    launches = {value: value.run for value in vars(module).values() if hasattr(value, "run")}
+
+    def record(kernel, *args, **options):
+        variant = (kernel, *(getattr(x, "dtype", x) for x in args),
+                   *sorted(item for item in options.items() if item[0] != "grid"))
+        found[variant] = functools.partial(launches[kernel], *args, **options | dict(warmup=True))
+
+    for kernel in launches:
+        kernel.run = functools.partial(record, kernel)
+    try:
+        yield found
+    finally:
+        for kernel, launch in launches.items():
+            kernel.run = launch
+
+
+def compile_ahead(what: str, device: torch.device, dtype: torch.dtype):
+    """Compile all kernels that the trials of `what` launch, each in a thread of its own.
+
+    A trial launches one after another, and would wait for each compilation in turn.
+    """
+    with recorded_launches(what) as found, exactly(device):
+        for part in PARTS[what]:
+            getattr(Rehearsal(device, dtype, math.inf), part)()
+    at_once(lambda compiled: compiled(), found.values(), device)
+
+
 @contextlib.contextmanager
 def exactly(device: torch.device):
     """Switch gradients on and autocast off for a trial, whatever is outside."""
@@ -208,15 +256,13 @@ def find_fault(what: str, device: torch.device, dtype: torch.dtype, bound: float
         with exactly(device):
             return getattr(Trials(device, dtype, bound), name)()
 
-    def fault(run) -> str | None:
-        try:
-            return next(filter(None, run(part, PARTS[what])), None)
-        except Exception as error:  # whatever a compiler, a driver or a launch may raise
-            return first_line(error)
-
-    found = fault(lambda *job: at_once(*job, device))
-    # one by one where threads fail: a compiler may not be made for them
-    return fault(map) if found and device.type == "cuda" else found
+    try:
+        if device.type == "cuda":
+            with contextlib.suppress(Exception):  # a compiler may not be made for threads
+                compile_ahead(what, device, dtype)
+        return next(filter(None, map(part, PARTS[what])), None)
+    except Exception as error:  # whatever a compiler, a driver or a launch may raise
+        return first_line(error)
 
 
 def try_fp8(device: torch.device, dtype: torch.dtype) -> tuple[str | None, float]:

@@ -4,6 +4,8 @@ On a GPU in bf16; without one in Triton's interpreter in fp32, whose bf16 produc
 that was never written holds NaN here, so none may be read.
 """
 import ast
+import functools
+import importlib
 import math
 import subprocess
 import sys
@@ -642,10 +644,36 @@ def test_trials_in_threads_are_on_the_callers_card(monkeypatch):
     assert tried == [("a", 3), ("b", 3)]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", trials.PARTS)
+def test_what_a_trial_launches_is_compiled_ahead(what, small_blocks, narrow, monkeypatch):
+    """Every kernel, with its constants, that a trial launches; and nothing is launched for it."""
+    device, jobs, launched = torch.device(DEVICE), [], []
+    monkeypatch.setattr(trials, "at_once", lambda run, items, device: jobs.extend(items))
+    trials.compile_ahead(what, device, DTYPE)
+    assert jobs and all(job.keywords["warmup"] for job in jobs)
+
+    def variant(launch, options):
+        return launch, sorted(item for item in options.items() if item[0] not in ("grid", "warmup"))
+
+    def spy(launch, *args, **options):
+        assert options["warmup"] is False
+        launched.append(variant(launch, options))
+        return launch(*args, **options)
+
+    for kernel in vars(importlib.import_module(f"kernels.{trials.MODULES[what]}")).values():
+        if hasattr(kernel, "run"):
+            monkeypatch.setattr(kernel, "run", functools.partial(spy, kernel.run))
+    assert trials.find_fault(what, device, DTYPE, BOUND) is None
+    ahead = [variant(job.func, job.keywords) for job in jobs]
+    assert launched and all(one in ahead for one in launched)
+    assert all(one in launched for one in ahead)
+
+
 def test_a_fault_of_threads_alone_is_none(monkeypatch):
     def broken(*job):
         raise RuntimeError("not made for threads")
 
-    monkeypatch.setattr(trials, "at_once", broken)
+    monkeypatch.setattr(trials, "compile_ahead", broken)
     monkeypatch.setitem(trials.PARTS, "loss", ())
     assert trials.find_fault("loss", torch.device("cuda"), DTYPE, BOUND) is None

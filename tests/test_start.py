@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import os
+import queue
 import re
 import signal
 import sys
@@ -324,7 +325,10 @@ def test_the_screen_of_a_gpu(full_size, monkeypatch, tmp_path):  # noqa: F811
     for name, value in dict(get_device_name="RTX 4090", device_count=1,
                             get_device_capability=(8, 9)).items():
         monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    tried = queue.Queue()
+    monkeypatch.setattr(start, "try_kernels", lambda args, config, device: tried.put(device))
     text = "\n".join(screen(monkeypatch, tmp_path, "--preset fineweb"))
+    assert tried.get(timeout=20) == CUDA  # beside the facts
     assert "device: RTX 4090, 1 here; memory free: 23.0 GiB" in text
     assert "work, the largest micro-batch that fits is tried" in text
     assert "is tried" not in "".join(screen(monkeypatch, tmp_path, "--batch_size 8"))
