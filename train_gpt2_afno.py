@@ -90,8 +90,8 @@ SHARES = Kind(
     "T:SHARE,...")
 
 # n_layer, n_embd; d12 to d48 are GPT-2's sizes, d1 and d4 are for CPUs
-MODELS = {"d1": (1, 128), "d4": (4, 128), "d12": (12, 768), "d24": (24, 1024), "d36": (36, 1280),
-          "d48": (48, 1600)}
+MODELS = {"d1": (1, 128), "d4": (4, 128), "d6": (6, 512), "d12": (12, 768), "d18": (18, 896),
+          "d24": (24, 1024), "d36": (36, 1280), "d48": (48, 1600)}
 # Filters have at most so many taps unless asked for, so a token costs the same at any length.
 MOST_TAPS = 1024
 

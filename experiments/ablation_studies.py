@@ -79,6 +79,16 @@ MIXERS = {
     "states": f"{AFNO} --afno_state_layers 5,10 --afno_short_conv 4",
 }
 
+# Heads have 224 or 256 channels, filters 64. One layer of six is of attention, or of form state.
+SIZES = {"d6": ("--n_head 2", "4"), "d12": ("--n_head 3", "5,10"),
+         "d18": ("--n_head 4 --afno_num_blocks 7", "5,11,16"), "d24": ("--n_head 4", "5,11,16,22")}
+SIZED = {f"{size}-{mixer}": f"--model {size} {flags} {of_mixer}"
+         for size, (flags, layers) in SIZES.items()
+         for mixer, of_mixer in {
+             "attention": ATTENTION, "hybrid": f"--mixer afno --attn_layers {layers}",
+             "states": f"{AFNO} --afno_state_layers {layers} --afno_short_conv 4",
+             "filters": AFNO}.items()}
+
 
 @dataclass
 class Study:
@@ -157,6 +167,28 @@ STUDIES = {
             "attention-all-4096": f"{ATTENTION} --curriculum 4096:1",
         }, f"{GPU} --sequence_length 4096 --batch_size 16 "
         "--curriculum 512:0.3,1024:0.3,4096:0.4", tokens=1400 * 65_536),
+    "sizes": Study(
+        "Loss by size, every mixer, 46M tokens: sizes.py fits slopes to it.", SIZED,
+        tokens=700 * 65_536),
+    "sizes-92M": Study(
+        "The smaller sizes of the study sizes on twice the tokens.", {
+            arm: flags for arm, flags in SIZED.items() if arm.startswith(("d6-", "d12-"))},
+        tokens=1400 * 65_536),
+    "forms": Study(
+        "What the plan names beside its default: positions, experts, the dyadic form, rows that "
+        "grow, and AFNO in the first, the middle or the last six layers.", {
+            "hybrid": HYBRID,
+            **{f"position-{name}": f"{HYBRID} --position {name}"
+               for name in ("learned", "sinusoidal", "fourier")},
+            "experts-by-frequency": f"{HYBRID} --afno_num_experts 4 --afno_routing frequency",
+            "experts-by-lag": f"{HYBRID} --afno_num_experts 4 --afno_routing position",
+            "dyadic": f"{HYBRID} --afno_form dyadic",
+            "rows-grow": f"{HYBRID} --sequence_length 4096 --batch_size 16 "
+                         "--curriculum 512:0.3,1024:0.3,4096:0.4",
+            "afno-early": "--mixer afno --attn_layers 6,7,8,9,10,11",
+            "afno-middle": "--mixer afno --attn_layers 0,1,2,9,10,11",
+            "afno-late": "--mixer afno --attn_layers 0,1,2,3,4,5",
+        }, f"{GPU} --n_head 3", tokens=1400 * 65_536),
     "schedule": Study("Length of rows over the run, all on as many tokens.", {
         "anchor": HYBRID,
         "curriculum": f"{HYBRID} --curriculum 256:0.3,512:0.3,1024:0.4",

@@ -1002,7 +1002,7 @@ def test_two_ranks_give_one_processs_losses(data, tmp_path, script, more, tolera
     ("--afno_num_blocks 5", "--afno_num_blocks must divide the 16 channels, got 5"),
     ("--afno_form dyadic",
      "--sequence_length must be > 64 to train --afno_form dyadic, .* got 16"),
-    ("--model d13", "--model: must be one of d1, d4, d12, d24, d36, d48, got d13"),
+    ("--model d13", "--model: must be one of d1, d4, d6, d12, d18, d24, d36, d48, got d13"),
     ("--afno_form reference",
      "--afno_form reference is not causal, choose one of filter, hilbert, state, dyadic$"),
     ("--afno_form analytic", "--afno_form: must be one of filter, .*, got analytic"),

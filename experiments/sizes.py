@@ -1,0 +1,185 @@
+"""Fit how loss falls with size: against parameters, FLOPs and training seconds, by mixer.
+
+    python experiments/ablation_studies.py sizes --data data/web
+    python experiments/ablation_studies.py sizes-92M --data data/web
+    python experiments/sizes.py experiments/studies/sizes*/*-seed* --output experiments/sizes
+
+Writes table.md, slopes.md and a plot for each measure to --output. Runs of one mixer on as many
+tokens make a line: loss = a - b ln(x), by least squares, with the standard error of b. Seeds count
+as runs of their own. Parameters are those without embeddings, tables and head. FLOPs are those of
+the whole run, 6 a token for each parameter that is not looked up, the head's among them, and
+attention's. Seconds are of training alone, and compare on one kind of card.
+
+Of each run it reads metrics.jsonl, and the command in train.log. Needs matplotlib for the plots.
+"""
+import argparse
+import math
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt2_afno as trainer  # noqa: E402
+from data.text_to_bin import InputError, Parser  # noqa: E402
+from experiments.plot_runs import read_run  # noqa: E402
+from runtime import run, shapes_of  # noqa: E402
+
+MEASURES = {"parameters": "parameters without embeddings", "flops": "FLOPs of training",
+            "seconds": "training seconds"}
+MIXERS = ("attention", "hybrid", "states", "filters")
+
+
+@dataclass
+class Sized:
+    """A finished run: what it is, what it cost, where it came to."""
+
+    model: str
+    mixer: str
+    seed: int
+    tokens: int
+    parameters: int
+    flops: float
+    seconds: float
+    loss: float
+
+
+def config_of(folder: Path) -> tuple[trainer.GPTConfig, dict]:
+    """Return the model's shape and all flags, from the command in train.log."""
+    log = folder / "train.log"
+    text = log.read_text(encoding="utf-8") if log.is_file() else ""
+    commands = re.findall(r"^command: \S+ (.*?)(?:, resumed at step \d+)?$", text, re.MULTILINE)
+    if not commands:
+        raise InputError(f"{log}: no line with a command")
+    flags = trainer.parse_flags(shlex.split(commands[0]))
+    preset = trainer.PRESETS[flags["preset"]] if flags.get("preset") else {}
+    values = {**trainer.DEFAULTS, **preset, **flags}
+    return trainer.GPTConfig(**trainer.model_fields(values)), values
+
+
+def mixer_of(config: trainer.GPTConfig) -> str:
+    """Return the name of a model's mixture of mixers, one of MIXERS."""
+    attention = [config.mixer_of(layer) == "attn" for layer in range(config.n_layer)]
+    if any(attention):
+        return "attention" if all(attention) else "hybrid"
+    return "states" if config.afno_state_layers or config.afno_form == "state" else "filters"
+
+
+def without_embeddings(model: trainer.GPT) -> int:
+    """Return the parameters but for embeddings, which the head shares, and tables of rows."""
+    left_out = {*trainer.embedding_tables(model), *trainer.row_tables(model).values()}
+    return sum(p.numel() for p in model.parameters() if p not in left_out)
+
+
+def read_sized(folder: Path) -> Sized:
+    """Read a finished run; raise InputError where it is not finished."""
+    found = read_run(folder)
+    config, flags = config_of(folder)
+    if not found.curve or not found.summary or found.summary["step"] < flags["num_iterations"]:
+        raise InputError(f"{folder}: not a finished run")
+    model, (tokens, seconds, loss) = shapes_of(trainer.GPT, config), found.curve[-1]
+    return Sized(flags["model"], mixer_of(config), flags["seed"], tokens,
+                 without_embeddings(model),
+                 tokens * trainer.flops_per_token(model, config.sequence_length), seconds, loss)
+
+
+def fit(x: list[float], y: list[float]) -> tuple[float, float, float]:
+    """Return (a, b, standard error of b) of y = a - b ln(x); nan where points are too few.
+
+    Least squares. The error is from the residuals, with two degrees of freedom less than points.
+    """
+    u, v = np.log(x), np.array(y, dtype=float)
+    if len(set(x)) < 2:
+        return math.nan, math.nan, math.nan
+    spread = ((u - u.mean())**2).sum()
+    slope = ((u - u.mean()) * (v - v.mean())).sum() / spread
+    residuals = v - v.mean() - slope * (u - u.mean())
+    error = math.sqrt((residuals**2).sum() / (len(u) - 2) / spread) if len(u) > 2 else math.nan
+    return v.mean() - slope * u.mean(), -slope, error
+
+
+def lines_of(runs: list[Sized]) -> dict[tuple[int, str], list[Sized]]:
+    """Return the runs by tokens and mixer, in the order of MIXERS, each by size."""
+    keys = sorted({(of.tokens, MIXERS.index(of.mixer)) for of in runs})
+    return {(tokens, MIXERS[i]): sorted(
+        (of for of in runs if (of.tokens, of.mixer) == (tokens, MIXERS[i])),
+        key=lambda of: (of.parameters, of.seed)) for tokens, i in keys}
+
+
+def table(lines: dict[tuple[int, str], list[Sized]]) -> str:
+    """Return the table of runs."""
+    rows = ["| tokens | mixer | size | seed | parameters without embeddings | FLOPs | seconds | "
+            "loss |", "|" + " --- |" * 8]
+    rows += [f"| {tokens / 1e6:.1f}M | {mixer} | {of.model} | {of.seed} | {of.parameters:,} | "
+             f"{of.flops:.3g} | {of.seconds:.1f} | {of.loss:.4f} |"
+             for (tokens, mixer), found in lines.items() for of in found]
+    return "\n".join(rows) + "\n"
+
+
+def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
+    """Return the table of fits: what e times as much of each measure is worth, in nats."""
+    rows = ["Loss that e (2.7) times as much takes away, +- its standard error.", "",
+            f"| tokens | mixer | runs | {' | '.join(MEASURES.values())} |",
+            "|" + " --- |" * (3 + len(MEASURES))]
+    for (tokens, mixer), found in lines.items():
+        losses, cells = [of.loss for of in found], ["one size"] * len(MEASURES)
+        if len({of.parameters for of in found}) > 1:
+            fits = [fit([getattr(of, measure) for of in found], losses) for measure in MEASURES]
+            cells = [f"{slope:.4f} +- {error:.4f}" for _, slope, error in fits]
+        rows.append(f"| {tokens / 1e6:.1f}M | {mixer} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def draw(lines: dict[tuple[int, str], list[Sized]], measure: str, output: Path):
+    """Draw loss against a measure: points are runs, lines are fits; a line style a budget."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 5))
+    budgets = sorted({tokens for tokens, _ in lines})
+    for (tokens, mixer), found in lines.items():
+        x, y = [getattr(of, measure) for of in found], [of.loss for of in found]
+        color, nth = f"C{MIXERS.index(mixer)}", budgets.index(tokens)
+        a, b, _ = fit(x, y)
+        ends = np.array([min(x), max(x)])
+        axes.plot(ends, a - b * np.log(ends), color=color, linestyle=("-", "--", ":")[nth % 3],
+                  linewidth=1)
+        axes.plot(x, y, color=color, marker="os^"[nth % 3], linestyle="", markersize=5,
+                  label=f"{mixer}, {tokens / 1e6:.0f}M tokens")
+    axes.set(xscale="log", xlabel=MEASURES[measure], ylabel="validation loss")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> int:
+    """Write tables and plots of the runs; return the exit status."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    add("--output", type=Path, default=ROOT / "experiments/sizes", metavar="DIR",
+        help="(experiments/sizes)")
+    args = parser.parse_args(argv)
+    lines = lines_of([read_sized(folder) for folder in args.runs])
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, text in (("table.md", table(lines)), ("slopes.md", slopes(lines))):
+        (args.output / name).write_text(text, encoding="utf-8")
+        print(text)
+    try:
+        for measure in MEASURES:
+            draw(lines, measure, args.output / f"{measure}.png")
+    except ImportError:
+        print("no plots: matplotlib is not installed")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,93 @@
+"""experiments/sizes.py: fits against an oracle, what it reads of runs, what it refuses."""
+import json
+import math
+import shlex
+
+import numpy as np
+import pytest
+
+import train_gpt2_afno as trainer
+from data.text_to_bin import InputError
+from experiments import sizes
+from experiments.ablation_studies import STUDIES
+
+TOKENS = 65_536 * 10
+
+
+def make_run(folder, flags: str, seconds: float, loss: float, ended: bool = True):
+    """Write the two files of a run of ten steps."""
+    folder.mkdir()
+    (folder / "train.log").write_text(
+        "commit: abc\ncommand: train_gpt2_afno.py --preset fineweb --num_iterations 10 "
+        f"--output_dir runs/x {flags}\n")
+    rows = [dict(step=10, tokens=TOKENS, val_loss=loss, train_time_s=seconds)]
+    if ended:
+        rows.append(dict(step=10, wall_clock_time_to_target_loss=None, train_time_s=seconds))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fits_are_least_squares_with_their_error(seed):
+    draw = np.random.default_rng(seed)
+    x, noise = draw.uniform(1e6, 1e9, 9), draw.normal(0, 0.01, 9)
+    y = 9 - 0.2 * np.log(x) + noise
+    a, b, error = sizes.fit(list(x), list(y))
+    wanted, covariance = np.polyfit(np.log(x), y, 1, cov=True)
+    assert math.isclose(-b, wanted[0], rel_tol=1e-9) and math.isclose(a, wanted[1], rel_tol=1e-9)
+    assert math.isclose(error, covariance[0, 0]**0.5, rel_tol=1e-9)
+    assert abs(b - 0.2) < 4 * error
+    _, b, error = sizes.fit([1.0, math.e], [3.0, 2.5])
+    assert math.isclose(b, 0.5) and math.isnan(error)  # two points leave nothing over
+
+
+@pytest.mark.parametrize("flags, mixer", (
+    ("--mixer attn", "attention"), ("", "hybrid"), ("--attn_layers none", "filters"),
+    ("--attn_layers none --afno_state_layers 5,10 --afno_short_conv 4", "states")))
+def test_what_is_read_of_a_run(tmp_path, flags, mixer):
+    found = sizes.read_sized(make_run(tmp_path / "run", f"{flags} --seed 3 --pair_rows 1024",
+                                      12.5, 4.25))
+    assert (found.model, found.mixer, found.seed) == ("d12", mixer, 3)
+    assert (found.tokens, found.seconds, found.loss) == (TOKENS, 12.5, 4.25)
+    # the same model without its tables has as many parameters that count
+    bare = sizes.read_sized(make_run(
+        tmp_path / "bare", f"{flags} --pair_rows 0 --value_tables 0", 1, 1)).parameters
+    assert 60e6 < bare <= found.parameters < 1.001 * bare  # the tables' factors and gates
+    assert 6 * found.parameters * TOKENS < found.flops < 12 * found.parameters * TOKENS
+
+
+def test_two_sizes_make_tables_and_plots(tmp_path, capsys):
+    flags = "--n_head 2 --attn_layers 2"
+    runs = [make_run(tmp_path / f"{size}-{seed}", f"--model {size} {flags} --seed {seed}", seconds,
+                     loss + seed / 100)
+            for size, seconds, loss in (("d6", 10, 5.0), ("d12", 20, 4.5)) for seed in (1, 2)]
+    assert sizes.main([*map(str, runs), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out/table.md").read_text()
+    assert text.count("| hybrid |") == 4 and text.index("| d6 |") < text.index("| d12 |")
+    slope = (tmp_path / "out/slopes.md").read_text().splitlines()[-1].split(" | ")[-1]
+    assert slope.startswith(f"{0.5 / math.log(2):.4f} +- ")
+    assert sizes.main([str(runs[0]), "--output", str(tmp_path / "one")]) == 0
+    assert "one size" in (tmp_path / "one/slopes.md").read_text()
+    pytest.importorskip("matplotlib")
+    for measure in sizes.MEASURES:
+        assert (tmp_path / f"out/{measure}.png").stat().st_size > 1000
+
+
+def test_what_is_no_finished_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="not a finished run"):
+        sizes.read_sized(make_run(tmp_path / "begun", "", 1, 1, ended=False))
+    with pytest.raises(InputError, match="No such file"):
+        sizes.read_sized(tmp_path / "nothing")
+    folder = make_run(tmp_path / "bare", "", 1, 1)
+    (folder / "train.log").write_text("")
+    with pytest.raises(InputError, match="no line with a command"):
+        sizes.read_sized(folder)
+
+
+def test_every_size_of_the_study_can_be_made():
+    for arm, flags in STUDIES["sizes"].arms.items():
+        given = trainer.parse_flags([*shlex.split(flags), "--preset", "fineweb"])
+        values = {**trainer.DEFAULTS, **trainer.PRESETS["fineweb"], **given}
+        config = trainer.GPTConfig(**trainer.model_fields(values))
+        assert arm == f"{values['model']}-{sizes.mixer_of(config)}"
+        assert sizes.without_embeddings(sizes.shapes_of(trainer.GPT, config)) > 15e6
