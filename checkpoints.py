@@ -483,6 +483,7 @@ class RunLog:
 # the schedule, and what to do where it was too short
 
 SLOPE = -0.175  # of the loss by ln(tokens): the hybrid d12, T = 2048 (experiments/LOG.md)
+FAR = 100  # times the tokens so far: beyond that nothing is estimated
 
 
 def fall_steps(args: dict) -> int:
@@ -530,8 +531,12 @@ def describe_miss(log: RunLog, checkpoints: Checkpoints, target: float, args) ->
     last, folder = log.validations[-1], relative(str(log.folder))
     steps, whose = more_steps(log.validations, target, args)
     tokens = round(last["tokens"] / last["step"] * steps)
-    lines = [f"missed: val_loss {last['val_loss']:.4f} is {last['val_loss'] - target:.4f} above "
-             f"{target:g}; estimate: {tokens:,} more tokens at least, {steps} steps (slope of the "
+    missed = (f"missed: val_loss {last['val_loss']:.4f} is {last['val_loss'] - target:.4f} above "
+              f"{target:g}; ")
+    if steps > FAR * last["step"]:
+        return [f"{missed}more than {FAR} times as many tokens would be needed: too far away to "
+                "estimate"]
+    lines = [f"{missed}estimate: {tokens:,} more tokens at least, {steps} steps (slope of the "
              f"loss by ln(tokens): {whose})"]
     begin = cooldown_step(vars(args))
     if any(step <= begin for step in checkpoints.steps()):

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt2_afno
-from checkpoints import Checkpoints, measured_slope, more_steps, preset_folder, read_metrics
+from checkpoints import (Checkpoints, describe_miss, measured_slope, more_steps, preset_folder,
+                         read_metrics)
 from data.loader import TokenStream, TrainLoader, passes
 from data.text_to_bin import InputError
 from test_trainer import (STOPPED, VOCABULARY, assert_same, data, flags, losses, main,  # noqa: F401
@@ -302,7 +303,7 @@ def test_a_first_file_that_cannot_be_written_locks_nobody_out(data, tmp_path,  #
 
 
 LONGER = "--num_iterations 10 --warmdown_iters 4 --val_loss_every 1 --save_every 3 " \
-    "--curriculum 8:0.3,16:0.7 --predict_ahead 1 --row_order spread --target_val_loss 3"
+    "--curriculum 8:0.3,16:0.7 --predict_ahead 1 --row_order spread --target_val_loss 4.5"
 
 
 @pytest.mark.slow
@@ -311,7 +312,7 @@ def test_a_miss_is_made_good_from_the_cooldowns_start(data, tmp_path):  # noqa: 
     main(flags(data, out, LONGER))
     said = (out / "train.log").read_text()
     first, loss = losses(out), validations(out)[-1]["val_loss"]
-    steps = int(re.search(rf"missed: val_loss {loss:.4f} is {loss - 3:.4f} above 3; estimate: "
+    steps = int(re.search(rf"missed: val_loss {loss:.4f} is {loss - 4.5:.4f} above 4.5; estimate: "
                           r"[\d,]+ more tokens at least, (\d+) steps", said)[1])
     assert f"step 6, before the cooldown: python train_gpt2_afno.py --output_dir {out} --resume " \
         f"auto --extend {steps}\n" in said
@@ -385,7 +386,7 @@ def test_a_goal_is_noted_and_training_goes_on(data, tmp_path):  # noqa: F811
     assert metrics(out)[-1]["wall_clock_time_to_target_loss"] == hit["train_time_s"]
 
 
-def test_the_steps_of_a_miss_are_those_of_the_measured_curve():
+def test_the_steps_of_a_miss_are_those_of_the_measured_curve(tmp_path):
     curve = [dict(step=step, tokens=10 * step, val_loss=9 - 0.5 * math.log(step))
              for step in range(10, 101, 10)]
     args = argparse.Namespace(num_iterations=100, warmdown_iters=20, warmup_iters=10, extend=0)
@@ -395,6 +396,13 @@ def test_the_steps_of_a_miss_are_those_of_the_measured_curve():
     for few in (curve[:7] + curve[-1:], [line | dict(val_loss=3.0) for line in curve]):
         steps, whose = more_steps(few, few[-1]["val_loss"] - 0.175 * math.log(2), args)
         assert abs(steps - 100) <= 1 and whose == "-0.175, a larger model's"
+    log = argparse.Namespace(validations=curve, folder=tmp_path)
+    far = curve[-1]["val_loss"] - 0.5 * math.log(102)
+    (line,) = describe_miss(log, Checkpoints(tmp_path), far, args)
+    assert line.endswith("more than 100 times as many tokens would be needed: too far away to "
+                         "estimate")
+    near, _ = describe_miss(log, Checkpoints(tmp_path), far + 0.02, args)
+    assert "more tokens at least" in near
 
 
 @pytest.mark.slow
