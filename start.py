@@ -122,7 +122,7 @@ def main(argv: list[str], gate: Gate) -> int:
     import train_gpt2_afno as trainer
     from checkpoints import refuse_used
     from facts import STARTED, data_script, show_facts
-    from runtime import choose_device, memory_budget
+    from runtime import choose_device, choose_gpus, memory_budget
 
     flags, said = trainer.parse_flags(argv), []
     sys.argv = [str(HERE / "train_gpt2_afno.py"), *argv]  # what torchrun and train.log repeat
@@ -135,13 +135,16 @@ def main(argv: list[str], gate: Gate) -> int:
         refuse_used(folder, False)  # before anything is fetched
     if saved and saved["step"] == args.num_iterations + args.extend:  # no step is left
         return trainer.main(argv, gate)
-    threading.Thread(target=try_kernels, args=(args, config, device), daemon=True).start()
+    # this process trains, unless there is one for each of several cards
+    trains = choose_gpus(args.gpus, device, args.grad_accumulation_steps, said.append) == 1
+    if trains:
+        threading.Thread(target=try_kernels, args=(args, config, device), daemon=True).start()
     words = argv[1:] if argv[:1] == ["--preset"] else argv  # as run_afno.sh was called
     show_facts(args, folder, device, trainer.sizes_of(config, args), saved,
                shlex.join(["bash", "run_afno.sh", *words]))
     os.environ.setdefault(STARTED, "")  # the trainer shows no facts
     trainer.LAPS.done("facts")
-    if args.compile:
+    if args.compile and trains:
         gate.importing.start()
     gate.show()
     gate.has_room = device.type == "cuda" and memory_budget(device) >= BOTH

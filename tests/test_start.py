@@ -329,6 +329,11 @@ def test_the_screen_of_a_gpu(full_size, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(start, "try_kernels", lambda args, config, device: tried.put(device))
     text = "\n".join(screen(monkeypatch, tmp_path, "--preset fineweb"))
     assert tried.get(timeout=20) == CUDA  # beside the facts
+    with monkeypatch.context() as patch:  # each card's process tries its own
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        screen(monkeypatch, tmp_path, "--preset fineweb")
+    screen(monkeypatch, tmp_path, "--preset fineweb --seed 7")
+    assert tried.get(timeout=20) == CUDA and tried.empty()
     assert "device: RTX 4090, 1 here; memory free: 23.0 GiB" in text
     assert "work, the largest micro-batch that fits is tried" in text
     assert "is tried" not in "".join(screen(monkeypatch, tmp_path, "--batch_size 8"))
