@@ -124,6 +124,8 @@ STUDIES = {
             "filter": AFNO,
             "hilbert": f"{AFNO} --afno_form hilbert",
             "state": f"{AFNO} {STATE}",
+            "filter-copies": f"{AFNO} --copy_matches 1",
+            "states-copies": f"{MIXERS['states']} --copy_matches 1",
         }),
     "context": Study(
         "Longer rows, with as many tokens a step. Every loss is at the arm's own length: compare "
