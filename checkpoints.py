@@ -534,8 +534,8 @@ def describe_miss(log: RunLog, checkpoints: Checkpoints, target: float, args) ->
     missed = (f"missed: val_loss {last['val_loss']:.4f} is {last['val_loss'] - target:.4f} above "
               f"{target:g}; ")
     if steps > FAR * last["step"]:
-        return [f"{missed}more than {FAR} times as many tokens would be needed: too far away to "
-                "estimate"]
+        return [f"{missed}by a slope of the loss by ln(tokens) of {whose}, more than {FAR} times "
+                "as many tokens: no estimate"]
     lines = [f"{missed}estimate: {tokens:,} more tokens at least, {steps} steps (slope of the "
              f"loss by ln(tokens): {whose})"]
     begin = cooldown_step(vars(args))

@@ -85,9 +85,10 @@ def usual_runtime(device: torch.device) -> Runtime:
 
 
 def choose_device(name: str) -> torch.device:
+    """Return the CPU or the first GPU, as --device asks. A rank takes its own_card() later."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no CUDA device; use cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda:0" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def choose_dtype(asked: str | None, device: torch.device, say) -> str:

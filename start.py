@@ -32,7 +32,10 @@ def import_compiler():
 
 
 def try_kernels(args, config, device):
-    """Try the kernels that the run will use, beside the facts. The trainer waits for the answer."""
+    """Try the kernels that the run will use, beside the facts. The trainer waits for the answer.
+
+    Where the process ends first, it ends once what compiles is done.
+    """
     import torch
 
     from facts import kernels_of

@@ -387,6 +387,7 @@ def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, F
     many cuts as rows.
     """
     cuts = budget(seq_len, rows, device) if cuts == -1 else cuts
+    every_pair = logits or cuts is None or cuts >= seq_len - 1
     seed = new_seed() if seed is None else seed
     leaks = Leaks()
     for mode, gradients in enumerate(modes):
@@ -398,7 +399,7 @@ def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, F
             leaks += found
             if logits is not None:
                 head = lambda *more: check_head(model, seq_len, rows, device, seed + mode, *more)
-                leaks += head(logits, logits or cuts is None)
+                leaks += head(logits, every_pair)
             for goal in goals if gradients else ():
                 leaks += check_causality(
                     given_to_head(model, goal), seq_len, model.config.vocab_size, rows=rows,

@@ -117,13 +117,15 @@ STUDIES = {
             "states-all": f"{AFNO} {STATE}",
         }),
     "mixers": Study(
-        "Attention in every layer, in two, in none. AFNO layers, but for the form state, have "
-        "fewer parameters than attention.", {
+        "Attention in every layer, in two, in none; without any, also with what followed the "
+        "longest earlier match. AFNO layers, but for the form state, have fewer parameters than "
+        "attention.", {
             "hybrid": HYBRID,
             "attention": ATTENTION,
             "filter": AFNO,
             "hilbert": f"{AFNO} --afno_form hilbert",
             "state": f"{AFNO} {STATE}",
+            "states": MIXERS["states"],
             "filter-copies": f"{AFNO} --copy_matches 1",
             "states-copies": f"{MIXERS['states']} --copy_matches 1",
         }),
@@ -170,21 +172,24 @@ STUDIES = {
         }, f"{GPU} --sequence_length 4096 --batch_size 16 "
         "--curriculum 512:0.3,1024:0.3,4096:0.4", tokens=1400 * 65_536),
     "sizes": Study(
-        "Loss by size, every mixer, 46M tokens: sizes.py fits slopes to it.", SIZED,
+        "Loss by size, every mixer, 46M tokens: sizes.py fits slopes to it. Learning rates are "
+        "those of d12. Value tables are in five layers of all sizes.", SIZED,
         tokens=700 * 65_536),
     "sizes-92M": Study(
         "The smaller sizes of the study sizes on twice the tokens.", {
             arm: flags for arm, flags in SIZED.items() if arm.startswith(("d6-", "d12-"))},
         tokens=1400 * 65_536),
     "forms": Study(
-        "What the plan names beside its default: positions, experts, the dyadic form, rows that "
-        "grow, and AFNO in the first, the middle or the last six layers.", {
+        "What the plan names beside its default: positions, experts, the dyadic form, AFNO in the "
+        "first, the middle or the last six layers, and rows that grow. The loss of rows-grow is at "
+        "T = 4096: compare it with rows-4096.", {
             "hybrid": HYBRID,
             **{f"position-{name}": f"{HYBRID} --position {name}"
                for name in ("learned", "sinusoidal", "fourier")},
             "experts-by-frequency": f"{HYBRID} --afno_num_experts 4 --afno_routing frequency",
             "experts-by-lag": f"{HYBRID} --afno_num_experts 4 --afno_routing position",
             "dyadic": f"{HYBRID} --afno_form dyadic",
+            "rows-4096": f"{HYBRID} --sequence_length 4096 --batch_size 16",
             "rows-grow": f"{HYBRID} --sequence_length 4096 --batch_size 16 "
                          "--curriculum 512:0.3,1024:0.3,4096:0.4",
             "afno-early": "--mixer afno --attn_layers 6,7,8,9,10,11",

@@ -10,7 +10,8 @@ as runs of their own. Parameters are those without embeddings, tables and head. 
 the whole run, 6 a token for each parameter that is not looked up, the head's among them, and
 attention's. Seconds are of training alone, and compare on one kind of card.
 
-Of each run it reads metrics.jsonl, and the command in train.log. Needs matplotlib for the plots.
+Of each run it reads metrics.jsonl, and the command in train.log. Runs whose other flags differ,
+such as T or rates, are refused. Needs matplotlib for the plots.
 """
 import argparse
 import math
@@ -33,6 +34,10 @@ from runtime import run, shapes_of  # noqa: E402
 MEASURES = {"parameters": "parameters without embeddings", "flops": "FLOPs of training",
             "seconds": "training seconds"}
 MIXERS = ("attention", "hybrid", "states", "filters")
+# Flags that make size and mixer, length of the run and place of its files
+MAY_DIFFER = {"model", "n_layer", "n_embd", "n_head", "afno_num_blocks", "mixer", "attn_layers",
+              "afno_state_layers", "afno_short_conv", "seed", "num_iterations", "warmdown_iters",
+              "extend", "val_loss_every", *trainer.NOT_KEPT, *trainer.DATA_FLAGS}
 
 
 @dataclass
@@ -47,19 +52,29 @@ class Sized:
     flops: float
     seconds: float
     loss: float
+    rest: dict  # the flags in which runs may not differ
 
 
-def config_of(folder: Path) -> tuple[trainer.GPTConfig, dict]:
-    """Return the model's shape and all flags, from the command in train.log."""
-    log = folder / "train.log"
-    text = log.read_text(encoding="utf-8") if log.is_file() else ""
-    commands = re.findall(r"^command: \S+ (.*?)(?:, resumed at step \d+)?$", text, re.MULTILINE)
-    if not commands:
-        raise InputError(f"{log}: no line with a command")
-    flags = trainer.parse_flags(shlex.split(commands[0]))
+def config_of(log: str) -> tuple[trainer.GPTConfig, dict]:
+    """Return the model's shape and all flags, from the run's last command that did not resume.
+
+    Raises InputError where the log's own line on the model says otherwise.
+    """
+    commands = re.findall(r"^command: \S+ (.*?)(, resumed at step \d+)?$", log, re.MULTILINE)
+    begun = [words for words, resumed in commands if not resumed]
+    models = re.findall(r"^model: \S+ ([\d,]+) parameters, mixers ([a-z ]+),", log, re.MULTILINE)
+    if not begun or not models:
+        raise InputError("train.log has no line with the command, or none with the model")
+    flags = trainer.parse_flags(shlex.split(begun[-1]))
+    extended = trainer.parse_flags(shlex.split(commands[-1][0])).get("extend", 0)
     preset = trainer.PRESETS[flags["preset"]] if flags.get("preset") else {}
-    values = {**trainer.DEFAULTS, **preset, **flags}
-    return trainer.GPTConfig(**trainer.model_fields(values)), values
+    values = {**trainer.DEFAULTS, **preset, **flags, "extend": extended}
+    config = trainer.GPTConfig(**trainer.model_fields(values))
+    count = sum(p.numel() for p in shapes_of(trainer.GPT, config).parameters())
+    mixers = " ".join(config.mixer_of(layer) for layer in range(config.n_layer))
+    if models[-1] != (f"{count:,}", mixers):
+        raise InputError("the flags of the command are not those of the model that train.log names")
+    return config, values
 
 
 def mixer_of(config: trainer.GPTConfig) -> str:
@@ -77,15 +92,34 @@ def without_embeddings(model: trainer.GPT) -> int:
 
 
 def read_sized(folder: Path) -> Sized:
-    """Read a finished run; raise InputError where it is not finished."""
-    found = read_run(folder)
-    config, flags = config_of(folder)
-    if not found.curve or not found.summary or found.summary["step"] < flags["num_iterations"]:
-        raise InputError(f"{folder}: not a finished run")
-    model, (tokens, seconds, loss) = shapes_of(trainer.GPT, config), found.curve[-1]
+    """Read a finished run; raise InputError, which names it, where it is not one."""
+    try:
+        found = read_run(folder)
+        config, flags = config_of((folder / "train.log").read_text(encoding="utf-8"))
+        last = next((row for row in reversed(found.rows) if "val_loss" in row), {})
+        if last.get("step") != flags["num_iterations"] + flags["extend"]:
+            raise InputError("not a finished run")
+        tokens, seconds, loss = found.curve[-1]
+        if not (seconds > 0 and math.isfinite(loss)):
+            raise InputError(f"its loss is {loss}, its seconds are {seconds}")
+    except (InputError, OSError, ValueError) as error:
+        raise InputError(f"{folder}: {error}") from None
+    model = shapes_of(trainer.GPT, config)
+    rest = {name: value for name, value in flags.items() if name not in MAY_DIFFER}
     return Sized(flags["model"], mixer_of(config), flags["seed"], tokens,
                  without_embeddings(model),
-                 tokens * trainer.flops_per_token(model, config.sequence_length), seconds, loss)
+                 tokens * trainer.flops_per_token(model, config.sequence_length), seconds, loss,
+                 rest)
+
+
+def refuse_unlike(folders: list[Path], runs: list[Sized]):
+    """Raise InputError where a run is named twice, or has other flags than the first."""
+    for folder, of in zip(folders, runs):
+        if sum(folder.resolve() == other.resolve() for other in folders) > 1:
+            raise InputError(f"{folder}: named twice")
+        if unlike := [name for name in of.rest if of.rest[name] != runs[0].rest[name]]:
+            raise InputError(f"{folder}: does not compare with {folders[0]}: --{unlike[0]} is "
+                             f"{of.rest[unlike[0]]}, there {runs[0].rest[unlike[0]]}")
 
 
 def fit(x: list[float], y: list[float]) -> tuple[float, float, float]:
@@ -111,6 +145,11 @@ def lines_of(runs: list[Sized]) -> dict[tuple[int, str], list[Sized]]:
         key=lambda of: (of.parameters, of.seed)) for tokens, i in keys}
 
 
+def several_sizes(found: list[Sized]) -> bool:
+    """Return whether there is a line to fit."""
+    return len({of.model for of in found}) > 1
+
+
 def table(lines: dict[tuple[int, str], list[Sized]]) -> str:
     """Return the table of runs."""
     rows = ["| tokens | mixer | size | seed | parameters without embeddings | FLOPs | seconds | "
@@ -123,14 +162,16 @@ def table(lines: dict[tuple[int, str], list[Sized]]) -> str:
 
 def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
     """Return the table of fits: what e times as much of each measure is worth, in nats."""
-    rows = ["Loss that e (2.7) times as much takes away, +- its standard error.", "",
+    rows = ["Loss that e (2.7) times as much takes away, +- its standard error, which two runs do "
+            "not have.", "",
             f"| tokens | mixer | runs | {' | '.join(MEASURES.values())} |",
             "|" + " --- |" * (3 + len(MEASURES))]
     for (tokens, mixer), found in lines.items():
         losses, cells = [of.loss for of in found], ["one size"] * len(MEASURES)
-        if len({of.parameters for of in found}) > 1:
+        if several_sizes(found):
             fits = [fit([getattr(of, measure) for of in found], losses) for measure in MEASURES]
-            cells = [f"{slope:.4f} +- {error:.4f}" for _, slope, error in fits]
+            cells = [f"{slope:.4f}" + (f" +- {error:.4f}" if len(found) > 2 else "")
+                     for _, slope, error in fits]
         rows.append(f"| {tokens / 1e6:.1f}M | {mixer} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
@@ -146,10 +187,11 @@ def draw(lines: dict[tuple[int, str], list[Sized]], measure: str, output: Path):
     for (tokens, mixer), found in lines.items():
         x, y = [getattr(of, measure) for of in found], [of.loss for of in found]
         color, nth = f"C{MIXERS.index(mixer)}", budgets.index(tokens)
-        a, b, _ = fit(x, y)
-        ends = np.array([min(x), max(x)])
-        axes.plot(ends, a - b * np.log(ends), color=color, linestyle=("-", "--", ":")[nth % 3],
-                  linewidth=1)
+        if several_sizes(found):
+            a, b, _ = fit(x, y)
+            ends = np.array([min(x), max(x)])
+            axes.plot(ends, a - b * np.log(ends), color=color, linestyle=("-", "--", ":")[nth % 3],
+                      linewidth=1)
         axes.plot(x, y, color=color, marker="os^"[nth % 3], linestyle="", markersize=5,
                   label=f"{mixer}, {tokens / 1e6:.0f}M tokens")
     axes.set(xscale="log", xlabel=MEASURES[measure], ylabel="validation loss")
@@ -168,7 +210,9 @@ def main(argv: list[str]) -> int:
     add("--output", type=Path, default=ROOT / "experiments/sizes", metavar="DIR",
         help="(experiments/sizes)")
     args = parser.parse_args(argv)
-    lines = lines_of([read_sized(folder) for folder in args.runs])
+    runs = [read_sized(folder) for folder in args.runs]
+    refuse_unlike(args.runs, runs)
+    lines = lines_of(runs)
     args.output.mkdir(parents=True, exist_ok=True)
     for name, text in (("table.md", table(lines)), ("slopes.md", slopes(lines))):
         (args.output / name).write_text(text, encoding="utf-8")

@@ -224,7 +224,7 @@ def recorded_launches(what: str):
 
 
 def compile_ahead(what: str, device: torch.device, dtype: torch.dtype):
-    """Compile all kernels that the trials of `what` launch, each in a thread of its own.
+    """Compile all kernels that the trials of `what` launch, in threads.
 
     A trial launches one after another, and would wait for each compilation in turn.
     """

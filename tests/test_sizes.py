@@ -14,15 +14,21 @@ from experiments.ablation_studies import STUDIES
 TOKENS = 65_536 * 10
 
 
-def make_run(folder, flags: str, seconds: float, loss: float, ended: bool = True):
-    """Write the two files of a run of ten steps."""
+def make_run(folder, flags: str, seconds: float, loss: float, step: int = 10, more: str = ""):
+    """Write the two files of a run of ten steps; more: further lines of its log."""
+    given = trainer.parse_flags(["--preset", "fineweb", *shlex.split(flags)])
+    values = {**trainer.DEFAULTS, **trainer.PRESETS["fineweb"], **given}
+    config = trainer.GPTConfig(**trainer.model_fields(values))
+    count = sum(p.numel() for p in sizes.shapes_of(trainer.GPT, config).parameters())
+    mixers = " ".join(config.mixer_of(layer) for layer in range(config.n_layer))
     folder.mkdir()
     (folder / "train.log").write_text(
         "commit: abc\ncommand: train_gpt2_afno.py --preset fineweb --num_iterations 10 "
-        f"--output_dir runs/x {flags}\n")
-    rows = [dict(step=10, tokens=TOKENS, val_loss=loss, train_time_s=seconds)]
-    if ended:
-        rows.append(dict(step=10, wall_clock_time_to_target_loss=None, train_time_s=seconds))
+        f"--output_dir runs/x {flags}\n"
+        f"model: x, {count:,} parameters, mixers {mixers}, {config.n_head} heads, position none\n"
+        + more)
+    rows = [dict(step=step, tokens=TOKENS, val_loss=loss, train_time_s=seconds),
+            dict(step=step, wall_clock_time_to_target_loss=None, train_time_s=seconds)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -73,15 +79,47 @@ def test_two_sizes_make_tables_and_plots(tmp_path, capsys):
         assert (tmp_path / f"out/{measure}.png").stat().st_size > 1000
 
 
-def test_what_is_no_finished_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="not a finished run"):
-        sizes.read_sized(make_run(tmp_path / "begun", "", 1, 1, ended=False))
+AGAIN = "command: train_gpt2_afno.py --output_dir runs/x --resume auto --extend 90, resumed at " \
+    "step 10\n"
+
+
+@pytest.mark.parametrize("change, message", (
+    (dict(step=9), "not a finished run"),
+    (dict(more=AGAIN, step=20), "not a finished run"),  # stopped before it was as long as asked for
+    (dict(loss=math.nan), "its loss is nan"), (dict(seconds=0.0), "its seconds are 0.0"),
+    (dict(more="model: x, 3 parameters, mixers afno, 1 heads\n"), "not those of the model"),
+    (dict(more="command: train_gpt2_afno.py --preset baseline\n"), "not those of the model"),
+    (dict(more="command: train_gpt2_afno.py --gone 3\n"), "unrecognized arguments: --gone"),
+    (dict(more="command: train_gpt2_afno.py --model 'd4\n"), "No closing quotation")))
+def test_what_is_no_finished_run_is_refused(tmp_path, change, message):
+    folder = make_run(tmp_path / "run", "", **dict(seconds=1.0, loss=1.0) | change)
+    with pytest.raises(InputError, match=f"^{folder}: .*{message}"):
+        sizes.read_sized(folder)
+
+
+def test_files_that_are_not_there_or_no_text_are_refused(tmp_path):
     with pytest.raises(InputError, match="No such file"):
         sizes.read_sized(tmp_path / "nothing")
     folder = make_run(tmp_path / "bare", "", 1, 1)
-    (folder / "train.log").write_text("")
-    with pytest.raises(InputError, match="no line with a command"):
-        sizes.read_sized(folder)
+    for text, message in ((b"", "no line with the command"), (b"\xff", "decode")):
+        (folder / "train.log").write_bytes(text)
+        with pytest.raises(InputError, match=f"^{folder}: .*{message}"):
+            sizes.read_sized(folder)
+
+
+def test_a_run_that_was_made_longer_is_read_to_its_end(tmp_path):
+    folder = make_run(tmp_path / "run", "--seed 4", 1, 1, step=100, more=AGAIN)
+    assert sizes.read_sized(folder).seed == 4
+
+
+@pytest.mark.parametrize("flags, message", (
+    ("--sequence_length 2048", "--sequence_length is 2048, there 1024"),
+    ("--learning_rate 0.1", "--learning_rate is 0.1"), (None, "named twice")))
+def test_runs_that_do_not_compare_are_refused(tmp_path, flags, message):
+    first = make_run(tmp_path / "first", "", 1, 1)
+    other = first if flags is None else make_run(tmp_path / "other", flags, 1, 1)
+    with pytest.raises(InputError, match=message):
+        sizes.main([str(first), str(other), "--output", str(tmp_path / "out")])
 
 
 def test_every_size_of_the_study_can_be_made():

@@ -318,6 +318,14 @@ def test_one_screen_says_what_a_run_needs(full_size, monkeypatch, tmp_path):  # 
     assert "warning" not in text and "tmux" not in text
 
 
+def test_the_first_gpu_is_named_as_its_tensors_name_it(monkeypatch):
+    """What is tried for a device is kept by its name: cuda and cuda:0 would be tried twice."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda card: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert runtime.choose_device("auto") == runtime.own_card(0) == torch.device("cuda", 0)
+
+
 def test_the_screen_of_a_gpu(full_size, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(runtime, "choose_device", lambda name: CUDA)
     for module in (facts, runtime):

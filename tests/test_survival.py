@@ -399,8 +399,7 @@ def test_the_steps_of_a_miss_are_those_of_the_measured_curve(tmp_path):
     log = argparse.Namespace(validations=curve, folder=tmp_path)
     far = curve[-1]["val_loss"] - 0.5 * math.log(102)
     (line,) = describe_miss(log, Checkpoints(tmp_path), far, args)
-    assert line.endswith("more than 100 times as many tokens would be needed: too far away to "
-                         "estimate")
+    assert line.endswith("-0.500, this run's, more than 100 times as many tokens: no estimate")
     near, _ = describe_miss(log, Checkpoints(tmp_path), far + 0.02, args)
     assert "more tokens at least" in near
 
