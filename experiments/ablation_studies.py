@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 import train_gpt2_afno as trainer  # noqa: E402
 from data.loader import find_shards  # noqa: E402
 from data.text_to_bin import InputError  # noqa: E402
-from experiments.plot_runs import Run, plot, read_run, time_to_loss  # noqa: E402
+from experiments.plot_runs import Run, commands_of, plot, read_run, time_to_loss  # noqa: E402
 from runtime import run  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -316,10 +316,10 @@ def refuse_other_flags(flags: dict[str, str]):
     """Raise InputError if the log in the folder is of a run, finished or not, with other flags."""
     log = folder_of(flags) / "train.log"
     text = log.read_text(encoding="utf-8") if log.is_file() else ""
-    commands = re.findall(r"^command: \S+ (.*?)(?:, resumed at step \d+)?$", text, re.MULTILINE)
+    commands = commands_of(text)
     if not commands:
         return
-    there = as_dict(shlex.split(commands[-1]))
+    there = as_dict(shlex.split(commands[-1][0]))
     shown = lambda values, name: values.get(name, "not given")
     differing = [f"{name} is {shown(there, name)} there, now {shown(flags, name)}"
                  for name in dict.fromkeys((*flags, *there))

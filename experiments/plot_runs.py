@@ -10,6 +10,7 @@ Needs matplotlib.
 """
 import argparse
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,12 @@ def read_run(path: Path) -> Run:
                 raise InputError(f"{run.file}: line {number} is not a row of metrics") from None
             # the last line of a run that was killed, or is still writing, may be cut off
     return run
+
+
+def commands_of(log: str) -> list[tuple[str, bool]]:
+    """Return a train.log's commands without the script, and whether each went on with a run."""
+    found = re.findall(r"^command: \S+ (.*?)(, resumed at step \d+)?$", log, re.MULTILINE)
+    return [(words, bool(resumed)) for words, resumed in found]
 
 
 def time_to_loss(curve: list[tuple[int, float, float]], loss: float) -> tuple[float, float] | None:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt2_afno as trainer  # noqa: E402
 from data.text_to_bin import InputError, Parser  # noqa: E402
-from experiments.plot_runs import read_run  # noqa: E402
+from experiments.plot_runs import commands_of, read_run  # noqa: E402
 from runtime import run, shapes_of  # noqa: E402
 
 MEASURES = {"parameters": "parameters without embeddings", "flops": "FLOPs of training",
@@ -55,12 +55,12 @@ class Sized:
     rest: dict  # the flags in which runs may not differ
 
 
-def config_of(log: str) -> tuple[trainer.GPTConfig, dict]:
-    """Return the model's shape and all flags, from the run's last command that did not resume.
+def model_of(log: str) -> tuple[trainer.GPT, dict]:
+    """Return the model, as shapes_of does, and all flags, from the last command that began a run.
 
     Raises InputError where the log's own line on the model says otherwise.
     """
-    commands = re.findall(r"^command: \S+ (.*?)(, resumed at step \d+)?$", log, re.MULTILINE)
+    commands = commands_of(log)
     begun = [words for words, resumed in commands if not resumed]
     models = re.findall(r"^model: \S+ ([\d,]+) parameters, mixers ([a-z ]+),", log, re.MULTILINE)
     if not begun or not models:
@@ -70,11 +70,12 @@ def config_of(log: str) -> tuple[trainer.GPTConfig, dict]:
     preset = trainer.PRESETS[flags["preset"]] if flags.get("preset") else {}
     values = {**trainer.DEFAULTS, **preset, **flags, "extend": extended}
     config = trainer.GPTConfig(**trainer.model_fields(values))
-    count = sum(p.numel() for p in shapes_of(trainer.GPT, config).parameters())
+    model = shapes_of(trainer.GPT, config)
+    count = sum(p.numel() for p in model.parameters())
     mixers = " ".join(config.mixer_of(layer) for layer in range(config.n_layer))
     if models[-1] != (f"{count:,}", mixers):
         raise InputError("the flags of the command are not those of the model that train.log names")
-    return config, values
+    return model, values
 
 
 def mixer_of(config: trainer.GPTConfig) -> str:
@@ -95,7 +96,7 @@ def read_sized(folder: Path) -> Sized:
     """Read a finished run; raise InputError, which names it, where it is not one."""
     try:
         found = read_run(folder)
-        config, flags = config_of((folder / "train.log").read_text(encoding="utf-8"))
+        model, flags = model_of((folder / "train.log").read_text(encoding="utf-8"))
         last = next((row for row in reversed(found.rows) if "val_loss" in row), {})
         if last.get("step") != flags["num_iterations"] + flags["extend"]:
             raise InputError("not a finished run")
@@ -104,7 +105,7 @@ def read_sized(folder: Path) -> Sized:
             raise InputError(f"its loss is {loss}, its seconds are {seconds}")
     except (InputError, OSError, ValueError) as error:
         raise InputError(f"{folder}: {error}") from None
-    model = shapes_of(trainer.GPT, config)
+    config = model.config
     rest = {name: value for name, value in flags.items() if name not in MAY_DIFFER}
     return Sized(flags["model"], mixer_of(config), flags["seed"], tokens,
                  without_embeddings(model),
