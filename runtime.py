@@ -202,6 +202,8 @@ def launch(processes: int, gate=None) -> int:
 
 MICRO_BATCH = ("batch_size", "grad_accumulation_steps", "recompute")  # a trial's, unless typed
 FEW_TOKENS = 4096  # smaller micro-batches leave a GPU idle: --recompute 1 is tried before them
+# so many keep even a fast GPU behind its host (experiments/LOG.md, "two cards")
+MANY_TOKENS = 65536
 # bytes of a token and channel that a block keeps for backward, without and with --recompute: at
 # least, as measured (experiments/LOG.md, "Does it fit in 24 GB?")
 KEPT = (36, 20)
@@ -314,21 +316,40 @@ def compiled_or_not(runtime: Runtime, work, say):
         work()  # where memory is not enough, it raises again
 
 
+def more_rows(args, T: int, world: int, spare) -> int:
+    """Return how many rows of T tokens to try first: args' own, or more where memory is plenty.
+
+    They double while they divide a step on so many ranks, have at most MANY_TOKENS, and spare(rows)
+    says that there is room.
+    """
+    rows, step = args.batch_size, args.batch_size * args.grad_accumulation_steps
+    while (2 * rows * T <= MANY_TOKENS and step % (2 * rows * world) == 0 and spare(2 * rows)):
+        rows *= 2
+    return rows
+
+
 def choose_micro_batch(runtime: Runtime, args, T: int, unit: int, channels: int, fixed: int,
                        attempt, say):
     """Set args.batch_size, grad_accumulation_steps and recompute to what all ranks' cards take.
 
-    What args have is tried first; the rows of a step stay. Where args.may_shrink is not set, that
-    is all. attempt(rows, recompute) does the work of training on a micro-batch of rows of T tokens,
-    and raises where it cannot. Its tokens stay a multiple of `unit`. What cannot fit is not tried:
-    it takes `fixed` bytes and KEPT for each of the model's channels, of all layers together.
-    Compilation is left out where it fails. Raises InputError where nothing fits.
+    What args have is tried first, or more rows where twice what they can take is free; the rows of
+    a step stay. Where args.may_shrink is not set, args' own are all. attempt(rows, recompute) does
+    the work of training on a micro-batch of rows of T tokens, and raises where it cannot. Its
+    tokens stay a multiple of `unit`. What cannot fit is not tried: it takes `fixed` bytes and KEPT
+    for each of the model's channels, of all layers together. Compilation is left out where it
+    fails. Raises InputError where nothing fits.
     """
-    tried, why = (args.batch_size, args.recompute), ""
     budget = min(runtime.of_ranks(int(min(memory_budget(runtime.device), 2**62))))
+    least = lambda rows, recompute: fixed + KEPT[recompute] * channels * rows * T
+    tried, why = (args.batch_size, args.recompute), ""
+    if args.may_shrink:
+        rows = more_rows(args, T, runtime.world,
+                         lambda rows: 2 * least(rows, args.recompute) <= budget)
+        if rows > args.batch_size:
+            tried, why = (rows, args.recompute), f"{budget / GIB:.1f} GiB are free"
     while tried:
         rows, recompute = tried
-        need = (fixed + KEPT[recompute] * channels * rows * T) * args.may_shrink
+        need = least(rows, recompute) * args.may_shrink
         outcome, reason = 1, ""
         if need <= budget:
             outcome, reason = attempted(runtime, lambda: attempt(rows, recompute))

@@ -207,15 +207,42 @@ def test_what_validates_is_checked_without_a_compiler_that_fails(data, tmp_path,
 
 
 
+def micro_batch(batch_size: int, grad_accumulation_steps: int, **named) -> types.SimpleNamespace:
+    """Return flags of which choose_micro_batch may change some."""
+    return types.SimpleNamespace(
+        batch_size=batch_size, grad_accumulation_steps=grad_accumulation_steps,
+        **dict(recompute=0, may_shrink=True, to_save=dict(val_batch_size=None)) | named)
+
+
+@pytest.mark.parametrize("rows, steps, T, world, free, named, expected", (
+    (32, 4, 1024, 1, 60, {}, (64, 2)),  # the preset on 80 GB
+    (32, 4, 1024, 2, 60, {}, (64, 2)),
+    (32, 4, 1024, 4, 60, {}, (32, 4)),  # each card has one micro-batch
+    (32, 3, 1024, 1, 60, {}, (32, 3)),  # an odd number of micro-batches
+    (8, 4, 4096, 1, 60, {}, (16, 2)),
+    (64, 2, 1024, 1, 60, {}, (64, 2)),  # it has enough tokens
+    (32, 4, 1024, 1, 48, {}, (32, 4)),  # 24.4 GiB at least: so twice as much is not free
+    (32, 4, 1024, 1, 60, dict(may_shrink=False), (32, 4))))
+def test_a_card_with_plenty_of_memory_takes_more_rows(rows, steps, T, world, free, named, expected,
+                                                      monkeypatch):
+    monkeypatch.setattr(runtime, "memory_budget", lambda device: free * GIB)
+    ranks = types.SimpleNamespace(device=CPU, compile=False, world=world, wait=lambda: None,
+                                  of_ranks=lambda value: [value])
+    args, said, tried = micro_batch(rows, steps, **named), [], []
+    runtime.choose_micro_batch(ranks, args, T, 16, 12 * 768, 4.2 * GIB,
+                               lambda *one: tried.append(one), said.append)
+    assert tried == [(expected[0], 0)]
+    assert (args.batch_size, args.grad_accumulation_steps) == expected
+    assert ("because 60.0 GiB are free" in "".join(said)) == (expected[0] > rows)
+
+
 def test_the_rank_with_the_smallest_card_decides():
     """This rank's card would take 32 rows, the other's 8."""
     others = iter([10 * GIB, 1, 1, 0])
-    ranks = types.SimpleNamespace(device=CPU, compile=False, wait=lambda: None,
+    ranks = types.SimpleNamespace(device=CPU, compile=False, world=2, wait=lambda: None,
                                   of_ranks=lambda value: [value, next(others)])
-    args = types.SimpleNamespace(batch_size=32, grad_accumulation_steps=4, recompute=0,
-                                 may_shrink=True, to_save=dict(val_batch_size=None))
-    said, tried = [], []
-    runtime.choose_micro_batch(ranks, args, 1024, 16, 1, 0, lambda *one: tried.append(one),
+    args, said, tried = micro_batch(32, 4), [], []
+    runtime.choose_micro_batch(ranks, args, 1024, 16, 1, 6 * GIB, lambda *one: tried.append(one),
                                said.append)
     assert tried == [(32, 0), (16, 0), (8, 0)] and "10.0 GiB that are free" in said[0]
     assert (args.batch_size, args.grad_accumulation_steps, args.val_batch_size) == (8, 16, 8)
