@@ -168,8 +168,9 @@ def show_facts(args, folder: Path, device: torch.device, sizes: tuple[int, int],
 # what will run
 
 
+# by their names in kernels.usable; fp8 is said apart
 KERNELS = dict(convolution="convolution", token="taps of each token", state="state",
-               loss="softmax of the loss")  # by their names in kernels.usable; fp8 is said apart
+               rows="the tables' optimizer", loss="softmax of the loss")
 
 
 def kernels_of(config, args) -> set[str]:
@@ -182,6 +183,8 @@ def kernels_of(config, args) -> set[str]:
         names.add("token")
     if "afno" in mixers and (config.afno_form == "state" or config.afno_state_layers):
         names.add("state")
+    if config.pair_rows or config.value_tables:
+        names.add("rows")
     return names
 
 

@@ -201,8 +201,7 @@ table("optimization",
       ("predict_ahead", 0, SWITCH, "train on the two tokens after the next, too, at first"),
       ("predict_prefix", 0, SWITCH, "train on the next token's longest prefix, too, at first"),
       ("curriculum", None, SHARES, "lengths of rows, each for a share of the steps, the last one "
-       "--sequence_length; a micro-batch keeps its tokens"),
-      common=False)
+       "--sequence_length; a micro-batch keeps its tokens"), common=False)
 table("evaluation and checkpoints",
       ("val_loss_every", 128, integer(0), "steps; 0: at the end only"),
       ("save_every", 128, integer(0), "steps; 0: at the end, and as the cooldown begins"),
@@ -600,10 +599,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config, C = config, config.n_embd
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, C),
-            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-        ))
+        self.transformer = nn.ModuleDict(dict(wte=nn.Embedding(config.vocab_size, C),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))))
         self.lm_head = Head(config)
         self.transformer.wte.weight = self.lm_head.weight  # one tensor, with nn.Linear's start
         self.pairs = PairTable(config.pair_rows, C) if config.pair_rows else None
@@ -815,6 +812,11 @@ class RowAdam(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 state["square"] = p.new_zeros(len(p), 1)
+            if usable("rows", p.device, p.dtype)[0]:
+                from kernels.rows import row_adam
+
+                row_adam(p, p.grad, state["square"], group["lr"], group["beta2"], group["eps"])
+                continue
             mean = p.grad.norm(dim=1, keepdim=True).square() / p.size(1)
             state["square"].lerp_(mean, 1 - group["beta2"])
             p.addcdiv_(p.grad, state["square"].sqrt() + group["eps"], value=-group["lr"])
@@ -838,8 +840,7 @@ PLACES = ("log_angle", "centre", "log_decay", "log_width", "embedding_mix", "val
 
 def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float,
                     rest_lr: float | None = None, betas: tuple[float, float] = (0.9, 0.95),
-                    momentum: float = 0.95,
-                    table_lr: float = 0.6) -> list[torch.optim.Optimizer]:
+                    momentum: float = 0.95, table_lr: float = 0.6) -> list[torch.optim.Optimizer]:
     """Return the optimizers: adamw, one AdamW; muon, Muon for the blocks' projections and AdamW.
 
     AdamW has the rest, AFNO's MLPs among them: many small matrices, to which Muon brings nothing.
