@@ -474,6 +474,9 @@ class RunLog:
             self.line(f"error: {error}")
 
     def metric(self, **values):
+        """Log numbers by name, with nine digits: they tell all numbers of fp32 apart."""
+        values = {name: float(f"{value:.9g}") if isinstance(value, float) else value
+                  for name, value in values.items()}
         self.line(json.dumps(values), "metrics.jsonl")
         if "val_loss" in values:
             self.validations.append(values)
