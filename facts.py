@@ -117,10 +117,10 @@ def facts(args, folder: Path, device: torch.device, sizes: tuple[int, int], save
           command: str, pid: int) -> list[str]:
     """Return the screen's lines.
 
-    sizes: bytes of the weights, and of the optimizers' averages. saved: the checkpoint that the run
-    goes on from, or None. pid: the process to stop.
+    sizes: bytes of a checkpoint, and those that training takes beside a micro-batch. saved: the
+    checkpoint that the run goes on from, or None. pid: the process to stop.
     """
-    weights, averages = sizes
+    kept, needed = sizes
     steps, rows = args.num_iterations + args.extend, args.batch_size * args.grad_accumulation_steps
     data, fetched = describe_data(args)
     name, trial = "CPU", ""
@@ -134,10 +134,10 @@ def facts(args, folder: Path, device: torch.device, sizes: tuple[int, int], save
         f"output: {relative(str(folder))}, "
         + (f"at step {saved['step']} of {steps}" if saved else "a new run"),
         f"device: {name}; memory free: {shown(memory_budget(device))}",
-        f"memory needed: {shown(2 * weights + averages)} and a micro-batch's work{trial}",
+        f"memory needed: {shown(needed)} and a micro-batch's work{trial}",
         f"tokens: {tokens_of(args):,} in {steps} steps of {rows} rows of {args.sequence_length}",
         f"data: {data}",
-        *describe_disk(folder, weights + averages, fetched),
+        *describe_disk(folder, kept, fetched),
         f"loss to expect: {expected or 'not known for these flags'}",
         "minutes: said once six steps of this device are measured",
         f"to stop: Ctrl-C or kill -TERM {pid}; once it trains, it saves first",
@@ -168,9 +168,8 @@ def show_facts(args, folder: Path, device: torch.device, sizes: tuple[int, int],
 # what will run
 
 
-# by their names in kernels.usable; fp8 is said apart
 KERNELS = dict(convolution="convolution", token="taps of each token", state="state",
-               rows="the tables' optimizer", loss="softmax of the loss")
+               loss="softmax of the loss")  # by their names in kernels.usable; fp8 is said apart
 
 
 def kernels_of(config, args) -> set[str]:
@@ -183,8 +182,6 @@ def kernels_of(config, args) -> set[str]:
         names.add("token")
     if "afno" in mixers and (config.afno_form == "state" or config.afno_state_layers):
         names.add("state")
-    if config.pair_rows or config.value_tables:
-        names.add("rows")
     return names
 
 

@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import TokenStream, to_device
@@ -222,7 +222,7 @@ def memory_budget(device: torch.device) -> float:
 def refuse_too_large(make, row_tables, config, args, device: torch.device, only_read: bool):
     """Raise InputError, naming the flags that matter, where memory cannot be enough.
 
-    make(config): a model. row_tables(model): those of its weights that need no average.
+    make(config): a model. row_tables(model): its tables, of which few rows need gradients.
     """
     step = args.batch_size * config.sequence_length * args.grad_accumulation_steps
     if step > MOST_TOKENS:
@@ -233,12 +233,12 @@ def refuse_too_large(make, row_tables, config, args, device: torch.device, only_
         else machine_memory()
     rows = args.val_batch_size if only_read else args.batch_size
     numbers = sum(p.numel() for p in model.parameters())
-    in_rows = sum(p.numel() for p in row_tables(model).values())
-    # weights, gradients and an average (tables have none); two residuals a layer in bf16; what
+    in_rows = sum(table.weight.numel() for table in row_tables(model).values())
+    # weights, and but for tables gradients and an average; two residuals a layer in bf16; what
     # makes the taps
     needs = {
         "--model, --afno_num_experts, --afno_short_conv or --pair_rows":
-            4 * (numbers if only_read else 3 * numbers - in_rows),
+            4 * (numbers if only_read else 3 * numbers - 2 * in_rows),
         "--batch_size, --val_batch_size or --sequence_length": 4 * config.n_embd * max(
             rows * args.sequence_length * (1 if only_read else config.n_layer),
             args.val_batch_size * args.sequence_length),
@@ -404,7 +404,7 @@ def with_fewer_rows(rows: int, work, say):
 def of_all_ranks(model, tables: dict[str, Tensor], world: int):
     """Return the model so wrapped that backward averages gradients over several ranks.
 
-    tables: those of its weights, by name, that are left to average_rows.
+    tables: by names of their weights, those whose gradients are left to `average`.
     """
     if world == 1:
         return model
@@ -420,6 +420,61 @@ def kept_apart(model):
     return model.no_sync() if shared else contextlib.nullcontext()
 
 
+class RowTable(nn.Embedding):
+    """A table of which a step meets few rows: these alone have gradients, in a copy of them.
+
+    Whole gradients would be read and written in each micro-batch, to add zeros.
+    """
+
+    met = None  # by a step: rows (R,), their copy (R, C), and the place of each row there (n,)
+
+    def meet(self, rows: Tensor | None = None):
+        """Look up only these rows, in their copy; without rows look up all, in no copy."""
+        weight = self.weight
+        few = weight if rows is None else weight.detach()[rows].requires_grad_()
+        rows = torch.arange(len(weight), device=weight.device) if rows is None else rows
+        places = rows.new_full((len(weight),), -1)
+        places[rows] = torch.arange(len(rows), device=rows.device)
+        self.met = rows, few, places
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """Return the gradient of the rows that a step has met, (R, C), or None."""
+        return None if self.met is None else self.met[1].grad
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if self.met is None:
+            return super().forward(rows)
+        _, few, places = self.met
+        return F.embedding(places[rows], few)
+
+
+def row_tables(model) -> dict[str, RowTable]:
+    """Return a model's RowTables by the names of their weights."""
+    return {f"{name}.weight": module for name, module in model.named_modules()
+            if isinstance(module, RowTable)}
+
+
+def gradients_of(model) -> list[Tensor]:
+    """Return all gradients that a model has, those of its RowTables' few rows last."""
+    found = [p.grad for p in model.parameters()]
+    found += [table.gradient for table in row_tables(model).values()]
+    return [gradient for gradient in found if gradient is not None]
+
+
+def drop_gradients(model):
+    """Drop all gradients; RowTables look up all rows again."""
+    model.zero_grad()
+    for table in row_tables(model).values():
+        table.met = None
+
+
+def bytes_to_train(model) -> int:
+    """Return the bytes of a model's weights and gradients, but for those of RowTables' few rows."""
+    in_rows = sum(table.weight.numel() for table in row_tables(model).values())
+    return 8 * sum(p.numel() for p in model.parameters()) - 4 * in_rows
+
+
 def distinct_rows(rows: Tensor, table: Tensor) -> Tensor:
     """Return which rows of the table (n, C) these are, each once, on its device; rows: on the CPU.
     """
@@ -428,20 +483,17 @@ def distinct_rows(rows: Tensor, table: Tensor) -> Tensor:
     return to_device(there.nonzero()[:, 0], table.device)
 
 
-def average_rows(gradients: list[Tensor], rows: list[Tensor]):
-    """Begin to average these rows of the gradients (n, C) over all ranks; return what ends it.
+def average(gradients: list[Tensor]):
+    """Begin to average gradients over all ranks in place; return what ends it.
 
-    rows: indices of each gradient, the same on all ranks. The others must be zero on all of them.
     On a GPU the host does not wait.
     """
-    sums = torch.cat([g[i] for g, i in zip(gradients, rows)])
-    travel = dist.all_reduce(sums, async_op=True)
+    travelling = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
 
     def end():
-        travel.wait()
-        means = sums.div_(dist.get_world_size()).split([len(i) for i in rows])
-        for g, i, mean in zip(gradients, rows, means):
-            g[i] = mean
+        for gradient, travel in zip(gradients, travelling):
+            travel.wait()
+            gradient.div_(dist.get_world_size())
 
     return end
 

@@ -48,11 +48,12 @@ from kernels import keep_products, try_kernels, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
 from report import report_at_end
-from runtime import (MICRO_BATCH, Clock, Diverged, Energy, Runtime, average_rows, bytes_of_averages,
-                     choose_device, choose_dtype, choose_gpus, choose_micro_batch, compiled_or_not,
-                     distinct_rows, evaluate, joined_ranks, keep_graphs, kept_apart, launch,
+from runtime import (MICRO_BATCH, Clock, Diverged, Energy, RowTable, Runtime, average,
+                     bytes_of_averages, bytes_to_train, choose_device, choose_dtype, choose_gpus,
+                     choose_micro_batch, compiled_or_not, distinct_rows, drop_gradients, evaluate,
+                     gradients_of, joined_ranks, keep_graphs, kept_apart, launch,
                      measure_matmul_rate, of_all_ranks, own_card, peak_memory, ranks,
-                     refuse_too_large, run, shapes_of, to_host)
+                     refuse_too_large, row_tables, run, shapes_of, to_host)
 from test_causality import random_tokens, refuse_leaks, refuse_other_targets
 
 LAPS = Laps(START)
@@ -542,7 +543,7 @@ class Block(nn.Module):
         return x + self.mlp(rmsnorm(x)), v0
 
 
-class PairTable(nn.Embedding):
+class PairTable(RowTable):
     """Give each token a row for the pair that it makes with the token before, zero at first.
 
     Pairs of one hash share a row. The 0 before the first token is a token like any other.
@@ -560,7 +561,7 @@ class PairTable(nn.Embedding):
         return super().forward(self.rows(idx, before))
 
 
-class ValueTable(nn.Embedding):
+class ValueTable(RowTable):
     """Give each token a row that is added to a layer's value, small at first."""
 
     def reset_parameters(self):
@@ -599,8 +600,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config, C = config, config.n_embd
-        self.transformer = nn.ModuleDict(dict(wte=nn.Embedding(config.vocab_size, C),
-            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))))
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, C),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+        ))
         self.lm_head = Head(config)
         self.transformer.wte.weight = self.lm_head.weight  # one tensor, with nn.Linear's start
         self.pairs = PairTable(config.pair_rows, C) if config.pair_rows else None
@@ -699,11 +702,14 @@ class GPT(nn.Module):
         matches = longest_matches(idx) if self.config.copy_matches else None
         return self.layers(x, idx, F.pad(idx, (1, 0))[:, :-1], matches, run)
 
-    def rows_met(self, idx: Tensor) -> list[Tensor]:
-        """Return the rows that tokens (B, T) on the CPU look up, for each of row_tables."""
-        rows = [] if self.pairs is None else [distinct_rows(
-            self.pairs.rows(idx, F.pad(idx, (1, 0))[:, :-1]), self.pairs.weight)]
-        return rows + len(self.values) * [distinct_rows(idx, self.lm_head.weight)]
+    def meet(self, idx: Tensor):
+        """Let each RowTable meet the rows that tokens (B, T) on the CPU look up."""
+        if self.pairs is not None:
+            before = F.pad(idx, (1, 0))[:, :-1]
+            self.pairs.meet(distinct_rows(self.pairs.rows(idx, before), self.pairs.weight))
+        tokens = distinct_rows(idx, self.lm_head.weight) if self.values else None
+        for table in self.values.values():
+            table.meet(tokens)
 
     @torch.no_grad()
     def step(self, idx_t: Tensor, state: tuple | None, window: int) -> tuple[Tensor, tuple]:
@@ -801,36 +807,26 @@ class RowAdam(torch.optim.Optimizer):
     long. There is no momentum: it would move rows that no token of the step has met.
     """
 
-    def __init__(self, tables: list[nn.Parameter], lr: float, beta2: float = 0.95,
-                 eps: float = 1e-10):
-        super().__init__(tables, dict(lr=lr, beta2=beta2, eps=eps))
+    def __init__(self, tables: list[RowTable], lr: float, beta2: float = 0.95, eps: float = 1e-10):
+        self.tables = tables
+        super().__init__([table.weight for table in tables], dict(lr=lr, beta2=beta2, eps=eps))
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        for p in group["params"]:
-            state = self.state[p]
+        for table in self.tables:
+            p, (rows, few, _), state = table.weight, table.met, self.state[table.weight]
             if not state:
                 state["square"] = p.new_zeros(len(p), 1)
-            if usable("rows", p.device, p.dtype)[0]:
-                from kernels.rows import row_adam
-
-                row_adam(p, p.grad, state["square"], group["lr"], group["beta2"], group["eps"])
-                continue
-            mean = p.grad.norm(dim=1, keepdim=True).square() / p.size(1)
-            state["square"].lerp_(mean, 1 - group["beta2"])
-            p.addcdiv_(p.grad, state["square"].sqrt() + group["eps"], value=-group["lr"])
+            mean = torch.zeros_like(state["square"])
+            mean[rows] = few.grad.norm(dim=1, keepdim=True).square() / p.size(1)
+            square = state["square"].lerp_(mean, 1 - group["beta2"])[rows]
+            p[rows] = few.addcdiv_(few.grad, square.sqrt() + group["eps"], value=-group["lr"])
 
 
 def embedding_tables(model: GPT) -> set[nn.Parameter]:
     """Return the weights of all embeddings: of tokens (the head's, too) and of positions."""
     return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-
-
-def row_tables(model: GPT) -> dict[str, nn.Parameter]:
-    """Return the weights, by name, of the tables of which a batch meets few rows."""
-    return {name: p for name, p in model.named_parameters()
-            if name.startswith(("pairs.", "values."))}
 
 
 # Places, logarithms and factors, for which zero is no neutral value: they do not decay.
@@ -857,8 +853,7 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
                 stacks[p] = 1 + model.config.swiglu
             elif key.endswith(".weight"):
                 stacks[p] = 1
-    tables, groups = embedding_tables(model), {}
-    rows = row_tables(model)
+    tables, rows, groups = embedding_tables(model), row_tables(model), {}
     for key, p in model.named_parameters():
         if p not in stacks and key not in rows:
             is_place, has_rest_lr = key.endswith(PLACES), rest_lr is not None and p not in tables
@@ -978,7 +973,7 @@ class Run:
         if args.predict_prefix:
             self.prefixes = torch.tensor(prefix_table(config.vocab_size), device=self.device)
         self.pending, self.checked, times = None, False, saved or dict.fromkeys(TIMES, 0.0)
-        self.travelling = []  # what ends the average of the tables' gradients over ranks
+        self.travelling = []  # what ends the average of the RowTables' gradients over ranks
         if saved:
             load_optimizers(self.optimizers, saved.pop("optimizers"), folder)
             set_random_state(saved["rng"], self.device)
@@ -1050,8 +1045,7 @@ class Run:
         starts = [0, *(round(end * steps) for end in ends)]
         to_come = dict.fromkeys(length_at(self.lengths, max(start, self.step), steps)
                                 for start in starts)
-        self.tables = row_tables(model)
-        self.wrapped = of_all_ranks(model, self.tables, runtime.world)
+        self.wrapped = of_all_ranks(model, row_tables(model), runtime.world)
         self.recompute(self.args.recompute)
         if runtime.compile or self.args.may_shrink:
             self.choose_micro_batch(to_come)
@@ -1075,8 +1069,11 @@ class Run:
         """Raise InputError where the very graphs that train, or validate, leak in these shapes."""
         if training:
             refuse_other_targets(*self.loader.ahead.result()[:2])
+            for table in row_tables(self.model).values():
+                table.meet()  # as training looks up
         refuse_leaks(self.model, shapes, self.runtime, self.say, modes=(training,),
                      goals=self.goals_to_come() if training else ())
+        drop_gradients(self.model)
 
     def recompute(self, recompute: int):
         for block in self.model.transformer.h:
@@ -1089,7 +1086,7 @@ class Run:
         """
         args, config, random = self.args, self.config, random_state(self.device)
         averages = bytes_of_averages(self.optimizers)
-        fixed = averages + 8 * sum(p.numel() for p in self.model.parameters())  # with gradients
+        fixed = averages + bytes_to_train(self.model)
         unit = math.lcm(16 if args.fp8_head else 1, *(length for length, _ in self.lengths))
         choose_micro_batch(self.runtime, args, self.T, unit, config.n_layer * config.n_embd, fixed,
                            lambda *tried: self.attempt(*tried, lengths, averages), self.say)
@@ -1100,14 +1097,17 @@ class Run:
     def attempt(self, rows: int, recompute: int, lengths, averages: int):
         """Make, and drop, gradients of two micro-batches of each length, beside the averages."""
         self.recompute(recompute)
+        rows_of_step = self.args.batch_size * self.args.grad_accumulation_steps
         made = any(optimizer.state for optimizer in self.optimizers)
         room = torch.empty(0 if made else averages, dtype=torch.uint8, device=self.device)
         try:
             # nothing travels: a rank that fails must not leave the others waiting
             with kept_apart(self.wrapped):
                 for length in [length for length in lengths for _ in range(2)]:
-                    shape = rows * self.T // length, length
-                    tokens = random_tokens(shape, self.config.vocab_size).to(self.device)
+                    whole = random_tokens((rows_of_step * self.T // length, length),
+                                          self.config.vocab_size)
+                    self.model.meet(whole)
+                    tokens = whole[: rows * self.T // length].to(self.device)
                     targets, shares = self.goals(tokens)
                     with self.runtime.autocast():
                         _, loss = self.wrapped(tokens, targets, False, shares)
@@ -1115,7 +1115,7 @@ class Run:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
         finally:
-            self.model.zero_grad()
+            drop_gradients(self.model)
             del room
 
     def open_bar(self):
@@ -1173,12 +1173,10 @@ class Run:
         """
         world = self.runtime.world
         losses = torch.zeros(world, len(batches), device=self.device)
-        if by_row := world > 1 and self.tables:  # a thread finds them meanwhile
-            tokens = torch.cat([inputs for *_, inputs in batches]).view(-1, length)
-            rows = self.loader.thread.submit(self.model.rows_met, tokens)
+        self.model.meet(torch.cat([inputs for *_, inputs in batches]).view(-1, length))
         for i, (x, y, _) in enumerate(batches):
             if self.interrupted():
-                return None
+                return drop_gradients(self.model)
             # gradients travel between ranks once a step
             with kept_apart(self.wrapped) if i < len(batches) - 1 else contextlib.nullcontext():
                 targets, shares = self.goals(y.view(-1, length))
@@ -1186,9 +1184,9 @@ class Run:
                     _, loss = self.wrapped(x.view(-1, length), targets, False, shares)
                 (loss / len(batches)).backward()
             losses[self.runtime.rank, i] = loss.detach()
-        if by_row:
-            gradients = [p.grad for p in self.tables.values()]
-            self.travelling.append(average_rows(gradients, rows.result()))
+        if world > 1:
+            tables = row_tables(self.model).values()
+            self.travelling.append(average([table.gradient for table in tables]))
         return losses
 
     def update(self, losses: Tensor, length: int):
@@ -1203,8 +1201,8 @@ class Run:
             while isinstance(optimizer, RowAdam) and self.travelling:
                 self.travelling.pop()()
             optimizer.step()
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        model.zero_grad()
+        grad_norm = torch.nn.utils.get_total_norm(gradients_of(model))
+        drop_gradients(model)
         self.runtime.add_up(losses)
         figures = to_host(torch.cat((losses.T.flatten(), grad_norm.view(1))))  # in stream's order
         ended = self.clock.now()
@@ -1541,10 +1539,12 @@ def refuse_untrainable(config: GPTConfig, args):
 
 
 def sizes_of(config: GPTConfig, args) -> tuple[int, int]:
-    """Return the bytes of the weights, and of what the optimizers keep of the steps before."""
+    """Return the bytes of a checkpoint, and those that training takes beside a micro-batch."""
     model = shapes_of(GPT, config)
-    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
-    return 4 * sum(p.numel() for p in model.parameters()), bytes_of_averages(optimizers)
+    averages = bytes_of_averages(make_optimizers(
+        model, args.optimizer, args.learning_rate, args.weight_decay))
+    return averages + 4 * sum(p.numel() for p in model.parameters()), \
+        averages + bytes_to_train(model)
 
 
 def main(argv: list[str], gate=None) -> int:

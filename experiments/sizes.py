@@ -88,7 +88,8 @@ def mixer_of(config: trainer.GPTConfig) -> str:
 
 def without_embeddings(model: trainer.GPT) -> int:
     """Return the parameters but for embeddings, which the head shares, and tables of rows."""
-    left_out = {*trainer.embedding_tables(model), *trainer.row_tables(model).values()}
+    tables = trainer.row_tables(model).values()
+    left_out = {*trainer.embedding_tables(model), *(table.weight for table in tables)}
     return sum(p.numel() for p in model.parameters() if p not in left_out)
 
 

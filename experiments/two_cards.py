@@ -40,7 +40,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import train_gpt2_afno as trainer  # noqa: E402
-from runtime import Clock, Runtime, average_rows, joined_ranks, own_card, ranks, run  # noqa: E402
+from runtime import (Clock, Runtime, average, drop_gradients, joined_ranks, own_card,  # noqa: E402
+                     ranks, row_tables, run)
 
 SCRIPT = trainer.ROOT / "train_gpt2_afno.py"
 FIRST_50 = "--preset fineweb --num_iterations 50 --warmup_iters 258 --warmdown_iters 0 " \
@@ -190,12 +191,13 @@ class Pieces:
 
     def watch(self, run: trainer.Run, patch):
         """Measure a step's pieces; patch(object, name, value) sets an attribute for a while."""
-        def average(*arguments):
-            return self.timed("tables: wait, rows back", begin(*arguments))
+        def begin_and_end(*arguments):
+            return self.timed("tables: wait for the sums", begin(*arguments))
 
-        begin = self.timed("tables: rows, sums on their way", trainer.average_rows)
-        patch(trainer, "average_rows", average)
+        begin = self.timed("tables: sums on their way", trainer.average)
+        patch(trainer, "average", begin_and_end)
         for place, name, what in (
+                (run.model, "meet", "tables: the step's rows"),
                 (run, "next_batches", "micro-batches, read ahead"), (run, "goals", "targets"),
                 (run.runtime, "of_ranks", "votes of ranks"), (run.wrapped, "forward", "forward"),
                 (torch.Tensor, "backward", "backward, others' average"),
@@ -238,7 +240,7 @@ def host_waits(run: trainer.Run) -> str:
         one_step(run)
         torch.cuda.set_sync_debug_mode("default")
     places = Counter(f"{Path(one.filename).name}:{one.lineno}" for one in found
-                     if "synchroniz" in str(one.message))
+                     if "synchronizing CUDA operation" in str(one.message))
     return ", ".join(f"{place} x {n}" for place, n in places.items()) or "none"
 
 
@@ -259,20 +261,20 @@ def measure_alone(run: trainer.Run, say):
     batches = run.next_batches()
     run.forward_backward(batches, run.T)
     run.travelling.clear()
-    gradients = [p.grad for p in run.tables.values()]
-    rows = run.model.rows_met(torch.cat([inputs for *_, inputs in batches]))
-    whole = torch.zeros(sum(p.numel() for p in run.tables.values()), device=run.device)
+    tables = row_tables(run.model).values()
+    gradients = [table.gradient for table in tables]
+    whole = torch.zeros(sum(table.weight.numel() for table in tables), device=run.device)
     others = torch.zeros(sum(p.numel() for p in run.model.parameters()) - len(whole),
                          device=run.device)
     say(f"\nalone, bytes of gradients: {others.nbytes:,} but for the tables, "
-        f"{sum(map(len, rows)) * gradients[0][0].nbytes:,} of the tables' rows that a rank met, "
+        f"{sum(gradient.nbytes for gradient in gradients):,} of the tables' rows that a rank met, "
         f"{whole.nbytes:,} of whole tables")
     for name, function in (("all-reduce but for the tables", lambda: dist.all_reduce(others)),
-                           ("tables by row", lambda: average_rows(gradients, rows)()),
+                           ("tables by row", lambda: average(gradients)()),
                            ("all-reduce of whole tables", lambda: dist.all_reduce(whole)),
                            *((type(one).__name__, one.step) for one in run.optimizers)):
         say(f"{milliseconds(function, run.device):10.2f}   {name}")
-    run.model.zero_grad()
+    drop_gradients(run.model)
 
 
 def parts(args):
@@ -306,11 +308,12 @@ def parts(args):
                 say(f"the host waits at: {host_waits(run)}")
             if world > 1 and not tables:
                 measure_alone(run, say)
-                with mock.patch.object(trainer, "average_rows", lambda *_: lambda: None):
-                    measure_steps(run, f"{what}, which are not averaged", say)
             if world > 1:
-                run.wrapped, run.tables = run.model, {}
-                measure_steps(run, f"{what}, nothing travels", say)
+                with mock.patch.object(trainer, "average", lambda *_: lambda: None):
+                    if not tables:
+                        measure_steps(run, f"{what}, which are not averaged", say)
+                    run.wrapped = run.model
+                    measure_steps(run, f"{what}, nothing travels", say)
             del run
             gc.collect()
 

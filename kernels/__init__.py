@@ -5,7 +5,6 @@
     convolution.py    causal_conv and short_conv
     token_conv.py     token_conv: taps of each token's own
     state.py          state_scan
-    rows.py           the step of RowAdam, for tables
     softmax.py        the softmax of the loss, a transpose
     loss.py           linear_cross_entropy, and what fp8 is; imports without Triton
     trials.py         every kernel against float64, before it is trusted
@@ -22,8 +21,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 
-PROBING = {what: threading.RLock() for what in (
-    "convolution", "token", "state", "rows", "loss", "fp8")}
+PROBING = {what: threading.RLock() for what in ("convolution", "token", "state", "loss", "fp8")}
 
 
 def installed() -> bool:
@@ -96,13 +94,12 @@ def save_inputs(ctx, inputs, output):
 def usable(what: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Return whether kernels serve operands of this dtype on this device, and why, in one line.
 
-    what: convolution (causal_conv and short_conv), token (token_conv), state, rows (RowAdam's; the
-    tables are fp32 whatever the dtype), loss (its softmax), or fp8 (products of the head and of
-    Fp8Linear; dtype is the one that they replace). The first call for a device tries the kernels
-    there; the answer is kept. Other threads wait for it.
+    what: convolution (causal_conv and short_conv), token (token_conv), state, loss (its softmax),
+    or fp8 (products of the head and of Fp8Linear; dtype is the one that they replace). The first
+    call for a device tries the kernels there; the answer is kept. Other threads wait for it.
     """
     with PROBING[what]:
-        return probe(what, device, torch.float32 if what == "rows" else dtype)
+        return probe(what, device, dtype)
 
 
 def at_once(function, items, device: torch.device) -> list:
@@ -130,7 +127,7 @@ def probe(what: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, st
     """Return usable's answer, which is found here once."""
     if what == "fp8":
         return probe_fp8(device, dtype)
-    if missing := missing_condition(device, dtype, halves=what != "rows"):
+    if missing := missing_condition(device, dtype):
         return False, f"plain PyTorch: {missing}"
     from kernels import trials
 
@@ -139,8 +136,8 @@ def probe(what: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, st
     return True, f"Triton kernels on {torch.cuda.get_device_name(device)}, agree with float64"
 
 
-def missing_condition(device: torch.device, dtype: torch.dtype, halves: bool) -> str | None:
-    """Return what this device or dtype lacks for a kernel, with halves one for halves, or None."""
+def missing_condition(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return what this device or dtype lacks for every kernel, or None."""
     if device.type != "cuda":
         return f"Triton kernels need a CUDA device, this is {device.type}"
     if not installed():
@@ -148,7 +145,7 @@ def missing_condition(device: torch.device, dtype: torch.dtype, halves: bool) ->
     if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
         return (f"Triton kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} "
                 f"has {capability[0]}.{capability[1]}")
-    if halves and dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float16):
         return f"Triton kernels need half precision, this is {name_of(dtype)}"
     return None
 

@@ -17,12 +17,11 @@ from kernels import at_once
 
 # Relative error that a kernel may have, and that fp8 products may have; rounding leaves a scale
 # alone.
-BOUNDS = dict(convolution=2e-2, token=2e-2, state=2e-2, rows=1e-4, loss=1e-2)
+BOUNDS = dict(convolution=2e-2, token=2e-2, state=2e-2, loss=1e-2)
 # Trials of each, and the module whose kernels they launch
 PARTS = dict(convolution=("short_conv", "short_filter", "long_filter"), token=("token",),
-             state=("state",), rows=("rows",), loss=("loss",))
-MODULES = dict(convolution="convolution", token="token_conv", state="state", rows="rows",
-               loss="softmax")
+             state=("state",), loss=("loss",))
+MODULES = dict(convolution="convolution", token="token_conv", state="state", loss="softmax")
 FP8_BOUND, FP8_SCALE_BOUND = 8e-2, 2e-2
 # Channels of a filter and of a head, as models have them (AFNO1D's)
 CHANNELS, HEAD = 64, 128
@@ -60,13 +59,6 @@ def exact_state(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
     between = total[:, :, None] - total[:, None]  # (B, t, s, G)
     remains = between.masked_fill(~past, -math.inf).exp()
     return torch.einsum("btgd,bsgd,btsg,bsgw->btgw", q, k, remains, v)
-
-
-def exact_rows(p: Tensor, gradient: Tensor, square: Tensor, lr: float, beta2: float,
-               eps: float) -> tuple[Tensor, Tensor]:
-    """Return RowAdam's new rows (n, C), and their new second moments (n, 1)."""
-    square = beta2 * square + (1 - beta2) * gradient.square().mean(1, keepdim=True)
-    return p - lr * gradient / (square.sqrt() + eps), square
 
 
 def exact_cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -173,20 +165,6 @@ class Trials:
         q, k, v = (self.half(2, T, 2, HEAD) for _ in range(3))
         log_a = -0.1 * self.random(2, T, 2).square()
         return self.compare(state.state_scan, exact_state, "the state", q=q, k=k, v=v, log_a=log_a)
-
-    def rows(self) -> str | None:
-        """Try RowAdam's step on rows as wide as models', of which one has no gradient."""
-        from kernels import rows
-
-        p, gradient, square = self.random(3, 768), self.random(3, 768), self.random(3, 1).square()
-        gradient[1] = 0
-        ours = [x.to(self.device, copy=True) for x in (p, gradient, square)]
-        rows.row_adam(*ours, 0.3, 0.95, 1e-10)
-        wanted = exact_rows(p.double(), gradient.double(), square.double(), 0.3, 0.95, 1e-10)
-        steps = [(new.cpu() - old, exact - old)
-                 for new, old, exact in zip(ours[::2], (p, square), wanted)]
-        return (self.check("the step of a table's rows", *steps[0])
-                or self.check("the step of their second moments", *steps[1]))
 
     def loss(self) -> str | None:
         """Try the softmax of the loss, with and without a soft cap, for one target and three."""

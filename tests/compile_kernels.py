@@ -18,7 +18,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import convolution as conv, rows, softmax, state, token_conv  # noqa: E402
+from kernels import convolution as conv, softmax, state, token_conv  # noqa: E402
 from kernels.blocks import BLOCK  # noqa: E402
 from kernels.compiled import SIZES  # noqa: E402
 
@@ -31,7 +31,7 @@ POINTERS["targets_ptr"] = "*i64"
 UNALIGNED = (*SIZES, "tile_step", "row_step", "sign", "vocab_size")
 NO_PRODUCTS = (conv.toeplitz_kernel, conv.fold_kernel, conv.depthwise_kernel,
                conv.depthwise_gradient_kernel, softmax.cross_entropy_kernel,
-               softmax.transpose_kernel, rows.row_adam_kernel)
+               softmax.transpose_kernel)
 
 
 def build(arch: int, kernel, constants: dict, options: dict, pointers: dict):
@@ -95,9 +95,6 @@ def launches(arch: int):
         yield state.sent_kernel, dict(chunk, FROM_START=from_start), {}, {}
     yield state.state_kernel, chunk, {}, {}
     yield state.state_gradient_kernel, chunk, state.STATE_GRADIENT, {}
-    numbers = dict.fromkeys(("p_ptr", "g_ptr", "square_ptr"), "*fp32")
-    numbers |= dict.fromkeys(("rate", "share", "eps"), "fp32")
-    yield rows.row_adam_kernel, dict(BC=1024), {}, numbers
     width, warps = ({name: softmax.SOFTMAX[name]} for name in ("BV", "num_warps"))
     for cap, dtype, scale, K in ((0.0, "bf16", 1.0, 1), (15.0, "bf16", 1.0, 1),
                                  (15.0, "fp8e5", 32768.0, 1), (15.0, "fp8e5", 32768.0, 4)):

@@ -21,8 +21,7 @@ from helpers import relative, toeplitz_sum
 pytest.importorskip("triton")
 
 import kernels  # noqa: E402
-import train_gpt2_afno as trainer  # noqa: E402
-from kernels import convolution, loss, rows, softmax, state, token_conv, trials  # noqa: E402
+from kernels import convolution, loss, softmax, state, token_conv, trials  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE, BOUND = ("cuda", torch.bfloat16, 1e-2) if CUDA else ("cpu", torch.float32, 2e-6)
@@ -278,33 +277,6 @@ def test_taps_of_each_token(B, T, C, G, K):
     torch.library.opcheck(token_conv.token_conv, ours, test_utils=tests)
 
 
-@pytest.mark.parametrize("n, C", ((7, 12), (4, 768)))
-def test_the_step_of_a_tables_optimizer(n, C, monkeypatch):
-    """The oracle goes row by row. A row without gradient is not written."""
-    table = torch.nn.Embedding(n, C)
-    table.weight.data = random(n, C).to(DEVICE)
-    optimizer = trainer.RowAdam([table.weight], 0.3, 0.9, 1e-8)
-    monkeypatch.setattr(trainer, "usable", lambda what, *_: (what == "rows", ""))
-    weights, square = table.weight.detach().cpu().double(), [0.0] * n
-    for step in range(3):
-        gradient = random(n, C, seed=step).double()
-        gradient[step] = gradient[n - 1] = 0
-        table.weight.grad = gradient.float().to(DEVICE)
-        before = table.weight.detach().clone()
-        optimizer.step()
-        for row in range(n):
-            square[row] = 0.9 * square[row] + 0.1 * gradient[row].square().mean().item()
-            weights[row] -= 0.3 * gradient[row] / (square[row] ** 0.5 + 1e-8)
-        for row in (step, n - 1):
-            assert torch.equal(table.weight[row], before[row])
-    assert relative(table.weight.detach().cpu(), weights) < 1e-6
-    found = optimizer.state[table.weight]["square"][:, 0].cpu().double()
-    assert relative(found, torch.tensor(square).double()) < 1e-6
-    table.weight.grad[2, 5] = math.nan  # not hidden
-    optimizer.step()
-    assert table.weight[2].isnan().all() and not table.weight[[0, 1, 3]].isnan().any()
-
-
 def cross_entropy(logits, targets, *rest):
     """Return softmax.cross_entropy's results for one target a row, (rows,)."""
     losses, gradient = softmax.cross_entropy(logits, targets[:, None],
@@ -491,13 +463,6 @@ def test_kernels_are_tried_before_they_are_trusted(small_blocks, narrow, monkeyp
     monkeypatch.setattr(token_conv, "launch", lambda run, u, w, *rest: right_taps(
         run, u, w, *(1.1 * x if x is w else x for x in rest)))
     assert fault("token").startswith("output of each token's own taps is ")
-    right_rows = rows.row_adam
-    monkeypatch.setattr(rows, "row_adam", lambda p, g, square, lr, *rest: right_rows(
-        p, g, square, 1.1 * lr, *rest))
-    assert fault("rows").startswith("the step of a table's rows is ")
-    monkeypatch.setattr(rows, "row_adam", lambda p, g, square, lr, beta2, eps: right_rows(
-        p, g, square, lr, beta2 - 1e-4, eps))
-    assert fault("rows").startswith("the step of ")
     right_loss = softmax.cross_entropy
     for factors, what in (((1.1, 1), "loss"), ((1, 1.1), "gradient"), ((1, math.nan), "gradient")):
         monkeypatch.setattr(softmax, "cross_entropy", lambda *a: tuple(
@@ -517,12 +482,6 @@ def test_trials_oracles_are_the_sums_that_are_meant():
                                 for lag in range(min(3, t + 1)))
                             for few_tokens in [x[..., :4]] for t in range(9)], 1)
     assert relative(trials.exact_token_conv(x[..., :4], w), expected) < 1e-13
-    p, gradient, square = (random(*shape).double() for shape in ((2, 3), (2, 3), (2, 1)))
-    moved = trials.exact_rows(p, gradient, square.square(), 0.3, 0.9, 0.1)
-    for row in range(2):
-        mean = 0.9 * square[row].item() ** 2 + 0.1 * sum(g.item() ** 2 for g in gradient[row]) / 3
-        assert abs(moved[1][row].item() - mean) < 1e-13
-        assert relative(moved[0][row], p[row] - 0.3 * gradient[row] / (mean**0.5 + 0.1)) < 1e-13
     *halves, log_a, _ = (x.double() for x in state_inputs(2, 70, 2, 4, 3, torch.float64))
     assert relative(trials.exact_state(*halves, log_a), naive_state(*halves, log_a)) < 1e-13
 

@@ -14,7 +14,7 @@ from helpers import RefusingGate
 
 import train_gpt2_afno
 from data.text_to_bin import InputError
-from runtime import average_rows, choose_gpus, launch
+from runtime import RowTable, average, choose_gpus, launch
 from test_trainer import (SCRIPT, STOPPED, VOCABULARY, data, flags, losses,  # noqa: F401
                           main, newest, small, wait_for_step)
 
@@ -105,22 +105,25 @@ def average_on(rank: int, store: str):
     reduce = dist.all_reduce
     torch.manual_seed(0)
     for met in ((3, 5, 1), (4, 0, 2), (0, 0, 0)):
-        sent, gradients, rows = [], [], []
-        for size in (60, 90):
-            own = [torch.randint(size, (n,)) for n in met]  # of each rank, on all ranks
-            rows.append(torch.cat(own).unique())
-            gradients.append(torch.zeros(size, 4))
-            gradients[-1][own[rank]] = torch.randn(3, 9, 4)[rank, : met[rank]]
-        wanted = [g.clone() for g in gradients]
+        sent, wanted, tables = [], [], [RowTable(60, 4), RowTable(90, 4)]
+        for table in tables:
+            own = [torch.randint(len(table.weight), (n,)) for n in met]  # of each rank, on all
+            factor = torch.randn(3, 9, 4)[rank, : met[rank]]
+            (table(own[rank]) * factor).sum().backward()
+            wanted.append(table.weight.grad)
+            table.meet(torch.cat(own).unique())
+            (table(own[rank]) * factor).sum().backward()
         for g in wanted:
             reduce(g)
         dist.all_reduce = lambda x, **options: (sent.append(x.numel()), reduce(x, **options))[1]
-        end = average_rows(gradients, rows)
+        end = average([table.gradient for table in tables])
         dist.all_reduce = reduce
         end()
-        for g, sums in zip(gradients, wanted):
-            assert (g - sums / 3).abs().max() < 1e-6
-        assert sum(sent) == 4 * sum(map(len, rows)) <= 2 * 4 * sum(met), sent  # rows that were met
+        for table, sums in zip(tables, wanted):
+            assert ((table.gradient - sums[table.met[0]] / 3).abs() < 1e-6).all()
+            assert sums.any(1).sum() == len(table.met[0])
+        rows = sum(len(table.met[0]) for table in tables)
+        assert sum(sent) == 4 * rows <= 2 * 4 * sum(met), sent  # rows that were met
     dist.destroy_process_group()  # else its threads may abort the process at its end
 
 
@@ -169,7 +172,7 @@ def bad_batches(run):
         elif BAD == "stuck":
             stuck()
         elif BAD == "stuck in a step":
-            trainer.average_rows = stuck
+            trainer.average = stuck
     return next_batches(run)
 
 def stuck(*_):

@@ -89,12 +89,32 @@ def test_a_layer_adds_its_rows_as_the_formula_says(options):
 
 @pytest.mark.parametrize("given", (TABLES, dict(pair_rows=50), dict(value_tables=1)))
 def test_the_rows_that_tokens_look_up_are_those_that_get_gradients(given):
-    """On several ranks no other rows are averaged."""
-    model, idx = moved(**{"pair_rows": 0, "value_tables": 0, **given}), random_tokens((3, 7), 97)
+    """No others have gradients while training. These are those of the whole tables."""
+    model = moved(**{"pair_rows": 0, "value_tables": 0, **given}).double()
+    idx = random_tokens((3, 7), 97)
     model(idx, idx.roll(-1, 1), return_logits=False)[1].backward()
     tables = trainer.row_tables(model).values()
-    for p, rows in zip(tables, model.rows_met(idx), strict=True):
-        assert torch.equal(rows, p.grad.any(1).nonzero()[:, 0])
+    wanted = [table.weight.grad for table in tables]
+    others = [p.grad for name, p in model.named_parameters()
+              if name not in trainer.row_tables(model)]
+    trainer.drop_gradients(model)
+    model.meet(torch.cat((idx, idx[:1] + 1)))  # a step may have more tokens than a micro-batch
+    for part in (idx[:2], idx[2:]):
+        loss = model(part, part.roll(-1, 1), return_logits=False)[1]
+        (loss * len(part) / len(idx)).backward()
+    for table, gradient in zip(tables, wanted, strict=True):
+        assert table.weight.grad is None and len(table.met[0]) < len(table.weight)
+        there = torch.zeros_like(gradient)
+        there[table.met[0]] = table.gradient
+        assert relative(there, gradient) < 1e-12
+    assert relative(torch.cat([g.flatten() for g in trainer.gradients_of(model)[:len(others)]]),
+                    torch.cat([g.flatten() for g in others])) < 1e-12
+    assert len(trainer.gradients_of(model)) == len(others) + len(wanted)
+    trainer.drop_gradients(model)
+    assert not trainer.gradients_of(model)
+    with pytest.raises(IndexError):  # a row that was not met, never another one's
+        model.meet(idx[:, :1] * 0 + 96)
+        model(idx)
 
 
 @pytest.mark.parametrize("options", MIXERS)
@@ -135,16 +155,17 @@ def test_tables_have_an_optimizer_of_their_own():
 def test_rows_move_as_an_oracle_moves_them():
     """The oracle goes row by row, met or not, and sums gradients by itself."""
     torch.manual_seed(0)
-    table = torch.nn.Embedding(11, 4).double()
-    rows = trainer.RowAdam([table.weight], 0.3, 0.9, 1e-8)
+    table = trainer.RowTable(11, 4).double()
+    rows = trainer.RowAdam([table], 0.3, 0.9, 1e-8)
     weights = table.weight.detach().clone()
     square, factor = [0.0] * 11, torch.randn(11, 4).double()
     for step in range(6):
         idx = torch.tensor([[0, 3, 3, 7], [step, 10, 5, 3]])
+        table.meet(idx.unique())
         (table(idx) * factor[idx] * (step + 1)).sum().backward()
         before = table.weight.detach().clone()
         rows.step()
-        rows.zero_grad()
+        table.met = None
         met = idx.flatten().tolist()
         for row in range(11):
             gradient = met.count(row) * (step + 1) * factor[row]

@@ -657,8 +657,6 @@ def test_the_trainer_waits_for_the_gate(data, tmp_path):  # noqa: F811
     (dict(mixer="attn"), 0, {"loss"}),
     (dict(mixer="attn", attn_short_conv=4, afno_token_taps=4), 1, {"fp8", "convolution"}),
     (dict(attn_layers=(0, 1)), 0, {"loss"}),
-    (dict(attn_layers=(0, 1), pair_rows=9), 0, {"loss", "rows"}),
-    (dict(attn_layers=(0, 1), value_tables=1), 0, {"loss", "rows"}),
     (dict(afno_token_taps=4), 0, {"loss", "convolution", "token"}),
     (dict(afno_state_layers=(1,)), 0, {"loss", "convolution", "state"}),
     (dict(afno_form="state"), 0, {"loss", "convolution", "state"})))
