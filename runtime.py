@@ -1,4 +1,4 @@
-"""Run a model: on a device, one process a card; clocks; its loss and its text; how a script ends.
+"""Run a model: on a device, one process a card; gradients; clocks; loss and text; a script's end.
 
 A model has `hidden`, `step`, `check_length` and `lm_head`.
 """
@@ -398,7 +398,7 @@ def with_fewer_rows(rows: int, work, say):
 
 
 # -----------------------------------------------------------------------------
-# measuring
+# gradients: few rows of tables, averages over ranks
 
 
 def of_all_ranks(model, tables: dict[str, Tensor], world: int):
@@ -496,6 +496,10 @@ def average(gradients: list[Tensor]):
             gradient.div_(dist.get_world_size())
 
     return end
+
+
+# -----------------------------------------------------------------------------
+# measuring
 
 
 def to_host(x: Tensor) -> Tensor:
