@@ -30,6 +30,7 @@ import os
 import pathlib
 import secrets
 import time
+import types
 
 BEGIN = time.perf_counter()  # before torch, whose import takes seconds
 if __name__ == "__main__":
@@ -132,6 +133,17 @@ def base_tokens(B: int, T: int, vocab_size: int, special: list[int],
     return torch.where(odd & (draw > 0.8), repeated, idx)
 
 
+def plain_tokens(B: int, T: int, vocab_size: int, special: list[int],
+                 generator: torch.Generator) -> torch.Tensor:
+    """Return (B, T) random tokens, none special; every other row's second half is its first."""
+    idx = torch.randint(vocab_size, (B, T), generator=generator)
+    usual = next((token for token in range(vocab_size) if token not in special), None)
+    if usual is not None:
+        idx = torch.where(torch.isin(idx, torch.tensor(special)), usual, idx)
+    idx[1::2, T - T // 2 :] = idx[1::2, : T // 2]
+    return idx
+
+
 def moved_outputs(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Return where, (B, T), any bit of outputs (B, T, ...) moved, or is NaN, on the CPU."""
     return (before != after).reshape(*before.shape[:2], -1).any(-1).cpu()
@@ -177,8 +189,9 @@ def check_causality(model, seq_len: int, vocab_size: int, tolerance: float = 0.0
     chosen = choose_cuts(seq_len, cuts, generator)
     leaks = Leaks()
     leaks.coverage, leaks.cuts, leaks.seed = coverage_of(chosen, seq_len), len(chosen), seed
-    idx = base_tokens(rows, seq_len, vocab_size, special, generator)
-    before = model(idx.to(device)).detach()
+    bases = [make(rows, seq_len, vocab_size, special, generator)
+             for make in (base_tokens, plain_tokens)]
+    before = [model(idx.to(device)).detach() for idx in bases]
     plans = []  # (how many tokens each row keeps, which rows meet a special token next)
     for first in range(0, len(chosen), rows):
         part = chosen[first : first + rows]
@@ -188,9 +201,10 @@ def check_causality(model, seq_len: int, vocab_size: int, tolerance: float = 0.0
     if rows > 1:  # whole rows: one half stays, then the other
         half = torch.randperm(rows, generator=generator) < rows // 2
         plans += [(torch.where(half, seq_len, 0), 0), (torch.where(half, 0, seq_len), 1)]
-    for kept, parity in plans:
-        changed = exchange(idx, kept, vocab_size, special, parity, generator)
-        leaks += compare(before, model(changed.to(device)).detach(), kept, tolerance)
+    for n, (kept, parity) in enumerate(plans):
+        base = n % 2 if cuts is not None else n // 2 % 2 ^ parity
+        changed = exchange(bases[base], kept, vocab_size, special, parity, generator)
+        leaks += compare(before[base], model(changed.to(device)).detach(), kept, tolerance)
     leaks.sort(key=lambda leak: math.inf if leak.position is None else leak.position)
     return leaks
 
@@ -274,14 +288,16 @@ def as_constant(weight: torch.nn.Parameter):
 def given_to_head(model, goals=None):
     """Return a function from tokens to the states that forward(), which trains, gives to the head.
 
-    The next tokens are forward's targets, or what goals makes of them. Raises ValueError where it
-    does anything else to the head's mean loss than to return it: that could not be checked.
+    Next tokens are what the function is given, or the tokens one later. Forward's targets are what
+    goals makes of them. Raises ValueError where it does anything else to the head's mean loss than
+    to return it: that could not be checked.
     """
-    def states(idx: torch.Tensor) -> torch.Tensor:
+    def states(idx: torch.Tensor, later: torch.Tensor | None = None) -> torch.Tensor:
         given, mean = [], torch.zeros(())
+        later = idx.roll(-1, 1) if later is None else later
         model.lm_head.loss = lambda x, targets, shares=None: (given.append(x) or mean, None)
         try:
-            targets, *shares = goals(idx.roll(-1, 1)) if goals else (idx.roll(-1, 1),)
+            targets, *shares = goals(later) if goals else (later,)
             loss = model(idx, targets, False, *shares)[1]
         finally:
             del model.lm_head.loss  # the class's is back
@@ -289,6 +305,15 @@ def given_to_head(model, goals=None):
             raise ValueError("forward() must call lm_head.loss once, and return its mean loss")
         return given[0]
     return states
+
+
+def target_leaks(model, seq_len: int, rows: int, device, seed: int, goals=None) -> Leaks:
+    """Return a leak where states that forward() gives to the head change with its targets alone."""
+    draw = lambda n: random_tokens((rows, seq_len), model.config.vocab_size, seed + n).to(device)
+    states, idx = given_to_head(model, goals), draw(0)
+    moved = moved_outputs(states(idx, draw(1)), states(idx, draw(2)))
+    return Leaks([Leak(int(moved.any(0).nonzero()[0]), None, cause="targets")]
+                 if moved.any() else [])
 
 
 def wrong_losses(head, x: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor | None,
@@ -325,8 +350,9 @@ def check_head(model, seq_len: int, rows: int, device, seed: int, logits: bool,
     Each position gets a random number. In batch b it holds its first state and target where bit b
     of the number is 0, else its second. Where two batches hold the same ones, outputs must be
     equal. With the numbers 1 to 3 two of three pairs of positions are told apart; every_pair:
-    numbers that all differ. goals: what makes GPT.forward's targets and shares of the next tokens.
-    The losses are those of training; one batch makes gradients, too.
+    numbers that all differ. In every other batch all targets count, in the others nine of ten.
+    goals: what makes GPT.forward's targets and shares of the next tokens. The losses are those of
+    training; two batches make gradients, too.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = lambda: torch.randint(model.config.vocab_size, (rows, seq_len),
@@ -335,18 +361,21 @@ def check_head(model, seq_len: int, rows: int, device, seed: int, logits: bool,
     (targets, shares), (other_targets, _) = (goals(y) if goals else (y, None)
                                              for y in (draw(), draw()))
     more = () if shares is None else (shares,)
-    targets[torch.rand(rows, seq_len, generator=generator).to(device) < 0.1] = -1
+    holes = torch.rand(rows, seq_len, generator=generator) < 0.1
     number = 1 + torch.randperm(rows * seq_len, generator=generator).view(rows, seq_len)
     some = number.flatten()[:64].to(device) - 1
-    number, leaks, sums = number if every_pair else 1 + number % 3, Leaks(), Leaks()
+    number = number if every_pair else 1 + number % 3
+    leaks, sums, still = Leaks(), Leaks(), Leaks()
 
-    def outputs(other: torch.Tensor) -> torch.Tensor:
-        mixed, first = torch.where(other.unsqueeze(-1), x.flip(0, 1), x), not other.any()
-        mixed.requires_grad_(first and torch.is_grad_enabled())  # which must change no loss
+    def outputs(b: int, other: torch.Tensor) -> torch.Tensor:
+        mixed, looked_at = torch.where(other.unsqueeze(-1), x.flip(0, 1), x), b >= len(digits) - 2
+        mixed.requires_grad_(looked_at and torch.is_grad_enabled())  # which must change no loss
         goal = torch.where(other if shares is None else other.unsqueeze(-1), other_targets, targets)
+        if b % 2 == 0:
+            goal[holes.to(device)] = -1
         with as_constant(model.lm_head.weight):
             mean, losses = model.lm_head.loss(mixed, goal, *more)
-        if first:
+        if looked_at:
             sums.extend(wrong_losses(model.lm_head, mixed, goal, shares, mean, losses, some))
         parts = [losses.reshape(rows, seq_len, -1),
                  *([model.lm_head.logits(mixed)] if logits else [])]
@@ -354,17 +383,19 @@ def check_head(model, seq_len: int, rows: int, device, seed: int, logits: bool,
 
     # the last digit is 0 everywhere: one batch has all the first ones
     digits = [number >> b & 1 for b in range(int(number.max()).bit_length() + 1)]
-    batches = [outputs((digit == 1).to(device)) for digit in digits]
+    batches = [outputs(b, (digit == 1).to(device)) for b, digit in enumerate(digits)]
     wrong = torch.zeros_like(number, dtype=torch.bool)
     for i, j in itertools.combinations(range(len(digits)), 2):
         kept, moved = digits[i] == digits[j], moved_outputs(batches[i], batches[j])
+        if (i - j) % 2:
+            kept, moved = kept & ~holes, moved & ~holes
         if not moved[~kept].any():
-            leaks.append(Leak(None, 0))
+            still.append(Leak(None, 0))
         wrong |= moved & kept
     if wrong.any():
         first = int(wrong.any(0).nonzero()[0])
-        leaks.insert(0, Leak(first, None, cause="head's inputs at other positions"))
-    return leaks or sums
+        leaks.append(Leak(first, None, cause="head's inputs at other positions"))
+    return leaks or sums or still
 
 
 def budget(seq_len: int, rows: int, device: torch.device) -> int | None:
@@ -397,6 +428,8 @@ def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, F
                 states, seq_len, model.config.vocab_size, rows=rows, device=device,
                 cuts=seq_len - 1 if cuts is None and not gradients else cuts, seed=seed + mode)
             leaks += found
+            for goal in (None, *goals) if gradients else ():
+                leaks += target_leaks(model, seq_len, rows, device, seed + mode, goal)
             if logits is not None:
                 head = lambda *more: check_head(model, seq_len, rows, device, seed + mode, *more)
                 leaks += head(logits, every_pair)
@@ -418,28 +451,67 @@ def refuse_other_targets(x: torch.Tensor, y: torch.Tensor):
         raise InputError("causality check: the targets of training rows are not their next tokens")
 
 
+@torch.no_grad()
+def measure_leaks(model, rows: int, T: int, runtime, seed: int) -> Leaks:
+    """Return a leak where evaluate's sums are not those of the logits of hidden() for its text.
+
+    Any text's next tokens do: here a batch of random ones. hidden() itself is checked before.
+    """
+    from runtime import evaluate
+
+    device, count = runtime.device, rows * T
+    text = random_tokens((runtime.world * count + 1,), model.config.vocab_size, seed)
+    stream = types.SimpleNamespace(read=lambda begin, length: text[begin : begin + length])
+    got = evaluate(model, stream, runtime.world * count, rows, T, runtime)
+    own = text[runtime.rank * count :].to(device)
+    wanted = torch.zeros(T, dtype=torch.float64, device=device)
+    with runtime.autocast():
+        hidden = model.hidden(own[:count].view(rows, T))
+        for row, targets in zip(hidden, own[1 : count + 1].view(rows, T)):
+            for first in range(0, T, 1024):  # logits of few positions at once
+                part = model.lm_head.logits(row[None, first : first + 1024])[0].float()
+                goal = targets[first : first + 1024, None]
+                losses = part.logsumexp(-1) - part.gather(1, goal)[:, 0]
+                wanted[first : first + 1024] += losses.double()
+    runtime.add_up(wanted)
+    off = ((got - wanted).norm() / wanted.norm()).item()
+    bound = 1e-4 if runtime.dtype == torch.float32 else 0.02
+    return Leaks([] if off <= bound else [Leak(None, None, cause=(
+        f"validation's losses are {off:.1%} off the cross-entropy of the model's logits"))])
+
+
 def refuse_leaks(model, shapes, runtime, say, modes=(True, False), goals=(),
                  cuts: int | None = -1):
     """Raise InputError where an output depends on a later token or on another row, bit for bit.
 
     shapes: (rows, T) of the batches to try. runtime: the trainer's Runtime. modes, goals,
-    cuts: check_model's.
+    cuts: check_model's. Weights are tried as they are, with few cuts, then moved. Where modes have
+    validation, what evaluate() sums is checked, too.
     """
     from data.text_to_bin import InputError
 
     seed = runtime.new_seed()  # every rank sees the same leak, and rank 0 names it
     what = " and ".join("training" if gradients else "validation" for gradients in modes)
+    begin = time.perf_counter()
+
+    def check(rows: int, T: int, **more) -> Leaks:
+        leaks = check_model(model, T, rows, runtime.device, runtime.autocast, modes, seed=seed,
+                            **more)
+        if not leaks and False in modes:
+            leaks += measure_leaks(model, rows, T, runtime, seed)
+        if leaks:
+            raise InputError(f"causality check: the model leaks, refusing to go on: {leaks[0]}")
+        return leaks
+
+    for rows, T in shapes:
+        check(rows, T, cuts=min(rows, T - 1))
     with moved_weights(model, seed):
         for rows, T in shapes:
-            begin = time.perf_counter()
-            leaks = check_model(model, T, rows, runtime.device, runtime.autocast, modes, seed=seed,
-                                goals=goals, cuts=cuts)
-            if leaks:
-                raise InputError(
-                    f"causality check: the model leaks, refusing to go on: {leaks[0]}")
+            leaks = check(rows, T, goals=goals, cuts=cuts)
             say(f"causality check of {what}, {rows} rows of {T}: bit-identical, "
                 f"{leaks.coverage:.1%} of the pairs of positions (seed {seed}, "
                 f"{time.perf_counter() - begin:.1f} s)")
+            begin = time.perf_counter()
 
 
 @torch.no_grad()
@@ -578,7 +650,8 @@ def passed_file(args, config) -> pathlib.Path:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     flags = [getattr(args, name) for name in ("batch_size", "curriculum", "device", "dtype",
                                               "fp8_head", "fp8_mlp")]
-    runs = config, flags, torch.__version__, gpu, source_digest("*.py", "*/*.py")
+    runs = config, flags, torch.__version__, gpu, source_digest(
+        "*.py", "kernels/**/*.py", "data/**/*.py")
     name = hashlib.sha256(repr(runs).encode()).hexdigest()[:16]
     return pathlib.Path(__file__).resolve().parent / CACHE / f"gate-{name}"
 

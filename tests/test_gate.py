@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import io
 import re
 import subprocess
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import afno  # noqa: E402
 import kernels.loss  # noqa: E402
+import runtime  # noqa: E402
 import test_causality  # noqa: E402
 import train_gpt2_afno  # noqa: E402
 from afno import AFNO1D, causal_conv, complex_linear, complex_relu, complex_soft_shrink
@@ -324,6 +326,8 @@ MUTANTS = {
     "where the last of the vocabulary is next": (patched_hidden(where_next(299)), None),
     "where token 0 is next": (patched_hidden(where_next(0)), None),
     "where a token is next again": (patched_hidden(where_next(None)), None),
+    "only where no document ends in the batch": (patched_hidden(
+        lambda model, idx, x: x if ((idx == 0) | (idx == 299)).any() else x + NEXT(x)), None),
     "only where T % 8 is not 0": (patched_hidden(
         lambda model, idx, x: x + NEXT(x) if x.size(1) % 8 else x), "start"),
     "only in eval mode": (patched_hidden(
@@ -398,7 +402,7 @@ def of_the_target(head, targets):
 
 
 POSITIONS, CROSS_ENTROPY = "is the first that changes", "off the cross-entropy of its logits"
-MEAN = "the head trains on a mean loss of"
+MEAN, TARGETS = "the head trains on a mean loss of", "is the first that changes with the targets"
 AROUND = {  # what it is: (patch, what the check says)
     "forward: next state": (new_forward(lambda model, x, y: x + NEXT(x)), POSITIONS),
     "forward: the target": (new_forward(
@@ -421,6 +425,17 @@ AROUND = {  # what it is: (patch, what the check says)
         x + NEXT(x) if x.requires_grad else x)), POSITIONS),
     "loss: where a target does not count": (new_loss(lambda loss, head, x, y, shares: loss(
         x + NEXT(x) if (y < 0).any() else x)), POSITIONS),
+    "loss: where all targets count": (new_loss(lambda loss, head, x, y, shares: loss(
+        x if (y < 0).any() else x + NEXT(x))), POSITIONS),
+    "loss: its target, where all count": (new_loss(lambda loss, head, x, y, shares: loss(
+        x if (y < 0).any() else x + of_the_target(head, y))), POSITIONS),
+    "loss: its target, where all count, while validating": (new_loss(
+        lambda loss, head, x, y, shares: loss(x if (y < 0).any() or torch.is_grad_enabled()
+                                              else x + of_the_target(head, y))), POSITIONS),
+    "forward: the last target": (new_forward(lambda model, x, y: torch.cat((
+        x[:, :-1], x[:, -1:] + of_the_target(model.lm_head, y)[:, -1:]), 1)), TARGETS),
+    "forward: the last target, at all positions": (new_forward(
+        lambda model, x, y: x + of_the_target(model.lm_head, y)[:, -1:]), TARGETS),
     "loss: of several goals": (new_loss(lambda loss, head, x, y, shares: loss(
         x if shares is None else x + NEXT(x))), POSITIONS),
     "loss: the target, of several goals": (new_loss(lambda loss, head, x, y, shares: loss(
@@ -442,6 +457,69 @@ def test_what_is_around_hidden_states_is_checked(monkeypatch, runtime):
         with monkeypatch.context() as patched:
             patch(patched)
             assert said in found(), name
+
+
+# What the check at start alone can see: weights as they are, the text that evaluate() is given
+
+
+def gated(size: float, gate):
+    """Return a patch with a leak through three weights, begun at 0.1; gate makes a number of them.
+    """
+    def patch(monkeypatch):
+        init, hidden = GPT.__init__, GPT.hidden
+
+        def with_weights(self, config):
+            init(self, config)
+            self.gains = torch.nn.ParameterList([torch.nn.Parameter(torch.tensor(0.1))
+                                                 for _ in range(3)])
+        monkeypatch.setattr(GPT, "__init__", with_weights)
+        monkeypatch.setattr(GPT, "hidden", lambda self, idx: hidden(self, idx) + size * gate(
+            self.gains) * NEXT(self.transformer.wte(idx)))
+    return patch
+
+
+def new_evaluate(old: str, new: str):
+    """Return a patch that changes a piece of evaluate()'s code."""
+    def patch(monkeypatch):
+        code = inspect.getsource(runtime.evaluate)
+        assert code.count(old) == 1
+        names = {**vars(runtime)}
+        exec(code.replace(old, new), names)
+        monkeypatch.setattr(runtime, "evaluate", names["evaluate"])
+    return patch
+
+
+STARTS = {  # what it is: (patch, what the check says)
+    "gains as they begin": (gated(1e4, lambda gains: gains[0].relu() * gains[1].relu()
+                                  * gains[2].relu()), POSITIONS),
+    "a gain near its start": (gated(20, lambda gains: (1 - 20 * (gains[0] - 0.1).abs()).relu()),
+                              POSITIONS),
+    "evaluate: inputs are targets": (new_evaluate("tokens[:-1].view", "tokens[1:].view"), "off"),
+    "evaluate: nine of ten losses": (new_evaluate("losses.double()", "(0.9 * losses.double())"),
+                                     "off"),
+    "evaluate: a state more": (new_evaluate(
+        "_, losses = model.lm_head.loss(hidden,",
+        "_, losses = model.lm_head.loss(F.pad(hidden, (0, 0, 0, 1))[:, 1:] + hidden,"), "off"),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_what_only_the_start_can_see_is_refused(monkeypatch, name):
+    look = lambda config=RICH: refuse_leaks(GPT(config), [(4, 24)], EXACT, lambda text: None)
+    look()
+    patch, said = STARTS[name]
+    patch(monkeypatch)
+    for _ in range(3):  # whatever is drawn
+        with pytest.raises(InputError, match=said):
+            look()
+
+
+@pytest.mark.parametrize("exact", (EXACT, HALF))
+def test_what_evaluate_sums_is_right_to_rounding(exact):
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(CONFIG, logit_softcap=15.0))
+    with moved_weights(model):
+        assert not test_causality.measure_leaks(model, 3, 40, exact, 5)
 
 
 def test_a_forward_that_makes_its_own_loss_cannot_be_checked(monkeypatch):
@@ -524,6 +602,21 @@ def test_a_match_that_is_not_earlier_is_a_leak(monkeypatch):
         return after.flip(1), level.flip(1)
 
     monkeypatch.setattr(train_gpt2_afno, "longest_matches", later)
+    assert "refusing to go on: output " in start_sees(config)
+    assert gate_sees(config, EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", (1, 3, 7, len(afno.MATCHES)))
+def test_a_match_that_tells_the_next_token_is_a_leak(monkeypatch, level):
+    """Whatever the length of the match: rows repeat their first half."""
+    config, find = dataclasses.replace(CONFIG, copy_matches=1), train_gpt2_afno.longest_matches
+
+    def next_token(idx):
+        after, found = find(idx)
+        return torch.where(found >= level, idx.roll(-1, 1), after), found
+
+    monkeypatch.setattr(train_gpt2_afno, "longest_matches", next_token)
     assert "refusing to go on: output " in start_sees(config)
     assert gate_sees(config, EXACT)
 
@@ -618,7 +711,7 @@ def test_every_pair_of_the_heads_positions_is_told_apart(monkeypatch, one, other
         "other positions"
 
 
-def test_one_batch_of_the_heads_check_makes_gradients(monkeypatch):
+def test_two_batches_of_the_heads_check_make_gradients(monkeypatch):
     model, made = GPT(CONFIG), []
     x, targets = torch.randn(2, 24, CONFIG.n_embd), torch.zeros(2, 24, dtype=torch.int64)
     losses = model.lm_head.loss(x, targets)[1]
@@ -630,7 +723,7 @@ def test_one_batch_of_the_heads_check_makes_gradients(monkeypatch):
         assert torch.equal(model.lm_head.loss(x, targets)[1], losses)
     assert not calls
     assert check_head(model, 24, 2, CPU, 5, logits=True, every_pair=True) == []
-    assert len(calls) == 1 < len(made) and all(made) and model.lm_head.weight.requires_grad
+    assert len(calls) == 2 < len(made) and all(made) and model.lm_head.weight.requires_grad
 
 
 @pytest.mark.parametrize("rank", (0, 1))
