@@ -355,8 +355,8 @@ def record_source(folder: Path) -> list[str]:
     With git: the commit, the diff to it where there is one, and files that git does not know.
     Without: the files themselves.
     """
-    files = [path for where in ("", "kernels/", "data/")
-             for path in sorted(ROOT.glob(f"{where}*.py"))]
+    files = [path for pattern in ("*.py", "kernels/**/*.py", "data/**/*.py")
+             for path in sorted(ROOT.glob(pattern))]
     names = [str(path.relative_to(ROOT)) for path in files]
     git = ["git", "-C", str(ROOT)]
     run = lambda *words: subprocess.run([*git, *words], capture_output=True, check=True).stdout
@@ -431,10 +431,11 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int):
         """Go on after `step`; -1 is a new run's."""
-        self.folder, self.validations = folder, []  # each with VALIDATED and its step
+        self.folder, self.step = folder, step
         with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
-            self.cut_back(step)
+            kept = [values for _, values in read_metrics(folder) if values["step"] <= step]
+            self.validations = [values for values in kept if "val_loss" in values]
             for text in record_source(folder):
                 self.line(text)
 
@@ -446,20 +447,20 @@ class RunLog:
             raise InputError(f"--output_dir {self.folder} is not writable: {error.strerror}; "
                              f"checkpoints kept: {Checkpoints(self.folder).kept()}") from None
 
-    def cut_back(self, step: int):
-        """Set aside what was logged after `step`, and summaries; drop lines that are damaged."""
+    def cut_back(self, checkpoints: "Checkpoints", say):
+        """Set aside checkpoints and lines after the step, and summaries; drop damaged lines."""
+        checkpoints.set_aside_after(self.step, say)
         kept, aside, path = [], [], self.folder / "metrics.jsonl"
         for line, values in read_metrics(self.folder):
-            counts = values["step"] <= step and not is_summary(values)
+            counts = values["step"] <= self.step and not is_summary(values)
             (kept if counts else aside).append(line)
-            if counts and "val_loss" in values:
-                self.validations.append(values)
         if aside:  # before it is gone from the other
             self.line("".join(aside).removesuffix("\n"), "metrics.jsonl.abandoned")
             (self.folder / "report.md").unlink(missing_ok=True)  # it is of what does not count
         part = path.with_suffix(".jsonl.part")
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(path)
+        with self.errors():
+            part.write_text("".join(kept), encoding="utf-8")
+            part.replace(path)
 
     def line(self, text: str, name: str = "train.log"):
         with self.errors():

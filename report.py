@@ -243,6 +243,25 @@ def write_report(folder: Path, make_samples) -> Path:
     return path
 
 
+def report_of(folder: Path) -> Path:
+    """Write the report of a run from what its folder holds; return its path."""
+    def make_samples() -> str:
+        model, state = load_checkpoint(folder)
+        return samples(model, state["step"])
+
+    return write_report(folder, make_samples)
+
+
+def report_if_missing(folder: Path):
+    """Write the report of a finished run that was killed before it had one."""
+    if (folder / "report.md").exists():
+        return
+    try:
+        print(f"report: {relative(str(report_of(folder)))}")
+    except Exception as error:
+        print(f"warning: there is no report: {first_line(error)}")
+
+
 def report_at_end(run):
     """Write the report of the trainer's run, unless a signal has ended it.
 
@@ -313,11 +332,7 @@ def main():
         print(f"{args.export}: model.safetensors and config.json, of step {step}")
         return
 
-    def make_samples() -> str:
-        model, state = load_checkpoint(folder)
-        return samples(model, state["step"])
-
-    print(relative(str(write_report(folder, make_samples))))
+    print(relative(str(report_of(folder))))
 
 
 if __name__ == "__main__":

@@ -332,17 +332,17 @@ def choose_micro_batch(runtime: Runtime, args, T: int, unit: int, channels: int,
                        attempt, say):
     """Set args.batch_size, grad_accumulation_steps and recompute to what all ranks' cards take.
 
-    What args have is tried first, or more rows where twice what they can take is free; the rows of
-    a step stay. Where args.may_shrink is not set, args' own are all. attempt(rows, recompute) does
-    the work of training on a micro-batch of rows of T tokens, and raises where it cannot. Its
-    tokens stay a multiple of `unit`. What cannot fit is not tried: it takes `fixed` bytes and KEPT
-    for each of the model's channels, of all layers together. Compilation is left out where it
-    fails. Raises InputError where nothing fits.
+    What args have is tried first, or with args.may_grow more rows where twice what they can take is
+    free. Without args.may_shrink args' own are all. The rows of a step stay. attempt(rows,
+    recompute) does the work of training on a micro-batch of rows of T tokens, and raises where it
+    cannot. Its tokens stay a multiple of `unit`. What cannot fit is not tried: it takes `fixed`
+    bytes and KEPT for each of the model's channels, of all layers together. Compilation is left out
+    where it fails. Raises InputError where nothing fits.
     """
     budget = min(runtime.of_ranks(int(min(memory_budget(runtime.device), 2**62))))
     least = lambda rows, recompute: fixed + KEPT[recompute] * channels * rows * T
     tried, why = (args.batch_size, args.recompute), ""
-    if args.may_shrink:
+    if args.may_grow:
         rows = more_rows(args, T, runtime.world,
                          lambda rows: 2 * least(rows, args.recompute) <= budget)
         if rows > args.batch_size:
@@ -453,6 +453,12 @@ def row_tables(model) -> dict[str, RowTable]:
     """Return a model's RowTables by the names of their weights."""
     return {f"{name}.weight": module for name, module in model.named_modules()
             if isinstance(module, RowTable)}
+
+
+def meet_all(model):
+    """Let a model's RowTables meet all rows, in no copy."""
+    for table in row_tables(model).values():
+        table.meet()
 
 
 def gradients_of(model) -> list[Tensor]:

@@ -125,7 +125,7 @@ def main(argv: list[str], gate: Gate) -> int:
     import train_gpt2_afno as trainer
     from checkpoints import refuse_used
     from facts import STARTED, data_script, show_facts
-    from runtime import choose_device, choose_gpus, memory_budget
+    from runtime import choose_device, choose_gpus, memory_budget, refuse_too_large
 
     flags, said = trainer.parse_flags(argv), []
     sys.argv = [str(HERE / "train_gpt2_afno.py"), *argv]  # what torchrun and train.log repeat
@@ -134,6 +134,8 @@ def main(argv: list[str], gate: Gate) -> int:
         return trainer.main(argv)
     device = choose_device(flags.get("device", "auto"))
     folder, saved, args, config = trainer.run_of(flags, device, said.append)
+    trainer.refuse_untrainable(config, args)  # before the gate meets it
+    refuse_too_large(trainer.GPT, trainer.row_tables, config, args, device, False)
     if "resume" not in flags:
         refuse_used(folder, False)  # before anything is fetched
     if saved and saved["step"] == args.num_iterations + args.extend:  # no step is left
@@ -164,10 +166,15 @@ if __name__ == "__main__":
     from data.text_to_bin import handled
 
     begun = Gate(sys.argv[1:])  # before torch is imported, which takes seconds in either process
-    try:
-        with handled(lambda signum, frame: sys.exit(128 + signum)):
-            from train_gpt2_afno import run  # whose clock begins before torch's import
 
+    def leave(signum, frame):
+        begun.end()
+        os._exit(128 + signum)
+
+    try:
+        with handled(leave):  # an exception in the import of torch's C++ parts would abort
+            from train_gpt2_afno import run  # whose clock begins before torch's import
+        with handled(lambda signum, frame: sys.exit(128 + signum)):
             run(lambda argv: main(argv, begun))
     finally:
         begun.end()

@@ -47,12 +47,12 @@ from facts import FirstSteps, Laps, describe, describe_plan, facts_wanted, kerne
 from kernels import keep_products, try_kernels, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
-from report import report_at_end
+from report import report_at_end, report_if_missing
 from runtime import (MICRO_BATCH, Clock, Diverged, Energy, RowTable, Runtime, average,
                      bytes_of_averages, bytes_to_train, choose_device, choose_dtype, choose_gpus,
                      choose_micro_batch, compiled_or_not, distinct_rows, drop_gradients, evaluate,
                      gradients_of, joined_ranks, keep_graphs, kept_apart, launch,
-                     measure_matmul_rate, of_all_ranks, own_card, peak_memory, ranks,
+                     measure_matmul_rate, meet_all, of_all_ranks, own_card, peak_memory, ranks,
                      refuse_too_large, row_tables, run, shapes_of, to_host)
 from test_causality import random_tokens, refuse_leaks, refuse_other_targets
 
@@ -81,6 +81,7 @@ PRESENT = one_of(False, True)  # a flag without a value
 SOFTCAP = Kind(float, lambda value: number(0, 1e6).accepts(value) and not 0 < value < 0.01,
                "a number >= 0 and <= 1e+06, but not between 0 and 0.01", "X")
 TEXT = Kind(str, lambda value: isinstance(value, str), "text", "TEXT")
+NAME = Kind(str, lambda value: isinstance(value, str) and value, "a name, not empty", "NAME")
 LAYERS = Kind(parse_layers, lambda value: isinstance(value, tuple) and
               {*map(type, value)} <= {int}, "layer numbers such as 3,9, or none", "L,L")
 SHARES = Kind(
@@ -171,9 +172,9 @@ table("device",
       ("recompute", 0, SWITCH, "keep products alone for backward, compute the rest again; tried "
        "where few rows do not fit"), common=False)
 table("data and output",
-      ("input_bin", None, TEXT, "training shards, a pattern (the preset's)"),
-      ("input_val_bin", None, TEXT, "validation shards, a pattern (the preset's)"),
-      ("output_dir", None, TEXT, "folder of logs and checkpoints (runs/<preset>-<changed flags>, "
+      ("input_bin", None, NAME, "training shards, a pattern (the preset's)"),
+      ("input_val_bin", None, NAME, "validation shards, a pattern (the preset's)"),
+      ("output_dir", None, NAME, "folder of logs and checkpoints (runs/<preset>-<changed flags>, "
        "where the same command goes on)"))
 table("data and output",
       ("row_order", "stream", one_of("stream", "spread"),
@@ -207,10 +208,10 @@ table("evaluation and checkpoints",
       ("val_loss_every", 128, integer(0), "steps; 0: at the end only"),
       ("save_every", 128, integer(0), "steps; 0: at the end, and as the cooldown begins"),
       ("save_minutes", 2.0, number(0, 1e6), "the most that a kill costs; 0: save by steps alone"),
-      ("target_val_loss", None, number(0, 1e3, False), "stop there and report the time"),
+      ("target_val_loss", None, number(0, 1e3, False), "stop there, report the time; not kept"),
       ("goal_val_loss", None, number(0, 1e3, False), "a target at which training does not stop"),
       ("max_seconds", None, number(0, 1e9, False), "of wall clock: save, then stop"),
-      ("resume", None, TEXT, "auto: the newest checkpoint; or a file; flags left out are its own"),
+      ("resume", None, NAME, "auto: the newest checkpoint; or a file; flags left out are its own"),
       ("eval_only", False, PRESENT, "validate a checkpoint, at any --sequence_length"))
 table("evaluation and checkpoints",
       ("val_batch_size", None, integer(1, 2**16), "rows (batch_size)"),
@@ -245,11 +246,11 @@ PRESETS = {
         model="d4", attn_layers=(2,), sequence_length=256, batch_size=8, grad_accumulation_steps=1,
         num_iterations=120, warmdown_iters=60, val_loss_every=60, save_every=60, logit_softcap=0.0),
     # NoCap-Test's run: all else is the table's default
-    "baseline": FINEWEB | dict(mixer="attn", depth_scale=1),
-}
+    "baseline": FINEWEB | dict(mixer="attn", depth_scale=1)}
 NOT_KEPT = ("preset", "output_dir", "device", "gpus", "compile", "resume", "eval_only", "generate",
             "max_seconds", "max_new_tokens", "temperature", "top_k",
             "new_pass")  # not a checkpoint's to set
+NOT_SAVED = (*NOT_KEPT, "target_val_loss")
 SAME_RUN = {*NOT_KEPT, "extend", "save_every", "save_minutes", "val_loss_every",
             "target_val_loss", "goal_val_loss"}  # the folder's name does not depend on these
 DEFAULTS = {flag.name: flag.default for flag in FLAGS.values() if flag.group != "shape"}
@@ -963,8 +964,6 @@ class Run:
         self.checkpoints = Checkpoints(folder)
         self.say(f"command: {shlex.join(map(relative, sys.argv))}"
                  + (f", resumed at step {self.step}" if saved else ""))
-        if runtime.rank == 0:
-            self.checkpoints.set_aside_after(self.step, self.say)
         self.optimizers = make_optimizers(
             self.model, args.optimizer, args.learning_rate, args.weight_decay, args.rest_lr,
             (args.beta1, args.beta2), args.momentum, args.table_lr)
@@ -1069,8 +1068,7 @@ class Run:
         """Raise InputError where the very graphs that train, or validate, leak in these shapes."""
         if training:
             refuse_other_targets(*self.loader.ahead.result()[:2])
-            for table in row_tables(self.model).values():
-                table.meet()  # as training looks up
+            meet_all(self.model)  # as training looks up
         refuse_leaks(self.model, shapes, self.runtime, self.say, modes=(training,),
                      goals=self.goals_to_come() if training else ())
         drop_gradients(self.model)
@@ -1097,15 +1095,14 @@ class Run:
     def attempt(self, rows: int, recompute: int, lengths, averages: int):
         """Make, and drop, gradients of two micro-batches of each length, beside the averages."""
         self.recompute(recompute)
-        rows_of_step = self.args.batch_size * self.args.grad_accumulation_steps
+        step = self.tokens * self.args.grad_accumulation_steps
         made = any(optimizer.state for optimizer in self.optimizers)
         room = torch.empty(0 if made else averages, dtype=torch.uint8, device=self.device)
         try:
             # nothing travels: a rank that fails must not leave the others waiting
             with kept_apart(self.wrapped):
                 for length in [length for length in lengths for _ in range(2)]:
-                    whole = random_tokens((rows_of_step * self.T // length, length),
-                                          self.config.vocab_size)
+                    whole = random_tokens((step // length, length), self.config.vocab_size)
                     self.model.meet(whole)
                     tokens = whole[: rows * self.T // length].to(self.device)
                     targets, shares = self.goals(tokens)
@@ -1185,8 +1182,7 @@ class Run:
                 (loss / len(batches)).backward()
             losses[self.runtime.rank, i] = loss.detach()
         if world > 1:
-            tables = row_tables(self.model).values()
-            self.travelling.append(average([table.gradient for table in tables]))
+            self.travelling.append(average([t.gradient for t in row_tables(self.model).values()]))
         return losses
 
     def update(self, losses: Tensor, length: int):
@@ -1376,8 +1372,10 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder:
     run.check_and_compile(gate)
     run.open_bar()
     # until here there was nothing to save; a second signal does nothing, as torchrun sends two
-    with handled(lambda signum, frame: run.signals.append(signum)), run.checkpoints:
+    with handled(lambda signum, frame: run.signals.append(signum)), run.checkpoints, run.bar:
         try:
+            if run.log:  # not before: a start that fails leaves all as it was
+                run.log.cut_back(run.checkpoints, run.say)
             status = train_loop(run)
         except InputError as error:
             if run.log:
@@ -1488,9 +1486,10 @@ def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
     if saved:
         args.sequence_length = flags.get("sequence_length", saved["config"]["sequence_length"])
     args.to_save = {name: relative(value) if name in DATA_FLAGS else value
-                    for name, value in values.items() if name not in NOT_KEPT}
+                    for name, value in values.items() if name not in NOT_SAVED}
     args.val_batch_size = args.val_batch_size or args.batch_size
     args.may_shrink = device.type == "cuda" and flags.keys().isdisjoint(MICRO_BATCH)
+    args.may_grow = args.may_shrink and not saved
     if args.warmup_iters is None:  # the baseline's share
         args.warmup_iters = round(args.num_iterations * 256 / 4768)
     args.warmdown_iters = fall_steps(values)
@@ -1574,6 +1573,7 @@ def main(argv: list[str], gate=None) -> int:
         if line := finished(flags, saved, args, folder):
             if rank == 0:
                 print(line)
+                report_if_missing(folder)
             return 0
         refuse_untrainable(config, args)
         refuse_too_large(GPT, row_tables, config, args, device, only_read)

@@ -211,7 +211,8 @@ def micro_batch(batch_size: int, grad_accumulation_steps: int, **named) -> types
     """Return flags of which choose_micro_batch may change some."""
     return types.SimpleNamespace(
         batch_size=batch_size, grad_accumulation_steps=grad_accumulation_steps,
-        **dict(recompute=0, may_shrink=True, to_save=dict(val_batch_size=None)) | named)
+        **dict(recompute=0, may_shrink=True, may_grow=True,
+               to_save=dict(val_batch_size=None)) | named)
 
 
 @pytest.mark.parametrize("rows, steps, T, world, free, named, expected", (
@@ -222,7 +223,7 @@ def micro_batch(batch_size: int, grad_accumulation_steps: int, **named) -> types
     (8, 4, 4096, 1, 60, {}, (16, 2)),
     (64, 2, 1024, 1, 60, {}, (64, 2)),  # it has enough tokens
     (32, 4, 1024, 1, 48, {}, (32, 4)),  # 24.4 GiB at least: so twice as much is not free
-    (32, 4, 1024, 1, 60, dict(may_shrink=False), (32, 4))))
+    (32, 4, 1024, 1, 60, dict(may_grow=False), (32, 4))))
 def test_a_card_with_plenty_of_memory_takes_more_rows(rows, steps, T, world, free, named, expected,
                                                       monkeypatch):
     monkeypatch.setattr(runtime, "memory_budget", lambda device: free * GIB)
@@ -353,12 +354,15 @@ def test_the_first_gpu_is_named_as_its_tensors_name_it(monkeypatch):
     assert runtime.choose_device("auto") == runtime.own_card(0) == torch.device("cuda", 0)
 
 
+OF_24_GB = types.SimpleNamespace(total_memory=24 * GIB)
+
+
 def test_the_screen_of_a_gpu(full_size, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(runtime, "choose_device", lambda name: CUDA)
     for module in (facts, runtime):
         monkeypatch.setattr(module, "memory_budget", lambda device: 23 * GIB)
     for name, value in dict(get_device_name="RTX 4090", device_count=1,
-                            get_device_capability=(8, 9)).items():
+                            get_device_capability=(8, 9), get_device_properties=OF_24_GB).items():
         monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
     tried = queue.Queue()
     monkeypatch.setattr(start, "try_kernels", lambda args, config, device: tried.put(device))
@@ -563,6 +567,7 @@ def test_a_large_card_has_room_for_the_gate_beside_training(begin, monkeypatch, 
     monkeypatch.setattr(runtime, "choose_device", lambda name: CUDA)
     monkeypatch.setattr(runtime, "memory_budget", lambda device: free)
     monkeypatch.setattr(facts, "show_facts", lambda *given: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: OF_24_GB)
     merge = train_gpt2_afno.merge_flags
     monkeypatch.setattr(train_gpt2_afno, "merge_flags", lambda flags, device, *more: merge(
         flags, CPU, *more))
@@ -636,6 +641,15 @@ def test_the_gate_tries_the_model_of_the_checkpoint(tmp_path, monkeypatch, capsy
     assert test_causality.main([*argv, "--resume", "auto"]) == 0
     ((args, config),) = tried
     assert (config.mixer, args.batch_size) == ("attn", 4)
+
+
+@pytest.mark.parametrize("more, said", (
+    (("--mixer", "afno", "--afno_form", "reference"), "--afno_form reference is not causal"),
+    (("--pair_rows", "100000000", "--model", "d48"), ".*--pair_rows ask for too much"),
+    (("--batch_size", "65536", "--grad_accumulation_steps", "65536"), "--batch_size x ")))
+def test_flags_that_the_trainer_refuses_are_refused_before_the_gate_meets_them(begin, more, said):
+    error, _, called = begin("", SLEEPS, *more)
+    assert re.match(said, str(error)) and not called
 
 
 @pytest.mark.parametrize("more", (("--eval_only",), ("--generate", "x")))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import report
 import train_gpt2_afno
 from checkpoints import (Checkpoints, describe_miss, measured_slope, more_steps, preset_folder,
                          read_metrics)
@@ -336,6 +337,51 @@ def read_metrics_of(folder):
     there.mkdir()
     shutil.copy(folder / "metrics.jsonl.abandoned", there / "metrics.jsonl")
     return read_metrics(there)
+
+
+def test_a_start_that_fails_takes_nothing_back(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Such as an extension that is stopped, or refused, before its first step."""
+    out, options = tmp_path / "run", LONGER + " --save_every 1"
+    main(flags(data, out, options))
+    (out / "report.md").write_text("of ten steps")
+    names = lambda: sorted(path.name for path in out.iterdir())
+    before, rows = names(), (out / "metrics.jsonl").read_bytes()
+
+    def stopped(run, shapes, training=True):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "refuse_leaks", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(data, out, options + " --extend 7 --resume auto"))
+    assert names() == before and (out / "metrics.jsonl").read_bytes() == rows
+    capsys.readouterr()
+    main(flags(data, out, options + " --resume auto"))
+    assert "is finished: step:10/10" in capsys.readouterr().out
+
+
+def test_a_finished_run_without_a_report_gets_one(data, tmp_path, monkeypatch,  # noqa: F811
+                                                  capsys):
+    out = tmp_path / "run"
+    main(flags(data, out))
+    monkeypatch.setattr(train_gpt2_afno, "report_if_missing", report.report_if_missing)
+    capsys.readouterr()
+    main(flags(data, out, "--resume auto"))
+    assert capsys.readouterr().out.splitlines()[1] == f"report: {out}/report.md"
+    assert "Finished: step 6 of 6." in (out / "report.md").read_text()
+
+
+def test_a_target_that_was_typed_is_not_kept(data, tmp_path, capsys):  # noqa: F811
+    """The command without it goes on to the end."""
+    out = tmp_path / "run"
+    options = "--learning_rate 0.01 --num_iterations 12 --val_loss_every 2"
+    main(flags(data, out, options + " --target_val_loss 4.5"))
+    assert len(losses(out)) < 12
+    capsys.readouterr()
+    main(flags(data, out, options + " --target_val_loss 4.5 --resume auto"))
+    assert "is finished" in capsys.readouterr().out
+    main(flags(data, out, options + " --resume auto"))
+    assert len(losses(out)) == 12
 
 
 def test_a_target_that_is_reached_after_a_miss(data, tmp_path, capsys):  # noqa: F811
