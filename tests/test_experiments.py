@@ -38,7 +38,8 @@ def pair(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder = tmp_path_factory.mktemp("site")
     (folder / "sitecustomize.py").write_text(
-        "import sys, types\nsys.modules['report'] = types.SimpleNamespace(report_at_end=id)\n")
+        "import sys, types\nsys.modules['report'] = types.SimpleNamespace("
+        "report_at_end=id, report_if_missing=id)\n")
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     monkeypatch.setitem(STUDIES, "pair", Study(
         "Two arms.", {"one": "--mixer afno", "two": "--mixer attn --learning_rate 0.003"},
