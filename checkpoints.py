@@ -449,18 +449,20 @@ class RunLog:
 
     def cut_back(self, checkpoints: "Checkpoints", say):
         """Set aside checkpoints and lines after the step, and summaries; drop damaged lines."""
-        checkpoints.set_aside_after(self.step, say)
         kept, aside, path = [], [], self.folder / "metrics.jsonl"
-        for line, values in read_metrics(self.folder):
-            counts = values["step"] <= self.step and not is_summary(values)
-            (kept if counts else aside).append(line)
-        if aside:  # before it is gone from the other
-            self.line("".join(aside).removesuffix("\n"), "metrics.jsonl.abandoned")
-            (self.folder / "report.md").unlink(missing_ok=True)  # it is of what does not count
-        part = path.with_suffix(".jsonl.part")
         with self.errors():
+            checkpoints.set_aside_after(self.step, say)
+            for line, values in read_metrics(self.folder):
+                counts = values["step"] <= self.step and not is_summary(values)
+                (kept if counts else aside).append(line)
+            if aside:  # before it is gone from the other
+                self.line("".join(aside).removesuffix("\n"), "metrics.jsonl.abandoned")
+                (self.folder / "report.md").unlink(missing_ok=True)  # it is of what does not count
+            part = path.with_suffix(".jsonl.part")
             part.write_text("".join(kept), encoding="utf-8")
             part.replace(path)
+        for line in self.validations:  # only now: what is not kept is removed
+            checkpoints.note(line["val_loss"], line["step"])
 
     def line(self, text: str, name: str = "train.log"):
         with self.errors():

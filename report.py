@@ -256,6 +256,7 @@ def report_if_missing(folder: Path):
     """Write the report of a finished run that was killed before it had one."""
     if (folder / "report.md").exists():
         return
+    print("its report is missing: writing it, with samples", flush=True)
     try:
         print(f"report: {relative(str(report_of(folder)))}")
     except Exception as error:

@@ -401,14 +401,14 @@ def with_fewer_rows(rows: int, work, say):
 # gradients: few rows of tables, averages over ranks
 
 
-def of_all_ranks(model, tables: dict[str, Tensor], world: int):
+def of_all_ranks(model, world: int):
     """Return the model so wrapped that backward averages gradients over several ranks.
 
-    tables: by names of their weights, those whose gradients are left to `average`.
+    Those of RowTables are left to `average`.
     """
     if world == 1:
         return model
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, row_tables(model))
     # as views of what travels, gradients are not copied back: a small kernel less for each
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 

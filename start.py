@@ -134,12 +134,12 @@ def main(argv: list[str], gate: Gate) -> int:
         return trainer.main(argv)
     device = choose_device(flags.get("device", "auto"))
     folder, saved, args, config = trainer.run_of(flags, device, said.append)
-    trainer.refuse_untrainable(config, args)  # before the gate meets it
-    refuse_too_large(trainer.GPT, trainer.row_tables, config, args, device, False)
     if "resume" not in flags:
         refuse_used(folder, False)  # before anything is fetched
     if saved and saved["step"] == args.num_iterations + args.extend:  # no step is left
         return trainer.main(argv, gate)
+    trainer.refuse_untrainable(config, args)  # before the gate meets it
+    refuse_too_large(trainer.GPT, trainer.row_tables, config, args, device, False)
     # this process trains, unless there is one for each of several cards
     trains = choose_gpus(args.gpus, device, args.grad_accumulation_steps, said.append) == 1
     if trains:
@@ -174,7 +174,8 @@ if __name__ == "__main__":
     try:
         with handled(leave):  # an exception in the import of torch's C++ parts would abort
             from train_gpt2_afno import run  # whose clock begins before torch's import
-        with handled(lambda signum, frame: sys.exit(128 + signum)):
-            run(lambda argv: main(argv, begun))
+
+            with handled(lambda signum, frame: sys.exit(128 + signum)):
+                run(lambda argv: main(argv, begun))
     finally:
         begun.end()

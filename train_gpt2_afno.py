@@ -708,7 +708,7 @@ class GPT(nn.Module):
         if self.pairs is not None:
             before = F.pad(idx, (1, 0))[:, :-1]
             self.pairs.meet(distinct_rows(self.pairs.rows(idx, before), self.pairs.weight))
-        tokens = distinct_rows(idx, self.lm_head.weight) if self.values else None
+        tokens = distinct_rows(idx, self.lm_head.weight) if self.values else None  # as many rows
         for table in self.values.values():
             table.meet(tokens)
 
@@ -958,7 +958,7 @@ class Run:
         self.open_data(saved or {})
         torch.manual_seed(args.seed)
         self.model = GPT(config).to(self.device)
-        if saved:  # before the log is cut back: weights that do not fit must cost nothing
+        if saved:  # before there is a log: weights that do not fit must cost nothing
             load_weights(self.model, saved.pop("model"), folder)
         self.log = RunLog(folder, self.step if saved else -1) if runtime.rank == 0 else None
         self.checkpoints = Checkpoints(folder)
@@ -1011,8 +1011,6 @@ class Run:
         hits = [line["train_time_s"] for line in past if line["val_loss"] <= self.target]
         self.reached = (hits or [self.clock.total])[0] if any_rank(bool(hits)) else None
         self.checkpoints.keep["cooldown"] = None if hits else self.cooldown
-        for line in past:
-            self.checkpoints.note(line["val_loss"], line["step"])
 
     def say(self, text: str):
         if self.runtime.rank == 0:
@@ -1044,7 +1042,7 @@ class Run:
         starts = [0, *(round(end * steps) for end in ends)]
         to_come = dict.fromkeys(length_at(self.lengths, max(start, self.step), steps)
                                 for start in starts)
-        self.wrapped = of_all_ranks(model, row_tables(model), runtime.world)
+        self.wrapped = of_all_ranks(model, runtime.world)
         self.recompute(self.args.recompute)
         if runtime.compile or self.args.may_shrink:
             self.choose_micro_batch(to_come)
@@ -1101,14 +1099,15 @@ class Run:
         try:
             # nothing travels: a rank that fails must not leave the others waiting
             with kept_apart(self.wrapped):
-                for length in [length for length in lengths for _ in range(2)]:
+                for length in lengths:
                     whole = random_tokens((step // length, length), self.config.vocab_size)
                     self.model.meet(whole)
                     tokens = whole[: rows * self.T // length].to(self.device)
-                    targets, shares = self.goals(tokens)
-                    with self.runtime.autocast():
-                        _, loss = self.wrapped(tokens, targets, False, shares)
-                    loss.backward()
+                    for _ in range(2):
+                        targets, shares = self.goals(tokens)
+                        with self.runtime.autocast():
+                            _, loss = self.wrapped(tokens, targets, False, shares)
+                        loss.backward()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
         finally:
@@ -1163,7 +1162,7 @@ class Run:
         return torch.stack(targets, -1), shares / shares.sum()
 
     def forward_backward(self, batches: list, length: int) -> Tensor | None:
-        """Leave the step's gradients in the parameters and return losses (world, len(batches)).
+        """Leave the step's gradients in the model and return losses (world, len(batches)).
 
         Returns None where a signal came in between: the step has changed nothing yet, and giving it
         up is quicker than waiting for its end.
@@ -1173,7 +1172,8 @@ class Run:
         self.model.meet(torch.cat([inputs for *_, inputs in batches]).view(-1, length))
         for i, (x, y, _) in enumerate(batches):
             if self.interrupted():
-                return drop_gradients(self.model)
+                drop_gradients(self.model)
+                return None
             # gradients travel between ranks once a step
             with kept_apart(self.wrapped) if i < len(batches) - 1 else contextlib.nullcontext():
                 targets, shares = self.goals(y.view(-1, length))
@@ -1181,8 +1181,8 @@ class Run:
                     _, loss = self.wrapped(x.view(-1, length), targets, False, shares)
                 (loss / len(batches)).backward()
             losses[self.runtime.rank, i] = loss.detach()
-        if world > 1:
-            self.travelling.append(average([t.gradient for t in row_tables(self.model).values()]))
+        if world > 1 and (tables := row_tables(self.model)):
+            self.travelling.append(average([table.gradient for table in tables.values()]))
         return losses
 
     def update(self, losses: Tensor, length: int):
@@ -1476,8 +1476,8 @@ def folder_of_preset(flags: dict, device: torch.device, say) -> Path:
 
 def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
     """Return all flags: defaults < preset < checkpoint < command line."""
-    preset = {} if saved else choose_preset(flags, device, say)
-    values = {**DEFAULTS, **preset, **(saved["args"] if saved else {}), **flags}
+    given = saved["args"] if saved else choose_preset(flags, device, say)
+    values = {**DEFAULTS, **given, "target_val_loss": None, **flags}
     values["dtype"] = choose_dtype(values["dtype"], device, say)
     if values["compile"] is None:
         values["compile"] = int(device.type == "cuda")

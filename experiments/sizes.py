@@ -88,8 +88,7 @@ def mixer_of(config: trainer.GPTConfig) -> str:
 
 def without_embeddings(model: trainer.GPT) -> int:
     """Return the parameters but for embeddings, which the head shares, and tables of rows."""
-    tables = trainer.row_tables(model).values()
-    left_out = {*trainer.embedding_tables(model), *(table.weight for table in tables)}
+    left_out = trainer.embedding_tables(model)
     return sum(p.numel() for p in model.parameters() if p not in left_out)
 
 

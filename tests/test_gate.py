@@ -514,12 +514,42 @@ def test_what_only_the_start_can_see_is_refused(monkeypatch, name):
             look()
 
 
+@pytest.mark.parametrize("cuts, batches", ((3, 4), (23, 8), (None, 14)))
+def test_both_bases_and_special_tokens_meet_cuts(monkeypatch, cuts, batches):
+    """Batches, but for the two bases: at least one of each base with cuts, two of whole rows."""
+    met, exchange = [], test_causality.exchange
+
+    def recorded(idx, kept, vocab_size, special, parity, generator):
+        met.append((bool(torch.isin(idx, torch.tensor(special)).any()), parity, int(kept.max())))
+        return exchange(idx, kept, vocab_size, special, parity, generator)
+
+    monkeypatch.setattr(test_causality, "exchange", recorded)
+    for seed in range(8):
+        met.clear()
+        assert not check_causality(Toy(0), 24, 300, rows=4, cuts=cuts, seed=seed)
+        assert len(met) == batches
+        with_cuts = {(base, parity) for base, parity, kept in met if kept < 24}
+        assert {base for base, _ in with_cuts} == {parity for _, parity in with_cuts} == {0, 1}
+        assert cuts == 3 or len(with_cuts) == 4  # no base is tied to who meets a special token
+
+
+def test_a_head_is_expected_to_move_where_its_inputs_or_targets_do():
+    torch.manual_seed(0)
+    for rows, T in ((1, 2), (2, 2), (1, 3), (3, 2)):
+        model = GPT(dataclasses.replace(CONFIG, vocab_size=3, n_layer=1, mixer="attn"))
+        for seed in range(30):
+            assert not check_head(model, T, rows, CPU, seed, logits=False, every_pair=False)
+
+
 @pytest.mark.parametrize("exact", (EXACT, HALF))
 def test_what_evaluate_sums_is_right_to_rounding(exact):
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(CONFIG, logit_softcap=15.0))
     with moved_weights(model):
         assert not test_causality.measure_leaks(model, 3, 40, exact, 5)
+        # each of several ranks for itself: none waits for another, which may compile for minutes
+        of_two = dataclasses.replace(exact, rank=1, world=2)
+        assert not test_causality.measure_leaks(model, 3, 40, of_two, 5)
 
 
 def test_a_forward_that_makes_its_own_loss_cannot_be_checked(monkeypatch):
@@ -757,7 +787,7 @@ class Toy(torch.nn.Module):
 
     def __init__(self, ahead: int):
         super().__init__()
-        self.embedding, self.ahead = torch.nn.Embedding(50, 4), ahead
+        self.embedding, self.ahead = torch.nn.Embedding(300, 4), ahead
 
     def forward(self, idx):
         total = self.embedding(idx).double().cumsum(1)

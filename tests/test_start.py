@@ -268,6 +268,28 @@ def test_the_averages_bytes_are_those_of_a_checkpoint(data, tmp_path, monkeypatc
                          if name != "step")]
 
 
+def test_the_trial_holds_the_gradients_of_tables(data, tmp_path, monkeypatch):  # noqa: F811
+    """Those of one micro-batch, while the next one goes forward, as in training."""
+    held, forward = [], train_gpt2_afno.GPT.forward
+
+    def recorded(model, *given, **named):
+        held.append([table.gradient is not None for table in runtime.row_tables(model).values()])
+        return forward(model, *given, **named)
+
+    def trial(run, bar=Run.open_bar):
+        held.clear()
+        run.attempt(2, 0, {16: None}, 0)
+        assert not runtime.gradients_of(run.model)
+        bar(run)
+
+    monkeypatch.setattr(train_gpt2_afno.GPT, "forward", recorded)
+    monkeypatch.setattr(Run, "open_bar", trial)
+    main(flags(data, tmp_path / "run", "--pair_rows 40 --value_tables 1 --num_iterations 1 "
+               "--grad_accumulation_steps 2"))
+    tables = len(held[0])
+    assert tables > 1 and held == [[False] * tables, [True] * tables] * 2
+
+
 def test_the_gate_takes_fewer_rows_where_memory_is_not_enough():
     said, tried = [], []
 
