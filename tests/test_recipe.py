@@ -152,6 +152,29 @@ def test_tables_have_an_optimizer_of_their_own():
     assert sum(p.numel() for p in every) == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("n, met, count", ((50, 7, 7), (640, 7, 10), (640, 10, 10), (640, 0, 0),
+                                           (645, 641, 645)))
+def test_rows_that_are_met_are_filled_up(n, met, count):
+    rows = torch.randperm(n)[:met].repeat(2)
+    found = trainer.distinct_rows(rows, torch.zeros(n, 1))
+    assert len(found) == len(found.unique()) == count and torch.isin(rows, found).all()
+
+
+def test_rows_without_a_gradient_stay_to_the_bit():
+    table = trainer.RowTable(6, 3)
+    table.weight.data[1] = -0.0
+    before = table.weight.detach().clone()
+    optimizer = trainer.RowAdam([table], 0.3)
+    for _ in range(2):
+        table.meet(torch.arange(5))
+        table(torch.tensor([2, 2])).sum().backward()
+        optimizer.step()
+        table.met = None
+    for row in (0, 1, 3, 4, 5):
+        assert table.weight[row].view(torch.int32).equal(before[row].view(torch.int32))
+    assert (table.weight[2] != before[2]).all()
+
+
 def test_rows_move_as_an_oracle_moves_them():
     """The oracle goes row by row, met or not, and sums gradients by itself."""
     torch.manual_seed(0)
