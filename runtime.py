@@ -220,10 +220,10 @@ def memory_budget(device: torch.device) -> float:
     return min(free + torch.cuda.memory_reserved(index), fraction * total)
 
 
-def refuse_too_large(make, row_tables, config, args, device: torch.device, only_read: bool):
+def refuse_too_large(make, config, args, device: torch.device, only_read: bool):
     """Raise InputError, naming the flags that matter, where memory cannot be enough.
 
-    make(config): a model. row_tables(model): its tables, of which few rows need gradients.
+    make(config): a model.
     """
     step = args.batch_size * config.sequence_length * args.grad_accumulation_steps
     if step > MOST_TOKENS:
@@ -234,12 +234,11 @@ def refuse_too_large(make, row_tables, config, args, device: torch.device, only_
         else machine_memory()
     rows = args.val_batch_size if only_read else args.batch_size
     numbers = sum(p.numel() for p in model.parameters())
-    in_rows = sum(table.weight.numel() for table in row_tables(model).values())
     # weights, and but for tables gradients and an average; two residuals a layer in bf16; what
     # makes the taps
     needs = {
         "--model, --afno_num_experts, --afno_short_conv or --pair_rows":
-            4 * (numbers if only_read else 3 * numbers - 2 * in_rows),
+            4 * (numbers if only_read else 3 * numbers - 2 * numbers_in_tables(model)),
         "--batch_size, --val_batch_size or --sequence_length": 4 * config.n_embd * max(
             rows * args.sequence_length * (1 if only_read else config.n_layer),
             args.val_batch_size * args.sequence_length),
@@ -324,7 +323,7 @@ def more_rows(args, T: int, world: int, spare) -> int:
     says that there is room.
     """
     rows, step = args.batch_size, args.batch_size * args.grad_accumulation_steps
-    while (2 * rows * T <= MANY_TOKENS and step % (2 * rows * world) == 0 and spare(2 * rows)):
+    while 2 * rows * T <= MANY_TOKENS and step % (2 * rows * world) == 0 and spare(2 * rows):
         rows *= 2
     return rows
 
@@ -476,10 +475,14 @@ def drop_gradients(model):
         table.met = None
 
 
+def numbers_in_tables(model) -> int:
+    """Return how many of a model's numbers are in RowTables."""
+    return sum(table.weight.numel() for table in row_tables(model).values())
+
+
 def bytes_to_train(model) -> int:
     """Return the bytes of a model's weights and gradients, but for those of RowTables' few rows."""
-    in_rows = sum(table.weight.numel() for table in row_tables(model).values())
-    return 8 * sum(p.numel() for p in model.parameters()) - 4 * in_rows
+    return 8 * sum(p.numel() for p in model.parameters()) - 4 * numbers_in_tables(model)
 
 
 def distinct_rows(rows: Tensor, table: Tensor) -> Tensor:
@@ -709,6 +712,9 @@ def keep_compilations():
     """Let compilations stay in the repository's .cache, unless the environment names a folder."""
     for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         os.environ.setdefault(name, str(ROOT / ".cache" / folder))
+
+
+SOURCES = ("*.py", "kernels/**/*.py", "data/**/*.py")  # all code that a run may call
 
 
 def source_digest(*patterns: str) -> str:

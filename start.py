@@ -139,7 +139,7 @@ def main(argv: list[str], gate: Gate) -> int:
     if saved and saved["step"] == args.num_iterations + args.extend:  # no step is left
         return trainer.main(argv, gate)
     trainer.refuse_untrainable(config, args)  # before the gate meets it
-    refuse_too_large(trainer.GPT, trainer.row_tables, config, args, device, False)
+    refuse_too_large(trainer.GPT, config, args, device, False)
     # this process trains, unless there is one for each of several cards
     trains = choose_gpus(args.gpus, device, args.grad_accumulation_steps, said.append) == 1
     if trains:

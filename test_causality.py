@@ -653,13 +653,12 @@ def passed_file(args, config) -> pathlib.Path:
     Its name is a digest of the sources, the model's shape, the flags that change what runs, the
     versions and the device.
     """
-    from runtime import source_digest
+    from runtime import SOURCES, source_digest
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     flags = [getattr(args, name) for name in ("batch_size", "curriculum", "device", "dtype",
                                               "fp8_head", "fp8_mlp")]
-    runs = config, flags, torch.__version__, gpu, source_digest(
-        "*.py", "kernels/**/*.py", "data/**/*.py")
+    runs = config, flags, torch.__version__, gpu, source_digest(*SOURCES)
     name = hashlib.sha256(repr(runs).encode()).hexdigest()[:16]
     return pathlib.Path(__file__).resolve().parent / CACHE / f"gate-{name}"
 

@@ -1576,7 +1576,7 @@ def main(argv: list[str], gate=None) -> int:
                 report_if_missing(folder)
             return 0
         refuse_untrainable(config, args)
-        refuse_too_large(GPT, row_tables, config, args, device, only_read)
+        refuse_too_large(GPT, config, args, device, only_read)
         gpus = 1 if only_read else choose_gpus(args.gpus, device, args.grad_accumulation_steps, say)
         if gpus > 1:
             stack.close()  # the folder is rank 0's

@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.text_to_bin import InputError  # noqa: E402
 from runtime import Runtime, choose_device, refuse_too_large, run  # noqa: E402
 from test_causality import random_tokens  # noqa: E402
-from train_gpt2_afno import (GPT, GPTConfig, merge_flags, model_fields,  # noqa: E402
-                             parse_flags, row_tables)
+from train_gpt2_afno import GPT, GPTConfig, merge_flags, model_fields, parse_flags  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +29,7 @@ def main(argv: list[str]) -> int:
     if count >= config.sequence_length:
         raise InputError("--max_new_tokens must be < --sequence_length "
                          f"{config.sequence_length}, got {count}")
-    refuse_too_large(GPT, row_tables, config, args, device, only_read=True)
+    refuse_too_large(GPT, config, args, device, only_read=True)
     runtime = Runtime(device, getattr(torch, args.dtype), compile=False)
     torch.manual_seed(args.seed)
     model, T = GPT(config).to(device), config.sequence_length
