@@ -7,10 +7,9 @@
 
 runs/archive/ has one solid archive a folder (tar, xz -9e) and MANIFEST, the sha256 of every file
 as it was, for `sha256sum --check`. Old logs begin with the source code that ran: archives and
-readable logs name each source by its sha256 instead, and runs/sources/ has each version once.
+readable logs name each source by its sha256 instead. runs/sources.tar.xz has each version once.
 """
 import argparse
-import gzip
 import hashlib
 import io
 import lzma
@@ -52,20 +51,38 @@ def strip_log(log: bytes) -> bytes:
     return b"".join(lines) + rest
 
 
-def join_log(stripped: bytes, runs: Path = RUNS) -> bytes:
-    """Return the log that strip_log was given, with its sources from runs/sources."""
+def join_log(stripped: bytes, sources: dict[str, bytes]) -> bytes:
+    """Return the log that strip_log was given, with its sources from read_sources."""
     parts = []
     while match := SOURCE.match(stripped):
-        name, digest = match[1], match[2].decode()
-        text = gzip.decompress(source_file(digest, runs).read_bytes())
-        parts += [RULE, name, b"\n", RULE, text]
+        parts += [RULE, match[1], b"\n", RULE, sources[source_name(match[2].decode())]]
         stripped = stripped[match.end():]
     return b"".join(parts) + (RULE if parts else b"") + stripped
 
 
-def source_file(digest: str, runs: Path) -> Path:
-    """Return the file that has the source with this sha256."""
-    return runs / "sources" / f"{digest[:12]}.py.gz"
+def source_name(digest: str) -> str:
+    """Return what the source with this sha256 is called in sources.tar.xz."""
+    return f"{digest[:12]}.py"
+
+
+def read_sources(runs: Path = RUNS) -> dict[str, bytes]:
+    """Return all sources by source_name."""
+    path = runs / "sources.tar.xz"
+    if not path.is_file():
+        return {}
+    with tarfile.open(path, "r:xz") as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def solid(files: dict[str, bytes]) -> bytes:
+    """Return an archive of these files, in this order."""
+    archive, options = io.BytesIO(), {"preset": 9 | lzma.PRESET_EXTREME}
+    with tarfile.open(fileobj=archive, mode="w:xz", format=tarfile.USTAR_FORMAT, **options) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return archive.getvalue()
 
 
 # archives
@@ -90,9 +107,10 @@ def members(name: str, runs: Path = RUNS) -> Iterator[tuple[str, bytes]]:
     if not path.is_file():
         raise ArchiveError(f"no archive {name}; there are: {', '.join(archives(runs))}")
     missing = {file for file in manifest if file.startswith(f"{name}/")}
+    sources = read_sources(runs)
     with tarfile.open(path, "r:xz") as tar:
         for member in tar:
-            data = join_log(tar.extractfile(member).read(), runs)
+            data = join_log(tar.extractfile(member).read(), sources)
             if manifest.get(member.name) != sha256(data):
                 raise ArchiveError(f"{path.name}: {member.name} is not what MANIFEST says")
             missing.discard(member.name)
@@ -129,17 +147,14 @@ def pack(folder: Path, runs: Path = RUNS) -> int:
     files = [path for path in folder.rglob("*")
              if path.is_file() and path.suffix != ".png" and not path.match("state_step*")]
     files.sort(key=lambda path: (path.suffix, path.name, path))  # alike files in a row pack best
-    archive, options = io.BytesIO(), {"preset": 9 | lzma.PRESET_EXTREME}
-    with tarfile.open(fileobj=archive, mode="w:xz", format=tarfile.USTAR_FORMAT, **options) as tar:
-        for path in files:
-            data = path.read_bytes()
-            for _, text in split_log(data)[0]:
-                write(source_file(sha256(text), runs), gzip.compress(text, 9, mtime=0))
-            member = tarfile.TarInfo(f"{name}/{path.relative_to(folder).as_posix()}")
-            member.size = len(strip_log(data))
-            tar.addfile(member, io.BytesIO(strip_log(data)))
-            manifest[member.name] = sha256(data)
-    write(runs / f"archive/{name}.tar.xz", archive.getvalue())
+    stripped, sources = {}, read_sources(runs)
+    for path in files:
+        data, file = path.read_bytes(), f"{name}/{path.relative_to(folder).as_posix()}"
+        sources |= {source_name(sha256(text)): text for _, text in split_log(data)[0]}
+        stripped[file], manifest[file] = strip_log(data), sha256(data)
+    write(runs / f"archive/{name}.tar.xz", solid(stripped))
+    if sources != read_sources(runs):
+        write(runs / "sources.tar.xz", solid(sources))
     lines = (f"{digest}  {file}\n" for file, digest in sorted(manifest.items()))
     write(runs / "archive/MANIFEST", "".join(lines).encode())
     return len(list(members(name, runs)))  # read back, so each file is checked
@@ -161,7 +176,7 @@ def keep(entry: str, runs: Path = RUNS) -> Path:
 
 def verify(runs: Path = RUNS) -> int:
     """Check every archive and every readable file against MANIFEST; return the number of both."""
-    manifest = read_manifest(runs)
+    manifest, sources = read_manifest(runs), read_sources(runs)
     found = {file for name in archives(runs) for file, _ in members(name, runs)}
     if lost := manifest.keys() - found:
         raise ArchiveError(f"no archive has {min(lost)}, which MANIFEST has")
@@ -170,7 +185,7 @@ def verify(runs: Path = RUNS) -> int:
                 if path.is_file() and path.suffix != ".png"]
     for path in readable:
         file = path.relative_to(runs).as_posix()
-        if sha256(join_log(path.read_bytes(), runs)) != manifest.get(file):
+        if sha256(join_log(path.read_bytes(), sources)) != manifest.get(file):
             raise ArchiveError(f"{file} is not what its archive has")
     return len(found) + len(readable)
 

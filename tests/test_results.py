@@ -1,5 +1,4 @@
 """Check that every file of every run can be restored and that the tables are up to date."""
-import gzip
 import hashlib
 import re
 from pathlib import Path
@@ -44,16 +43,15 @@ def test_every_file_is_restored_byte_for_byte(restored):
 
 @pytest.mark.xdist_group("restored")
 def test_restored_log_is_sources_and_readable_log(restored):
-    logs = [path for path in archive.RUNS.glob("2*/**/train.log")]
+    logs, sources = [*archive.RUNS.glob("2*/**/train.log")], archive.read_sources()
     assert len(logs) >= sum(len(names) for _, _, names in results.ROWS)
     for log in logs:
         text, wanted = log.read_bytes(), b""
         while text.startswith(b"source: "):
             line, text = text.split(b"\n", 1)
             _, name, _, digest = line.split()
-            source = archive.RUNS / f"sources/{digest[:12].decode()}.py.gz"
             wanted += archive.RULE + name + b"\n" + archive.RULE
-            wanted += gzip.decompress(source.read_bytes())
+            wanted += sources[f"{digest[:12].decode()}.py"]
         wanted += (archive.RULE if wanted else b"") + text  # new logs have no sources
         assert wanted == (restored / log.relative_to(archive.RUNS)).read_bytes(), log
 
@@ -62,15 +60,16 @@ def test_restored_log_is_sources_and_readable_log(restored):
 def test_archives_and_readable_files_are_what_the_manifest_says():
     assert archive.verify() >= 1242
     readable = [path.relative_to(archive.RUNS).as_posix() for path in archive.RUNS.rglob("*")
-                if path.is_file() and path.parent.name not in ("archive", "sources")
-                and path.suffix != ".png"]  # plots can be drawn again
+                if path.is_file() and path.parent.name != "archive"
+                and path.suffix not in (".png", ".xz")]  # plots can be drawn again
     assert set(readable) <= archive.read_manifest().keys()
 
 
 def test_sources_have_the_names_of_their_sha256():
-    for path in archive.RUNS.glob("sources/*"):
-        digest = hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
-        assert path.name == f"{digest[:12]}.py.gz"
+    sources = archive.read_sources()
+    assert len(sources) >= 69
+    for name, text in sources.items():
+        assert name == f"{hashlib.sha256(text).hexdigest()[:12]}.py"
 
 
 def test_pages_are_up_to_date():
@@ -127,7 +126,8 @@ def test_verify_finds_a_changed_log_source_and_manifest(packed):
     with pytest.raises(archive.ArchiveError, match="lacks .*lost.txt"):
         archive.verify(packed)
     manifest.write_text(entries)
-    next(packed.glob("sources/*")).write_bytes(gzip.compress(b"x = 2\n"))
+    (name,) = archive.read_sources(packed)
+    (packed / "sources.tar.xz").write_bytes(archive.solid({name: b"x = 2\n"}))
     with pytest.raises(archive.ArchiveError, match="not what MANIFEST says"):
         archive.verify(packed)
 
