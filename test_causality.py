@@ -314,7 +314,8 @@ def target_leaks(model, seq_len: int, rows: int, device, seed: int, goals=None) 
     """Return a leak where states that forward() gives to the head change with its targets alone."""
     draw = lambda n: random_tokens((rows, seq_len), model.config.vocab_size, seed + n).to(device)
     states, idx = given_to_head(model, goals), draw(0)
-    moved = moved_outputs(states(idx, draw(1)), states(idx, draw(2)))
+    # without their graphs, of which a card may hold no two
+    moved = moved_outputs(*(states(idx, draw(n)).detach() for n in (1, 2)))
     return Leaks([Leak(int(moved.any(0).nonzero()[0]), None, cause="targets")]
                  if moved.any() else [])
 

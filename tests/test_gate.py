@@ -741,6 +741,35 @@ def test_every_pair_of_the_heads_positions_is_told_apart(monkeypatch, one, other
         "other positions"
 
 
+class Kept:
+    """Count the bytes of a tensor that a graph keeps, as long as the graph is there."""
+
+    now = most = 0
+
+    def __init__(self, x: torch.Tensor):
+        self.x = x.detach()
+        Kept.now += x.nbytes
+        Kept.most = max(Kept.most, Kept.now)
+
+    def __del__(self):
+        Kept.now -= self.x.nbytes
+
+
+def test_the_check_keeps_no_more_than_a_micro_batch_of_training(monkeypatch):
+    """A card that holds the micro-batch that trains must hold what is checked before it, too."""
+    model, goals = GPT(RICH), lambda y: (torch.stack((y, y), -1), torch.tensor([0.8, 0.2]))
+    idx = torch.randint(RICH.vocab_size, (4, 24))
+    monkeypatch.setattr(Kept, "most", 0)
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.x):
+        loss = model(idx, *goals(idx)[:1], False, *goals(idx)[1:])[1]
+        trains = Kept.most
+        del loss
+        assert trains > 100_000 and Kept.now == 0
+        Kept.most = 0
+        refuse_leaks(model, [(4, 24)], EXACT, lambda text: None, goals=(goals,))
+    assert 0.5 * trains < Kept.most <= trains
+
+
 def test_two_batches_of_the_heads_check_make_gradients(monkeypatch):
     model, made = GPT(CONFIG), []
     x, targets = torch.randn(2, 24, CONFIG.n_embd), torch.zeros(2, 24, dtype=torch.int64)
