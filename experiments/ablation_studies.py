@@ -131,10 +131,16 @@ STUDIES = {
         }),
     "context": Study(
         "Longer rows, with as many tokens a step. Every loss is at the arm's own length: compare "
-        "hybrid with attention at one length.", {
-            f"{name}-{T}": f"{flags} --sequence_length {T} --batch_size {65_536 // T}"
-            for T in (1024, 2048, 4096)
-            for name, flags in (("hybrid", HYBRID), ("attention", ATTENTION))}),
+        "mixers at one length, or by position (evaluate.py RUN... --rows T, with --keep_checkpoints "
+        "here). Arms called taps have filters as long as the rows.", {
+            **{f"{name}-{T}": f"{flags} --sequence_length {T} --batch_size {65_536 // T}"
+               for T in (1024, 2048, 4096, 16_384)
+               for name, flags in (("hybrid", HYBRID), ("attention", ATTENTION),
+                                   ("states", MIXERS["states"]), ("filters", AFNO))},
+            **{f"{name}-16384-taps": f"{flags} --sequence_length 16384 --batch_size 4 "
+                                     "--afno_filter_length 16384"
+               for name, flags in (("hybrid", HYBRID), ("filters", AFNO))},
+        }),
     "recipe": Study(
         "The recipe of the hybrid less one thing, or with one changed; the same for attention, "
         "the control.", {
