@@ -190,8 +190,9 @@ def describe(run):
     config, device, dtype = run.config, run.device, run.runtime.dtype
     chip = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, driver " \
         f"{gpu_driver()}" if device.type == "cuda" else "CPU"
+    threads = torch.get_num_threads()
     run.say(f"torch {torch.__version__}, Python {sys.version.split()[0]}, "
-            f"{run.runtime.world} x {chip}, {torch.get_num_threads()} threads")
+            f"{run.runtime.world} x {chip}, {threads} thread{'s' * (threads > 1)}")
     mixers = [config.mixer_of(layer) for layer in range(config.n_layer)]
     count = sum(p.numel() for p in run.model.parameters())
     run.say(f"model: {run.args.model}, {count:,} parameters, mixers {' '.join(mixers)}, "

@@ -86,10 +86,18 @@ def usual_runtime(device: torch.device) -> Runtime:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the CPU or the first GPU, as --device asks. A rank takes its own_card() later."""
+    """Return the CPU or the first GPU, as --device asks. A rank takes its own_card() later.
+
+    Beside a GPU the CPU works in one thread, unless OMP_NUM_THREADS says how many: its pieces are
+    small, and on a busy host threads wait for each other (experiments/LOG.md, "two cards").
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no CUDA device; use cpu or auto")
-    return torch.device("cuda:0" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return torch.device("cuda:0")
 
 
 def choose_dtype(asked: str | None, device: torch.device, say) -> str:
@@ -179,8 +187,7 @@ def launch(processes: int, gate=None) -> int:
 
     if gate:
         print(gate.verdict(), file=sys.stderr, flush=True)
-    # torchrun would choose 1 and warn
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as choose_device; torchrun would warn
     try:
         torchrun.main(["--standalone", f"--nproc_per_node={processes}", *sys.argv])
     except SignalException as stopped:  # it has passed the signal on, and the ranks have saved

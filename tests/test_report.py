@@ -72,7 +72,8 @@ def test_numbers_are_those_of_the_metrics(data, tmp_path, monkeypatch):
     assert table["tokens/s"] == f"{summary['tokens_per_s']:,.0f}"
     assert table["peak memory"] == f"{summary['peak_memory_usage'] / 2**20:,.0f} MiB"
     assert table["energy"].startswith("not known")
-    assert table["machine"] == f"1 x CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    assert table["machine"] == f"1 x CPU, {threads} thread{'s' * (threads > 1)}"
     log = (tmp_path / "run/train.log").read_text()
     for name in ("commit", "command"):
         (line,) = re.findall(f"^{name}: (.*)", log, re.MULTILINE)

@@ -376,6 +376,22 @@ def test_the_first_gpu_is_named_as_its_tensors_name_it(monkeypatch):
     assert runtime.choose_device("auto") == runtime.own_card(0) == torch.device("cuda", 0)
 
 
+@pytest.mark.parametrize("variable, name, threads", (
+    (None, "auto", 1), (None, "cuda", 1), (None, "cpu", 2), ("2", "auto", 2)))
+def test_beside_a_gpu_the_cpu_works_in_one_thread(monkeypatch, variable, name, threads):
+    before, at_start = torch.get_num_threads(), 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    torch.set_num_threads(at_start)
+    try:
+        runtime.choose_device(name)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 OF_24_GB = types.SimpleNamespace(total_memory=24 * GIB)
 
 
