@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import gc
 import hashlib
+import math
 import os
 import re
 import signal
@@ -340,7 +341,8 @@ def choose_micro_batch(runtime: Runtime, args, T: int, unit: int, channels: int,
     """Set args.batch_size, grad_accumulation_steps and recompute to what all ranks' cards take.
 
     What args have is tried first, or with args.may_grow more rows where twice what they can take is
-    free. Without args.may_shrink args' own are all. The rows of a step stay. attempt(rows,
+    free. More rows are not saved: so another card, or more cards, may go on with fewer. Without
+    args.may_shrink args' own are all. The rows of a step stay. attempt(rows,
     recompute) does the work of training on a micro-batch of rows of T tokens, and raises where it
     cannot. Its tokens stay a multiple of `unit`. What cannot fit is not tried: it takes `fixed`
     bytes and KEPT for each of the model's channels, of all layers together. Compilation is left out
@@ -348,11 +350,12 @@ def choose_micro_batch(runtime: Runtime, args, T: int, unit: int, channels: int,
     """
     budget = min(runtime.of_ranks(int(min(memory_budget(runtime.device), 2**62))))
     least = lambda rows, recompute: fixed + KEPT[recompute] * channels * rows * T
-    tried, why = (args.batch_size, args.recompute), ""
+    asked, why = args.batch_size, ""
+    tried = asked, args.recompute
     if args.may_grow:
         rows = more_rows(args, T, runtime.world,
                          lambda rows: 2 * least(rows, args.recompute) <= budget)
-        if rows > args.batch_size:
+        if rows > asked:
             tried, why = (rows, args.recompute), f"{budget / GIB:.1f} GiB are free"
     while tried:
         rows, recompute = tried
@@ -381,9 +384,9 @@ def choose_micro_batch(runtime: Runtime, args, T: int, unit: int, channels: int,
                          + ", or set --recompute 1" * (not recompute))
     if args.may_shrink:
         chosen = dict(zip(MICRO_BATCH, (
-            rows, args.grad_accumulation_steps * args.batch_size // rows, recompute)))
+            rows, args.grad_accumulation_steps * asked // rows, recompute)))
         vars(args).update(chosen)
-        args.to_save.update(chosen)
+        args.to_save.update(chosen if rows <= asked else {})
         args.val_batch_size = args.to_save["val_batch_size"] or rows
         say(f"micro-batch: {rows} row{'s' * (rows > 1)} x {args.grad_accumulation_steps}"
             + ", recomputed" * recompute + f", {f'because {why}' if why else 'as asked for'}; at "
@@ -487,9 +490,15 @@ def numbers_in_tables(model) -> int:
     return sum(table.weight.numel() for table in row_tables(model).values())
 
 
-def bytes_to_train(model) -> int:
-    """Return the bytes of a model's weights and gradients, but for those of RowTables' few rows."""
-    return 8 * sum(p.numel() for p in model.parameters()) - 4 * numbers_in_tables(model)
+def bytes_to_train(model, tokens: int) -> int:
+    """Return the bytes of a model's weights and gradients in a step of random tokens.
+
+    Of RowTables these are the gradients of the rows that it meets, and a copy of these rows.
+    """
+    met = sum(table.weight.numel() * -math.expm1(-tokens / len(table.weight))
+              for table in row_tables(model).values())
+    whole = 8 * sum(p.numel() for p in model.parameters()) - 4 * numbers_in_tables(model)
+    return whole + int(8 * met)
 
 
 def distinct_rows(rows: Tensor, table: Tensor) -> Tensor:

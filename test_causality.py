@@ -242,7 +242,7 @@ def move_weights(model: torch.nn.Module, seed: int = 0):
         for p in model.parameters():
             noise = torch.randn(p.shape, generator=generator, device=p.device)
             size = p.std(correction=0).clamp(min=0.02 if p.ndim > 1 else 0.5)
-            p.add_(noise.to(p) * size * sign)
+            p.add_(noise.mul_(size * sign).to(p))
 
 
 def gradient_leaks(hidden, embedding: torch.nn.Module, T: int, vocab_size: int,

@@ -48,7 +48,7 @@ from kernels import keep_products, try_kernels, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
 from report import report_at_end, report_if_missing
-from runtime import (MICRO_BATCH, Clock, Diverged, Energy, RowTable, Runtime, average,
+from runtime import (MANY_TOKENS, MICRO_BATCH, Clock, Diverged, Energy, RowTable, Runtime, average,
                      bytes_of_averages, bytes_to_train, choose_device, choose_dtype, choose_gpus,
                      choose_micro_batch, compiled_or_not, distinct_rows, drop_gradients, evaluate,
                      gradients_of, joined_ranks, keep_graphs, kept_apart, launch,
@@ -555,7 +555,7 @@ class PairTable(RowTable):
 
     def rows(self, idx: Tensor, before: Tensor) -> Tensor:
         """Return the rows of the tokens idx and of those before them, (...)."""
-        key = (before * 50257 + idx) * 2654435761 % 2**32  # Fibonacci hashing; below 2^63
+        key = (before * 50257 + idx) * 2654435761 & 0xffffffff  # Fibonacci hashing; below 2^63
         return key * self.num_embeddings >> 32
 
     def forward(self, idx: Tensor, before: Tensor) -> Tensor:
@@ -1076,13 +1076,11 @@ class Run:
             block.recompute = bool(recompute)
 
     def choose_micro_batch(self, lengths):
-        """Compile by training on a micro-batch; where that does not fit, take a smaller one.
-
-        Weights, random state and data stay.
-        """
+        """Compile by training on a micro-batch that fits; weights, random state, data stay."""
         args, config, random = self.args, self.config, random_state(self.device)
         averages = bytes_of_averages(self.optimizers)
-        fixed = averages + bytes_to_train(self.model)
+        fixed = averages + bytes_to_train(self.model, self.tokens * args.grad_accumulation_steps)
+        args.may_grow = args.may_shrink and len(self.stream) > self.runtime.world * MANY_TOKENS
         unit = math.lcm(16 if args.fp8_head else 1, *(length for length, _ in self.lengths))
         choose_micro_batch(self.runtime, args, self.T, unit, config.n_layer * config.n_embd, fixed,
                            lambda *tried: self.attempt(*tried, lengths, averages), self.say)
@@ -1489,7 +1487,6 @@ def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
                     for name, value in values.items() if name not in NOT_SAVED}
     args.val_batch_size = args.val_batch_size or args.batch_size
     args.may_shrink = device.type == "cuda" and flags.keys().isdisjoint(MICRO_BATCH)
-    args.may_grow = args.may_shrink and not saved
     if args.warmup_iters is None:  # the baseline's share
         args.warmup_iters = round(args.num_iterations * 256 / 4768)
     args.warmdown_iters = fall_steps(values)
@@ -1542,8 +1539,9 @@ def sizes_of(config: GPTConfig, args) -> tuple[int, int]:
     model = shapes_of(GPT, config)
     averages = bytes_of_averages(make_optimizers(
         model, args.optimizer, args.learning_rate, args.weight_decay))
+    tokens = args.batch_size * args.grad_accumulation_steps * args.sequence_length
     return averages + 4 * sum(p.numel() for p in model.parameters()), \
-        averages + bytes_to_train(model)
+        averages + bytes_to_train(model, tokens)
 
 
 def main(argv: list[str], gate=None) -> int:

@@ -234,7 +234,10 @@ def test_a_card_with_plenty_of_memory_takes_more_rows(rows, steps, T, world, fre
                                lambda *one: tried.append(one), said.append)
     assert tried == [(expected[0], 0)]
     assert (args.batch_size, args.grad_accumulation_steps) == expected
-    assert ("because 60.0 GiB are free" in "".join(said)) == (expected[0] > rows)
+    grown = expected[0] > rows
+    assert ("because 60.0 GiB are free" in "".join(said)) == grown
+    # another card, or four, may go on with what was asked for
+    assert args.to_save.get("batch_size", "asked") == ("asked" if grown else rows)
 
 
 def test_the_rank_with_the_smallest_card_decides():
@@ -247,6 +250,8 @@ def test_the_rank_with_the_smallest_card_decides():
                                said.append)
     assert tried == [(32, 0), (16, 0), (8, 0)] and "10.0 GiB that are free" in said[0]
     assert (args.batch_size, args.grad_accumulation_steps, args.val_batch_size) == (8, 16, 8)
+    assert args.to_save == dict(batch_size=8, grad_accumulation_steps=16, recompute=0,
+                                val_batch_size=None)
 
 
 @pytest.mark.parametrize("fraction, expected", ((1.0, 72), (0.5, 40)))
@@ -288,6 +293,38 @@ def test_the_trial_holds_the_gradients_of_tables(data, tmp_path, monkeypatch):  
                "--grad_accumulation_steps 2"))
     tables = len(held[0])
     assert tables > 1 and held == [[False] * tables, [True] * tables] * 2
+
+
+def test_the_bytes_to_train_are_those_of_a_step():
+    """Of tables these are the rows that random tokens meet: too many would refuse a card."""
+    model = train_gpt2_afno.GPT(train_gpt2_afno.GPTConfig(
+        n_layer=2, n_embd=64, n_head=1, vocab_size=3000, sequence_length=64, pair_rows=5000,
+        value_tables=1))
+    idx = torch.randint(3000, (40, 64), generator=torch.Generator().manual_seed(0))
+    model.meet(idx)
+    model(idx, idx.roll(-1, 1), False)[1].backward()
+    held = [*model.parameters(), *runtime.gradients_of(model),
+            *(table.met[1] for table in runtime.row_tables(model).values())]
+    assert sum(x.nbytes for x in held) == pytest.approx(
+        runtime.bytes_to_train(model, idx.numel()), rel=0.02)
+
+
+@pytest.mark.parametrize("many, grows", ((436, True), (437, False)))
+def test_rows_grow_only_where_the_text_has_as_many(data, tmp_path, monkeypatch,  # noqa: F811
+                                                   many, grows):
+    merge, found = train_gpt2_afno.merge_flags, []
+
+    def on_a_gpu(*given):
+        args = merge(*given)
+        args.may_shrink = True
+        return args
+
+    monkeypatch.setattr(train_gpt2_afno, "MANY_TOKENS", many)
+    monkeypatch.setattr(train_gpt2_afno, "merge_flags", on_a_gpu)
+    monkeypatch.setattr(train_gpt2_afno, "choose_micro_batch",
+                        lambda ranks, args, *more: found.append(args.may_grow))
+    main(flags(data, tmp_path / "run", "--num_iterations 1"))
+    assert found == [grows]
 
 
 def test_the_gate_takes_fewer_rows_where_memory_is_not_enough():
