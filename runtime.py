@@ -786,8 +786,10 @@ def run(main_function, memory: str = "--batch_size (and raise --grad_accumulatio
             message, status = first_line(error), 1
     if message:
         who = "" if rank is None else f"rank {rank}: "
-        print(f"error: {who}{message}", file=sys.stderr, flush=True)
-        if rank is not None:  # at once: NCCL would wait for the other ranks first
-            sys.stdout.flush()
-            os._exit(status)
+        print(f"error: {who}{message}", file=sys.stderr)
+    if rank is not None:  # at once: NCCL would wait for the other ranks, gloo's threads may abort
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                stream.flush()
+        os._exit(status)
     sys.exit(status)
