@@ -213,6 +213,7 @@ MICRO_BATCH = ("batch_size", "grad_accumulation_steps", "recompute")  # a trial'
 FEW_TOKENS = 4096  # smaller micro-batches leave a GPU idle: --recompute 1 is tried before them
 # so many keep even a fast GPU behind its host (experiments/LOG.md, "two cards")
 MANY_TOKENS = 65536
+ROOM = 6 * GIB  # for the preset's weights and averages, contexts of both and trials of kernels
 # bytes of a token and channel that a block keeps for backward, without and with --recompute: at
 # least, as measured (experiments/LOG.md, "Does it fit in 24 GB?")
 KEPT = (36, 20)
@@ -226,6 +227,13 @@ def memory_budget(device: torch.device) -> float:
     free, total = torch.cuda.mem_get_info(index)
     fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 1.0)(index)
     return min(free + torch.cuda.memory_reserved(index), fraction * total)
+
+
+def leave_room(device: torch.device):
+    """Let this process, the gate, leave ROOM bytes of a GPU, or half, to a trainer beside it."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(0.5, 1 - ROOM / total), device)
 
 
 def refuse_too_large(make, config, args, device: torch.device, only_read: bool):

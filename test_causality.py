@@ -667,11 +667,12 @@ def passed_file(args, config) -> pathlib.Path:
 def main(argv: list[str]) -> int:
     """Run the gate for the model that the trainer's flags ask for; return the exit status."""
     import train_gpt2_afno as trainer
-    from runtime import Runtime, choose_device
+    from runtime import Runtime, choose_device, leave_room
 
     imported = time.perf_counter()
     flags = trainer.parse_flags(argv)
     device = choose_device(flags.get("device", "auto"))
+    leave_room(device)
     _, _, args, config = trainer.run_of(flags, device, print)
     runtime = Runtime(device, getattr(torch, args.dtype), bool(args.compile))
     passed = passed_file(args, config)

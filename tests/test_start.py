@@ -254,6 +254,19 @@ def test_the_rank_with_the_smallest_card_decides():
                                 val_batch_size=None)
 
 
+@pytest.mark.parametrize("total, fraction", ((24, 0.75), (48, 0.875), (8, 0.5)))
+def test_the_gate_leaves_room_to_the_trainer_beside_it(monkeypatch, total, fraction):
+    """Else the trainer that sets up beside it would find a full card, and give its kernels up."""
+    found = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: types.SimpleNamespace(total_memory=total * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction",
+                        lambda share, device: found.append(share))
+    for device in (CPU, CUDA):
+        runtime.leave_room(device)
+    assert found == [fraction]
+
+
 @pytest.mark.parametrize("fraction, expected", ((1.0, 72), (0.5, 40)))
 def test_a_capped_allocator_has_the_memory_of_its_cap(monkeypatch, fraction, expected):
     for name, value in dict(mem_get_info=(70 * GIB, 80 * GIB), memory_reserved=2 * GIB,
