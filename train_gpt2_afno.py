@@ -1169,7 +1169,7 @@ class Run:
         losses = torch.zeros(world, len(batches), device=self.device)
         self.model.meet(torch.cat([inputs for *_, inputs in batches]).view(-1, length))
         for i, (x, y, _) in enumerate(batches):
-            if self.interrupted():
+            if i and self.interrupted():  # before the first, ranks have just voted
                 drop_gradients(self.model)
                 return None
             # gradients travel between ranks once a step
