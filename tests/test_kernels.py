@@ -20,6 +20,8 @@ from helpers import relative, toeplitz_sum
 
 pytest.importorskip("triton")
 
+from triton.runtime.jit import KernelInterface  # noqa: E402
+
 import kernels  # noqa: E402
 from kernels import convolution, loss, softmax, state, token_conv, trials  # noqa: E402
 
@@ -645,6 +647,8 @@ def test_trials_in_threads_are_on_the_callers_card(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not isinstance(token_conv.token_conv_kernel, KernelInterface),
+                    reason="this Triton's interpreter launches past `run`, as no GPU does")
 @pytest.mark.parametrize("what", trials.PARTS)
 def test_what_a_trial_launches_is_compiled_ahead(what, small_blocks, narrow, monkeypatch):
     """Every kernel, with its constants, that a trial launches; and nothing is launched for it."""

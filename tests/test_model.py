@@ -73,14 +73,11 @@ def test_recomputing_changes_memory_and_no_gradient(fresh_compiler, compile, fp8
 
 
 @slow
-def test_graphs_of_all_blocks_are_kept_for_the_next_start(fresh_compiler, monkeypatch):
+def test_graphs_of_all_blocks_are_kept_for_the_next_start(fresh_compiler):
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
     from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 
-    for config, name in ((functorch, "autograd_cache_allow_custom_autograd_functions"),
-                         (inductor, "unsafe_marked_cacheable_functions")):
-        monkeypatch.setattr(config, name, type(getattr(config, name))())  # goes back at the end
     model, graphs = tiny(attn_layers=(1,), n_embd=32, swiglu=1, pair_rows=8, value_tables=1), []
     backend = lambda graph, inputs: graphs.append(graph) or graph.forward
     for block in model.transformer.h:
@@ -94,11 +91,14 @@ def test_graphs_of_all_blocks_are_kept_for_the_next_start(fresh_compiler, monkey
     def refused() -> int:
         return sum(raises(check_cacheable, graph) for graph in graphs)
 
-    assert refused() == 3  # AFNO enters autocast, products in fp8 are an autograd.Function
-    runtime.keep_graphs()
-    assert refused() == 0
-    (key,) = {*inductor.unsafe_marked_cacheable_functions.values()}
-    assert key == runtime.source_digest("kernels/*.py") != runtime.source_digest("*.py")
+    with (functorch.patch(autograd_cache_allow_custom_autograd_functions=False),
+          inductor.patch(unsafe_marked_cacheable_functions={})):  # what was there comes back
+        # products in fp8 are an autograd.Function; AFNO enters autocast, which torch 2.8 keeps
+        assert 2 <= refused() <= 3
+        runtime.keep_graphs()
+        assert refused() == 0
+        (key,) = {*inductor.unsafe_marked_cacheable_functions.values()}
+        assert key == runtime.source_digest("kernels/*.py") != runtime.source_digest("*.py")
 
 
 def raises(function, *arguments) -> bool:
