@@ -777,7 +777,7 @@ def run(main_function, memory: str = "--batch_size (and raise --grad_accumulatio
     keep_compilations()
     try:
         rank = ranks()[0] if "RANK" in os.environ else None
-        status = main_function(sys.argv[1:])
+        status = main_function(sys.argv[1:]) or 0
     except (InputError, Diverged) as error:
         message, status = str(error), 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:  # outside training, which saves first

@@ -49,7 +49,8 @@ FIRST_50 = "--preset fineweb --num_iterations 50 --warmup_iters 258 --warmdown_i
 WHOLE = "--preset fineweb --val_fp32 0 --val_tokens 65536"
 SMALL = "--preset fineweb --model d4 --n_head 2 --attn_layers 2 --sequence_length 256 " \
     "--batch_size 8 --grad_accumulation_steps 4 --compile 0 --warmup_iters 10 --warmdown_iters 0 " \
-    "--val_fp32 0 --val_tokens 4096 --val_loss_every 0 --save_every 20"
+    "--val_fp32 0 --val_tokens 4096 --val_loss_every 0 --save_every 20 " \
+    "--predict_ahead 0 --predict_prefix 0"  # whose shares follow from --num_iterations
 TINY = " --model d1 --n_head 2 --attn_layers none --sequence_length 64 --batch_size 2 " \
     "--num_iterations 12 --val_batch_size 2 --val_tokens 200 --fp8_head 0 --fp8_mlp 0"
 REPEATS = dict(cuda=(3, 20), cpu=(1, 2))  # of what parts measures; the first warm up

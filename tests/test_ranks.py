@@ -95,6 +95,16 @@ def test_ranks_started_by_hand_must_divide_the_micro_batches(data, tmp_path,  # 
         train_gpt2_afno.length_phases(args, 256, world=2)
 
 
+@pytest.mark.parametrize("returned, status", ((None, 0), (0, 0), (143, 143)))
+def test_a_rank_ends_at_once_with_its_status(returned, status):
+    """Whatever threads of libraries are left, and with all that it has printed."""
+    code = f"import sys; from runtime import run; run(lambda argv: print('said') or {returned})"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True,
+                           text=True, env={**os.environ, "RANK": "0", "WORLD_SIZE": "2",
+                                           "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"})
+    assert (ended.returncode, ended.stdout) == (status, "said\n"), ended.stderr
+
+
 # -----------------------------------------------------------------------------
 # what travels between ranks
 
