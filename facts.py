@@ -57,10 +57,14 @@ def in_container(path: Path, mounts: str = "/proc/mounts") -> bool:
     return max(found, default=(0, ""))[1] == "overlay"
 
 
+def tokens_of_step(args) -> int:
+    """Return the tokens that a step of all ranks reads."""
+    return args.batch_size * args.grad_accumulation_steps * args.sequence_length
+
+
 def tokens_of(args) -> int:
     """Return the tokens that the whole run reads."""
-    step = args.batch_size * args.grad_accumulation_steps * args.sequence_length
-    return (args.num_iterations + args.extend) * step
+    return (args.num_iterations + args.extend) * tokens_of_step(args)
 
 
 def shards_of(args) -> int:

@@ -257,24 +257,22 @@ def report_if_missing(folder: Path):
     if (folder / "report.md").exists():
         return
     print("its report is missing: writing it, with samples", flush=True)
-    try:
-        print(f"report: {relative(str(report_of(folder)))}")
-    except Exception as error:
-        print(f"warning: there is no report: {first_line(error)}")
+    try_report(lambda: report_of(folder), print)
 
 
 def report_at_end(run):
-    """Write the report of the trainer's run, unless a signal has ended it.
-
-    A failure is one line and costs the run nothing.
-    """
+    """Write the report of the trainer's run, unless a signal has ended it."""
     if run.log is None or run.signals:  # not rank 0
         return
+    try_report(lambda: write_report(run.folder, lambda: samples(run.model, run.step)), run.say)
+
+
+def try_report(make, say):
+    """Say which path make() has written. A failure is one line and costs the run nothing."""
     try:
-        path = write_report(run.folder, lambda: samples(run.model, run.step))
-        run.say(f"report: {relative(str(path))}")
+        say(f"report: {relative(str(make()))}")
     except Exception as error:
-        run.say(f"warning: there is no report: {first_line(error)}")
+        say(f"warning: there is no report: {first_line(error)}")
 
 
 # -----------------------------------------------------------------------------

@@ -350,11 +350,11 @@ def choose_micro_batch(runtime: Runtime, args, T: int, unit: int, channels: int,
 
     What args have is tried first, or with args.may_grow more rows where twice what they can take is
     free. More rows are not saved: so another card, or more cards, may go on with fewer. Without
-    args.may_shrink args' own are all. The rows of a step stay. attempt(rows,
-    recompute) does the work of training on a micro-batch of rows of T tokens, and raises where it
-    cannot. Its tokens stay a multiple of `unit`. What cannot fit is not tried: it takes `fixed`
-    bytes and KEPT for each of the model's channels, of all layers together. Compilation is left out
-    where it fails. Raises InputError where nothing fits.
+    args.may_shrink args' own are all. The rows of a step stay. attempt(rows, recompute) does the
+    work of training on a micro-batch of rows of T tokens, and raises where it cannot. Its tokens
+    stay a multiple of `unit`. What cannot fit is not tried: it takes `fixed` bytes and KEPT for
+    each of the model's channels, of all layers together. Compilation is left out where it fails.
+    Raises InputError where nothing fits.
     """
     budget = min(runtime.of_ranks(int(min(memory_budget(runtime.device), 2**62))))
     least = lambda rows, recompute: fixed + KEPT[recompute] * channels * rows * T
@@ -394,7 +394,8 @@ def choose_micro_batch(runtime: Runtime, args, T: int, unit: int, channels: int,
         chosen = dict(zip(MICRO_BATCH, (
             rows, args.grad_accumulation_steps * asked // rows, recompute)))
         vars(args).update(chosen)
-        args.to_save.update(chosen if rows <= asked else {})
+        if rows <= asked:
+            args.to_save.update(chosen)
         args.val_batch_size = args.to_save["val_batch_size"] or rows
         say(f"micro-batch: {rows} row{'s' * (rows > 1)} x {args.grad_accumulation_steps}"
             + ", recomputed" * recompute + f", {f'because {why}' if why else 'as asked for'}; at "

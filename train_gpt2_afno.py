@@ -43,7 +43,8 @@ from data.loader import (DATA_FLAGS, TokenStream, TrainLoader, choose_data, coun
                          find_shards, length_at, length_phases, passes, to_device)
 from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, number, one_of,
                               owned, prefix_table, relative, show)
-from facts import FirstSteps, Laps, describe, describe_plan, facts_wanted, kernels_of, show_facts
+from facts import (FirstSteps, Laps, describe, describe_plan, facts_wanted, kernels_of, show_facts,
+                   tokens_of_step)
 from kernels import keep_products, try_kernels, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
@@ -1079,7 +1080,7 @@ class Run:
         """Compile by training on a micro-batch that fits; weights, random state, data stay."""
         args, config, random = self.args, self.config, random_state(self.device)
         averages = bytes_of_averages(self.optimizers)
-        fixed = averages + bytes_to_train(self.model, self.tokens * args.grad_accumulation_steps)
+        fixed = averages + bytes_to_train(self.model, tokens_of_step(args))
         args.may_grow = args.may_shrink and len(self.stream) > self.runtime.world * MANY_TOKENS
         unit = math.lcm(16 if args.fp8_head else 1, *(length for length, _ in self.lengths))
         choose_micro_batch(self.runtime, args, self.T, unit, config.n_layer * config.n_embd, fixed,
@@ -1091,7 +1092,7 @@ class Run:
     def attempt(self, rows: int, recompute: int, lengths, averages: int):
         """Make, and drop, gradients of two micro-batches of each length, beside the averages."""
         self.recompute(recompute)
-        step = self.tokens * self.args.grad_accumulation_steps
+        step = tokens_of_step(self.args)
         made = any(optimizer.state for optimizer in self.optimizers)
         room = torch.empty(0 if made else averages, dtype=torch.uint8, device=self.device)
         try:
@@ -1539,9 +1540,8 @@ def sizes_of(config: GPTConfig, args) -> tuple[int, int]:
     model = shapes_of(GPT, config)
     averages = bytes_of_averages(make_optimizers(
         model, args.optimizer, args.learning_rate, args.weight_decay))
-    tokens = args.batch_size * args.grad_accumulation_steps * args.sequence_length
     return averages + 4 * sum(p.numel() for p in model.parameters()), \
-        averages + bytes_to_train(model, tokens)
+        averages + bytes_to_train(model, tokens_of_step(args))
 
 
 def main(argv: list[str], gate=None) -> int:

@@ -148,12 +148,13 @@ def pack(folder: Path, runs: Path = RUNS) -> int:
              if path.is_file() and path.suffix != ".png" and not path.match("state_step*")]
     files.sort(key=lambda path: (path.suffix, path.name, path))  # alike files in a row pack best
     stripped, sources = {}, read_sources(runs)
+    known = len(sources)
     for path in files:
         data, file = path.read_bytes(), f"{name}/{path.relative_to(folder).as_posix()}"
         sources |= {source_name(sha256(text)): text for _, text in split_log(data)[0]}
         stripped[file], manifest[file] = strip_log(data), sha256(data)
     write(runs / f"archive/{name}.tar.xz", solid(stripped))
-    if sources != read_sources(runs):
+    if len(sources) > known:
         write(runs / "sources.tar.xz", solid(sources))
     lines = (f"{digest}  {file}\n" for file, digest in sorted(manifest.items()))
     write(runs / "archive/MANIFEST", "".join(lines).encode())

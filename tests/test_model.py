@@ -94,7 +94,7 @@ def test_graphs_of_all_blocks_are_kept_for_the_next_start(fresh_compiler):
     with (functorch.patch(autograd_cache_allow_custom_autograd_functions=False),
           inductor.patch(unsafe_marked_cacheable_functions={})):  # what was there comes back
         # products in fp8 are an autograd.Function; AFNO enters autocast, which torch 2.8 keeps
-        assert 2 <= refused() <= 3
+        assert refused() == 3 or refused() == 2 and torch.__version__ < (2, 13)
         runtime.keep_graphs()
         assert refused() == 0
         (key,) = {*inductor.unsafe_marked_cacheable_functions.values()}
