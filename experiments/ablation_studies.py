@@ -131,8 +131,8 @@ STUDIES = {
         }),
     "context": Study(
         "Longer rows, with as many tokens a step. Every loss is at the arm's own length: compare "
-        "mixers at one length, or by position (evaluate.py RUN... --rows T, with --keep_checkpoints "
-        "here). Arms called taps have filters as long as the rows.", {
+        "mixers at one length, or by position (evaluate.py RUN... --rows T, with "
+        "--keep_checkpoints here). Arms called taps have filters as long as the rows.", {
             **{f"{name}-{T}": f"{flags} --sequence_length {T} --batch_size {65_536 // T}"
                for T in (1024, 2048, 4096, 16_384)
                for name, flags in (("hybrid", HYBRID), ("attention", ATTENTION),
