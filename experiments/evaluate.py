@@ -4,6 +4,7 @@
     python experiments/evaluate.py runs/c/state_step000350.pt --rows 1024 --tokens 65536
     python experiments/evaluate.py runs/c --filters --out runs/compare    # also of the filters
     python experiments/evaluate.py runs/b runs/c --text all --rows 65536 --out runs/long
+    python experiments/evaluate.py runs/long/table.md                 # draws curves.png again
 
 A CHECKPOINT is a file state_step*.pt of the trainer, or a run's folder, whose newest one counts.
 Two measures score the first --tokens targets of --bin (the first checkpoint's validation shards).
@@ -602,50 +603,52 @@ def report(checkpoints: list[Checkpoint], text: Text, results: Results, groups: 
 # plots
 
 
-def plot(labels: list[str], text: Text, results: Results, groups: dict[str, dict], output: Path):
-    """Draw losses by position, then differences by other groups: a row of panels for a measure.
+def read_groups(page: str) -> list[tuple[str, str, list[str], dict[str, list[str]]]]:
+    """Return the tables of groups of a report(): measure, what tells groups apart, header, rows.
 
-    With one checkpoint the latter are its losses. Bars are standard errors.
+    Rows are cells by group, hits after misses; groups that are sums of others are left out.
+    """
+    tables = []
+    for section in f"\n{page}".split("\n## "):
+        title, *parts = section.split("\n\n")
+        measure, _, rest = title.partition(",")
+        if rest != " by group":
+            continue
+        for part in parts:
+            lines = [[cell.strip() for cell in line.strip("|").split("|")]
+                     for line in part.strip().splitlines()]
+            header, _, *rows = lines
+            rows = sorted((row for row in rows if not row[0].startswith("all ")),
+                          key=lambda row: "hit" in row[0])
+            tables.append((measure, header[0], header, {row[0]: row for row in rows}))
+    return [table for table in tables if not table[1].startswith("a document")]
+
+
+def plot(page: str, output: Path):
+    """Draw the groups' losses of a report(), or differences to the first checkpoint's.
+
+    A measure is a row of panels. Bars are standard errors.
     """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    first, *others = labels
-    columns = len(ordered(groups["documents"]))
-    figure, panels = plt.subplots(2, columns, figsize=(5 * columns, 8))
-    for measure, row in zip(MEASURES, panels):
-        unit = text.pieces[measure].units()
-        losses = {label: results.arrays[f"{label}/{measure}"].astype(np.float64)
-                  for label in labels}
-        above = {f"{label} less {first}": losses[label] - losses[first] for label in others}
-        for axes, (by, masks) in zip(row, ordered(groups[measure])):
-            lines = losses if by.startswith("position") or not others else above
-            for name, values in lines.items():
-                found = [mean_and_error(values[mask], unit[mask]) for mask in masks.values()]
-                means, errors = zip(*found)
-                axes.errorbar([*masks], means, np.nan_to_num(errors), label=name, marker="o",
-                              markersize=3, linewidth=1, capsize=2)
-            axes.set(title=f"{measure}, by {by}", ylabel="loss" if lines is losses else
-                     "loss above the first")
-            axes.tick_params(axis="x", rotation=60, labelsize=7)
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
+    tables = read_groups(page)
+    columns = len(tables) // len(MEASURES)
+    figure, panels = plt.subplots(len(MEASURES), columns, figsize=(6 * columns, 9), squeeze=False)
+    for axes, (measure, by, header, rows) in zip(panels.flat, tables):
+        numbers = lambda column: [float(row[column] or 0) for row in rows.values()]
+        for column in range(3, len(header), 3) if len(header) > 3 else [2]:
+            errors = numbers(column + 1) if column > 2 else None
+            axes.errorbar([*rows], numbers(column), errors, label=header[column], marker="o",
+                          markersize=3, linewidth=1, capsize=2)
+        axes.set(title=f"{measure}, by {by}", ylabel="loss")
+        axes.tick_params(axis="x", rotation=60, labelsize=7)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(output, dpi=120)
+    figure.savefig(output, dpi=100)
     plt.close(figure)
-
-
-def ordered(groups: dict[str, dict]) -> list[tuple[str, dict]]:
-    """Return the groups that both measures have, without sums over groups; misses, then hits."""
-    chosen = []
-    for by, masks in groups.items():
-        if by.startswith("longest"):
-            kept = [name for name in masks if not name.startswith("all ")]
-            masks = {name: masks[name] for name in sorted(kept, key=lambda name: "hit" in name)}
-        if not by.startswith("a document"):
-            chosen.append((by, masks))
-    return chosen
 
 
 # -----------------------------------------------------------------------------
@@ -680,9 +683,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def draw_again(table: Path) -> int:
+    """Draw curves.png beside a table.md of an earlier run; return the exit status."""
+    try:
+        page = table.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{table}: {getattr(error, 'strerror', 'not text')}") from None
+    if not read_groups(page):
+        raise InputError(f"{table}: no tables of groups as evaluate.py writes them")
+    plot(page, table.with_name("curves.png"))
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """Evaluate what is missing and print the tables; return the exit status."""
     args = parse(argv)
+    if len(args.checkpoints) == 1 and args.checkpoints[0].endswith(".md"):
+        return draw_again(Path(args.checkpoints[0]))
     device = choose_device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     runtime = Runtime(device, dtype, bool(args.compile))
@@ -704,7 +721,7 @@ def main(argv: list[str]) -> int:
     if args.out is not None:
         (args.out / "table.md").write_text(page + "\n", encoding="utf-8")
         try:
-            plot(labels, text, results, groups, args.out / "curves.png")
+            plot(page, args.out / "curves.png")
         except ImportError:
             print("no curves.png: matplotlib is not installed", file=sys.stderr)
     print(page)

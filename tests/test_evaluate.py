@@ -332,12 +332,24 @@ def test_a_picture_of_every_group(model, tokens, tmp_path, monkeypatch):
         results.put(name, [], {name: random.random(count)})
     groups = {measure: groups_of(text, measure) for measure in evaluate.MEASURES}
     for shown in (labels, labels[:1]):
-        evaluate.plot(shown, text, results, groups, tmp_path / "curves.png")
+        page = "\n\n".join(evaluate.tables_of_groups(shown, text, results, measure, groups[measure])
+                            for measure in evaluate.MEASURES)
+        (tmp_path / "table.md").write_text(page)
+        assert evaluate.main([str(tmp_path / "table.md")]) == 0
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    by, masks = evaluate.ordered(groups["stream"])[-1]
-    assert by.startswith("longest") and not any(name.startswith("all ") for name in masks)
-    hits = ["hit" in name for name in masks]
-    assert hits == sorted(hits) and any(hits)
+        tables = evaluate.read_groups(page)
+        assert [table[0] for table in tables] == ["stream"] * 3 + ["documents"] * 3
+        measure, by, header, rows = next(t for t in tables[3:] if t[1].startswith("longest"))
+        assert len(header) == 3 + 3 * (len(shown) - 1) and by.startswith("longest")
+        for group, row in rows.items():
+            mask = groups[measure][by][group]
+            assert float(row[2]) == pytest.approx(
+                results.arrays["a@1/documents"][mask].mean(dtype=np.float64), abs=6e-5)
+    hits = ["hit" in name for name in rows]
+    assert hits == sorted(hits) and any(hits) and not any(name.startswith("all ") for name in rows)
+    (tmp_path / "table.md").write_text("nothing")
+    with pytest.raises(InputError, match="table.md: no tables of groups"):
+        evaluate.main([str(tmp_path / "table.md")])
 
 
 @pytest.mark.parametrize("words, message", (
