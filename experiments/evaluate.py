@@ -635,7 +635,7 @@ def plot(page: str, output: Path):
 
     tables = read_groups(page)
     columns = len(tables) // len(MEASURES)
-    figure, panels = plt.subplots(len(MEASURES), columns, figsize=(6 * columns, 9), squeeze=False)
+    figure, panels = plt.subplots(len(MEASURES), columns, figsize=(5 * columns, 8), squeeze=False)
     for axes, (measure, by, header, rows) in zip(panels.flat, tables):
         numbers = lambda column: [float(row[column] or 0) for row in rows.values()]
         for column in range(3, len(header), 3) if len(header) > 3 else [2]:
@@ -647,7 +647,7 @@ def plot(page: str, output: Path):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(output, dpi=100)
+    figure.savefig(output, dpi=80)
     plt.close(figure)
 
 
