@@ -518,13 +518,15 @@ def measured_slope(validations: list[dict], first: int, last: int) -> float | No
 
 
 def more_steps(validations: list[dict], target: float, args) -> tuple[int, str]:
-    """Return how many more steps the target may take, and by which slope.
+    """Return how many more steps the target may take, and what the number rests on.
 
     The curve flattens: so the slope is that of the last quarter of the constant phase.
     """
     last, begin = validations[-1], cooldown_step(vars(args))
     slope = measured_slope(validations, (args.warmup_iters + 3 * begin) // 4, begin)
-    whose = f"{slope:.3f}, this run's" if slope else f"{SLOPE}, a larger model's"
+    whose = f"at least; slope of the loss by ln(tokens): {slope:.3f}, this run's" if slope else \
+        f"by a larger model's slope of the loss by ln(tokens), {SLOPE}: this run's late constant " \
+        "phase shows none"
     distance = min((last["val_loss"] - target) / -(slope or SLOPE), 20)  # of no more than e^20
     return max(1, math.ceil(last["step"] * math.expm1(distance))), whose
 
@@ -539,10 +541,8 @@ def describe_miss(log: RunLog, checkpoints: Checkpoints, target: float, args) ->
     missed = (f"missed: val_loss {last['val_loss']:.4f} is {last['val_loss'] - target:.4f} above "
               f"{target:g}; ")
     if steps > FAR * last["step"]:
-        return [f"{missed}by a slope of the loss by ln(tokens) of {whose}, more than {FAR} times "
-                "as many tokens: no estimate"]
-    lines = [f"{missed}estimate: {tokens:,} more tokens at least, {steps} steps (slope of the "
-             f"loss by ln(tokens): {whose})"]
+        return [f"{missed}no estimate: more than {FAR} times as many tokens ({whose})"]
+    lines = [f"{missed}estimate: {tokens:,} more tokens, {steps} steps ({whose})"]
     begin = cooldown_step(vars(args))
     if any(step <= begin for step in checkpoints.steps()):
         lines.append(f"go on from step {begin}, before the cooldown: python train_gpt2_afno.py "

@@ -153,14 +153,15 @@ def facts(record: Record) -> list[tuple[str, str, str]]:
     seconds, with_compilation = (latest.get(name) for name in (
         "train_time_s", "train_time_with_compilation_s"))
     compilation = f"{with_compilation - seconds:,.1f} s" if record.run.summary else unknown
-    given = [float(target) for target in record.all("flags .* target_val_loss ([^,\n]+)")[-1:]]
+    given = {float(target): f" (`--{name}`)" for name in ("target_val_loss", "goal_val_loss")
+             for target in record.all(f"flags .* {name} ([^,\n]+)")[-1:]}
     reached = f"after {base['seconds']:,.1f} s of training"
     peak = max((row.get("peak_memory_usage") or row.get("peak_memory_bytes") or 0
                 for row in record.run.rows), default=0)  # of all processes
     return [
         ("validation loss", final_loss(record), f"{base['loss']}"),
-        *((f"loss {target:g}" + " (`--target_val_loss`)" * (target in given),
-           time_to(record, target), reached if target == base["loss"] else "")
+        *((f"loss {target:g}{given.get(target, '')}", time_to(record, target),
+           reached if target == base["loss"] else "")
           for target in dict.fromkeys([*given, base["loss"]])),
         ("training", shown("train_time_s", "{:,.1f} s"), f"{base['seconds']:,.1f} s"),
         ("compilation", compilation, "in its training"),

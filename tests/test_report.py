@@ -107,11 +107,12 @@ def test_the_target_is_reached_or_by_how_much_it_is_missed(data, tmp_path, monke
         f"**reached** after {summary['wall_clock_time_to_target_loss']:,.1f} s of training, " \
         f"{last['wall_time_s']:,.1f} s of wall clock, at step {last['step']}"
     assert table["loss 3.3821"].startswith("**not reached**")
-    main(flags(data, tmp_path / "miss", "--target_val_loss 1.5"))
+    main(flags(data, tmp_path / "miss", "--target_val_loss 1.5 --goal_val_loss 9"))
     text, table = written(monkeypatch, tmp_path / "miss")
     lowest = min(row["val_loss"] for row in validations(tmp_path / "miss"))
     assert "Finished: step 6 of 6." in text and table["loss 1.5 (`--target_val_loss`)"] == \
         f"**not reached**: the lowest is {lowest:.4f}, {lowest - 1.5:.4f} above"
+    assert table["loss 9 (`--goal_val_loss`)"].startswith("**reached** after ")
 
 
 @pytest.mark.slow
