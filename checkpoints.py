@@ -488,6 +488,7 @@ class RunLog:
 # the schedule, and what to do where it was too short
 
 SLOPE = -0.175  # of the loss by ln(tokens): the hybrid d12, T = 2048 (experiments/LOG.md)
+FLATTENS = 0.28  # that slope falls as tokens^-0.28 (Hoffmann et al., 2022, eq. 10)
 FAR = 100  # times the tokens so far: beyond that nothing is estimated
 
 
@@ -517,18 +518,22 @@ def measured_slope(validations: list[dict], first: int, last: int) -> float | No
     return slope if slope < 0 else None
 
 
-def more_steps(validations: list[dict], target: float, args) -> tuple[int, str]:
-    """Return how many more steps the target may take, and what the number rests on.
+def more_steps(validations: list[dict], target: float, args) -> tuple[float, str]:
+    """Return how many more steps the target may take, inf for never, and what that rests on.
 
-    The curve flattens: so the slope is that of the last quarter of the constant phase.
+    The loss falls by ln(tokens) as in the last quarter of the constant phase, and then as FLATTENS
+    says: loss - E = b tokens^-a has the slope -a b tokens^-a.
     """
-    last, begin = validations[-1], cooldown_step(vars(args))
-    slope = measured_slope(validations, (args.warmup_iters + 3 * begin) // 4, begin)
-    whose = f"at least; slope of the loss by ln(tokens): {slope:.3f}, this run's" if slope else \
-        f"by a larger model's slope of the loss by ln(tokens), {SLOPE}: this run's late constant " \
-        "phase shows none"
-    distance = min((last["val_loss"] - target) / -(slope or SLOPE), 20)  # of no more than e^20
-    return max(1, math.ceil(last["step"] * math.expm1(distance))), whose
+    last, end = validations[-1], cooldown_step(vars(args))
+    begin = (args.warmup_iters + 3 * end) // 4
+    slope, whose = measured_slope(validations, begin, end), "this run's"
+    if slope:
+        slope *= (last["step"] / math.sqrt(max(begin, 1) * end)) ** -FLATTENS
+    else:
+        slope, whose = SLOPE, "a larger model's, as late in its constant phase this run shows none"
+    left = 1 - FLATTENS * (target - last["val_loss"]) / slope  # of what tokens can still bring
+    steps = last["step"] * (left ** (-1 / FLATTENS) - 1) if left > 0 else math.inf
+    return max(1, math.ceil(steps)) if steps < math.inf else steps, f"{slope:.3f}, {whose}"
 
 
 def describe_miss(log: RunLog, checkpoints: Checkpoints, target: float, args) -> list[str]:
@@ -537,12 +542,14 @@ def describe_miss(log: RunLog, checkpoints: Checkpoints, target: float, args) ->
         return []
     last, folder = log.validations[-1], relative(str(log.folder))
     steps, whose = more_steps(log.validations, target, args)
-    tokens = round(last["tokens"] / last["step"] * steps)
     missed = (f"missed: val_loss {last['val_loss']:.4f} is {last['val_loss'] - target:.4f} above "
               f"{target:g}; ")
     if steps > FAR * last["step"]:
-        return [f"{missed}no estimate: more than {FAR} times as many tokens ({whose})"]
-    lines = [f"{missed}estimate: {tokens:,} more tokens, {steps} steps ({whose})"]
+        return [f"{missed}no estimate: more than {FAR} times as many tokens (slope of the loss by "
+                f"ln(tokens): {whose})"]
+    tokens = round(last["tokens"] / last["step"] * steps)
+    lines = [f"{missed}estimate: {tokens:,} more tokens, {steps} steps (slope of the loss by "
+             f"ln(tokens): {whose})"]
     begin = cooldown_step(vars(args))
     if any(step <= begin for step in checkpoints.steps()):
         lines.append(f"go on from step {begin}, before the cooldown: python train_gpt2_afno.py "

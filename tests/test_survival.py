@@ -436,21 +436,26 @@ def test_a_goal_is_noted_and_training_goes_on(data, tmp_path):  # noqa: F811
 
 
 def test_the_steps_of_a_miss_are_those_of_the_measured_curve(tmp_path):
-    curve = [dict(step=step, tokens=10 * step, val_loss=9 - 0.5 * math.log(step))
-             for step in range(10, 101, 10)]
+    law = lambda step: 2 + 8 * step ** -0.28
+    curve = [dict(step=step, tokens=10 * step, val_loss=law(step)) for step in range(10, 101, 10)]
     args = argparse.Namespace(num_iterations=100, warmdown_iters=20, warmup_iters=10, extend=0)
-    assert measured_slope(curve, 62, 80) == pytest.approx(-0.5)
-    steps, whose = more_steps(curve, curve[-1]["val_loss"] - 0.5 * math.log(1.5), args)
-    assert abs(steps - 50) <= 1 and whose.startswith("at least; ") and whose.endswith("-0.500, this run's")
+    slopes = measured_slope(curve, 70, 80), (law(80) - law(70)) / math.log(8 / 7)
+    assert slopes[0] == pytest.approx(slopes[1])
+    for more in (10, 50, 400):
+        steps, whose = more_steps(curve, law(100 + more), args)
+        assert abs(steps - more) <= 1 + 0.05 * more and whose.endswith(", this run's")
+    assert float(whose.split(",")[0]) == pytest.approx(-0.28 * 8 * 100 ** -0.28, rel=0.03)
     for few in (curve[:7] + curve[-1:], [line | dict(val_loss=3.0) for line in curve]):
-        steps, whose = more_steps(few, few[-1]["val_loss"] - 0.175 * math.log(2), args)
-        assert abs(steps - 100) <= 1 and whose.startswith("by a larger model's slope ") and "-0.175" in whose
+        target = few[-1]["val_loss"] - 0.175 / 0.28 * (1 - 2 ** -0.28)
+        steps, whose = more_steps(few, target, args)
+        assert abs(steps - 100) <= 1 and whose.startswith("-0.175, a larger model's")
+    assert more_steps(curve, 1.9, args)[0] == math.inf  # below what any number of tokens brings
     log = argparse.Namespace(validations=curve, folder=tmp_path)
-    far = curve[-1]["val_loss"] - 0.5 * math.log(102)
-    (line,) = describe_miss(log, Checkpoints(tmp_path), far, args)
-    assert "no estimate: more than 100 times as many tokens" in line and "-0.500" in line
-    near, _ = describe_miss(log, Checkpoints(tmp_path), far + 0.02, args)
-    assert "(at least; slope of the loss by ln(tokens): -0.500" in near
+    for target in (law(10_300), 1.9):
+        (line,) = describe_miss(log, Checkpoints(tmp_path), target, args)
+        assert "no estimate: more than 100 times as many tokens" in line and "this run's" in line
+    near, _ = describe_miss(log, Checkpoints(tmp_path), law(5_000), args)
+    assert re.search(r"estimate: [\d,]+ more tokens, \d+ steps \(slope of the loss by", near)
 
 
 @pytest.mark.slow
