@@ -542,18 +542,16 @@ def describe_miss(log: RunLog, checkpoints: Checkpoints, target: float, args) ->
         return []
     last, folder = log.validations[-1], relative(str(log.folder))
     steps, whose = more_steps(log.validations, target, args)
-    missed = (f"missed: val_loss {last['val_loss']:.4f} is {last['val_loss'] - target:.4f} above "
-              f"{target:g}; ")
-    if steps > FAR * last["step"]:
-        return [f"{missed}no estimate: more than {FAR} times as many tokens (slope of the loss by "
-                f"ln(tokens): {whose})"]
-    tokens = round(last["tokens"] / last["step"] * steps)
-    lines = [f"{missed}estimate: {tokens:,} more tokens, {steps} steps (slope of the loss by "
-             f"ln(tokens): {whose})"]
-    begin = cooldown_step(vars(args))
+    near, by = steps <= FAR * last["step"], f"(slope of the loss by ln(tokens): {whose})"
+    tokens = f"none, beyond {FAR} times as many tokens"
+    if near:
+        tokens = f"{round(last['tokens'] / last['step'] * steps):,} more tokens, {steps} steps"
+    lines = [f"missed: val_loss {last['val_loss']:.4f} is {last['val_loss'] - target:.4f} above "
+             f"{target:g}; estimate: {tokens} {by}"]
+    begin, more = cooldown_step(vars(args)), steps if near else last["step"]
     if any(step <= begin for step in checkpoints.steps()):
         lines.append(f"go on from step {begin}, before the cooldown: python train_gpt2_afno.py "
-                     f"--output_dir {folder} --resume auto --extend {args.extend + steps}")
+                     f"--output_dir {folder} --resume auto --extend {args.extend + more}")
     else:
         lines.append("no state from before the cooldown is kept: only a new run can be longer")
     return lines

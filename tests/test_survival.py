@@ -313,10 +313,10 @@ def test_a_miss_is_made_good_from_the_cooldowns_start(data, tmp_path):  # noqa: 
     main(flags(data, out, LONGER))
     said = (out / "train.log").read_text()
     first, loss = losses(out), validations(out)[-1]["val_loss"]
-    steps = int(re.search(rf"missed: val_loss {loss:.4f} is {loss - 4.5:.4f} above 4.5; estimate: "
-                          r"[\d,]+ more tokens, (\d+) steps \(", said)[1])
+    assert f"missed: val_loss {loss:.4f} is {loss - 4.5:.4f} above 4.5; estimate: none, beyond " \
+        "100 times as many tokens (slope of the loss by ln(tokens): " in said
     assert f"step 6, before the cooldown: python train_gpt2_afno.py --output_dir {out} --resume " \
-        f"auto --extend {steps}\n" in said
+        "auto --extend 10\n" in said  # as long again
     main(flags(data, out, LONGER + " --resume auto --extend 7"))
     main(flags(data, tmp_path / "whole", LONGER + " --extend 7"))
     assert losses(out) == losses(tmp_path / "whole") and losses(out)[:6] == first[:6]
@@ -450,12 +450,17 @@ def test_the_steps_of_a_miss_are_those_of_the_measured_curve(tmp_path):
         steps, whose = more_steps(few, target, args)
         assert abs(steps - 100) <= 1 and whose.startswith("-0.175, a larger model's")
     assert more_steps(curve, 1.9, args)[0] == math.inf  # below what any number of tokens brings
-    log = argparse.Namespace(validations=curve, folder=tmp_path)
-    for target in (law(10_300), 1.9):
-        (line,) = describe_miss(log, Checkpoints(tmp_path), target, args)
-        assert "no estimate: more than 100 times as many tokens" in line and "this run's" in line
-    near, _ = describe_miss(log, Checkpoints(tmp_path), law(5_000), args)
-    assert re.search(r"estimate: [\d,]+ more tokens, \d+ steps \(slope of the loss by", near)
+    log, args.extend = argparse.Namespace(validations=curve, folder=tmp_path), 7
+    (tmp_path / "state_step000070.pt").touch()
+    for target, estimate, more in (
+            (law(150), r"5\d\d more tokens, 5\d steps", r"5\d"),
+            (law(5000), r".*, \d{4} steps", r"\d{4}"),
+            (law(20_000), "none, beyond 100 times as many tokens", 100),
+            (1.9, "none, beyond 100 times as many tokens", 100)):
+        missed, command = describe_miss(log, Checkpoints(tmp_path), target, args)
+        assert re.search(rf"estimate: {estimate} \(slope .* -0.6\d\d, this run's\)$", missed)
+        extend = int(re.search(r"go on from step 87, .* --extend (\d+)$", command)[1])
+        assert re.fullmatch(str(more), str(extend - 7))
 
 
 @pytest.mark.slow
