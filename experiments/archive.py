@@ -13,7 +13,9 @@ import argparse
 import hashlib
 import io
 import lzma
+import os
 import re
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,9 +122,11 @@ def members(name: str, runs: Path = RUNS) -> Iterator[tuple[str, bytes]]:
 
 
 def write(path: Path, data: bytes):
-    """Write bytes into a file and make the folders above it."""
+    """Write bytes into a file and make the folders above it; a kill leaves the file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(data)
+    os.replace(part, path)
 
 
 def restore(name: str, output: Path, runs: Path = RUNS) -> int:
@@ -142,10 +146,13 @@ def pack(folder: Path, runs: Path = RUNS) -> int:
     name, manifest = folder.resolve().name, read_manifest(runs)
     if not NAME.fullmatch(name):
         raise ArchiveError(f"{folder}: its name must be <date>-<question>, as 2026-11-26-goals")
-    if name in archives(runs):
+    # the manifest comes last: without it, packing was cut off
+    if name in archives(runs) and any(file.startswith(f"{name}/") for file in manifest):
         raise ArchiveError(f"an archive {name} exists")
     files = [path for path in folder.rglob("*")
              if path.is_file() and path.suffix != ".png" and not path.match("state_step*")]
+    if not files:
+        raise ArchiveError(f"{folder}: no folder with files to pack")
     files.sort(key=lambda path: (path.suffix, path.name, path))  # alike files in a row pack best
     stripped, sources = {}, read_sources(runs)
     known = len(sources)
@@ -192,7 +199,7 @@ def verify(runs: Path = RUNS) -> int:
 
 
 def main():
-    """Run one of the four commands; end with status 1 and one line where something is wrong."""
+    """Run one of the four commands; end with status 2 and one line where something is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -212,7 +219,8 @@ def main():
             else:
                 print(keep(name))
     except (ArchiveError, tarfile.TarError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from data.loader import TokenStream, count_val_tokens, to_device  # noqa: E402
 from data.text_to_bin import (END_OF_TEXT, ROOT, InputError, Kind, first_line,  # noqa: E402
                               relative)
 from experiments import package_text  # noqa: E402
-from runtime import MOST_TOKENS, Runtime, choose_device, run  # noqa: E402
+from runtime import MOST_TOKENS, Diverged, Runtime, choose_device, run  # noqa: E402
 
 MEASURES = ("stream", "documents")
 UNITS = dict(stream="rows", documents="documents")  # over which errors are taken
@@ -296,13 +296,20 @@ class Results:
                 with np.load(self.path) as file:
                     self.arrays = {name: file[name] for name in file.files}
                 self.index = json.loads(str(self.arrays.pop("index")))
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-                raise InputError(f"{self.path}: not a file of this script ({error}); "
+            except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError,
+                    zipfile.BadZipFile) as error:
+                raise InputError(f"{self.path}: not a file of this script ({first_line(error)}); "
                                  "remove it, or name another --out") from None
 
     def stands(self, name: str, key: list) -> bool:
         """Return whether the result of this name is of this key."""
         return self.index.get(name, {}).get("key") == key
+
+    def drop(self, names: list[str]):
+        """Forget results and arrays of these names."""
+        for name in names:
+            self.index.pop(name, None)
+            self.arrays.pop(name, None)
 
     def put(self, name: str, key: list, arrays: dict[str, np.ndarray], **numbers):
         """Keep a result, in the file where there is one; arrays become float16."""
@@ -331,6 +338,11 @@ class Text:
         """Return the number of targets."""
         return len(self.tokens) - 1
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Return what tells this text from others, of the same name, too."""
+        return hashlib.sha256(self.tokens.astype(np.uint16).tobytes()).hexdigest()[:8]
+
     def after_an_end(self) -> np.ndarray:
         """Return whether a target's row holds an earlier document's tokens before it, (N,)."""
         pieces = self.pieces["stream"]
@@ -356,7 +368,7 @@ def read_text(args, first: Checkpoint) -> Text:
     T = args.rows or first.config.sequence_length
     if args.text:
         return read_sources(args, first, T)
-    pattern = args.bin or str(ROOT / first.state["args"]["input_val_bin"])
+    pattern = str(ROOT / first.state["args"]["input_val_bin"]) if args.bin is None else args.bin
     stream = TokenStream(os.path.abspath(pattern), first.config.vocab_size, "bin")
     if args.tokens and args.tokens > len(stream) - 1:
         raise InputError(f"--tokens must be <= {len(stream) - 1}, the targets in --bin, "
@@ -383,13 +395,12 @@ def read_sources(args, first: Checkpoint, T: int) -> Text:
     pieces = dict(
         stream=joined([cut_rows(size, T) for size in sizes.values()]),
         documents=joined([cut_documents(part, len(part), T) for part in found.values()]))
-    digest = hashlib.sha256(tokens.astype(np.uint16).tobytes()).hexdigest()[:8]
-    return Text(f"{', '.join(found)} of installed packages ({digest})", tokens, T, pieces, sizes)
+    return Text(f"{', '.join(found)} of installed packages", tokens, T, pieces, sizes)
 
 
 def compute(checkpoint: Checkpoint, text: Text, args, runtime: Runtime, results: Results):
     """Put a checkpoint's missing results into `results`."""
-    key = checkpoint.key(text.name, text.count, text.T, str(runtime.dtype))
+    key = checkpoint.key(text.digest, text.count, text.T, str(runtime.dtype))
     batch_tokens, label = args.batch_tokens or BATCH_TOKENS[runtime.device.type], checkpoint.label
     model = functools.cache(lambda: checkpoint.model(runtime))  # made where it is needed
 
@@ -401,6 +412,8 @@ def compute(checkpoint: Checkpoint, text: Text, args, runtime: Runtime, results:
         if not results.stands(name, key):
             with reported(name):
                 found = losses(measure)
+                if not np.isfinite(found).all():
+                    raise Diverged(f"{checkpoint.path}: its losses are not finite")
                 results.put(name, key, {name: found}, mean=float(found.mean(dtype=np.float64)))
     if not args.filters:
         return
@@ -408,6 +421,8 @@ def compute(checkpoint: Checkpoint, text: Text, args, runtime: Runtime, results:
     if not results.stands(name, checkpoint.key()):
         initial, final = taps_of(checkpoint.initial()), taps_of(model())
         found = {} if final is None else {name: final, f"{label}/initial taps": initial}
+        results.drop([name, f"{label}/initial taps",
+                      *(f"{label}/stream, lags 0-{last}" for last in CUTS)])
         results.put(name, checkpoint.key(), found)
     if name not in results.arrays:
         return
@@ -416,7 +431,8 @@ def compute(checkpoint: Checkpoint, text: Text, args, runtime: Runtime, results:
         cut = f"{label}/stream, lags 0-{last}"
         if last + 1 < results.arrays[name].shape[-1] and not results.stands(cut, key):
             with reported(cut), cut_taps(model(), last):
-                difference, error = mean_and_error(losses("stream") - whole, unit)
+                above = losses("stream").astype(np.float16).astype(np.float32) - whole
+                difference, error = mean_and_error(above, unit)
                 results.put(cut, key, {}, difference=difference, error=error)
 
 
@@ -589,8 +605,8 @@ def report(checkpoints: list[Checkpoint], text: Text, results: Results, groups: 
     """Return all tables as Markdown; groups are groups_of each measure."""
     labels = [checkpoint.label for checkpoint in checkpoints]
     documents = int(text.pieces["documents"].unit[-1]) + 1
-    head = (f"{text.count:,} targets of {text.name}, {documents:,} documents, rows of {text.T:,} "
-            "tokens. +- is the standard error over rows (stream) or documents.")
+    head = (f"{text.count:,} targets of {text.name} ({text.digest}), {documents:,} documents, rows "
+            f"of {text.T:,} tokens. +- is the standard error over rows (stream) or documents.")
     parts = [head, table_of_means(labels, text, results), table_of_contexts(labels, text, results)]
     parts += [tables_of_groups(labels, text, results, measure, groups[measure])
               for measure in MEASURES]
@@ -691,7 +707,10 @@ def draw_again(table: Path) -> int:
         raise InputError(f"{table}: {getattr(error, 'strerror', 'not text')}") from None
     if not read_groups(page):
         raise InputError(f"{table}: no tables of groups as evaluate.py writes them")
-    plot(page, table.with_name("curves.png"))
+    try:
+        plot(page, table.with_name("curves.png"))
+    except ImportError as error:
+        raise InputError(f"curves.png: {first_line(error)}") from None
     return 0
 
 

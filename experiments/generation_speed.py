@@ -29,6 +29,8 @@ def main(argv: list[str]) -> int:
     if count >= config.sequence_length:
         raise InputError("--max_new_tokens must be < --sequence_length "
                          f"{config.sequence_length}, got {count}")
+    if config.afno_form == "reference" and "afno" in map(config.mixer_of, range(config.n_layer)):
+        raise InputError("--afno_form reference reads whole rows: it has no step for one token")
     refuse_too_large(GPT, config, args, device, only_read=True)
     runtime = Runtime(device, getattr(torch, args.dtype), compile=False)
     torch.manual_seed(args.seed)

@@ -185,6 +185,11 @@ def main(argv: list[str]) -> int:
     tasks, manager = args.tasks.split(","), TaskManager(include_path=args.include)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise InputError(f"--tasks: the harness has no task {unknown[0]} (see `lm-eval ls tasks`)")
+    if args.output is not None:
+        try:  # before minutes of work
+            args.output.touch()
+        except OSError as error:
+            raise InputError(f"--output {args.output}: {error.strerror}") from None
     device = choose_device(args.device)
     runtime = usual_runtime(device)
     adapter = Adapter(load_exported(args.model), runtime, args.batch_size)

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.text_to_bin import InputError, Parser, run_main  # noqa: E402
+from data.text_to_bin import InputError, Parser, first_line, run_main  # noqa: E402
 
 X = ("tokens", "seconds")
 
@@ -157,7 +157,10 @@ def main():
     add("--output", type=Path, default=Path("curves.png"), help="(curves.png)")
     add("--x", choices=X, help="one panel instead of both")
     args = parser.parse_args()
-    plot([read_run(path) for path in args.runs], args.output, (args.x,) if args.x else X)
+    try:
+        plot([read_run(path) for path in args.runs], args.output, (args.x,) if args.x else X)
+    except ImportError as error:
+        raise InputError(f"{args.output}: {first_line(error)}") from None
     print(f"{args.output}: {len(args.runs)} runs")
 
 

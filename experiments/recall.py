@@ -221,7 +221,7 @@ TASKS = {task.__name__: task for task in (recall, induction, needle, copying, co
 def generator(seed: int, task: str, part: str, device: torch.device) -> torch.Generator:
     """Return the source of a task's rows: the same for every mixer, another one for the test."""
     number = 2 * (seed * len(TASKS) + [*TASKS].index(task)) + ("train", "test").index(part)
-    return torch.Generator(device).manual_seed(number)
+    return torch.Generator(device).manual_seed(number % 2**63)
 
 
 def make_model(grid: Grid, mixer: str, seed: int) -> trainer.GPT:
@@ -336,8 +336,8 @@ def machine(runtime: Runtime) -> str:
     return f"torch {torch.__version__}, {chip}"
 
 
-def read_lines(path: Path) -> list[dict]:
-    """Return the results in a file, one a line; raise InputError where a line is none.
+def read_lines(path: Path, name: str = "setting") -> list[dict]:
+    """Return the results in a file, one a line; raise InputError where a line has no such name.
 
     A last line that a kill has cut off is dropped, also from the file.
     """
@@ -351,7 +351,7 @@ def read_lines(path: Path) -> list[dict]:
         rows = [json.loads(line) for line in whole.splitlines()]
     except ValueError:
         rows = [None]
-    if not all(isinstance(row, dict) and "setting" in row for row in rows):
+    if not all(isinstance(row, dict) and name in row for row in rows):
         raise InputError(f"{path}: not a file of this study; delete it, or choose another --output")
     return rows
 

@@ -310,7 +310,11 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only check; write nothing")
     check = parser.parse_args().check
-    old = {path: page for path, page in pages().items() if page != path.read_text()}
+    try:
+        old = {path: page for path, page in pages().items() if page != path.read_text()}
+    except (archive.ArchiveError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     for path, page in old.items():
         print(f"{path.relative_to(HERE.parent)}: {'out of date' if check else 'written'}")
         if not check:

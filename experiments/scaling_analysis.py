@@ -18,7 +18,6 @@ made from that file, also from one of an earlier run with --parts none.
 import argparse
 import contextlib
 import functools
-import json
 import math
 import re
 import statistics
@@ -34,12 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import afno  # noqa: E402
 from data.text_to_bin import InputError, Parser, first_line, integer, one_of  # noqa: E402
+from experiments.recall import append_line, read_lines  # noqa: E402
 from kernels import usable  # noqa: E402
 from runtime import Runtime, measure_matmul_rate, run  # noqa: E402
 from test_causality import random_tokens  # noqa: E402
 from train_gpt2_afno import GPT, MODELS, GPTConfig, flops_per_token, make_optimizers  # noqa: E402
 
 PARTS = ("operator", "batch", "step", "profile")
+HIDDEN = ("by_kernel_ms", "where", "model")  # in rows.jsonl alone
 C = 768
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -500,7 +501,8 @@ def write_tables(rows: list[dict], folder: Path):
             name="mixers", T="T", B="rows", ms="ms", range_ms="range",
             optimizer_ms="optimizer, ms", tokens_per_s="tokens/s", mfu="MFU",
             peak_GiB="peak memory, GiB", parameters="parameters"))
-        lines += amdahl(by_part["operator"], steps)
+        if all(row.get("model", "d12") == "d12" for row in steps):  # as wide as the operators
+            lines += amdahl(by_part["operator"], steps)
     for row in by_part["profile"]:
         lines += profile_tables(row)
     (folder / "tables.md").write_text("\n".join(lines))
@@ -582,6 +584,14 @@ def plot(rows: list[dict], folder: Path):
         plt.close(figure)
 
 
+def pattern(text: str) -> re.Pattern:
+    """Return a regular expression; raise ArgumentTypeError where it is none."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"must be a regular expression, {error}") from None
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments; raise InputError where they are wrong."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -594,7 +604,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="of operator and step; batch is measured at those of 1024 and 8192 among them")
     add("--tokens", type=tokens, default=65536, help="at every length")
     add("--model", choices=("d4", "d12"), default="d12", help="of step and profile")
-    add("--only", type=re.compile, default=re.compile(""), metavar="PATTERN",
+    add("--only", type=pattern, default=re.compile(""), metavar="PATTERN",
         help="of operator, batch and step: rows with such names")
     add("--residual_bf16", type=one_of(0, 1), default=1, help="the trainer's, of step and profile")
     add("--compile", type=one_of(0, 1), default=1)
@@ -648,30 +658,40 @@ def main(argv: list[str]) -> int:
     # on a CPU this only shows that the script works
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     runtime = Runtime(device, dtype, compile=bool(args.compile) and device.type == "cuda")
-    args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "rows.jsonl"
     chip = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     where = f"torch {torch.__version__}, {chip}"
     print(f"{where}; convolution: {usable('convolution', device, dtype)[1]}", flush=True)
 
     def emit(row: dict):
-        row = dict(row, where=where)
-        with file.open("a") as f:
-            f.write(json.dumps(row) + "\n")
+        row = dict(row, where=where, model=args.model)
+        append_line(file, row)
         print({key: round(value, 4) if isinstance(value, float) else value
-               for key, value in row.items() if key not in ("by_kernel_ms", "where")}, flush=True)
+               for key, value in row.items() if key not in HIDDEN}, flush=True)
 
+    read_lines(file, "part")  # before hours of measuring
     if args.parts:
+        args.output.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(KeyboardInterrupt):  # what was measured becomes tables
             measure_parts(args, device, runtime, emit)
-    latest = {}  # a row measured again replaces the old one
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
-        latest[row["part"], row["name"], row.get("B"), row.get("T")] = row
-    write_tables(list(latest.values()), args.output)
-    plot(list(latest.values()), args.output)
-    print(f"tables and plots in {args.output.name}/")
+    rows = latest(read_lines(file, "part"))
+    if not rows:
+        raise InputError(f"{file}: no rows; measure some of --parts {', '.join(PARTS)} first")
+    write_tables(rows, args.output)
+    try:
+        plot(rows, args.output)
+    except ImportError as error:
+        print(f"no plots: {first_line(error)}", file=sys.stderr)
+    print(f"tables of {rows[-1]['where']}, and plots, in {args.output.name}/")
     return 0
+
+
+def latest(rows: list[dict]) -> list[dict]:
+    """Return the rows of the last one's model, torch and card; of what was measured twice the last.
+    """
+    alike = lambda row: (row.get("where"), row.get("model"))
+    return [*{(row["part"], row["name"], row.get("B"), row.get("T")): row
+              for row in rows if alike(row) == alike(rows[-1])}.values()]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ error, where there are more runs than numbers.
 """
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 from statistics import median
@@ -26,6 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.text_to_bin import InputError, Parser, number, run_main  # noqa: E402
+from experiments.plot_runs import read_run  # noqa: E402
 
 # for so many runs: the second row of the design; the others are its shifts
 SECOND = {12: "++-+++---+-", 24: "+++++-+-++--++--+-+----"}
@@ -46,18 +46,27 @@ def plan(path: Path):
     lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
     if any(len(line) < 2 for line in lines):
         raise InputError(f"{path}: a line must be a name, then flags")
+    runs = design(len(lines))
     out = csv.writer(sys.stdout, lineterminator="\n")
     out.writerow(["run", *(name for name, _ in lines), "flags"])
-    for number, signs in enumerate(design(len(lines)), 1):
+    for number, signs in enumerate(runs, 1):
         flags = " ".join(flags for sign, (_, flags) in zip(signs, lines) if sign == "+")
         out.writerow([f"r{number:02d}", *signs, flags])
 
 
-def last_loss_and_time(folder: Path) -> tuple[float, float]:
-    """Return a run's last validation loss, and the logarithm of its median seconds a token."""
-    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    losses = [row["val_loss"] for row in rows if "val_loss" in row]
-    return losses[-1], -np.log(median(r["tokens_per_s"] for r in rows if "train_loss" in r))
+def last_loss_and_time(folder: Path) -> tuple[int, float, float]:
+    """Return a run's tokens, last validation loss, and logarithm of its median seconds a token.
+
+    Raises InputError where it is not finished.
+    """
+    found = read_run(folder)
+    speeds = [row["tokens_per_s"] for row in found.rows if "train_loss" in row]
+    if found.summary is None or not found.curve or not speeds:
+        raise InputError(f"{folder}: not a finished run")
+    tokens, _, loss = found.curve[-1]
+    if not np.isfinite(loss):
+        raise InputError(f"{folder}: its loss is {loss}")
+    return tokens, loss, -np.log(median(speeds))
 
 
 def fit(X: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +84,9 @@ def effects(folder: Path, slope: float):
     with open(folder / "design.csv", newline="") as file:
         (_, *names, _), *rows = csv.reader(file)
     X = np.array([[1, *(sign == "+" for sign in row[1:-1])] for row in rows], float)
-    loss, time = np.array([last_loss_and_time(folder / row[0]) for row in rows]).T
+    tokens, loss, time = np.array([last_loss_and_time(folder / row[0]) for row in rows]).T
+    if unlike := [row[0] for row, count in zip(rows, tokens) if count != max(tokens)]:
+        raise InputError(f"{folder / unlike[0]}: not finished, or shorter than other runs")
     (effect, error), (seconds, _) = fit(X, loss), fit(X, time)
     print(f"{'technique':<12} {'loss':>8} {'+-':>7} {'time':>6} {'net':>8}")
     for name, e, error, t in zip(names, effect[1:], error[1:], seconds[1:]):

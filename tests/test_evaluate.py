@@ -1,4 +1,5 @@
 """Evaluate checkpoints: against the trainer's validation, and against definitions by loops."""
+import math
 import re
 
 import numpy as np
@@ -252,6 +253,11 @@ def test_filters_of_a_run(model, tokens, tmp_path, capsys):
         np.testing.assert_array_equal(file["begun@7/taps"], file["moved@7/initial taps"])
     assert main(command) == 0
     assert capsys.readouterr() == (first.out, "")
+    write_checkpoint(tmp_path / "moved", attention, pattern)  # in place of one that had filters
+    assert main(command) == 0
+    assert "moved@7: no taps." in capsys.readouterr().out
+    with np.load(out / "losses.npz") as file:
+        assert not [name for name in file.files if name.startswith("moved@7/") and "taps" in name]
 
 
 # -----------------------------------------------------------------------------
@@ -290,6 +296,19 @@ def test_command_keeps_what_stands(model, tokens, tmp_path, monkeypatch, capsys)
     assert main(command) == 0 and len(calls) == 4
     write_checkpoint(tmp_path / "b", model, pattern, step=12)  # the same path, another file
     assert main(command) == 0 and len(calls) == 6
+    write_text(tmp_path / "data", tokens[::-1])  # the same name, another text
+    assert main(command) == 0 and len(calls) == 10
+    (out / "losses.npz").write_bytes(b"")
+    with pytest.raises(InputError, match="losses.npz: not a file of this script"):
+        main(command)
+    (out / "losses.npz").unlink()
+    with torch.no_grad():
+        saved = model.lm_head.weight[0, 0].clone()
+        model.lm_head.weight[0, 0] = math.nan
+        write_checkpoint(tmp_path / "b", model, pattern, step=12)
+        model.lm_head.weight[0, 0] = saved
+    with pytest.raises(runtime.Diverged, match="b/state_step000012.pt: its losses are not finite"):
+        main(command)
 
 
 def test_sources_are_apart_and_told_apart(model, tokens, sources, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 Reading of metrics, skipped and refused runs, failures, tables and pictures, every arm's flags.
 """
 import json
+import math
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ import torch
 
 import train_gpt2_afno as trainer
 from data.text_to_bin import InputError, ShardWriter, read_bin, run_main
-from experiments import ablation_studies, plot_runs
+from experiments import ablation_studies, plot_runs, scaling_analysis, screening
 from experiments.ablation_studies import STUDIES, Study, main
 from experiments.plot_runs import read_run, time_to_loss
 
@@ -55,7 +56,7 @@ def fake_trainer(monkeypatch, tmp_path):
 
 
 def write_run(folder: Path, rows: list[dict], end: str = "") -> Path:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
     return folder
 
@@ -342,3 +343,60 @@ def test_bad_input_is_one_clear_line(pair, argv, message):
     with pytest.raises(InputError, match=message) as caught:
         main(argv)
     assert "\n" not in str(caught.value)
+
+
+# -----------------------------------------------------------------------------
+# screening, scaling
+
+
+def write_screened(folder: Path, losses: dict[str, float], end: int = 100):
+    """Write a run for each name, with a summary."""
+    for name, loss in losses.items():
+        write_run(folder / name, [
+            dict(step=50, tokens=50, train_loss=4.0, tokens_per_s=10.0, train_time_s=5.0),
+            dict(step=end, tokens=end, val_loss=loss, train_time_s=10.0),
+            dict(step=end, wall_clock_time_to_target_loss=None)])
+
+
+def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
+    (tmp_path / "techniques.txt").write_text("".join(f"t{i} --flag {i}\n" for i in range(5)))
+    screening.plan(tmp_path / "techniques.txt")
+    design = capsys.readouterr().out
+    (tmp_path / "design.csv").write_text(design)
+    signs = {line.split(",")[0]: line.split(",")[1:6] for line in design.splitlines()[1:]}
+    assert len(signs) == 12
+    effects = np.array([0.1, -0.2, 0.0, 0.05, 0.3])
+    write_screened(tmp_path, {name: 4 + effects @ [sign == "+" for sign in row]
+                              for name, row in signs.items()})
+    screening.effects(tmp_path, 0.175)
+    found = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:]]
+    np.testing.assert_allclose(found, effects, atol=1e-4)
+    for loss, end, rows in ((4.0, 50, 3), (math.nan, 100, 3), (4.0, 100, 2)):
+        write_screened(tmp_path, {"r03": loss}, end)
+        path = tmp_path / "r03/metrics.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:rows]))
+        with pytest.raises(InputError, match="r03: (its loss is nan|not (a )?finished)"):
+            screening.effects(tmp_path, 0.175)
+
+
+def test_too_many_techniques_leave_no_file(tmp_path, capsys):
+    (tmp_path / "techniques.txt").write_text("".join(f"t{i} --flag {i}\n" for i in range(24)))
+    with pytest.raises(InputError, match="at most 23 techniques, got 24"):
+        screening.plan(tmp_path / "techniques.txt")
+    assert capsys.readouterr().out == ""
+
+
+def test_rows_of_another_model_or_card_make_no_common_table():
+    common = dict(part="step", name="a", T=1, where="CPU", model="d12")
+    row = lambda **values: common | values
+    rows = [row(ms=1), row(ms=2, where="GPU"), row(ms=3, model="d4"), row(ms=4), row(ms=5, T=2)]
+    assert scaling_analysis.latest(rows) == [rows[3], rows[4]]
+    assert scaling_analysis.latest(rows[:3]) == [rows[2]]
+
+
+def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", [dict(step=1, tokens=1, val_loss=4.0, train_time_s=1.0)])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["plot_runs.py", str(run.parent if run.is_file() else run)])
+    with pytest.raises(InputError, match="curves.png: import of matplotlib halted"):
+        plot_runs.main()

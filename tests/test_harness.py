@@ -151,5 +151,8 @@ def test_a_task_of_three_lines(model, adapter, tmp_path, monkeypatch, capsys):
     assert right[0] and json.loads((tmp_path / "out.json").read_text())["results"]["three"][
         "acc,none"] == pytest.approx(sum(right) / 3)
     assert "|three" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--output .*: No such file or directory"):
+        harness.main([str(tmp_path), "--tasks", "three", "--include", str(tasks), "--device",
+                      "cpu", "--output", str(tmp_path / "no/out.json")])
     with pytest.raises(InputError, match="--tasks: the harness has no task four"):
         harness.main([str(tmp_path), "--tasks", "four", "--include", str(tasks)])

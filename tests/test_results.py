@@ -31,6 +31,22 @@ def packed(tmp_path) -> Path:
     return tmp_path / "runs"
 
 
+def test_packing_that_was_cut_off_is_done_again(packed, tmp_path):
+    run, manifest = tmp_path / "2026-01-02-question", packed / "archive/MANIFEST"
+    with pytest.raises(archive.ArchiveError, match="an archive 2026-01-02-question exists"):
+        archive.pack(run, packed)
+    whole = manifest.read_bytes()
+    manifest.write_bytes(b"")  # a kill before it was written
+    assert archive.pack(run, packed) == 2 and manifest.read_bytes() == whole
+    for folder in (tmp_path / "2026-01-02-nothing", tmp_path / "2026-01-02-empty"):
+        if folder.name.endswith("empty"):
+            folder.mkdir()
+        with pytest.raises(archive.ArchiveError, match="no folder with files to pack"):
+            archive.pack(folder, packed)
+    assert archive.archives(packed) == ["2026-01-02-question"]
+    assert not [*packed.rglob("*.part")]
+
+
 @pytest.mark.xdist_group("restored")
 def test_every_file_is_restored_byte_for_byte(restored):
     files = {path.relative_to(restored).as_posix(): path

@@ -114,7 +114,8 @@ def test_a_run_that_was_made_longer_is_read_to_its_end(tmp_path):
 
 @pytest.mark.parametrize("flags, message", (
     ("--sequence_length 2048", "--sequence_length is 2048, there 1024"),
-    ("--learning_rate 0.1", "--learning_rate is 0.1"), (None, "named twice")))
+    ("--learning_rate 0.1", "--learning_rate is 0.1"),
+    ("--input_val_bin other", "--input_val_bin is other"), (None, "named twice")))
 def test_runs_that_do_not_compare_are_refused(tmp_path, flags, message):
     first = make_run(tmp_path / "first", "", 1, 1)
     other = first if flags is None else make_run(tmp_path / "other", flags, 1, 1)

@@ -117,10 +117,24 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
     assert ablation_studies.main(argv) == 0
     again = capsys.readouterr().out
     assert again == said[said.index("# transfer"):]  # nothing was trained again
+    model = make(**ATTENTION)  # another file of the same name
+    torch.save(dict(model=model.state_dict(), optimizers=[], step=7, position=0, rng={},
+                    config=trainer.asdict(model.config), args=dict(seed=2)),
+               tmp_path / "b/state_step000007.pt")
+    assert ablation_studies.main(argv) == 0
+    again = capsys.readouterr().out
+    assert again.count("b@7, ") == 2 * (1 + 3 * 2 + 2) and "c@7, " not in again
     with pytest.raises(InputError, match="holds results with .*; delete it, or choose another"):
         ablation_studies.main([*argv, "--seed", "3"])
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/rows.jsonl").write_text('{"setting": 1}\n')
+    with pytest.raises(InputError, match="rows.jsonl: not a file of this study"):
+        ablation_studies.main([*argv[:-1], str(tmp_path / "foreign")])
     with pytest.raises(InputError, match="one must have AFNO layers"):
-        ablation_studies.main(["transfer", str(tmp_path / "b"), "--output", str(tmp_path / "x")])
+        ablation_studies.main([*argv[:1], argv[2], *argv[3:-1], str(tmp_path / "x")])
+    monkeypatch.setattr(transfer, "text_of", lambda domain: (np.full(99, 50), np.zeros(99, int)))
+    with pytest.raises(InputError, match="c@7: a vocabulary of 50, the text of --domains code"):
+        ablation_studies.main([*argv[:-1], str(tmp_path / "y")])
 
 
 @pytest.mark.slow
