@@ -955,7 +955,7 @@ def test_the_smallest_and_the_largest_number_of_a_flag_train(data, tmp_path, nam
 
 @pytest.mark.parametrize("script, options, message", [
     ("evaluate", "x", "lower --batch_tokens or --rows (4 GiB)"),
-    ("scaling_analysis", "--parts none", "lower --tokens (4 GiB)"),
+    ("scaling_analysis", "--parts operator", "lower --tokens (4 GiB)"),
     ("generation_speed", "--preset shakespeare --attn_layers 1",
      "lower --sequence_length or --model (4 GiB)"),
 ])
