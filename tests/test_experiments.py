@@ -369,7 +369,9 @@ def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
     write_screened(tmp_path, {name: 4 + effects @ [sign == "+" for sign in row]
                               for name, row in signs.items()})
     screening.effects(tmp_path, 0.175)
-    found = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:]]
+    _, *lines, last = capsys.readouterr().out.splitlines()
+    found = [float(line.split()[1]) for line in lines]
+    assert last == "errors are of the loss, from 12 runs for 6 numbers"
     np.testing.assert_allclose(found, effects, atol=1e-4)
     for loss, end, rows in ((4.0, 50, 3), (math.nan, 100, 3), (4.0, 100, 2)):
         write_screened(tmp_path, {"r03": loss}, end)
