@@ -20,13 +20,17 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.text_to_bin import InputError, run_main  # noqa: E402
+
 RUNS = Path(__file__).resolve().parent / "runs"
 RULE = b"=" * 100 + b"\n"
 SOURCE = re.compile(rb"source: (\S+) sha256 ([0-9a-f]{64})\n")
 NAME = re.compile(r"\d{4}-\d\d-\d\d(-[a-z0-9]+)+")
 
 
-class ArchiveError(Exception):
+class ArchiveError(InputError):
     """Say what is wrong with an archive, or with what was asked of it."""
 
 
@@ -199,7 +203,7 @@ def verify(runs: Path = RUNS) -> int:
 
 
 def main():
-    """Run one of the four commands; end with status 2 and one line where something is wrong."""
+    """Run one of the four commands."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -218,10 +222,9 @@ def main():
                 print(f"{name}: {pack(Path(name))} files packed")
             else:
                 print(keep(name))
-    except (ArchiveError, tarfile.TarError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except tarfile.TarError as error:
+        raise ArchiveError(error) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

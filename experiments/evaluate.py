@@ -323,6 +323,11 @@ class Results:
         os.replace(part, self.path)
 
 
+def digest(tokens: np.ndarray) -> str:
+    """Return what tells a text from others, of the same name, too."""
+    return hashlib.sha256(tokens.astype(np.uint16).tobytes()).hexdigest()[:8]
+
+
 @dataclass
 class Text:
     """Hold what all checkpoints are asked: tokens, rows, and how each measure cuts them."""
@@ -340,8 +345,7 @@ class Text:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Return what tells this text from others, of the same name, too."""
-        return hashlib.sha256(self.tokens.astype(np.uint16).tobytes()).hexdigest()[:8]
+        return digest(self.tokens)
 
     def after_an_end(self) -> np.ndarray:
         """Return whether a target's row holds an earlier document's tokens before it, (N,)."""
@@ -421,19 +425,23 @@ def compute(checkpoint: Checkpoint, text: Text, args, runtime: Runtime, results:
     if not results.stands(name, checkpoint.key()):
         initial, final = taps_of(checkpoint.initial()), taps_of(model())
         found = {} if final is None else {name: final, f"{label}/initial taps": initial}
-        results.drop([name, f"{label}/initial taps",
-                      *(f"{label}/stream, lags 0-{last}" for last in CUTS)])
+        results.drop([name, f"{label}/initial taps", *(cut_name(label, last) for last in CUTS)])
         results.put(name, checkpoint.key(), found)
     if name not in results.arrays:
         return
     whole, unit = results.arrays[f"{label}/stream"], text.pieces["stream"].units()
     for last in CUTS:
-        cut = f"{label}/stream, lags 0-{last}"
+        cut = cut_name(label, last)
         if last + 1 < results.arrays[name].shape[-1] and not results.stands(cut, key):
             with reported(cut), cut_taps(model(), last):
                 above = losses("stream").astype(np.float16).astype(np.float32) - whole
                 difference, error = mean_and_error(above, unit)
                 results.put(cut, key, {}, difference=difference, error=error)
+
+
+def cut_name(label: str, last: int) -> str:
+    """Return the name of the result without the taps beyond a lag."""
+    return f"{label}/stream, lags 0-{last}"
 
 
 @contextlib.contextmanager
@@ -588,7 +596,7 @@ def tables_of_filters(checkpoints: list[Checkpoint], results: Results) -> str:
         rows = [[name, *map(str.format, FIGURES.values(), row)]
                 for name, row in zip(names, figures)]
         page.append(markdown([f"{label}, layer", *FIGURES], rows))
-        found = [results.index.get(f"{label}/stream, lags 0-{last}", {}) for last in CUTS]
+        found = [results.index.get(cut_name(label, last), {}) for last in CUTS]
         cuts.append([label, results.index[f"{label}/stream"]["mean"]])
         for cut in found:
             cuts[-1] += [cut.get("difference", ""), cut.get("error", "")]

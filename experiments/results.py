@@ -19,6 +19,7 @@ from statistics import mean
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from data.text_to_bin import run_main  # noqa: E402
 from experiments import archive  # noqa: E402
 from experiments.plot_runs import time_to_loss  # noqa: E402
 
@@ -310,11 +311,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only check; write nothing")
     check = parser.parse_args().check
-    try:
-        old = {path: page for path, page in pages().items() if page != path.read_text()}
-    except (archive.ArchiveError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    old = {path: page for path, page in pages().items() if page != path.read_text()}
     for path, page in old.items():
         print(f"{path.relative_to(HERE.parent)}: {'out of date' if check else 'written'}")
         if not check:
@@ -324,4 +321,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -18,7 +18,6 @@ table.md and gains.png made from it. What stands there is not done again.
 """
 import argparse
 import functools
-import hashlib
 import itertools
 import math
 import time
@@ -32,7 +31,8 @@ import train_gpt2_afno as trainer
 from data.loader import to_device
 from data.text_to_bin import ROOT, InputError, read_bin, relative
 from experiments import package_text
-from experiments.evaluate import BATCH_TOKENS, Checkpoint, cut_rows, losses_of, markdown
+from experiments.evaluate import (BATCH_TOKENS, Checkpoint, cut_rows, digest, losses_of,
+                                  markdown)
 from experiments.recall import append_line, names, read_lines
 from runtime import Diverged, Runtime, choose_device, shapes_of, usual_runtime
 
@@ -171,20 +171,19 @@ class Study:
                             map(Checkpoint, args.checkpoints)}
         if len(self.checkpoints) < len(args.checkpoints):
             raise InputError("CHECKPOINT: two are called alike, after folder and step")
-        for (label, checkpoint), domain in itertools.product(self.checkpoints.items(),
-                                                             args.domains):
-            if np.concatenate(text_of(domain)).max() >= checkpoint.config.vocab_size:
-                raise InputError(f"{label}: a vocabulary of {checkpoint.config.vocab_size}, the "
-                                 f"text of --domains {domain} has GPT-2's tokens")
+        self.texts = {}  # a digest of each domain's
+        for domain in args.domains:
+            tokens = np.concatenate(text_of(domain))
+            self.texts[domain] = digest(tokens)
+            for label, checkpoint in self.checkpoints.items():
+                if tokens.max() >= checkpoint.config.vocab_size:
+                    raise InputError(f"{label}: a vocabulary of {checkpoint.config.vocab_size}, "
+                                     f"the text of --domains {domain} has GPT-2's tokens")
         self.share = share_of_operators([*self.checkpoints.values()])
         self.setting = dict(steps=args.steps, batch_size=args.batch_size, seed=args.seed)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "rows.jsonl"
-        try:
-            self.rows = {self.key(row): row for row in read_lines(self.path)}
-        except KeyError:
-            raise InputError(f"{self.path}: not a file of this study; delete it, or choose "
-                             "another --output") from None
+        self.rows = {self.key(row): row for row in read_lines(self.path, "operator_of")}
         if others := [row for row in self.rows.values() if row["setting"] != self.setting]:
             raise InputError(f"{self.path} holds results with {others[0]['setting']}, now "
                              f"{self.setting}; delete it, or choose another --output")
@@ -193,20 +192,16 @@ class Study:
     def key(row: dict) -> tuple:
         return tuple(row[name] for name in ("label", "domain", "part", "rate", "operator_of"))
 
-    def made_of(self, label: str, *domains: str) -> list:
-        """Return what a result rests on beside its key: file, share of the operator, texts."""
-        texts = [hashlib.sha256(np.concatenate(text_of(domain)).tobytes()).hexdigest()[:8]
-                 for domain in domains if domain != START]
-        return [*self.checkpoints[label].key(), self.share, *texts]
-
     def find(self, label: str, domain: str, part: str, rate: float, operator_of: str, make,
-             *more):
+             other_rate: float | None = None):
         """Return a result that stands, or make it: make() returns its numbers.
 
-        more: what else it rests on.
+        It stands where file, share of the operator, texts and other_rate, that of an operator from
+        another domain, are as they were.
         """
         row = dict(label=label, domain=domain, part=part, rate=rate, operator_of=operator_of)
-        made_of = [*self.made_of(label, domain, operator_of), *more]
+        made_of = [*self.checkpoints[label].key(), self.share, self.texts[domain],
+                   self.texts.get(operator_of), other_rate]
         if self.rows.get(self.key(row), {}).get("made_of") != made_of:
             begin = time.perf_counter()
             row |= dict(setting=self.setting, made_of=made_of, **make())
@@ -253,17 +248,17 @@ class Study:
         other: the domain whose tuned model has that operator, or START.
         """
         rate = self.best(label, domain, "all")["rate"]
-        others = None if other == START else self.best(label, other, "all")["rate"]
+        other_rate = None if other == START else self.best(label, other, "all")["rate"]
 
         def make() -> dict:
             model = self.checkpoints[label].model(self.runtime)
             start = {name: p.detach().clone() for name, p in model.state_dict().items()}
             model.load_state_dict(self.read(label, domain, rate))
-            state = start if other == START else self.read(label, other, others)
+            state = start if other == START else self.read(label, other, other_rate)
             exchange(model, operator_of(model, self.share), state)
             return dict(loss=judge(model, domain, self.runtime))
 
-        return self.find(label, domain, "all", rate, other, make, others)["loss"]
+        return self.find(label, domain, "all", rate, other, make, other_rate)["loss"]
 
     def read(self, label: str, domain: str, rate: float) -> dict[str, Tensor]:
         """Return weights that `tuned` has kept; raise InputError where they are gone."""
