@@ -537,6 +537,30 @@ def average(gradients: list[Tensor]):
     return end
 
 
+def of_every_rank(function, stacked: Tensor):
+    """Begin function(stacked), (n, ...), each rank its share of the n; return what returns it all.
+
+    function takes each of the n alone and keeps their shape. On a GPU the host does not wait.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
+        done = function(stacked)
+        return lambda: done
+    size = -(-len(stacked) // world)
+    mine = stacked[size * dist.get_rank():][:size]
+    share = stacked.new_zeros(size, *stacked.shape[1:])
+    if len(mine):
+        share[:len(mine)] = function(mine)
+    everything = share.new_empty(size * world, *share.shape[1:])
+    travel = dist.all_gather_into_tensor(everything, share, async_op=True)
+
+    def end():
+        travel.wait()
+        return everything[:len(stacked)]
+
+    return end
+
+
 # -----------------------------------------------------------------------------
 # measuring
 

@@ -53,8 +53,8 @@ from runtime import (MANY_TOKENS, MICRO_BATCH, Clock, Diverged, Energy, RowTable
                      bytes_of_averages, bytes_to_train, choose_device, choose_dtype, choose_gpus,
                      choose_micro_batch, compiled_or_not, distinct_rows, drop_gradients, evaluate,
                      gradients_of, joined_ranks, keep_graphs, kept_apart, launch,
-                     measure_matmul_rate, meet_all, of_all_ranks, own_card, peak_memory, ranks,
-                     refuse_too_large, row_tables, run, shapes_of, to_host)
+                     measure_matmul_rate, meet_all, of_all_ranks, of_every_rank, own_card,
+                     peak_memory, ranks, refuse_too_large, row_tables, run, shapes_of, to_host)
 from test_causality import random_tokens, refuse_leaks, refuse_other_targets
 
 LAPS = Laps(START)
@@ -753,7 +753,7 @@ class Muon(torch.optim.Optimizer):
 
     torch.optim.Muon's updates (torch 2.8 has none), but all matrices of a shape are one batch: one
     by one their products are too small to fill a GPU. lr is scaled by 0.2 sqrt(max(rows,
-    columns)), so that an update has AdamW's usual size (Moonshot AI, 2025).
+    columns)), so that an update has AdamW's usual size (Moonshot AI, 2025). Ranks share the work.
     """
 
     def __init__(self, stacks: list[tuple[nn.Parameter, int]], lr: float, weight_decay: float,
@@ -786,15 +786,17 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 row = (matrix, gradient, state["momentum_buffer"])
                 by_shape.setdefault(matrix.shape, []).append(row)
+        updates = {}
         for shape, batch in by_shape.items():
-            matrices, gradients, averages = map(list, zip(*batch))
+            _, gradients, averages = map(list, zip(*batch))
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
             nesterov = torch._foreach_lerp(gradients, averages, group["momentum"])
             stacked = torch.stack([part.bfloat16() for part in nesterov])
-            updates = self.orthogonalize(stacked).float().unbind()
+            updates[shape] = of_every_rank(self.orthogonalize, stacked)
+        for shape, batch in by_shape.items():  # one shape's updates travel while others are made
+            matrices, rate = [matrix for matrix, *_ in batch], group["lr"] * 0.2 * max(shape)**0.5
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-            torch._foreach_add_(matrices, updates, alpha=-rate)
+            torch._foreach_add_(matrices, updates[shape]().float().unbind(), alpha=-rate)
 
     def zero_grad(self):
         for p, _ in self.stacks:

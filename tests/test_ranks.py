@@ -14,7 +14,7 @@ from helpers import RefusingGate
 
 import train_gpt2_afno
 from data.text_to_bin import InputError
-from runtime import RowTable, average, choose_gpus, launch
+from runtime import RowTable, average, choose_gpus, launch, of_every_rank
 from test_trainer import (SCRIPT, STOPPED, VOCABULARY, data, flags, losses,  # noqa: F401
                           main, newest, small, wait_for_step)
 
@@ -137,10 +137,24 @@ def average_on(rank: int, store: str):
     dist.destroy_process_group()  # else its threads may abort the process at its end
 
 
-def test_rows_of_tables_are_averaged_over_ranks(tmp_path):
-    """Three ranks with other rows each, one with none. All know which rows the others have."""
+def share_on(rank: int, store: str):
+    """Be one of three ranks; the oracle squares all matrices by itself."""
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=3)
+    shares = {1: (1, 0, 0), 2: (1, 1, 0), 3: (1, 1, 1), 4: (2, 2, 0), 7: (3, 3, 1)}
+    for n, taken in shares.items():
+        stacked = torch.randint(-9, 9, (n, 4, 2), generator=torch.Generator().manual_seed(n))
+        stacked, given = stacked.bfloat16(), []
+        end = of_every_rank(lambda x: (given.append(len(x)), x * x + 1)[1], stacked)
+        assert torch.equal(end(), stacked**2 + 1)  # small whole numbers: exact in bf16
+        assert sum(given) == taken[rank], (n, given)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("work", (average_on, share_on))
+def test_three_ranks_share_what_they_should(tmp_path, work):
+    """Tables: other rows each, one rank with none. Matrices: fewer than ranks, and more."""
     fork = multiprocessing.get_context("fork")  # spares three imports of torch
-    ranks = [fork.Process(target=average_on, args=(rank, f"file://{tmp_path}/store"))
+    ranks = [fork.Process(target=work, args=(rank, f"file://{tmp_path}/store"))
              for rank in range(3)]
     for rank in ranks:
         rank.start()
