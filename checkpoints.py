@@ -503,13 +503,12 @@ def cooldown_step(args: dict) -> int:
     return max(0, args["num_iterations"] + (args.get("extend") or 0) - fall_steps(args))
 
 
-def measured_slope(validations: list[dict], first: int, last: int) -> float | None:
-    """Return d loss / d ln(tokens) between two steps by least squares, None where it is no fall.
+def measured_slope(validations: list[dict]) -> float | None:
+    """Return d loss / d ln(tokens) by least squares, None where it is no fall.
 
     It needs two validations.
     """
-    points = [(math.log(line["tokens"]), line["val_loss"]) for line in validations
-              if first <= line["step"] <= last and line["tokens"] > 0]
+    points = [(math.log(line["tokens"]), line["val_loss"]) for line in validations]
     if len(points) < 2:
         return None
     x, y = ([point[i] - sum(p[i] for p in points) / len(points) for point in points]
@@ -521,16 +520,19 @@ def measured_slope(validations: list[dict], first: int, last: int) -> float | No
 def more_steps(validations: list[dict], target: float, args) -> tuple[float, str]:
     """Return how many more steps the target may take, inf for never, and what that rests on.
 
-    The loss falls by ln(tokens) as in the last quarter of the constant phase, and then as FLATTENS
-    says: loss - E = b tokens^-a has the slope -a b tokens^-a.
+    The loss falls by ln(tokens) as in the last quarter of the constant phase, or between its last
+    two validations. Then it falls as FLATTENS says: loss - E = b tokens^-a has the slope
+    -a b tokens^-a.
     """
     last, end = validations[-1], cooldown_step(vars(args))
-    begin = (args.warmup_iters + 3 * end) // 4
-    slope, whose = measured_slope(validations, begin, end), "this run's"
+    late = [line for line in validations if max(1, args.warmup_iters) <= line["step"] <= end]
+    quarter = sum(4 * line["step"] >= args.warmup_iters + 3 * end for line in late)
+    late = late[-max(2, quarter):]
+    slope, whose = measured_slope(late), "this run's"
     if slope:
-        slope *= (last["step"] / math.sqrt(max(begin, 1) * end)) ** -FLATTENS
+        slope *= (last["step"] / math.sqrt(late[0]["step"] * late[-1]["step"])) ** -FLATTENS
     else:
-        slope, whose = SLOPE, "a larger model's, as late in its constant phase this run shows none"
+        slope, whose = SLOPE, "a larger model's, as this run's constant phase shows none"
     left = 1 - FLATTENS * (target - last["val_loss"]) / slope  # of what tokens can still bring
     steps = last["step"] * (left ** (-1 / FLATTENS) - 1) if left > 0 else math.inf
     return max(1, math.ceil(steps)) if steps < math.inf else steps, f"{slope:.3f}, {whose}"

@@ -439,13 +439,16 @@ def test_the_steps_of_a_miss_are_those_of_the_measured_curve(tmp_path):
     law = lambda step: 2 + 8 * step ** -0.28
     curve = [dict(step=step, tokens=10 * step, val_loss=law(step)) for step in range(10, 101, 10)]
     args = argparse.Namespace(num_iterations=100, warmdown_iters=20, warmup_iters=10, extend=0)
-    slopes = measured_slope(curve, 70, 80), (law(80) - law(70)) / math.log(8 / 7)
+    slopes = measured_slope(curve[6:8]), (law(80) - law(70)) / math.log(8 / 7)
     assert slopes[0] == pytest.approx(slopes[1])
     for more in (10, 50, 400):
         steps, whose = more_steps(curve, law(100 + more), args)
         assert abs(steps - more) <= 1 + 0.05 * more and whose.endswith(", this run's")
     assert float(whose.split(",")[0]) == pytest.approx(-0.28 * 8 * 100 ** -0.28, rel=0.03)
-    for few in (curve[:7] + curve[-1:], [line | dict(val_loss=3.0) for line in curve]):
+    thin = [line for line in curve if line["step"] in (40, 60, 100)]  # none in the last quarter
+    steps, whose = more_steps(thin, law(150), args)
+    assert abs(steps - 50) <= 4 and whose.endswith(", this run's")
+    for few in (curve[:1] + curve[-1:], [line | dict(val_loss=3.0) for line in curve]):
         target = few[-1]["val_loss"] - 0.175 / 0.28 * (1 - 2 ** -0.28)
         steps, whose = more_steps(few, target, args)
         assert abs(steps - 100) <= 1 and whose.startswith("-0.175, a larger model's")
