@@ -926,7 +926,7 @@ class ReferenceOperator(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# beside the operator: Fourier-gated positions, and the longest earlier match
+# beside the operator: Fourier-gated positions, and the longest earlier matches
 
 
 class FourierGate(nn.Module):
@@ -952,17 +952,22 @@ MATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # lengths that are told apart, in tokens
 PARTS = {2: (1, 1), 3: (2, 1), 4: (2, 2), 6: (4, 2), 8: (4, 4), 12: (8, 4), 16: (8, 8)}
 
 
-def longest_matches(idx: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what followed each token's longest earlier match in its row, and the match's length.
+COPIES = 4  # of equal matches the newest that count
+KINDS = COPIES * (len(MATCHES) + 1)  # of sets of matches, see longest_matches
 
-    What ends with a token is compared with what ends with every token before it. Of the longest
-    matches, in the lengths of MATCHES, the newest counts. idx: (B, T). Returns two of (B, T): the
-    token after the match (idx where there is none), and how many of MATCHES it reaches, 0 for
-    none. Exact, from tokens of the past alone, in eight sorts.
+
+def longest_matches(idx: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what followed each token's longest earlier matches in its row, and their kinds.
+
+    What ends with a token is compared with what ends with every token before it. Two sets count:
+    the COPIES newest of the longest matches, in the lengths of MATCHES; and where these are longer
+    than one token, the COPIES newest places of the token itself. idx: (B, T). Returns the tokens
+    after the matches, (B, T, 2, COPIES), the newest first, -1 for none, and kinds_of these sets,
+    (B, T, 2). Exact, from tokens of the past alone, in eight sorts.
     """
-    T = idx.size(1)
+    (B, T), levels = idx.shape, len(MATCHES)
     place = torch.arange(T, device=idx.device)
-    names, newest, level = {}, torch.full_like(idx, -1), torch.zeros_like(idx)
+    names, befores, level = {}, [], torch.zeros_like(idx)
     for n, length in enumerate(MATCHES, 1):
         key = idx
         if length > 1:  # the names of both parts; the second ends where the first begins
@@ -970,10 +975,29 @@ def longest_matches(idx: Tensor) -> tuple[Tensor, Tensor]:
             key = names[first] * T + F.pad(names[second], (first, 0))[:, :T]
             key = torch.where(place < length - 1, -1 - place, key)  # too short: like nothing else
         names[length], before = name_keys(key)
-        newest = torch.where(before < 0, newest, before)
+        befores.append(before)
         level = torch.where(before < 0, level, n)
-    after = idx.gather(1, (newest + 1).clamp(max=T - 1))
-    return torch.where(newest < 0, idx, after), level
+    before = torch.stack(befores, -1).flatten(1)  # (B, T levels)
+    column = torch.stack((level, (level > 1).long()), -1) - 1  # of the levels, -1 for an empty set
+    look_up = lambda table, at: table.gather(1, at.flatten(1)).view(B, T, 2)
+    at, found = place[:, None].expand(B, T, 2), []
+    for _ in range(COPIES):
+        there = (at >= 0) & (column >= 0)
+        at = torch.where(there, look_up(before, (at * levels + column).clamp(min=0)), -1)
+        found.append(torch.where(at < 0, -1, look_up(idx, (at + 1).clamp(max=T - 1))))
+    found = torch.stack(found, -1)
+    return found, kinds_of(found, level)
+
+
+def kinds_of(found: Tensor, level: Tensor) -> Tensor:
+    """Return the kinds, (..., 2), of the sets of matches found, (..., 2, COPIES).
+
+    n matches of the length MATCHES[level - 1] have the kind COPIES (level - 1) + n, n of the second
+    set KINDS - COPIES + n, none 0. level: (...).
+    """
+    number = (found >= 0).sum(-1)
+    first = torch.stack((COPIES * (level - 1), torch.full_like(level, KINDS - COPIES)), -1)
+    return torch.where(number > 0, first + number, 0)
 
 
 def name_keys(key: Tensor) -> tuple[Tensor, Tensor]:
@@ -998,14 +1022,26 @@ def newest_matches(idx_t: Tensor, seen: tuple | None,
     # a match that ends with an earlier token is one longer than that of the tokens before both
     lengths = torch.where(tokens == idx_t[:, None], 1 + lengths, 0)
     level = torch.bucketize(lengths, lengths.new_tensor(MATCHES), right=True)
+    longest = F.pad(level, (1, 0)).amax(1, keepdim=True)
+    none = len(MATCHES) + 1
+    least = torch.cat((longest.clamp(min=1), torch.where(longest > 1, 1, none)), 1)  # (B, 2)
     place = torch.arange(tokens.size(1), device=idx_t.device)
-    best = F.pad(level * window + place, (1, 0), value=-1)  # -1: no match
-    best = best.masked_fill(F.pad(level, (1, 0)) == 0, -1).amax(1)
+    at = torch.where(level[:, None] >= least[..., None], place, -1)
+    at = F.pad(at, (COPIES, 0), value=-1).topk(COPIES).values  # the newest first
     tokens = torch.cat((tokens, idx_t[:, None]), 1)
-    place = (best.clamp(min=0) % window + 1).clamp(max=tokens.size(1) - 1)
-    after = tokens.gather(1, place[:, None])[:, 0]
-    found = torch.where(best < 0, idx_t, after), best.clamp(min=0) // window
-    return found, (tokens[:, -window:], F.pad(lengths, (1, 0))[:, -window:])
+    after = tokens.gather(1, (at + 1).clamp(max=tokens.size(1) - 1).flatten(1)).view(at.shape)
+    found = torch.where(at < 0, -1, after)
+    seen = tokens[:, -window:], F.pad(lengths, (1, 0))[:, -window:]
+    return (found, kinds_of(found, longest[:, 0])), seen
+
+
+def mean_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Return means of rows of a table (V, C): (..., C) of (..., n); -1 is no row, none give 0."""
+    there = (rows >= 0).to(table.dtype)
+    share = there / there.sum(-1, keepdim=True).clamp(min=1)
+    means = F.embedding_bag(rows.clamp(min=0).flatten(0, -2), table, mode="sum",
+                            per_sample_weights=share.flatten(0, -2))
+    return means.unflatten(0, rows.shape[:-1])
 
 
 # -----------------------------------------------------------------------------

@@ -32,8 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from afno import (AFNO1D, FORMS, MATCHES, ROUTINGS, DyadicOperator, FourierGate, ShortConv,
-                  check_arguments, longest_matches, newest_matches, rmsnorm, taps_at_once)
+from afno import (AFNO1D, FORMS, KINDS, ROUTINGS, DyadicOperator, FourierGate, ShortConv,
+                  check_arguments, longest_matches, mean_rows, newest_matches, rmsnorm,
+                  taps_at_once)
 from checkpoints import (TIMES, Checkpoints, RunLog, choose_folder, cooldown_step, describe_miss,
                          energy_used, fall_steps, find_checkpoint, finished, load_optimizers,
                          load_weights, not_finite, of_this_version, preset_folder, random_state,
@@ -144,7 +145,7 @@ table("model",
       ("afno_short_conv", 4, integer(1, 1024), "taps of the short convolution; 1: none"),
       ("afno_silu", 0, SWITCH, "SiLU after the short convolution, except in form state"),
       ("afno_token_taps", 0, integer(0, 64), "taps each token makes itself, except in form state"),
-      ("copy_matches", 0, SWITCH, "add what followed the row's longest earlier match"),
+      ("copy_matches", 0, SWITCH, "add what followed the row's longest earlier matches"),
       ("position", "none", one_of("none", "learned", "sinusoidal", "fourier"),
        "what embeddings get; attention has rotary anyway"),
       ("swiglu", 0, SWITCH, "MLPs of silu(W1 x) V x instead of gelu(W1 x)"),
@@ -467,9 +468,9 @@ class Block(nn.Module):
     learning"): v0 is the first mixer's value, g are Gates of what the mixer reads, one for
     value_channels channels (Karpathy, 2025, nanochat). With value_tables some layers add g' times a
     row of their own table, g' Gates likewise. With pair_rows p g'' times the row of the token's
-    pair is added to the mixer's output (modded-nanogpt, 2026). With copy_matches m f times the
-    embedding of what followed the longest earlier match is added there, too: an m for each length
-    of MATCHES, f Gates. a, b, c, p and m are learned; they begin at 1, 0, 0, 0.05 and 0.
+    pair is added to the mixer's output (modded-nanogpt, 2026). With copy_matches m f times the mean
+    embedding of what followed each set of longest_matches is added there, too: an m for each of
+    KINDS, f Gates. a, b, c, p and m are learned; they begin at 1, 0, 0, 0.05 and 0.
     """
 
     recompute = False  # compute what is cheap again in backward, instead of keeping it
@@ -487,8 +488,8 @@ class Block(nn.Module):
         self.table_gate = gates() if layer in config.value_layers() else None  # g'
         self.pair_mix = nn.Parameter(torch.tensor(0.05)) if config.pair_rows else None  # p
         self.pair_gate = Gates(1, C) if config.pair_rows else None  # g''
-        self.copy_mix = nn.Parameter(torch.zeros(len(MATCHES))) if config.copy_matches else None
-        self.copy_gate = Gates(1, C) if config.copy_matches else None  # m above, f
+        self.copy_mix = nn.Parameter(torch.zeros(KINDS)) if config.copy_matches else None
+        self.copy_gate = Gates(2, C) if config.copy_matches else None  # m above, f
         if config.mixer_of(layer) == "attn":
             self.mixer = CausalSelfAttention(config)
         else:
@@ -500,7 +501,7 @@ class Block(nn.Module):
         """Return x and v0, (B, T, C), for the next layer.
 
         inputs: x0, the row of the token's pair, that of the layer's table of values, each (B, T, C)
-        or None, and the token to copy, or None: its embedding, and its place in MATCHES, one-hot.
+        or None, and two sets to copy, or None: mean embeddings (B, T, 2, C), and kinds, one-hot.
         """
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.residual, x, v0, inputs, rotary, taps, use_reentrant=False,
@@ -539,9 +540,9 @@ class Block(nn.Module):
         if self.pair_mix is not None:
             x = x + self.pair_mix * self.pair_gate.times(pair, h)
         if self.copy_mix is not None:
-            row, length = copied
-            factor = length @ self.copy_mix.to(length.dtype)[:, None]
-            x = x + factor * self.copy_gate.times(row, h)
+            rows, kind = copied
+            factor = kind @ self.copy_mix.to(kind.dtype) * self.copy_gate(h)
+            x = x + (factor.unsqueeze(-1) * rows).sum(-2)
         return x + self.mlp(rmsnorm(x)), v0
 
 
@@ -681,15 +682,14 @@ class GPT(nn.Module):
     def layers(self, x: Tensor, idx: Tensor, before: Tensor, matches, run) -> Tensor:
         """Return normed hidden states, (..., C), of embeddings x of the tokens idx, (...).
 
-        before: the tokens before them. matches: longest_matches', or None. run(layer, x, v0,
-        inputs): (x, v0) after a Block.
+        before: those before them. matches: longest_matches' or None. run: Block, by its number.
         """
         look_up = lambda table, *tokens: table(*tokens).to(product_dtype(x))
         pair = None if self.pairs is None else look_up(self.pairs, idx, before)
         # x0 only where it is used: it may make block 0 a graph of its own
         x0, v0 = x if self.config.embedding_residual else None, None
-        copied = matches and (rmsnorm(self.transformer.wte(matches[0])).to(product_dtype(x)),
-                              F.one_hot(matches[1], 1 + len(MATCHES))[..., 1:].to(product_dtype(x)))
+        copied = matches and [part.to(product_dtype(x)) for part in (mean_rows(
+            rmsnorm(self.lm_head.weight), matches[0]), F.one_hot(matches[1], 1 + KINDS)[..., 1:])]
         for layer in range(self.config.n_layer):
             key = str(layer)
             value = look_up(self.values[key], idx) if key in self.values else None

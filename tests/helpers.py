@@ -1,7 +1,7 @@
 """Share what several test files need: a tiny model, oracles, how far two tensors are apart."""
 import torch
 
-from afno import MATCHES
+from afno import COPIES, MATCHES
 from data.text_to_bin import InputError
 from train_gpt2_afno import GPT, GPTConfig
 
@@ -51,14 +51,21 @@ def token_by_token(step, x: torch.Tensor) -> tuple[torch.Tensor, object]:
     return torch.stack(outputs, 1), state
 
 
-def match_by_definition(row: list[int], t: int) -> tuple[int, int]:
-    """Return longest_matches at token t, by comparing lists."""
+def matches_by_definition(row: list[int], t: int) -> tuple[list[list[int]], list[int]]:
+    """Return longest_matches at token t, by comparing lists: (tokens, kinds) of both sets."""
+    def followed(length):
+        there = [row[s + 1] for s in range(t - 1, length - 2, -1)
+                 if row[s - length + 1 : s + 1] == row[t - length + 1 : t + 1]]
+        return (there + [-1] * COPIES)[:COPIES], min(COPIES, len(there))
+
+    none = [-1] * COPIES, 0
     for level in range(len(MATCHES), 0, -1):
-        length = MATCHES[level - 1]
-        for s in range(t - 1, length - 2, -1):
-            if row[s - length + 1 : s + 1] == row[t - length + 1 : t + 1]:
-                return row[s + 1], level
-    return row[t], 0
+        tokens, number = followed(MATCHES[level - 1])
+        if number:
+            others, more = followed(1) if level > 1 else none
+            kind = 4 * len(MATCHES) + more if more else 0
+            return [tokens, others], [4 * (level - 1) + number, kind]
+    return [none[0]] * 2, [0, 0]
 
 
 class RefusingGate:

@@ -16,7 +16,7 @@ from afno import (AFNO1D, FORMS, MATCHES, ROUTINGS, ShortConv, apply_causal_mask
                   check_arguments, complex_relu, complex_soft_shrink, inverse_rdft,
                   longest_matches, make_operator, newest_matches, plain_short_conv, rmsnorm,
                   taps_at_once, toeplitz, token_conv)
-from helpers import match_by_definition, relative, toeplitz_sum, token_by_token
+from helpers import matches_by_definition, relative, toeplitz_sum, token_by_token
 
 # primes, powers of two, one more and one less
 LENGTHS = (1, 2, 3, 7, 31, 63, 64, 65, 127, 128, 129, 257)
@@ -692,7 +692,7 @@ def test_the_demonstration_prints_that_ours_has_no_leak(capsys):
 
 
 # -----------------------------------------------------------------------------
-# the longest earlier match
+# the longest earlier matches
 
 
 def rows_with_matches(T: int) -> torch.Tensor:
@@ -707,8 +707,9 @@ def rows_with_matches(T: int) -> torch.Tensor:
 def test_longest_matches_are_those_of_the_definition(T):
     torch.manual_seed(T)
     idx = rows_with_matches(T)
-    wanted = [[match_by_definition(row, t) for t in range(T)] for row in idx.tolist()]
-    assert torch.stack(longest_matches(idx), -1).tolist() == [[*map(list, row)] for row in wanted]
+    found, kind = (part.tolist() for part in longest_matches(idx))
+    for b, row in enumerate(idx.tolist()):
+        assert [*zip(found[b], kind[b])] == [matches_by_definition(row, t) for t in range(T)]
 
 
 def test_matches_token_by_token():
@@ -716,10 +717,11 @@ def test_matches_token_by_token():
     idx, seen, found = rows_with_matches(60), None, []
     for t in range(60):
         step, seen = newest_matches(idx[:, t], seen, window=60)
-        found.append(torch.stack(step, -1))
-    assert torch.equal(torch.stack(found, 1), torch.stack(longest_matches(idx), -1))
+        found.append(step)
+    for one_by_one, at_once in zip(zip(*found), longest_matches(idx)):
+        assert torch.equal(torch.stack(one_by_one, 1), at_once)
     seen = None
     for t in range(60):  # what is further away than the window is not found
         step, seen = newest_matches(idx[:, t], seen, window=4)
         assert seen[0].size(1) <= 4
-    assert step[1][3] == 0 < step[1][2]
+    assert step[1][3].tolist() == [0, 0] and step[1][2, 0] > 0

@@ -3,6 +3,7 @@
 The baseline written down a second time, parameter counts, loss, fp8, Muon, schedule.
 """
 import ast
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import kept_and_recomputed, match_by_definition, relative, TINY, tiny, token_by_token
+from helpers import kept_and_recomputed, matches_by_definition, relative, TINY, tiny, token_by_token
 
 import kernels
 import kernels.loss
@@ -124,8 +125,7 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
     T, C = x.shape[1:]
     unseen = torch.ones(T, T).triu(1).bool()
     d = C // n_head
-    after, level = torch.tensor([[match_by_definition(row, t) for t in range(T)]
-                                 for row in idx.tolist()]).unbind(-1)
+    matches = [[matches_by_definition(row, t) for t in range(T)] for row in idx.tolist()]
     angle = torch.arange(T).double()[:, None] / 10000 ** (torch.arange(d // 2).double() * 2 / d)
     if recipe:  # d = 8: two frequencies of four turn
         angle = torch.arange(T).double()[:, None] * torch.tensor([1, 1 / 1024, 0, 0]).double()
@@ -167,8 +167,12 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
         if recipe:
             mix, copy_gate = (weights[f"transformer.h.{layer}.{name}"]
                               for name in ("copy_mix", "copy_gate.w"))
-            x = x + (torch.cat((mix[:1] * 0, mix))[level][..., None] * 2 / (
-                1 + torch.exp(-h @ copy_gate.T)) * norm(weights["lm_head.weight"][after]))
+            for b, t, n in itertools.product(range(len(x)), range(T), range(2)):
+                tokens, kind = (part[n] for part in matches[b][t])
+                if kind:
+                    rows = norm(weights["lm_head.weight"][[i for i in tokens if i >= 0]])
+                    share = 2 / (1 + torch.exp(-h[b, t] @ copy_gate[n]))
+                    x[b, t] = x[b, t] + mix[kind - 1] * share * rows.mean(0)
         hidden = norm(x) @ w["mlp.c_fc"].T
         if recipe:  # two thirds of 64, up to a multiple of 16
             active = hidden[..., :48] / (1 + torch.exp(-hidden[..., :48])) * hidden[..., 48:]
