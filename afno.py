@@ -1036,10 +1036,14 @@ def newest_matches(idx_t: Tensor, seen: tuple | None,
 
 
 def mean_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """Return means of rows of a table (V, C): (..., C) of (..., n); -1 is no row, none give 0."""
+    """Return the means, (..., C), of normed rows (..., n) of a table (V, C); -1 is no row."""
+    if rows.numel() < len(table):  # then only these are normed
+        table = table[rows.clamp(min=0).flatten()]
+        place = torch.arange(rows.numel(), device=rows.device).view_as(rows)
+        rows = torch.where(rows < 0, -1, place)
     there = (rows >= 0).to(table.dtype)
     share = there / there.sum(-1, keepdim=True).clamp(min=1)
-    means = F.embedding_bag(rows.clamp(min=0).flatten(0, -2), table, mode="sum",
+    means = F.embedding_bag(rows.clamp(min=0).flatten(0, -2), rmsnorm(table), mode="sum",
                             per_sample_weights=share.flatten(0, -2))
     return means.unflatten(0, rows.shape[:-1])
 

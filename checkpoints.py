@@ -520,14 +520,15 @@ def measured_slope(validations: list[dict]) -> float | None:
 def more_steps(validations: list[dict], target: float, args) -> tuple[float, str]:
     """Return how many more steps the target may take, inf for never, and what that rests on.
 
-    The loss falls by ln(tokens) as in the last quarter of the constant phase, or between its last
-    two validations. Then it falls as FLATTENS says: loss - E = b tokens^-a has the slope
-    -a b tokens^-a.
+    The loss falls by ln(tokens) as in the last quarter of the constant phase, or between the two
+    last validations of its second half. Then it falls as FLATTENS says: loss - E = b tokens^-a has
+    the slope -a b tokens^-a.
     """
     last, end = validations[-1], cooldown_step(vars(args))
     late = [line for line in validations if max(1, args.warmup_iters) <= line["step"] <= end]
     quarter = sum(4 * line["step"] >= args.warmup_iters + 3 * end for line in late)
-    late = late[-max(2, quarter):]
+    half = sum(2 * line["step"] >= end for line in late)  # before, the loss falls faster
+    late = late[len(late) - max(quarter, min(2, half)):]
     slope, whose = measured_slope(late), "this run's"
     if slope:
         slope *= (last["step"] / math.sqrt(late[0]["step"] * late[-1]["step"])) ** -FLATTENS

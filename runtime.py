@@ -551,12 +551,12 @@ def of_every_rank(function, stacked: Tensor):
     share = stacked.new_zeros(size, *stacked.shape[1:])
     if len(mine):
         share[:len(mine)] = function(mine)
-    everything = share.new_empty(size * world, *share.shape[1:])
+    count, everything = len(stacked), share.new_empty(size * world, *share.shape[1:])
     travel = dist.all_gather_into_tensor(everything, share, async_op=True)
 
     def end():
         travel.wait()
-        return everything[:len(stacked)]
+        return everything[:count]
 
     return end
 

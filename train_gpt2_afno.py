@@ -689,7 +689,7 @@ class GPT(nn.Module):
         # x0 only where it is used: it may make block 0 a graph of its own
         x0, v0 = x if self.config.embedding_residual else None, None
         copied = matches and [part.to(product_dtype(x)) for part in (mean_rows(
-            rmsnorm(self.lm_head.weight), matches[0]), F.one_hot(matches[1], 1 + KINDS)[..., 1:])]
+            self.lm_head.weight, matches[0]), F.one_hot(matches[1], 1 + KINDS)[..., 1:])]
         for layer in range(self.config.n_layer):
             key = str(layer)
             value = look_up(self.values[key], idx) if key in self.values else None
@@ -794,9 +794,9 @@ class Muon(torch.optim.Optimizer):
             stacked = torch.stack([part.bfloat16() for part in nesterov])
             updates[shape] = of_every_rank(self.orthogonalize, stacked)
         for shape, batch in by_shape.items():  # one shape's updates travel while others are made
-            matrices, rate = [matrix for matrix, *_ in batch], group["lr"] * 0.2 * max(shape)**0.5
+            matrices, rate = [row[0] for row in batch], group["lr"] * 0.2 * math.sqrt(max(shape))
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(matrices, updates[shape]().float().unbind(), alpha=-rate)
+            torch._foreach_add_(matrices, updates.pop(shape)().float().unbind(), alpha=-rate)
 
     def zero_grad(self):
         for p, _ in self.stacks:

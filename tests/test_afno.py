@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import afno
 from afno import (AFNO1D, FORMS, MATCHES, ROUTINGS, ShortConv, apply_causal_mask_freq, causal_conv,
                   check_arguments, complex_relu, complex_soft_shrink, inverse_rdft,
-                  longest_matches, make_operator, newest_matches, plain_short_conv, rmsnorm,
-                  taps_at_once, toeplitz, token_conv)
+                  longest_matches, make_operator, mean_rows, newest_matches, plain_short_conv,
+                  rmsnorm, taps_at_once, toeplitz, token_conv)
 from helpers import matches_by_definition, relative, toeplitz_sum, token_by_token
 
 # primes, powers of two, one more and one less
@@ -710,6 +710,19 @@ def test_longest_matches_are_those_of_the_definition(T):
     found, kind = (part.tolist() for part in longest_matches(idx))
     for b, row in enumerate(idx.tolist()):
         assert [*zip(found[b], kind[b])] == [matches_by_definition(row, t) for t in range(T)]
+
+
+@pytest.mark.parametrize("count", (3, 40))  # fewer rows than the table has, and more
+def test_means_of_normed_rows(count):
+    torch.manual_seed(count)
+    table = torch.randn(17, 6, dtype=torch.float64, requires_grad=True)
+    rows = torch.randint(-1, 17, (count, 2, 4))
+    rows[0] = -1
+    for i, mean in enumerate(mean_rows(table, rows).flatten(0, 1)):
+        there = [rmsnorm(table[row]) for row in rows.flatten(0, 1)[i].tolist() if row >= 0]
+        wanted = torch.stack(there).mean(0) if there else torch.zeros_like(mean)
+        assert torch.allclose(mean, wanted)
+    assert torch.autograd.gradcheck(lambda table: mean_rows(table, rows), table)
 
 
 def test_matches_token_by_token():
