@@ -9,7 +9,9 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import time
 import zipfile
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from data.loader import TokenStream, count_val_tokens
-from data.text_to_bin import ROOT, InputError, first_line, relative, show, sync_folder, to_path
+from data.text_to_bin import (ROOT, InputError, first_line, relative, show, sync_folder, to_path,
+                              to_type)
 from runtime import SOURCES, Diverged, Runtime, evaluate, generate
 from test_causality import check_generation, refuse_leaks
 
@@ -434,7 +437,7 @@ class RunLog:
         with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
             kept = [values for _, values in read_metrics(folder) if values["step"] <= step]
-            self.validations = [values for values in kept if "val_loss" in values]
+            self.validations = validations_of(kept)
             for text in record_source(folder):
                 self.line(text)
 
@@ -480,8 +483,28 @@ class RunLog:
         values = {name: float(f"{value:.9g}") if isinstance(value, float) else value
                   for name, value in values.items()}
         self.line(json.dumps(values), "metrics.jsonl")
-        if "val_loss" in values:
-            self.validations.append(values)
+        if {"val_loss", "val_loss_fp32"} & values.keys():
+            self.validations = validations_of([*self.validations, values])
+
+    def hits(self, target: float) -> list[float]:
+        """Return the training seconds of the validations that have reached a target."""
+        return [line["train_time_s"] for line in self.validations if loss_of(line) <= target]
+
+
+def validations_of(rows: list[dict]) -> list[dict]:
+    """Return the validations among lines of metrics.jsonl, each with its loss in fp32, if any."""
+    found = []
+    for row in rows:
+        if "val_loss" in row:
+            found.append(row)
+        elif "val_loss_fp32" in row and found and found[-1]["step"] == row["step"]:
+            found[-1] = found[-1] | row
+    return found
+
+
+def loss_of(line: dict) -> float:
+    """Return a line's loss: validation's in fp32, else validation's, else training's."""
+    return next(line[name] for name in ("val_loss_fp32", "val_loss", "train_loss") if name in line)
 
 
 # -----------------------------------------------------------------------------
@@ -503,12 +526,12 @@ def cooldown_step(args: dict) -> int:
     return max(0, args["num_iterations"] + (args.get("extend") or 0) - fall_steps(args))
 
 
-def measured_slope(validations: list[dict]) -> float | None:
+def measured_slope(lines: list[dict]) -> float | None:
     """Return d loss / d ln(tokens) by least squares, None where it is no fall.
 
-    It needs two validations.
+    It needs two lines of metrics.jsonl.
     """
-    points = [(math.log(line["tokens"]), line["val_loss"]) for line in validations]
+    points = [(math.log(line["tokens"]), loss_of(line)) for line in lines]
     if len(points) < 2:
         return None
     x, y = ([point[i] - sum(p[i] for p in points) / len(points) for point in points]
@@ -517,44 +540,63 @@ def measured_slope(validations: list[dict]) -> float | None:
     return slope if slope < 0 else None
 
 
-def more_steps(validations: list[dict], target: float, args) -> tuple[float, str]:
+def more_steps(validations: list[dict], losses: list[dict], target: float,
+               args) -> tuple[float, str]:
     """Return how many more steps the target may take, inf for never, and what that rests on.
 
-    The loss falls by ln(tokens) as in the last quarter of the constant phase, or between the two
-    last validations of its second half. Then it falls as FLATTENS says: loss - E = b tokens^-a has
-    the slope -a b tokens^-a.
+    losses: lines of training's. The loss falls by ln(tokens) as validations do in the last quarter
+    of the constant phase. Where there are not two, it falls as training's losses do in the second
+    half, or, where these hold further targets, as the last two validations there. Then it falls as
+    FLATTENS says: loss - E = b tokens^-a has the slope -a b tokens^-a.
     """
     last, end = validations[-1], cooldown_step(vars(args))
-    late = [line for line in validations if max(1, args.warmup_iters) <= line["step"] <= end]
-    quarter = sum(4 * line["step"] >= args.warmup_iters + 3 * end for line in late)
-    half = sum(2 * line["step"] >= end for line in late)  # before, the loss falls faster
-    late = late[len(late) - max(quarter, min(2, half)):]
+    within = lambda lines, first: [line for line in lines
+                                   if max(1, args.warmup_iters, first) <= line["step"] <= end]
+    late = within(validations, (args.warmup_iters + 3 * end) / 4)
+    if len(late) < 2:  # before the second half the loss falls faster
+        further = args.predict_ahead or args.predict_prefix
+        late = within(validations, end / 2)[-2:] if further else within(losses, end / 2)
     slope, whose = measured_slope(late), "this run's"
     if slope:
         slope *= (last["step"] / math.sqrt(late[0]["step"] * late[-1]["step"])) ** -FLATTENS
     else:
         slope, whose = SLOPE, "a larger model's, as this run's constant phase shows none"
-    left = 1 - FLATTENS * (target - last["val_loss"]) / slope  # of what tokens can still bring
+    left = 1 - FLATTENS * (target - loss_of(last)) / slope  # of what tokens can still bring
     steps = last["step"] * (left ** (-1 / FLATTENS) - 1) if left > 0 else math.inf
     return max(1, math.ceil(steps)) if steps < math.inf else steps, f"{slope:.3f}, {whose}"
 
 
+def trainer_command(folder: Path) -> str:
+    """Return the command that goes on in a folder, to be typed where this one was."""
+    script = to_type(str(ROOT / "train_gpt2_afno.py"))
+    return shlex.join(["python", script, "--output_dir", to_type(str(folder)), "--resume", "auto"])
+
+
+def describe_stop(signum: int, step: int, folder: Path) -> str:
+    """Return a line for a run that a signal has stopped."""
+    return f"stopped by {signal.Signals(signum).name} at step {step}; go on with " \
+        f"{trainer_command(folder)}"
+
+
 def describe_miss(log: RunLog, checkpoints: Checkpoints, target: float, args) -> list[str]:
     """Return lines: how far the last loss is above a target, and the command that goes on."""
-    if target == -math.inf:
+    if target == -math.inf or loss_of(log.validations[-1]) <= target:
         return []
-    last, folder = log.validations[-1], relative(str(log.folder))
-    steps, whose = more_steps(log.validations, target, args)
+    last = log.validations[-1]
+    losses = [values for _, values in read_metrics(log.folder) if "train_loss" in values]
+    steps, whose = more_steps(log.validations, losses, target, args)
     near, by = steps <= FAR * last["step"], f"(slope of the loss by ln(tokens): {whose})"
     tokens = f"none, beyond {FAR} times as many tokens"
     if near:
         tokens = f"{round(last['tokens'] / last['step'] * steps):,} more tokens, {steps} steps"
-    lines = [f"missed: val_loss {last['val_loss']:.4f} is {last['val_loss'] - target:.4f} above "
+    lines = [f"missed: val_loss {loss_of(last):.4f} is {loss_of(last) - target:.4f} above "
              f"{target:g}; estimate: {tokens} {by}"]
     begin, more = cooldown_step(vars(args)), steps if near else last["step"]
     if any(step <= begin for step in checkpoints.steps()):
-        lines.append(f"go on from step {begin}, before the cooldown: python train_gpt2_afno.py "
-                     f"--output_dir {folder} --resume auto --extend {args.extend + more}")
+        stops = args.target_val_loss  # a flag that is not kept
+        lines.append(f"go on from step {begin}, before the cooldown: {trainer_command(log.folder)} "
+                     f"--extend {args.extend + more}"
+                     + (f" --target_val_loss {stops:g}" if stops else ""))
     else:
         lines.append("no state from before the cooldown is kept: only a new run can be longer")
     return lines
@@ -576,7 +618,8 @@ def holds_run(folder: Path) -> bool:
 def refuse_used(folder: Path, resuming: bool):
     """Raise InputError where the folder of a new run holds one."""
     if holds_run(folder):
-        hint = "" if resuming else "add --resume auto, or "
+        hint = "its checkpoints are gone, remove the folder, or " if resuming else \
+            "add --resume auto, or "
         raise InputError(f"--output_dir {relative(str(folder))} holds a run: {hint}name another")
 
 
@@ -619,19 +662,19 @@ def finished(flags: dict, saved: dict | None, args, folder: Path) -> str | None:
 
     It has ended at its last step, or at --target_val_loss.
     """
-    if not saved or flags.get("resume") != "auto" or {"generate", "eval_only"} & flags.keys():
+    if flags.get("resume") != "auto" or {"generate", "eval_only"} & flags.keys():
         return None
-    step, steps = saved["step"], args.num_iterations + args.extend
+    steps = args.num_iterations + args.extend
+    step = saved["step"] if saved else steps  # without its checkpoints it may be finished, too
     here = [values for _, values in read_metrics(folder) if values["step"] == step]
-    losses = [values["val_loss"] for values in here if "val_loss" in values]
-    if not losses or not any(map(is_summary, here)):
+    if not (found := validations_of(here)) or not any(map(is_summary, here)):
         return None
-    exact = any("val_loss_fp32" in values for values in here)
-    if args.val_fp32 and args.dtype != "float32" and not exact:
+    if args.val_fp32 and args.dtype != "float32" and "val_loss_fp32" not in found[-1]:
         return None
-    if step != steps and losses[-1] > (args.target_val_loss or -math.inf):
+    if step != steps and loss_of(found[-1]) > (args.target_val_loss or -math.inf):
         return None
-    return f"{relative(str(folder))} is finished: step:{step}/{steps} val_loss:{losses[-1]:.4f}"
+    return f"{relative(str(folder))} is finished: step:{step}/{steps} " \
+        f"val_loss:{found[-1]['val_loss']:.4f}"
 
 
 def last_to_extend(saved: dict, flags: dict) -> float:
@@ -672,7 +715,8 @@ def find_checkpoint(flags: dict, folder: Path, only_read: bool, sound, say) -> d
         if state is None and only_read:
             raise InputError(f"--output_dir {relative(str(folder))}: no checkpoint there")
         if state is None:
-            say("there is none yet: this run begins anew")
+            if not holds_run(folder):
+                say("there is none yet: this run begins anew")
         elif (last := last_to_extend(state, flags)) < state["step"] and not only_read:
             state = Checkpoints(folder).newest(sound, say, last)
         return state

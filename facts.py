@@ -133,7 +133,8 @@ def facts(args, folder: Path, device: torch.device, sizes: tuple[int, int], save
         trial = ", the largest micro-batch that fits is tried" if args.may_shrink else ""
     shown = lambda size: f"{size / GIB:.1f} GiB"
     named = "--output_dir" in command and "--resume" not in command
-    expected = EXPECTED.get(folder.name) if folder.parent == ROOT / "runs" else None
+    known = folder.parent == ROOT / "runs" and not args.extend
+    expected = EXPECTED.get(folder.name) if known else None
     lines = [
         f"output: {relative(str(folder))}, "
         + (f"at step {saved['step']} of {steps}" if saved else "a new run"),
@@ -145,14 +146,22 @@ def facts(args, folder: Path, device: torch.device, sizes: tuple[int, int], save
         f"loss to expect: {expected or 'not known for these flags'}",
         "minutes: said once six steps of this device are measured",
         f"to stop: Ctrl-C or kill -TERM {pid}; once it trains, it saves first",
-        f"to go on: {re.sub('--resume .*?(?= --|$)', '--resume auto', command)}"
-        + " --resume auto" * named,
+        f"to go on: {to_go_on(command)}" + " --resume auto" * named,
     ]
     rented = sys.stdout.isatty() or in_container(Path("/"))
     if rented and not {"TMUX", "STY"} & os.environ.keys():
         lines.append("against a closed terminal: "
                      + shlex.join(["tmux", "new", "-s", "afno", command]))
     return lines
+
+
+def to_go_on(command: str) -> str:
+    """Return a command with --resume auto in place of --resume FILE."""
+    words, others = iter(shlex.split(command)), []
+    for word in words:
+        named = word == "--resume" and next(words, "")
+        others += ["--resume", "auto"] if named or word.startswith("--resume=") else [word]
+    return shlex.join(others)
 
 
 def facts_wanted() -> bool:
@@ -163,7 +172,8 @@ def facts_wanted() -> bool:
 def show_facts(args, folder: Path, device: torch.device, sizes: tuple[int, int],
                saved: dict | None, command: str | None = None):
     """Print the screen, of this command where none is given. To stop: this process, or torchrun."""
-    command = command or shlex.join(["python", *map(relative, sys.argv)])
+    shorter = relative if os.getcwd() == str(ROOT) else str
+    command = command or shlex.join(["python", *map(shorter, sys.argv)])
     pid = os.getpid() if ranks()[1] == 1 else os.getppid()
     print("\n".join(facts(args, folder, device, sizes, saved, command, pid)), flush=True)
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import (Checkpoints, Process, energy_used, load_weights, newest_run, processes,
-                         read_log)
+from checkpoints import (Checkpoints, Process, energy_used, load_weights, loss_of, newest_run,
+                         processes, read_log, validations_of)
 from data.text_to_bin import (InputError, Parser, appears_whole, first_line, gpt2_encoding,
                               relative, run_main, to_path)
 from runtime import Runtime, generate
@@ -55,7 +55,7 @@ class Record:
         self.processes = processes(self.log)
         # of each name the last value; a summary comes last
         self.latest = {name: value for row in self.run.rows for name, value in row.items()}
-        self.validations = [row for row in self.run.rows if "val_loss" in row]
+        self.validations = validations_of(self.run.rows)
         self.step, total = self.latest.get("step", 0), self.last(r"steps: (\d+) of ")
         self.total_steps = int(total) if total else None
 
@@ -69,12 +69,11 @@ class Record:
 
     def loss_at(self, step: int) -> tuple[float, str] | None:
         """Return the validation loss at a step, in fp32 if there is one, and its dtype."""
-        at = [row for row in self.run.rows if row.get("step") == step]
-        if exact := [row["val_loss_fp32"] for row in at if "val_loss_fp32" in row]:
-            return exact[-1], "float32"
-        found = [row["val_loss"] for row in self.validations if row["step"] == step]
-        return (found[-1], self.last(r"device: \w+, (\w+),") or "a dtype not known") \
-            if found else None
+        found = [row for row in self.validations if row["step"] == step]
+        if not found:
+            return None
+        dtype = "float32" if "val_loss_fp32" in found[-1] else self.last(r"device: \w+, (\w+),")
+        return loss_of(found[-1]), dtype or "a dtype not known"
 
 
 # -----------------------------------------------------------------------------
@@ -97,10 +96,10 @@ def time_to(record: Record, target: float) -> str:
     if not record.validations:
         return "not known: the run has no validation"
     for row in record.validations:
-        if row["val_loss"] <= target:
+        if loss_of(row) <= target:
             return (f"**reached** after {row['train_time_s']:,.1f} s of training, "
                     f"{row['wall_time_s']:,.1f} s of wall clock, at step {row['step']}")
-    lowest = min(row["val_loss"] for row in record.validations)
+    lowest = min(map(loss_of, record.validations))
     return f"**not reached**: the lowest is {lowest:.4f}, {lowest - target:.4f} above"
 
 
@@ -113,9 +112,9 @@ def state_of(record: Record) -> str:
         return f"**Unfinished** at {where}: {why}."
     if record.step == record.total_steps:
         return f"Finished: {where}."
-    target = record.last(r"flags that differ .*\btarget_val_loss ([^,\n]+)")
+    target = re.search(r"\btarget_val_loss ([^,\n]+)", record.last("flags that differ (.*)") or "")
     last = record.validations[-1] if record.validations else dict(step=None)
-    if target and last["step"] == record.step and last["val_loss"] <= float(target):
+    if target and last["step"] == record.step and loss_of(last) <= float(target[1]):
         return f"Stopped at its target: {where}."
     return f"**Unfinished** at {where}: {record.last('(stopped by .*)') or 'it was stopped'}."
 
@@ -156,6 +155,8 @@ def facts(record: Record) -> list[tuple[str, str, str]]:
     given = {float(target): f" (`--{name}`)" for name in ("target_val_loss", "goal_val_loss")
              for target in record.all(f"flags .* {name} ([^,\n]+)")[-1:]}
     reached = f"after {base['seconds']:,.1f} s of training"
+    timed = [row["step"] for row in record.run.rows if "wall_time_s" in row]
+    then = f", at step {timed[-1]}" if timed and timed[-1] != record.step else ""
     peak = max((row.get("peak_memory_usage") or row.get("peak_memory_bytes") or 0
                 for row in record.run.rows), default=0)  # of all processes
     return [
@@ -165,10 +166,11 @@ def facts(record: Record) -> list[tuple[str, str, str]]:
           for target in dict.fromkeys([*given, base["loss"]])),
         ("training", shown("train_time_s", "{:,.1f} s"), f"{base['seconds']:,.1f} s"),
         ("compilation", compilation, "in its training"),
-        ("wall clock", shown("wall_time_s", "{:,.1f} s") + without_lost(record.processes[:-1]),
-         f"{base['wall']:,.1f} s"),
+        ("wall clock", shown("wall_time_s", "{:,.1f} s") + then
+         + without_lost(record.processes[:-1]), f"{base['wall']:,.1f} s"),
         ("tokens", shown("tokens", "{:,}"), f"{base['tokens']:,}"),
-        ("tokens/s", f"{latest['tokens'] / seconds:,.0f}" if seconds else "none: no step yet",
+        ("tokens/s", f"{latest['tokens'] / seconds:,.0f}" if seconds and "tokens" in latest
+         else "none: no step yet",
          f"{base['tokens'] / base['seconds']:,.0f}"),
         ("peak memory", f"{peak / 2**20:,.0f} MiB" if peak else unknown,
          f"{base['peak_mib']:,} MiB"),

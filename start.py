@@ -123,7 +123,8 @@ def fetch(script: str, *argv: str):
 def main(argv: list[str], gate: Gate) -> int:
     """Show the facts, wait for the data, train; return the exit status."""
     import train_gpt2_afno as trainer
-    from checkpoints import refuse_used
+    from checkpoints import holds_run, refuse_used
+    from data.text_to_bin import ROOT, to_type
     from facts import STARTED, data_script, show_facts
     from runtime import choose_device, choose_gpus, memory_budget, refuse_too_large
 
@@ -136,7 +137,8 @@ def main(argv: list[str], gate: Gate) -> int:
     folder, saved, args, config = trainer.run_of(flags, device, said.append)
     if "resume" not in flags:
         refuse_used(folder, False)  # before anything is fetched
-    if saved and saved["step"] == args.num_iterations + args.extend:  # no step is left
+    ended = saved and saved["step"] == args.num_iterations + args.extend
+    if ended or not saved and holds_run(folder):  # no step is left, or no checkpoint
         return trainer.main(argv, gate)
     trainer.refuse_untrainable(config, args)  # before the gate meets it
     refuse_too_large(trainer.GPT, config, args, device, False)
@@ -146,7 +148,7 @@ def main(argv: list[str], gate: Gate) -> int:
         threading.Thread(target=try_kernels, args=(args, config, device), daemon=True).start()
     words = argv[1:] if argv[:1] == ["--preset"] else argv  # as run_afno.sh was called
     show_facts(args, folder, device, trainer.sizes_of(config, args), saved,
-               shlex.join(["bash", "run_afno.sh", *words]))
+               shlex.join(["bash", to_type(str(ROOT / "run_afno.sh")), *words]))
     os.environ.setdefault(STARTED, "")  # the trainer shows no facts
     trainer.LAPS.done("facts")
     if args.compile and trains:

@@ -36,10 +36,10 @@ from afno import (AFNO1D, FORMS, KINDS, ROUTINGS, DyadicOperator, FourierGate, S
                   check_arguments, longest_matches, mean_rows, newest_matches, rmsnorm,
                   taps_at_once)
 from checkpoints import (TIMES, Checkpoints, RunLog, choose_folder, cooldown_step, describe_miss,
-                         energy_used, fall_steps, find_checkpoint, finished, load_optimizers,
-                         load_weights, not_finite, of_this_version, preset_folder, random_state,
-                         read_checkpoint, read_log, refuse_damaged_tensors, refuse_damaged_values,
-                         refuse_used, saved_flags, set_random_state)
+                         describe_stop, energy_used, fall_steps, find_checkpoint, finished,
+                         load_optimizers, load_weights, not_finite, of_this_version, preset_folder,
+                         random_state, read_checkpoint, read_log, refuse_damaged_tensors,
+                         refuse_damaged_values, refuse_used, saved_flags, set_random_state)
 from data.loader import (DATA_FLAGS, TokenStream, TrainLoader, choose_data, count_val_tokens,
                          find_shards, length_at, length_phases, passes, to_device)
 from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, number, one_of,
@@ -1006,13 +1006,15 @@ class Run:
         """Note what is done already: saved, validated, the best so far, the target reached."""
         args, any_rank = self.args, self.runtime.any_rank
         on_disk, past = self.checkpoints.steps(), self.log.validations if self.log else []
-        self.saved_step = self.step if saved and self.step in on_disk else None
+        there = bool(saved) and self.step in on_disk and saved["args"] == args.to_save
+        self.saved_step = self.step if any_rank(there) else None
         self.saved_at = time.perf_counter()
-        at_step = any(line["step"] == self.step for line in past)
-        self.validated = self.step if any_rank(at_step) else None
         self.target = args.target_val_loss or args.goal_val_loss or -math.inf
-        hits = [line["train_time_s"] for line in past if line["val_loss"] <= self.target]
+        hits = self.log.hits(self.target) if self.log else []
         self.reached = (hits or [self.clock.total])[0] if any_rank(bool(hits)) else None
+        at_step = any(line["step"] == self.step and ("val_loss_fp32" in line or not self.in_fp32(
+            line["val_loss"])) for line in past)
+        self.validated = self.step if any_rank(at_step) else None
         self.checkpoints.keep["cooldown"] = None if hits else self.cooldown
 
     def say(self, text: str):
@@ -1029,10 +1031,7 @@ class Run:
         return self.runtime.any_rank(bool(self.signals))
 
     def check_and_compile(self, gate):
-        """Compile; try the micro-batch; refuse a model that leaks; measure the 100% of the MFU.
-
-        gate: main's.
-        """
+        """Compile; try the micro-batch; refuse leaks; measure the 100% of the MFU. gate: main's."""
         LAPS.done("set-up")
         if gate:
             gate.make_room()
@@ -1070,8 +1069,11 @@ class Run:
         if training:
             refuse_other_targets(*self.loader.ahead.result()[:2])
             meet_all(self.model)  # as training looks up
-        refuse_leaks(self.model, shapes, self.runtime, self.say, modes=(training,),
-                     goals=self.goals_to_come() if training else ())
+        try:
+            refuse_leaks(self.model, shapes, self.runtime, self.say, modes=(training,),
+                         goals=self.goals_to_come() if training else ())
+        except Diverged as error:
+            self.diverged(self.step, str(error), self.step)
         drop_gradients(self.model)
 
     def recompute(self, recompute: int):
@@ -1276,14 +1278,11 @@ class Run:
         self.clock.restart()
 
     def validate(self):
-        """Log the validation loss, unless a signal ends it; note whether the target is reached.
-
-        Its graph is compiled and checked now: the first training step does not wait for it.
-        """
+        """Log the validation loss, unless a signal ends it; note whether the target is reached."""
         if self.step == self.validated:
             return
         self.flush()
-        if not self.checked:
+        if not self.checked:  # now: the first training step does not wait for this graph
             begin, compiled, self.checked = time.perf_counter(), self.runtime.compile, True
             self.checkpoints.wait()  # a log with a validation has a checkpoint
             self.runtime.wait()
@@ -1305,7 +1304,8 @@ class Run:
                 self.log.metric(step=step, tokens=self.position, val_loss=loss,
                                 train_time_s=self.clock.total, wall_time_s=self.wall_time())
                 self.checkpoints.note(loss, step)
-            if loss <= self.target and self.reached is None:
+            loss = self.validate_in_fp32() if self.in_fp32(loss) else loss
+            if loss is not None and loss <= self.target and self.reached is None:
                 self.reached, self.checkpoints.keep["cooldown"] = self.clock.total, None
                 self.say(f"target {self.target:g} reached: step {step}, {self.position:,} tokens, "
                          f"{self.reached:.1f} s")
@@ -1316,10 +1316,13 @@ class Run:
                          self.T, runtime, self.interrupted)
         return None if total is None else total.sum().item() / self.val_tokens
 
-    def validate_in_fp32(self):
-        """Log the last validation's loss in fp32, not compiled: NoCap-Test's arithmetic."""
-        if self.runtime.dtype == torch.float32 or self.interrupted():
-            return
+    def in_fp32(self, loss: float) -> bool:
+        """Return whether the loss of this step counts in fp32: the last, or one at the target."""
+        counts = self.step == self.total_steps or loss <= self.target and self.reached is None
+        return bool(self.args.val_fp32) and self.runtime.dtype != torch.float32 and counts
+
+    def validate_in_fp32(self) -> float | None:
+        """Log and return the loss in fp32, not compiled, NoCap-Test's; None where a signal came."""
         exact = Runtime(self.device, torch.float32, False, self.runtime.rank, self.runtime.world)
         with torch.compiler.set_stance("force_eager"):
             refuse_leaks(self.model, [(self.args.val_batch_size, self.T)], exact, self.say,
@@ -1329,21 +1332,20 @@ class Run:
             self.say(f"step:{self.step}/{self.total_steps} val_loss_fp32:{loss:.4f}")
             if self.log:
                 self.log.metric(step=self.step, val_loss_fp32=loss)
+        return loss
 
     def finish(self, late: bool) -> int:
         """Say why the run ended, and its summary; return the exit status."""
         self.bar.close()
         args, step, signals = self.args, self.step, self.signals
         if signals:
-            self.say(f"stopped by {signal.Signals(signals[0]).name} at step {step}; go on with "
-                     f"--output_dir {relative(str(self.folder))} --resume auto")
+            self.say(describe_stop(signals[0], step, self.folder))
         elif late and step < self.total_steps:
             self.say(f"stopped by --max_seconds {args.max_seconds:g} at step {step}")
-        train_time = self.clock.total
-        with_compilation = train_time + self.compile_time
+        train_time, with_compilation = self.clock.total, self.clock.total + self.compile_time
         rate = self.position / train_time if train_time else 0.0
         peaks = self.runtime.of_ranks(peak_memory(self.device))
-        if self.log and self.validated == self.total_steps and self.reached is None:
+        if self.log and self.validated == self.total_steps:
             for line in describe_miss(self.log, self.checkpoints, self.target, args):
                 self.say(line)
         no_target = "no target" if self.target == -math.inf else "not reached"
@@ -1390,12 +1392,10 @@ def train_loop(run: Run) -> int:
     """Make steps until the run ends or is asked to; return the status."""
     args, runtime = run.args, run.runtime
     while True:
-        if run.step in (0, run.cooldown) or run.is_due(args.save_every):
+        if run.saved_step is None or run.step == run.cooldown or run.is_due(args.save_every):
             run.save()  # before the validation, whose failure then costs nothing
         if run.step and run.is_due(args.val_loss_every):
             run.validate()
-            if args.val_fp32 and run.has_ended():
-                run.validate_in_fp32()
         batches, error = [], None
         try:
             batches = run.next_batches()
@@ -1567,14 +1567,14 @@ def main(argv: list[str], gate=None) -> int:
         if only_read or "resume" in flags:
             saved = find_checkpoint(flags, folder, only_read, sound, say)
         args = merge_flags(flags, device, saved, say)
-        if rank == 0 and not saved:
-            refuse_used(folder, "resume" in flags)
         config = config_of(flags, args, saved, folder, only_read)
         if line := finished(flags, saved, args, folder):
             if rank == 0:
                 print(line)
                 report_if_missing(folder)
             return 0
+        if rank == 0 and not saved:
+            refuse_used(folder, "resume" in flags)
         refuse_untrainable(config, args)
         refuse_too_large(GPT, config, args, device, only_read)
         gpus = 1 if only_read else choose_gpus(args.gpus, device, args.grad_accumulation_steps, say)

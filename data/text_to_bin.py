@@ -64,6 +64,11 @@ def relative(path: str) -> str:
     return path.removeprefix(f"{ROOT}{os.sep}")
 
 
+def to_type(path: str) -> str:
+    """Return a path to be typed where this process runs: whole, unless that is the repository."""
+    return relative(path) if os.getcwd() == str(ROOT) else os.path.abspath(path)
+
+
 def to_path(text: str) -> Path:
     """Return the path that a user means: ~ is their home."""
     return Path(os.path.expanduser(text))

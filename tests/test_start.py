@@ -8,11 +8,13 @@ import signal
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import RefusingGate
 
+import checkpoints
 import facts
 import runtime
 import start
@@ -382,6 +384,7 @@ def screen(monkeypatch, tmp_path, argv: str, **variables) -> list[str]:
         monkeypatch.setenv(name, value)
     for name in ("facts", "checkpoints", "train_gpt2_afno", "data.loader", "data.text_to_bin"):
         monkeypatch.setattr(f"{name}.ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     shown, show = [], facts.facts
     monkeypatch.setattr(facts, "facts", lambda *given: shown.extend(show(*given)) or shown)
     monkeypatch.setattr(start, "fetch", lambda *script: None)
@@ -413,9 +416,25 @@ def test_one_screen_says_what_a_run_needs(full_size, monkeypatch, tmp_path):  # 
                  "tmux new -s afno 'bash run_afno.sh fineweb --device cpu'"):
         assert said in text, said
     monkeypatch.setattr(facts, "in_container", lambda path: False)
+    longer = "\n".join(screen(monkeypatch, tmp_path, "--preset fineweb --extend 9 --device cpu"))
+    assert "3809 steps" in longer and "loss to expect: not known for these flags" in longer
     text = "\n".join(screen(monkeypatch, tmp_path, "--preset fineweb --seed 2", TMUX="/tmp/x,1,0"))
     assert "loss to expect: not known for these flags" in text
     assert "warning" not in text and "tmux" not in text
+
+
+def test_commands_to_go_on_work_where_they_are_typed(monkeypatch, tmp_path):
+    go_on = facts.to_go_on
+    assert go_on("python x.py --resume 'a b.pt' --seed 2") == "python x.py --resume auto --seed 2"
+    assert go_on("python x.py '--resume=a b.pt' -- y") == "python x.py --resume auto -- y"
+    assert go_on("bash run_afno.sh '--output_dir=a b'") == "bash run_afno.sh '--output_dir=a b'"
+    inside, outside = checkpoints.ROOT / "runs/a b", tmp_path / "c"
+    monkeypatch.chdir(checkpoints.ROOT)
+    assert checkpoints.trainer_command(inside) == \
+        "python train_gpt2_afno.py --output_dir 'runs/a b' --resume auto"
+    monkeypatch.chdir(tmp_path)
+    assert checkpoints.trainer_command(Path("c")) == \
+        f"python {checkpoints.ROOT}/train_gpt2_afno.py --output_dir {outside} --resume auto"
 
 
 def test_the_first_gpu_is_named_as_its_tensors_name_it(monkeypatch):

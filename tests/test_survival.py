@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import threading
@@ -20,6 +21,7 @@ from checkpoints import (Checkpoints, describe_miss, measured_slope, more_steps,
                          read_metrics)
 from data.loader import TokenStream, TrainLoader, passes
 from data.text_to_bin import InputError
+from runtime import Diverged
 from test_trainer import (STOPPED, VOCABULARY, assert_same, data, flags, losses, main,  # noqa: F401
                           metrics, newest, run_script, script, small, validations, wait_for_step)
 from train_gpt2_afno import DEFAULTS, SAME_RUN, Run
@@ -244,8 +246,12 @@ def test_killed_before_its_first_file_is_written_the_same_command_begins_anew(
     assert aside.count("train_loss") == 3  # nothing is lost
     for path in out.glob("state_step*"):
         path.unlink()
-    with pytest.raises(InputError, match="holds a run"):  # it has validated and ended
-        main(argv)
+    logged = (out / "metrics.jsonl").read_text()
+    main(argv)  # it has validated and ended: "is finished"
+    match = "holds a run: its checkpoints are gone, remove the folder, or name another"
+    with pytest.raises(InputError, match=match):
+        main([*argv, "--num_iterations", "8"])
+    assert (out / "metrics.jsonl").read_text() == logged and not steps_in(out)
 
 
 def test_a_loss_in_fp32_that_a_signal_cut_short_is_made_by_the_next_command(
@@ -316,7 +322,7 @@ def test_a_miss_is_made_good_from_the_cooldowns_start(data, tmp_path):  # noqa: 
     assert f"missed: val_loss {loss:.4f} is {loss - 4.5:.4f} above 4.5; estimate: none, beyond " \
         "100 times as many tokens (slope of the loss by ln(tokens): " in said
     assert f"step 6, before the cooldown: python train_gpt2_afno.py --output_dir {out} --resume " \
-        "auto --extend 10\n" in said  # as long again
+        "auto --extend 10 --target_val_loss 4.5\n" in said  # as long again
     main(flags(data, out, LONGER + " --resume auto --extend 7"))
     main(flags(data, tmp_path / "whole", LONGER + " --extend 7"))
     assert losses(out) == losses(tmp_path / "whole") and losses(out)[:6] == first[:6]
@@ -401,6 +407,68 @@ def test_a_target_that_is_reached_after_a_miss(data, tmp_path, capsys):  # noqa:
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rounded, exact, flag", (
+    (4.9998, 5.0003, "goal_val_loss"), (5.0003, 4.9998, "goal_val_loss"),
+    (4.9998, 5.0003, "target_val_loss")))
+def test_the_loss_in_fp32_decides_about_a_target(data, tmp_path, monkeypatch,  # noqa: F811
+                                                 rounded, exact, flag):
+    out, fp32 = tmp_path / "run", lambda runtime: runtime.dtype == torch.float32
+    monkeypatch.setattr(Run, "validation_loss",
+                        lambda run, runtime: exact if fp32(runtime) else rounded)
+    main(flags(data, out, f"--dtype bfloat16 --val_fp32 1 --{flag} 5"))
+    log, hit, missed = (out / "train.log").read_text(), exact <= 5, f"missed: val_loss {exact:.4f}"
+    assert ("target 5 reached" in log, missed in log) == (hit, not hit)
+    assert losses(out)[-1][0] == 6, "it goes on where only the loss in bf16 has reached the target"
+    assert (metrics(out)[-1]["wall_clock_time_to_target_loss"] is None) != hit
+    page = report.report_of(out).read_text()
+    line = next(line for line in page.splitlines() if "loss 5 " in line)
+    assert ("**reached**" in line) == hit
+
+
+def test_a_goal_reached_on_the_way_and_missed_at_the_end(data, tmp_path,  # noqa: F811
+                                                         monkeypatch):
+    values = [4.9, 5.1]
+    monkeypatch.setattr(Run, "validation_loss", lambda *given: values.pop(0))
+    main(flags(data, tmp_path / "run", "--goal_val_loss 5"))
+    log = (tmp_path / "run/train.log").read_text()
+    assert "target 5 reached: step 3" in log and "missed: val_loss 5.1000" in log
+
+
+def test_an_extension_that_is_stopped_at_once_is_not_forgotten(data, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    main(flags(data, out, LONGER))
+    main(flags(data, out, LONGER + " --extend 3 --resume auto --max_seconds 0.001"))
+    assert newest(out)["step"] == 6
+    main(["--output_dir", str(out), "--resume", "auto"])  # as it says when it stops
+    assert losses(out)[-1][0] == 13
+
+
+def test_a_file_in_a_new_folder_is_there_before_the_first_step(data, tmp_path,  # noqa: F811
+                                                               monkeypatch):
+    old, new = tmp_path / "old", tmp_path / "new"
+    main(flags(data, old, LONGER))
+    from_file = LONGER + f" --extend 3 --resume {old}/state_step000006.pt"
+    main(flags(data, new, from_file + " --val_loss_every 100 --max_seconds 0.001"))
+    assert "none: no step yet" in (report.report_of(new)).read_text()
+    shutil.rmtree(new)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "update", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(flags(data, new, from_file))
+    assert steps_in(new) == [6]
+    main(["--output_dir", str(new), "--resume", "auto"])
+    assert losses(new)[-1][0] == 13
+
+
+@pytest.mark.slow
+def test_a_model_that_diverged_is_not_called_a_leak(data, tmp_path):  # noqa: F811
+    out, options = tmp_path / "run", "--learning_rate 1000 --val_loss_every 5 --optimizer muon"
+    with pytest.raises(Diverged, match="step [3-6]: .*checkpoints kept: state_step00000[0-4]"):
+        main(flags(data, out, options))
+    with pytest.raises(Diverged):  # from one that is kept
+        main(flags(data, out, options + " --resume auto"))
+
+
 @pytest.mark.slow
 def test_a_cooldown_that_has_not_begun_is_put_off(data, tmp_path):  # noqa: F811
     out = tmp_path / "run"
@@ -438,23 +506,28 @@ def test_a_goal_is_noted_and_training_goes_on(data, tmp_path):  # noqa: F811
 def test_the_steps_of_a_miss_are_those_of_the_measured_curve(tmp_path):
     law = lambda step: 2 + 8 * step ** -0.28
     curve = [dict(step=step, tokens=10 * step, val_loss=law(step)) for step in range(10, 101, 10)]
-    args = argparse.Namespace(num_iterations=100, warmdown_iters=20, warmup_iters=10, extend=0)
+    args = argparse.Namespace(num_iterations=100, warmdown_iters=20, warmup_iters=10, extend=0,
+                              target_val_loss=None, predict_ahead=1, predict_prefix=0)
     slopes = measured_slope(curve[6:8]), (law(80) - law(70)) / math.log(8 / 7)
     assert slopes[0] == pytest.approx(slopes[1])
     for more in (10, 50, 400):
-        steps, whose = more_steps(curve, law(100 + more), args)
+        steps, whose = more_steps(curve, [], law(100 + more), args)
         assert abs(steps - more) <= 1 + 0.05 * more and whose.endswith(", this run's")
     assert float(whose.split(",")[0]) == pytest.approx(-0.28 * 8 * 100 ** -0.28, rel=0.03)
     thin = [line for line in curve if line["step"] in (40, 60, 100)]  # none in the last quarter
-    steps, whose = more_steps(thin, law(150), args)
+    steps, whose = more_steps(thin, [], law(150), args)
     assert abs(steps - 50) <= 4 and whose.endswith(", this run's")
     early = [line for line in curve if line["step"] in (10, 20, 100)]  # where a loss falls fastest
     for few in (early, curve[3:4] + curve[-1:],
                 [line | dict(val_loss=3.0) for line in curve]):
         target = few[-1]["val_loss"] - 0.175 / 0.28 * (1 - 2 ** -0.28)
-        steps, whose = more_steps(few, target, args)
+        steps, whose = more_steps(few, [], target, args)
         assert abs(steps - 100) <= 1 and whose.startswith("-0.175, a larger model's")
-    assert more_steps(curve, 1.9, args)[0] == math.inf  # below what any number of tokens brings
+    losses = [dict(step=step, tokens=10 * step, train_loss=law(step)) for step in range(1, 101)]
+    args.predict_ahead = 0  # then losses of training are of the next token alone
+    steps, whose = more_steps(early, losses, law(150), args)
+    assert abs(steps - 50) <= 4 and whose.endswith(", this run's")
+    assert more_steps(curve, [], 1.9, args)[0] == math.inf  # below what any number of tokens brings
     log, args.extend = argparse.Namespace(validations=curve, folder=tmp_path), 7
     (tmp_path / "state_step000070.pt").touch()
     for target, estimate, more in (
@@ -466,6 +539,10 @@ def test_the_steps_of_a_miss_are_those_of_the_measured_curve(tmp_path):
         assert re.search(rf"estimate: {estimate} \(slope .* -0.6\d\d, this run's\)$", missed)
         extend = int(re.search(r"go on from step 87, .* --extend (\d+)$", command)[1])
         assert re.fullmatch(str(more), str(extend - 7))
+    log.folder, args.target_val_loss = tmp_path / "a b", 3.25
+    command = describe_miss(log, Checkpoints(tmp_path), law(150), args)[1].split("python ")[1]
+    typed = train_gpt2_afno.parse_flags(shlex.split(command)[1:])
+    assert (typed["output_dir"], typed["target_val_loss"]) == (f"{tmp_path}/a b", 3.25)
 
 
 @pytest.mark.slow

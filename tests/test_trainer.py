@@ -959,7 +959,7 @@ def test_a_full_disk_costs_no_checkpoint(data, tmp_path, monkeypatch):
     # a write beyond 64 KiB fails as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limit[1]))
     try:
-        with pytest.raises(InputError, match="cannot write state_step000004.pt: "
+        with pytest.raises(InputError, match="cannot write state_step000002.pt: "  # the new flags
                                              ".*checkpoints kept: state_step000002.pt"):
             main(flags(data, tmp_path / "run", "--resume auto"))
     finally:
