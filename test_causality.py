@@ -496,13 +496,11 @@ def refuse_leaks(model, shapes, runtime, say, modes=(True, False), goals=(),
                  cuts: int | None = -1):
     """Raise InputError where an output depends on a later token or on another row, bit for bit.
 
-    Raise Diverged where outputs are not finite: then they differ from themselves.
     shapes: (rows, T) of the batches to try. runtime: the trainer's Runtime. modes, goals,
     cuts: check_model's. Weights are tried moved, then as they are, with few cuts. Where modes have
     validation, what evaluate() sums is checked, too.
     """
     from data.text_to_bin import InputError
-    from runtime import Diverged
 
     seed = runtime.new_seed()  # every rank sees the same leak, and rank 0 names it
     what = " and ".join("training" if gradients else "validation" for gradients in modes)
@@ -514,10 +512,6 @@ def refuse_leaks(model, shapes, runtime, say, modes=(True, False), goals=(),
         if not leaks and False in modes:
             leaks += measure_leaks(model, rows, T, runtime, seed)
         if leaks:
-            with torch.no_grad(), runtime.autocast():
-                idx = random_tokens((1, T), model.config.vocab_size).to(runtime.device)
-                if not model.hidden(idx).isfinite().all():
-                    raise Diverged("causality check: the model's outputs are not finite")
             raise InputError(f"causality check: the model leaks, refusing to go on: {leaks[0]}")
         return leaks, time.perf_counter() - begin
 
@@ -527,6 +521,14 @@ def refuse_leaks(model, shapes, runtime, say, modes=(True, False), goals=(),
         seconds += check(rows, T, cuts=min(rows, T - 1))[1]
         say(f"causality check of {what}, {rows} rows of {T}: bit-identical, "
             f"{leaks.coverage:.1%} of the pairs of positions (seed {seed}, {seconds:.1f} s)")
+
+
+@torch.no_grad()
+def is_finite(model, T: int, runtime) -> bool:
+    """Return whether the outputs of T tokens are finite: others differ from themselves."""
+    idx = random_tokens((1, T), model.config.vocab_size).to(runtime.device)
+    with runtime.autocast():
+        return bool(model.hidden(idx).isfinite().all())
 
 
 @torch.no_grad()

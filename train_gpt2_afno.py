@@ -56,7 +56,7 @@ from runtime import (MANY_TOKENS, MICRO_BATCH, Clock, Diverged, Energy, RowTable
                      gradients_of, joined_ranks, keep_graphs, kept_apart, launch,
                      measure_matmul_rate, meet_all, of_all_ranks, of_every_rank, own_card,
                      peak_memory, ranks, refuse_too_large, row_tables, run, shapes_of, to_host)
-from test_causality import random_tokens, refuse_leaks, refuse_other_targets
+from test_causality import is_finite, random_tokens, refuse_leaks, refuse_other_targets
 
 LAPS = Laps(START)
 LAPS.done("imports")
@@ -1072,8 +1072,10 @@ class Run:
         try:
             refuse_leaks(self.model, shapes, self.runtime, self.say, modes=(training,),
                          goals=self.goals_to_come() if training else ())
-        except Diverged as error:
-            self.diverged(self.step, str(error), self.step)
+        except InputError:
+            if self.step and not is_finite(self.model, self.T, self.runtime):
+                self.diverged(self.step, "the model's outputs are not finite", self.step)
+            raise
         drop_gradients(self.model)
 
     def recompute(self, recompute: int):
@@ -1547,9 +1549,7 @@ def sizes_of(config: GPTConfig, args) -> tuple[int, int]:
 
 
 def main(argv: list[str], gate=None) -> int:
-    """Train, evaluate or generate as the flags say; return the exit status.
-
-    gate: the start.Gate that runs beside this process, if one does.
+    """Train, evaluate or generate as flags say; return the exit status. gate: start.Gate or None.
     """
     flags = parse_flags(argv)
     device = choose_device(flags.get("device", "auto"))

@@ -531,7 +531,8 @@ def test_resume_auto_serves_the_first_start_too(data, tmp_path, capsys):
         [change(path) for path in out.glob("state_step*.pt")]
     for path in out.glob("state_step*"):
         path.unlink()
-    with pytest.raises(InputError, match="holds a run: name another"):  # there are its metrics
+    match = "holds a run: its checkpoints are gone, remove the folder, or name another"
+    with pytest.raises(InputError, match=match):  # there are its metrics
         main(flags(data, out, "--resume auto"))
     assert (out / "metrics.jsonl").read_bytes() == before
     with pytest.raises(InputError, match="no checkpoint there"):
