@@ -591,12 +591,14 @@ def describe_miss(log: RunLog, checkpoints: Checkpoints, target: float, args) ->
         tokens = f"{round(last['tokens'] / last['step'] * steps):,} more tokens, {steps} steps"
     lines = [f"missed: val_loss {loss_of(last):.4f} is {loss_of(last) - target:.4f} above "
              f"{target:g}; estimate: {tokens} {by}"]
-    begin, more = cooldown_step(vars(args)), steps if near else last["step"]
+    more, sure = last["step"], ""
+    if near:  # a second miss would cost another cooldown
+        more, sure = math.ceil(1.2 * steps), ", with a fifth more to be sure"
+    begin, stops = cooldown_step(vars(args)), args.target_val_loss  # a flag that is not kept
     if any(step <= begin for step in checkpoints.steps()):
-        stops = args.target_val_loss  # a flag that is not kept
-        lines.append(f"go on from step {begin}, before the cooldown: {trainer_command(log.folder)} "
-                     f"--extend {args.extend + more}"
-                     + (f" --target_val_loss {stops:g}" if stops else ""))
+        command = f"{trainer_command(log.folder)} --extend {args.extend + more}"
+        command += f" --target_val_loss {stops:g}" if stops else ""
+        lines.append(f"go on from step {begin}, before the cooldown{sure}: {command}")
     else:
         lines.append("no state from before the cooldown is kept: only a new run can be longer")
     return lines

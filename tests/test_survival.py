@@ -531,7 +531,7 @@ def test_the_steps_of_a_miss_are_those_of_the_measured_curve(tmp_path):
     log, args.extend = argparse.Namespace(validations=curve, folder=tmp_path), 7
     (tmp_path / "state_step000070.pt").touch()
     for target, estimate, more in (
-            (law(150), r"5\d\d more tokens, 5\d steps", r"5\d"),
+            (law(150), r"5\d\d more tokens, 5\d steps", r"6\d"),
             (law(5000), r".*, \d{4} steps", r"\d{4}"),
             (law(20_000), "none, beyond 100 times as many tokens", 100),
             (1.9, "none, beyond 100 times as many tokens", 100)):
