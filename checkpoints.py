@@ -495,8 +495,9 @@ def validations_of(rows: list[dict]) -> list[dict]:
     """Return the validations among lines of metrics.jsonl, each with its loss in fp32, if any."""
     found = []
     for row in rows:
-        if "val_loss" in row:
-            found.append(row)
+        if "val_loss" in row:  # a step's second, after a signal in its fp32, counts alone
+            again = bool(found) and found[-1]["step"] == row["step"]
+            found[len(found) - again:] = [row]
         elif "val_loss_fp32" in row and found and found[-1]["step"] == row["step"]:
             found[-1] = found[-1] | row
     return found
@@ -566,16 +567,20 @@ def more_steps(validations: list[dict], losses: list[dict], target: float,
     return max(1, math.ceil(steps)) if steps < math.inf else steps, f"{slope:.3f}, {whose}"
 
 
-def trainer_command(folder: Path) -> str:
-    """Return the command that goes on in a folder, to be typed where this one was."""
+def trainer_command(folder: Path, stops: float | None, more: str = "") -> str:
+    """Return the command that goes on in a folder, to be typed where this one was.
+
+    stops: --target_val_loss, which is not kept.
+    """
     script = to_type(str(ROOT / "train_gpt2_afno.py"))
-    return shlex.join(["python", script, "--output_dir", to_type(str(folder)), "--resume", "auto"])
+    words = ["python", script, "--output_dir", to_type(str(folder)), "--resume", "auto"]
+    return shlex.join(words) + more + (f" --target_val_loss {stops}" if stops else "")
 
 
-def describe_stop(signum: int, step: int, folder: Path) -> str:
-    """Return a line for a run that a signal has stopped."""
+def describe_stop(signum: int, step: int, folder: Path, stops: float | None) -> str:
+    """Return a line for a run that a signal has stopped; stops: --target_val_loss."""
     return f"stopped by {signal.Signals(signum).name} at step {step}; go on with " \
-        f"{trainer_command(folder)}"
+        f"{trainer_command(folder, stops)}"
 
 
 def describe_miss(log: RunLog, checkpoints: Checkpoints, target: float, args) -> list[str]:
@@ -590,14 +595,14 @@ def describe_miss(log: RunLog, checkpoints: Checkpoints, target: float, args) ->
     if near:
         tokens = f"{round(last['tokens'] / last['step'] * steps):,} more tokens, {steps} steps"
     lines = [f"missed: val_loss {loss_of(last):.4f} is {loss_of(last) - target:.4f} above "
-             f"{target:g}; estimate: {tokens} {by}"]
+             f"{target:.10g}; estimate: {tokens} {by}"]
     more, sure = last["step"], ""
     if near:  # a second miss would cost another cooldown
         more, sure = math.ceil(1.2 * steps), ", with a fifth more to be sure"
-    begin, stops = cooldown_step(vars(args)), args.target_val_loss  # a flag that is not kept
+    begin = cooldown_step(vars(args))
     if any(step <= begin for step in checkpoints.steps()):
-        command = f"{trainer_command(log.folder)} --extend {args.extend + more}"
-        command += f" --target_val_loss {stops:g}" if stops else ""
+        command = trainer_command(log.folder, args.target_val_loss,
+                                  f" --extend {args.extend + more}")
         lines.append(f"go on from step {begin}, before the cooldown{sure}: {command}")
     else:
         lines.append("no state from before the cooldown is kept: only a new run can be longer")
@@ -666,8 +671,10 @@ def finished(flags: dict, saved: dict | None, args, folder: Path) -> str | None:
     """
     if flags.get("resume") != "auto" or {"generate", "eval_only"} & flags.keys():
         return None
-    steps = args.num_iterations + args.extend
-    step = saved["step"] if saved else steps  # without its checkpoints it may be finished, too
+    if not saved and "output_dir" in flags:  # only a preset's folder tells its flags
+        return None
+    last = max((values["step"] for _, values in read_metrics(folder)), default=-1)
+    step, steps = saved["step"] if saved else last, args.num_iterations + args.extend
     here = [values for _, values in read_metrics(folder) if values["step"] == step]
     if not (found := validations_of(here)) or not any(map(is_summary, here)):
         return None
@@ -676,7 +683,7 @@ def finished(flags: dict, saved: dict | None, args, folder: Path) -> str | None:
     if step != steps and loss_of(found[-1]) > (args.target_val_loss or -math.inf):
         return None
     return f"{relative(str(folder))} is finished: step:{step}/{steps} " \
-        f"val_loss:{found[-1]['val_loss']:.4f}"
+        f"val_loss:{loss_of(found[-1]):.4f}"
 
 
 def last_to_extend(saved: dict, flags: dict) -> float:

@@ -305,7 +305,7 @@ def attempted_here(work, may_blame_compiler: bool) -> tuple[int, str]:
     try:
         work()
         return 0, ""
-    except InputError:
+    except (InputError, Diverged):
         raise
     except Exception as error:  # a compiler has many
         if ran_out(error):

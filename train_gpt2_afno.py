@@ -1008,19 +1008,19 @@ class Run:
         on_disk, past = self.checkpoints.steps(), self.log.validations if self.log else []
         there = bool(saved) and self.step in on_disk and saved["args"] == args.to_save
         self.saved_step = self.step if any_rank(there) else None
-        self.saved_at = time.perf_counter()
+        self.saved_at, self.reached = time.perf_counter(), None
         self.target = args.target_val_loss or args.goal_val_loss or -math.inf
+        if past and past[-1]["step"] == self.step and "val_loss_fp32" not in past[-1] \
+                and self.in_fp32(past[-1]["val_loss"]):
+            past.pop()  # the loss that decides is missing, as a signal came: it is validated again
         hits = self.log.hits(self.target) if self.log else []
         self.reached = (hits or [self.clock.total])[0] if any_rank(bool(hits)) else None
-        at_step = any(line["step"] == self.step and ("val_loss_fp32" in line or not self.in_fp32(
-            line["val_loss"])) for line in past)
-        self.validated = self.step if any_rank(at_step) else None
+        self.validated = self.step if any_rank(self.step in [v["step"] for v in past]) else None
         self.checkpoints.keep["cooldown"] = None if hits else self.cooldown
 
     def say(self, text: str):
         if self.runtime.rank == 0:
             from tqdm import tqdm
-
             tqdm.write(text)
             self.log.line(text)
 
@@ -1074,7 +1074,8 @@ class Run:
                          goals=self.goals_to_come() if training else ())
         except InputError:
             if self.step and not is_finite(self.model, self.T, self.runtime):
-                self.diverged(self.step, "the model's outputs are not finite", self.step)
+                self.diverged(self.step, "the model's outputs are not finite",
+                              math.inf if training else self.step)  # at the start files stay
             raise
         drop_gradients(self.model)
 
@@ -1341,13 +1342,13 @@ class Run:
         self.bar.close()
         args, step, signals = self.args, self.step, self.signals
         if signals:
-            self.say(describe_stop(signals[0], step, self.folder))
+            self.say(describe_stop(signals[0], step, self.folder, args.target_val_loss))
         elif late and step < self.total_steps:
             self.say(f"stopped by --max_seconds {args.max_seconds:g} at step {step}")
         train_time, with_compilation = self.clock.total, self.clock.total + self.compile_time
         rate = self.position / train_time if train_time else 0.0
         peaks = self.runtime.of_ranks(peak_memory(self.device))
-        if self.log and self.validated == self.total_steps:
+        if self.log and not signals and self.validated == self.total_steps:
             for line in describe_miss(self.log, self.checkpoints, self.target, args):
                 self.say(line)
         no_target = "no target" if self.target == -math.inf else "not reached"
@@ -1549,8 +1550,7 @@ def sizes_of(config: GPTConfig, args) -> tuple[int, int]:
 
 
 def main(argv: list[str], gate=None) -> int:
-    """Train, evaluate or generate as flags say; return the exit status. gate: start.Gate or None.
-    """
+    """Train, evaluate or generate as flags say; return the status. gate: start.Gate or None."""
     flags = parse_flags(argv)
     device = choose_device(flags.get("device", "auto"))
     rank, world, local_rank = ranks()

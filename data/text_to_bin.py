@@ -66,7 +66,9 @@ def relative(path: str) -> str:
 
 def to_type(path: str) -> str:
     """Return a path to be typed where this process runs: whole, unless that is the repository."""
-    return relative(path) if os.getcwd() == str(ROOT) else os.path.abspath(path)
+    with contextlib.suppress(OSError):  # it may be gone
+        return relative(path) if os.getcwd() == str(ROOT) else os.path.abspath(path)
+    return path
 
 
 def to_path(text: str) -> Path:

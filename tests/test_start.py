@@ -430,11 +430,17 @@ def test_commands_to_go_on_work_where_they_are_typed(monkeypatch, tmp_path):
     assert go_on("bash run_afno.sh '--output_dir=a b'") == "bash run_afno.sh '--output_dir=a b'"
     inside, outside = checkpoints.ROOT / "runs/a b", tmp_path / "c"
     monkeypatch.chdir(checkpoints.ROOT)
-    assert checkpoints.trainer_command(inside) == \
+    assert checkpoints.trainer_command(inside, None) == \
         "python train_gpt2_afno.py --output_dir 'runs/a b' --resume auto"
     monkeypatch.chdir(tmp_path)
-    assert checkpoints.trainer_command(Path("c")) == \
-        f"python {checkpoints.ROOT}/train_gpt2_afno.py --output_dir {outside} --resume auto"
+    assert checkpoints.trainer_command(Path("c"), 3.38215, " --extend 9") == (
+        f"python {checkpoints.ROOT}/train_gpt2_afno.py --output_dir {outside} --resume auto "
+        "--extend 9 --target_val_loss 3.38215")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert f"--output_dir {outside} " in checkpoints.trainer_command(outside, None)
 
 
 def test_the_first_gpu_is_named_as_its_tensors_name_it(monkeypatch):

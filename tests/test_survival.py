@@ -247,11 +247,23 @@ def test_killed_before_its_first_file_is_written_the_same_command_begins_anew(
     for path in out.glob("state_step*"):
         path.unlink()
     logged = (out / "metrics.jsonl").read_text()
-    main(argv)  # it has validated and ended: "is finished"
     match = "holds a run: its checkpoints are gone, remove the folder, or name another"
-    with pytest.raises(InputError, match=match):
-        main([*argv, "--num_iterations", "8"])
+    with pytest.raises(InputError, match=match):  # it has validated and ended
+        main(argv)
     assert (out / "metrics.jsonl").read_text() == logged and not steps_in(out)
+
+
+def test_a_presets_run_is_finished_without_its_checkpoints_too(data, runs, capsys):  # noqa: F811
+    """Its folder's name tells its flags."""
+    for ends, options in ((6, ""), (3, "--target_val_loss 9")):
+        argv = without_folder(data, f"--seed {ends} {options}")
+        main(argv)
+        [path.unlink() for path in runs.glob("*/*.pt")]
+        capsys.readouterr()
+        main(argv)
+        assert f"is finished: step:{ends}/6" in capsys.readouterr().out
+        with pytest.raises(InputError, match="its checkpoints are gone"):
+            main([*without_folder(data, f"--seed {ends}"), "--extend", "3"])
 
 
 def test_a_loss_in_fp32_that_a_signal_cut_short_is_made_by_the_next_command(
@@ -425,6 +437,34 @@ def test_the_loss_in_fp32_decides_about_a_target(data, tmp_path, monkeypatch,  #
     assert ("**reached**" in line) == hit
 
 
+@pytest.mark.parametrize("at, options", (
+    (3, "--target_val_loss 5"), (6, "--goal_val_loss 5"),
+    (6, "--goal_val_loss 5 --val_loss_every 0 --warmdown_iters 0")))
+def test_a_signal_in_the_loss_in_fp32_leaves_the_decision_to_the_next_command(
+        data, tmp_path, monkeypatch, at, options):  # noqa: F811
+    out, argv = tmp_path / "run", f"--dtype bfloat16 --val_fp32 1 --resume auto {options}"
+    exact, signalled = 5.0003, [at]
+
+    def validation_loss(run, runtime):
+        if runtime.dtype != torch.float32:
+            return 4.9998
+        if run.step in signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return signalled.remove(run.step)
+        return exact
+
+    monkeypatch.setattr(Run, "validation_loss", validation_loss)
+    assert main(flags(data, out, argv), STOPPED) == STOPPED
+    log = (out / "train.log").read_text()
+    assert losses(out)[-1][0] == at and "missed" not in log and "5 reached" not in log
+    assert ("--target_val_loss 5" in log.partition("go on with ")[2]) == ("target" in options)
+    main(flags(data, out, argv))
+    log = (out / "train.log").read_text()
+    assert losses(out)[-1][0] == 6 and "missed: val_loss 5.0003 is 0.0003 above 5;" in log
+    assert "target 5 reached" not in log
+    assert metrics(out)[-1]["wall_clock_time_to_target_loss"] is None
+
+
 def test_a_goal_reached_on_the_way_and_missed_at_the_end(data, tmp_path,  # noqa: F811
                                                          monkeypatch):
     values = [4.9, 5.1]
@@ -467,6 +507,18 @@ def test_a_model_that_diverged_is_not_called_a_leak(data, tmp_path):  # noqa: F8
         main(flags(data, out, options))
     with pytest.raises(Diverged):  # from one that is kept
         main(flags(data, out, options + " --resume auto"))
+
+
+def test_a_start_whose_outputs_are_not_finite_leaves_all_as_it_was(data, tmp_path,  # noqa: F811
+                                                                   monkeypatch):
+    """The machine may be the cause: the weights were found finite."""
+    out = tmp_path / "run"
+    main(flags(data, out, "--num_iterations 2"))
+    there, hidden = steps_in(out), train_gpt2_afno.GPT.hidden
+    monkeypatch.setattr(train_gpt2_afno.GPT, "hidden", lambda *given: hidden(*given) * math.nan)
+    with pytest.raises(Diverged, match="step 2: the model's outputs are not finite"):
+        main(flags(data, out, "--num_iterations 4 --resume auto"))
+    assert steps_in(out) == there and not list(out.glob("*.abandoned"))
 
 
 @pytest.mark.slow
