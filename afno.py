@@ -950,8 +950,6 @@ class FourierGate(nn.Module):
 MATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # lengths that are told apart, in tokens
 # each but the first as two that are shorter
 PARTS = {2: (1, 1), 3: (2, 1), 4: (2, 2), 6: (4, 2), 8: (4, 4), 12: (8, 4), 16: (8, 8)}
-
-
 COPIES = 4  # of equal matches the newest that count
 KINDS = COPIES * (len(MATCHES) + 1)  # of sets of matches, see longest_matches
 

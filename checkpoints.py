@@ -493,14 +493,13 @@ class RunLog:
 
 def validations_of(rows: list[dict]) -> list[dict]:
     """Return the validations among lines of metrics.jsonl, each with its loss in fp32, if any."""
-    found = []
+    found = {}  # by step: its second, after a signal in its fp32, counts alone
     for row in rows:
-        if "val_loss" in row:  # a step's second, after a signal in its fp32, counts alone
-            again = bool(found) and found[-1]["step"] == row["step"]
-            found[len(found) - again:] = [row]
-        elif "val_loss_fp32" in row and found and found[-1]["step"] == row["step"]:
-            found[-1] = found[-1] | row
-    return found
+        if "val_loss" in row:
+            found[row["step"]] = row
+        elif "val_loss_fp32" in row and row["step"] in found:
+            found[row["step"]] = found[row["step"]] | row
+    return [*found.values()]
 
 
 def loss_of(line: dict) -> float:
@@ -585,9 +584,9 @@ def describe_stop(signum: int, step: int, folder: Path, stops: float | None) -> 
 
 def describe_miss(log: RunLog, checkpoints: Checkpoints, target: float, args) -> list[str]:
     """Return lines: how far the last loss is above a target, and the command that goes on."""
-    if target == -math.inf or loss_of(log.validations[-1]) <= target:
-        return []
     last = log.validations[-1]
+    if not -math.inf < target < loss_of(last):
+        return []
     losses = [values for _, values in read_metrics(log.folder) if "train_loss" in values]
     steps, whose = more_steps(log.validations, losses, target, args)
     near, by = steps <= FAR * last["step"], f"(slope of the loss by ln(tokens): {whose})"
@@ -673,9 +672,9 @@ def finished(flags: dict, saved: dict | None, args, folder: Path) -> str | None:
         return None
     if not saved and "output_dir" in flags:  # only a preset's folder tells its flags
         return None
-    last = max((values["step"] for _, values in read_metrics(folder)), default=-1)
-    step, steps = saved["step"] if saved else last, args.num_iterations + args.extend
-    here = [values for _, values in read_metrics(folder) if values["step"] == step]
+    lines, steps = [values for _, values in read_metrics(folder)], args.num_iterations + args.extend
+    step = saved["step"] if saved else max((values["step"] for values in lines), default=-1)
+    here = [values for values in lines if values["step"] == step]
     if not (found := validations_of(here)) or not any(map(is_summary, here)):
         return None
     if args.val_fp32 and args.dtype != "float32" and "val_loss_fp32" not in found[-1]:

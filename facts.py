@@ -18,7 +18,7 @@ import torch
 from checkpoints import Checkpoints
 from data.cached_fineweb10B import ALL
 from data.loader import find_shards
-from data.text_to_bin import ROOT, relative, to_type
+from data.text_to_bin import ROOT, in_repository, relative
 from kernels import usable
 from runtime import GIB, gpu_driver, memory_budget, ranks
 
@@ -172,7 +172,7 @@ def facts_wanted() -> bool:
 def show_facts(args, folder: Path, device: torch.device, sizes: tuple[int, int],
                saved: dict | None, command: str | None = None):
     """Print the screen, of this command where none is given. To stop: this process, or torchrun."""
-    shorter = relative if to_type(str(ROOT / "runs")) == "runs" else str
+    shorter = relative if in_repository() else str
     command = command or shlex.join(["python", *map(shorter, sys.argv)])
     pid = os.getpid() if ranks()[1] == 1 else os.getppid()
     print("\n".join(facts(args, folder, device, sizes, saved, command, pid)), flush=True)

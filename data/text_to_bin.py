@@ -64,10 +64,19 @@ def relative(path: str) -> str:
     return path.removeprefix(f"{ROOT}{os.sep}")
 
 
+def in_repository() -> bool:
+    """Return whether this process runs in the repository's folder."""
+    with contextlib.suppress(OSError):  # the folder may be gone
+        return os.getcwd() == str(ROOT)
+    return False
+
+
 def to_type(path: str) -> str:
     """Return a path to be typed where this process runs: whole, unless that is the repository."""
-    with contextlib.suppress(OSError):  # it may be gone
-        return relative(path) if os.getcwd() == str(ROOT) else os.path.abspath(path)
+    if in_repository():
+        return relative(path)
+    with contextlib.suppress(OSError):
+        return os.path.abspath(path)
     return path
 
 
