@@ -4,14 +4,14 @@
     python experiments/ablation_studies.py sizes-92M --data data/web
     python experiments/sizes.py experiments/studies/sizes*/*-seed* --output experiments/sizes
 
-Writes table.md, slopes.md and a plot for each measure to --output. Runs of one mixer on as many
-tokens make a line: loss = a - b ln(x), by least squares, with the standard error of b. Seeds count
-as runs of their own. Parameters are those without embeddings, tables and head. FLOPs are those of
-the whole run, 6 a token for each parameter that is not looked up, the head's among them, and
-attention's. Seconds are of training alone, and compare on one kind of card.
+Writes table.md, slopes.md and sizes.png, with a plot for each measure, to --output. Runs of one
+mixer on as many tokens make a line: loss = a - b ln(x), by least squares, with the standard error
+of b. Seeds count as runs of their own. Parameters are those without embeddings, tables and head.
+FLOPs are those of the whole run, 6 a token for each parameter that is not looked up, the head's
+among them, and attention's. Seconds are of training alone, and compare on one kind of card.
 
 Of each run it reads metrics.jsonl, and the command in train.log. Runs whose other flags differ,
-such as T or rates, are refused. Needs matplotlib for the plots.
+such as T or rates, are refused. Needs matplotlib for sizes.png.
 """
 import argparse
 import math
@@ -177,29 +177,31 @@ def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def draw(lines: dict[tuple[int, str], list[Sized]], measure: str, output: Path):
-    """Draw loss against a measure: points are runs, lines are fits; a line style a budget."""
+def draw(lines: dict[tuple[int, str], list[Sized]], output: Path):
+    """Draw loss against each measure: points are runs, lines are fits; a line style a budget."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 5))
+    figure, panels = plt.subplots(1, len(MEASURES), figsize=(14, 4.5), sharey=True)
     budgets = sorted({tokens for tokens, _ in lines})
-    for (tokens, mixer), found in lines.items():
-        x, y = [getattr(of, measure) for of in found], [of.loss for of in found]
-        color, nth = f"C{MIXERS.index(mixer)}", budgets.index(tokens)
-        if several_sizes(found):
-            a, b, _ = fit(x, y)
-            ends = np.array([min(x), max(x)])
-            axes.plot(ends, a - b * np.log(ends), color=color, linestyle=("-", "--", ":")[nth % 3],
-                      linewidth=1)
-        axes.plot(x, y, color=color, marker="os^"[nth % 3], linestyle="", markersize=5,
-                  label=f"{mixer}, {tokens / 1e6:.0f}M tokens")
-    axes.set(xscale="log", xlabel=MEASURES[measure], ylabel="validation loss")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7)
+    for (measure, name), axes in zip(MEASURES.items(), panels):
+        for (tokens, mixer), found in lines.items():
+            x, y = [getattr(of, measure) for of in found], [of.loss for of in found]
+            color, nth = f"C{MIXERS.index(mixer)}", budgets.index(tokens)
+            if several_sizes(found):
+                a, b, _ = fit(x, y)
+                ends = np.array([min(x), max(x)])
+                axes.plot(ends, a - b * np.log(ends), color=color, linewidth=1,
+                          linestyle=("-", "--", ":")[nth % 3])
+            axes.plot(x, y, color=color, marker="os^"[nth % 3], linestyle="", markersize=5,
+                      label=f"{mixer}, {tokens / 1e6:.0f}M tokens")
+        axes.set(xscale="log", xlabel=name)
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel("validation loss")
+    panels[-1].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(output, dpi=120)
+    figure.savefig(output, dpi=100)
     plt.close(figure)
 
 
@@ -219,10 +221,9 @@ def main(argv: list[str]) -> int:
         (args.output / name).write_text(text, encoding="utf-8")
         print(text)
     try:
-        for measure in MEASURES:
-            draw(lines, measure, args.output / f"{measure}.png")
+        draw(lines, args.output / "sizes.png")
     except ImportError:
-        print("no plots: matplotlib is not installed")
+        print("no sizes.png: matplotlib is not installed")
     return 0
 
 

@@ -75,8 +75,7 @@ def test_two_sizes_make_tables_and_plots(tmp_path, capsys):
     assert sizes.main([str(runs[0]), "--output", str(tmp_path / "one")]) == 0
     assert "one size" in (tmp_path / "one/slopes.md").read_text()
     pytest.importorskip("matplotlib")
-    for measure in sizes.MEASURES:
-        assert (tmp_path / f"out/{measure}.png").stat().st_size > 1000
+    assert (tmp_path / "out/sizes.png").stat().st_size > 1000
 
 
 AGAIN = "command: train_gpt2_afno.py --output_dir runs/x --resume auto --extend 90, resumed at " \
