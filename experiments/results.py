@@ -196,11 +196,12 @@ def times_faster(runs: list[Run], other: list[Run], compilation: bool = False) -
 def compare(letter: str, groups: list[tuple[str, list[Run]]], runs: list[Run], places: int) -> str:
     """Return how much faster runs are than the row with a letter; empty without a fair one.
 
-    Fair is the same machine, and for B as many tokens: A has its own recipe and its own plan.
+    Fair is the same machine and text, and for B as many tokens: A has its own recipe and plan.
     """
+    alike = ("machine", "text") if letter == "A" else ("machine", "text", "tokens")
     for name, other in groups:
-        if (name == letter and other[0].machine == runs[0].machine
-                and (letter == "A" or other[0].tokens == runs[0].tokens)):
+        if name == letter and all(getattr(other[0], value) == getattr(runs[0], value)
+                                  for value in alike):
             return f"{times_faster(runs, other):.{places}f}x"
     return ""
 
@@ -209,13 +210,14 @@ def main_table(root: str) -> str:
     """Return THE table; links are relative to the folder from which runs/ is root + 'runs/'."""
     groups = [(letter, [read_log(name, (archive.RUNS / name / "train.log").read_text())
                         for name in names]) for letter, _, names in ROWS]
-    lines = ["| | tokens | val loss | training s | tokens/s | peak GiB | faster than A "
-             "| faster than B | machine | seeds | logs |", "|---" * 11 + "|"]
+    lines = ["| | on text | tokens | val loss | training s | tokens/s | peak GiB | faster than A "
+             "| faster than B | machine | seeds | logs |", "|---" * 12 + "|"]
     for (letter, what, names), (_, runs) in zip(ROWS, groups):
         same = timed(runs)
         links = " ".join(f"[{name.split('/')[1]}]({root}runs/{name}/train.log)" for name in names)
         lines.append(
-            f"| **{letter}**: {what} | {runs[0].tokens / 1e6:.0f}M | {average(runs, 'loss'):.4f} "
+            f"| **{letter}**: {what} | {runs[0].text} | {runs[0].tokens / 1e6:.0f}M "
+            f"| {average(runs, 'loss'):.4f} "
             f"| {average(same, 'seconds'):.1f} | {average(same, 'speed'):,.0f} "
             f"| {average(same, 'peak'):.1f} | {compare('A', groups, runs, 1)} "
             f"| {compare('B', groups, runs, 2)} | {runs[0].machine} | {len(runs)} | {links} |")
