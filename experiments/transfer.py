@@ -12,6 +12,10 @@ code     the Python files of installed packages; the last tenth is judged
 plays    Shakespeare's plays, training and validation shard (python data/shakespeare.py)
 law      licence texts of installed packages; the last tenth is judged
 
+Many licences are copies of each other, and some code is. So no token is judged that lies in a run
+of 16 tokens which the training part holds, too. Standard errors are those of differences of losses
+on the same tokens, over rows.
+
 Then operators are exchanged between the models that were tuned on different domains: what is a
 filter of one domain worth in another? In --output are rows.jsonl, with a line for every result, and
 table.md and gains.png made from it. What stands there is not done again.
@@ -29,16 +33,17 @@ from torch import Tensor
 
 import train_gpt2_afno as trainer
 from data.loader import to_device
-from data.text_to_bin import ROOT, InputError, read_bin, relative
+from data.text_to_bin import ROOT, InputError, owned, read_bin, relative
 from experiments import package_text
 from experiments.evaluate import (BATCH_TOKENS, Checkpoint, cut_rows, digest, losses_of,
-                                  markdown)
+                                  markdown, mean_and_error)
 from experiments.recall import append_line, names, read_lines
 from runtime import Diverged, Runtime, choose_device, shapes_of, usual_runtime
 
 DOMAINS = {"code": "code", "plays": "plays", "law": "licences"}
 PARTS = ("all", "rest", "operator")  # which weights are trained
 MOST_TOKENS = 4_000_000  # of a domain's text
+RUN = 16  # tokens: what stands in both parts in such a run is not judged
 START = "start"  # in place of a domain: the checkpoint as it was
 
 Masks = dict[str, Tensor | None]  # of parameters by name: which numbers, None for all of them
@@ -110,24 +115,49 @@ def exchange(model: trainer.GPT, masks: Masks, state: dict[str, Tensor]):
 # one result
 
 
+def runs_of(tokens: np.ndarray) -> np.ndarray:
+    """Return a number for each run of RUN tokens, (N - RUN + 1,): equal runs have equal ones."""
+    weights = np.uint64(0x9E3779B97F4A7C15)**np.arange(RUN, dtype=np.uint64)  # modulo 2^64
+    return np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64), RUN) @ weights
+
+
+def stands_in(tokens: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return which tokens, (N,), lie in a run of RUN tokens that `other` holds, too."""
+    if min(len(tokens), len(other)) < RUN:
+        return np.zeros(len(tokens), bool)
+    begins = np.isin(runs_of(tokens), runs_of(other)).astype(int)
+    return np.convolve(begins, np.ones(RUN, int)) > 0
+
+
 @functools.cache
-def text_of(domain: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a domain's tokens for training and for judging."""
+def text_of(domain: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a domain's tokens for training, those for judging, and which targets count.
+
+    The targets are the tokens for judging but the first one.
+    """
     if domain == "plays":
         judged = package_text.tokens_of("plays", MOST_TOKENS)
         train = read_bin(package_text.PLAYS.with_name("train_000000.bin")).astype(np.int64)
-        return train, judged
-    tokens = package_text.tokens_of(DOMAINS[domain], MOST_TOKENS)
-    cut = len(tokens) * 9 // 10
-    return tokens[:cut], tokens[cut:]
+    else:
+        tokens = package_text.tokens_of(DOMAINS[domain], MOST_TOKENS)
+        train, judged = np.split(tokens, [len(tokens) * 9 // 10])
+    return train, judged, ~stands_in(judged, train)[1:]
 
 
-def judge(model: trainer.GPT, domain: str, runtime: Runtime) -> float:
-    """Return the mean loss on the part of a domain that is not trained on."""
-    tokens, T = text_of(domain)[1], model.config.sequence_length
-    pieces = cut_rows(len(tokens) - 1, T)
-    losses = losses_of(model, tokens, pieces, T, runtime, BATCH_TOKENS[runtime.device.type])
-    return float(losses.mean(dtype=np.float64))
+def judge(model: trainer.GPT, domain: str, runtime: Runtime) -> np.ndarray:
+    """Return the losses of all targets of a domain that count."""
+    _, tokens, counts = text_of(domain)
+    T = model.config.sequence_length
+    losses = losses_of(model, tokens, cut_rows(len(tokens) - 1, T), T, runtime,
+                       BATCH_TOKENS[runtime.device.type])
+    return losses[counts]
+
+
+def above(losses: np.ndarray, others: np.ndarray, domain: str, T: int) -> dict:
+    """Return the mean loss, and the standard error of its difference from other losses."""
+    counts = text_of(domain)[2]
+    _, error = mean_and_error(losses - others, np.flatnonzero(counts) // T)
+    return dict(loss=float(losses.mean(dtype=np.float64)), error=error)
 
 
 def tune(model: trainer.GPT, masks: Masks, domain: str, rate: float, args, runtime: Runtime):
@@ -172,8 +202,13 @@ class Study:
         if len(self.checkpoints) < len(args.checkpoints):
             raise InputError("CHECKPOINT: two are called alike, after folder and step")
         self.texts = {}  # a digest of each domain's
+        self.losses_before = {}
         for domain in args.domains:
-            tokens = np.concatenate(text_of(domain))
+            train, judged, counts = text_of(domain)
+            if not counts.any():
+                raise InputError(f"--domains {domain}: no token is left to judge, all of "
+                                 f"{len(counts):,} stand in the training part, too")
+            tokens = np.concatenate((train, judged))
             self.texts[domain] = digest(tokens)
             for label, checkpoint in self.checkpoints.items():
                 if tokens.max() >= checkpoint.config.vocab_size:
@@ -181,7 +216,6 @@ class Study:
                                      f"the text of --domains {domain} has GPT-2's tokens")
         self.share = share_of_operators([*self.checkpoints.values()])
         self.setting = dict(steps=args.steps, batch_size=args.batch_size, seed=args.seed)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "rows.jsonl"
         self.rows = {self.key(row): row for row in read_lines(self.path, "operator_of")}
         if others := [row for row in self.rows.values() if row["setting"] != self.setting]:
@@ -214,14 +248,23 @@ class Study:
     def weights(self, label: str, domain: str, rate: float) -> Path:
         return self.folder / f"{label}-{domain}-{rate}.pt"
 
+    def judged_before(self, label: str, domain: str) -> np.ndarray:
+        """Return the losses of the checkpoint as it is."""
+        if (label, domain) not in self.losses_before:
+            model = self.checkpoints[label].model(self.runtime)
+            self.losses_before[label, domain] = judge(model, domain, self.runtime)
+        return self.losses_before[label, domain]
+
     def before(self, label: str, domain: str) -> float:
-        """Return the loss of the checkpoint as it is."""
-        make = lambda: dict(loss=judge(self.checkpoints[label].model(self.runtime), domain,
-                                       self.runtime))
+        """Return the mean loss of the checkpoint as it is."""
+        make = lambda: dict(loss=float(self.judged_before(label, domain).mean(dtype=np.float64)))
         return self.find(label, domain, "none", 0.0, START, make)["loss"]
 
     def tuned(self, label: str, domain: str, part: str, rate: float) -> dict:
-        """Return the result of tuning a part; weights of `all` are kept for exchanges."""
+        """Return the result of tuning a part; weights of `all` are kept for exchanges.
+
+        Its error is that of the difference from the checkpoint as it is.
+        """
         def make() -> dict:
             model = self.checkpoints[label].model(self.runtime)
             masks = part_of(model, part, operator_of(model, self.share))
@@ -229,8 +272,9 @@ class Study:
             if part == "all":
                 torch.save(model.state_dict(), self.weights(label, domain, rate))
             total = sum(p.numel() for p in model.parameters())
-            return dict(loss=judge(model, domain, self.runtime),
-                        trained=count(model, masks) / total)
+            found = above(judge(model, domain, self.runtime), self.judged_before(label, domain),
+                          domain, model.config.sequence_length)
+            return found | dict(trained=count(model, masks) / total)
 
         return self.find(label, domain, part, rate, domain, make)
 
@@ -242,29 +286,36 @@ class Study:
             self.weights(label, domain, rate).unlink(missing_ok=True)
         return best
 
-    def exchanged(self, label: str, domain: str, other: str) -> float:
-        """Return the loss of a tuned model with another operator.
+    def exchanged(self, label: str, domain: str, other: str) -> dict:
+        """Return the result of a tuned model with another operator, and its loss above its own.
 
         other: the domain whose tuned model has that operator, or START.
         """
-        rate = self.best(label, domain, "all")["rate"]
-        other_rate = None if other == START else self.best(label, other, "all")["rate"]
+        best = self.best(label, domain, "all")
+        rate, other_rate = best["rate"], None
+        if other != START:
+            other_rate = self.best(label, other, "all")["rate"]
 
         def make() -> dict:
             model = self.checkpoints[label].model(self.runtime)
             start = {name: p.detach().clone() for name, p in model.state_dict().items()}
             model.load_state_dict(self.read(label, domain, rate))
+            own = judge(model, domain, self.runtime)
             state = start if other == START else self.read(label, other, other_rate)
             exchange(model, operator_of(model, self.share), state)
-            return dict(loss=judge(model, domain, self.runtime))
+            losses = judge(model, domain, self.runtime)
+            difference = float((losses - own).mean(dtype=np.float64))
+            return above(losses, own, domain, model.config.sequence_length) | dict(
+                difference=difference)
 
-        return self.find(label, domain, "all", rate, other, make, other_rate)["loss"]
+        return self.find(label, domain, "all", rate, other, make, other_rate)
 
     def read(self, label: str, domain: str, rate: float) -> dict[str, Tensor]:
-        """Return weights that `tuned` has kept; raise InputError where they are gone."""
+        """Return weights that `tuned` has kept; where they are gone, tune again."""
         path = self.weights(label, domain, rate)
         if not path.exists():
-            raise InputError(f"{path} is gone; delete its lines of rows.jsonl to train it again")
+            del self.rows[label, domain, "all", rate, domain]
+            self.tuned(label, domain, "all", rate)
         return torch.load(path, map_location=self.runtime.device, weights_only=True)
 
 
@@ -280,25 +331,30 @@ def tables(study: Study) -> str:
         best = [study.best(label, domain, part) for part in PARTS]
         gains.append([label, domain, before])
         for row in best:
-            gains[-1] += [f"{row['trained']:.2%}", row["loss"], row["rate"]]
+            gains[-1] += [f"{row['trained']:.2%}", row["loss"], row["error"], f"{row['rate']:g}"]
     for label, domain in itertools.product(study.checkpoints, args.domains):
         own = study.best(label, domain, "all")["loss"]
         worth.append([label, domain, own])
         for other in (*args.domains, START):
-            worth[-1].append("" if other == domain
-                             else study.exchanged(label, domain, other) - own)
-    parts = [column for part in PARTS for column in (f"{part}: weights", "loss", "rate")]
+            row = {} if other == domain else study.exchanged(label, domain, other)
+            worth[-1] += [row.get("difference", ""), row.get("error", "")]
+    parts = [column for part in PARTS for column in (f"{part}: weights", "loss", "+-", "rate")]
+    judged = ", ".join(f"{counts.sum():,} of {len(counts):,} targets of {domain}" for domain in
+                       args.domains for counts in text_of(domain)[2:])
     return "\n\n".join((
         "# transfer",
-        f"Losses on the part of a domain's text that was not trained on. {args.steps} steps of "
+        f"Losses on the part of a domain's text that was not trained on: {judged}. The others "
+        f"stand in a run of {RUN} tokens in the training part, too. {args.steps} steps of "
         f"{args.batch_size} rows, seed {args.seed}; of each part the best of the rates "
-        f"{', '.join(map(str, args.rates))}. Where a model has no operator, some rows of query "
-        "and key stand for it. Made by experiments/ablation_studies.py transfer.",
+        f"{', '.join(map(str, args.rates))} by these losses. +- is the standard error, over rows, "
+        "of the difference from before. Where a model has no operator, some rows of query and key "
+        "stand for it. Made by experiments/ablation_studies.py transfer.",
         markdown(["checkpoint", "domain", "before", *parts], gains),
         "Models tuned with all weights, with the operator of another domain's model in place of "
         "their own: the loss above their own.",
         markdown(["model", "tuned on", "own loss",
-                  *(f"operator of {other}" for other in (*args.domains, START))], worth)))
+                  *(column for other in (*args.domains, START)
+                    for column in (f"operator of {other}", "+-"))], worth)))
 
 
 def plot(study: Study, output: Path):
@@ -357,12 +413,13 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     device = choose_device(args.device)
     runtime = usual_runtime(device)
-    study = Study(args, runtime)
-    page = tables(study)
-    (study.folder / "table.md").write_text(page + "\n", encoding="utf-8")
-    try:
-        plot(study, study.folder / "gains.png")
-    except ImportError:
-        print("no gains.png: matplotlib is not installed")
+    with owned(args.output, "--output"):
+        study = Study(args, runtime)
+        page = tables(study)
+        (study.folder / "table.md").write_text(page + "\n", encoding="utf-8")
+        try:
+            plot(study, study.folder / "gains.png")
+        except ImportError:
+            print("no gains.png: matplotlib is not installed")
     print(f"{page}\n\n{relative(str(study.folder.resolve()))}: {len(study.rows)} results")
     return 0

@@ -21,8 +21,8 @@ HYBRID, ATTENTION = dict(mixer="afno", attn_layers=(1,)), dict(mixer="attn")
 def texts(monkeypatch):
     """Replace the domains' texts by 200 tokens of two words each."""
     random = np.random.default_rng(0)
-    found = {name: (random.integers(low, low + 2, 200), random.integers(low, low + 2, 50))
-             for low, name in zip((0, 10, 20), transfer.DOMAINS)}
+    found = {name: (random.integers(low, low + 2, 200), random.integers(low, low + 2, 50),
+                    np.arange(49) % 7 > 0) for low, name in zip((0, 10, 20), transfer.DOMAINS)}
     monkeypatch.setattr(transfer, "text_of", found.get)
 
 
@@ -109,14 +109,18 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
     best = min(loss["c@7", "code", "all", rate, "code"] for rate in (0.01, 0.001))
     assert best < loss["c@7", "code", "none", 0.0, "start"]
     assert f"| c@7 | code | {loss['c@7', 'code', 'none', 0.0, 'start']:.4f} | 100.00% | " \
-        f"{best:.4f} | 0.01 |".replace("0.01 |", "0.0100 |") in said
+        f"{best:.4f} | " in said and " | 0.01 | " in said
     kept = {path.name for path in (tmp_path / "out").glob("*.pt")}
     assert len(kept) == 4 and "c@7-code-0.01.pt" in kept
     other = loss["c@7", "code", "all", 0.01, "law"] - best
-    assert f"| c@7 | code | {best:.4f} |  | {other:.4f} | " in said
+    assert f"| c@7 | code | {best:.4f} |  |  | {other:.4f} | " in said
     assert ablation_studies.main(argv) == 0
     again = capsys.readouterr().out
     assert again == said[said.index("# transfer"):]  # nothing was trained again
+    fewer = [*argv[:5], "--rates", "0.001", *argv[7:]]  # whose weights were deleted, perhaps
+    assert ablation_studies.main(fewer) == 0
+    assert ablation_studies.main(argv) == 0
+    capsys.readouterr()
     model = make(**ATTENTION)  # another file of the same name
     torch.save(dict(model=model.state_dict(), optimizers=[], step=7, position=0, rng={},
                     config=trainer.asdict(model.config), args=dict(seed=2)),
@@ -132,9 +136,24 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
         ablation_studies.main([*argv[:-1], str(tmp_path / "foreign")])
     with pytest.raises(InputError, match="one must have AFNO layers"):
         ablation_studies.main([*argv[:1], argv[2], *argv[3:-1], str(tmp_path / "x")])
-    monkeypatch.setattr(transfer, "text_of", lambda domain: (np.full(99, 50), np.zeros(99, int)))
+    monkeypatch.setattr(transfer, "text_of", lambda domain: (
+        np.full(99, 50), np.zeros(99, int), np.ones(98, bool)))
     with pytest.raises(InputError, match="c@7: a vocabulary of 50, the text of --domains code"):
         ablation_studies.main([*argv[:-1], str(tmp_path / "y")])
+
+
+def test_what_stands_in_the_training_part_is_not_judged():
+    random = np.random.default_rng(1)
+    train, new = random.integers(0, 50, 500), random.integers(0, 50, 300)
+    judged = np.concatenate((new[:100], train[40:70], new[100:], train[:15]))
+    seen = transfer.stands_in(judged, train)
+    runs = {tuple(train[i:i + 16]) for i in range(len(train) - 15)}
+    expected = np.zeros(len(judged), bool)
+    for i in range(len(judged) - 15):
+        if tuple(judged[i:i + 16]) in runs:
+            expected[i:i + 16] = True
+    assert (seen == expected).all() and seen[100:130].all() and not seen[-15:].all()
+    assert not transfer.stands_in(judged[:15], train).any()
 
 
 @pytest.mark.slow
