@@ -38,6 +38,7 @@ import os
 import sys
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,7 +52,7 @@ from afno import MATCHES  # noqa: E402
 from checkpoints import Checkpoints, OtherVersion, load_weights, of_this_version  # noqa: E402
 from data.loader import TokenStream, count_val_tokens, to_device  # noqa: E402
 from data.text_to_bin import (END_OF_TEXT, ROOT, InputError, Kind, first_line,  # noqa: E402
-                              relative)
+                              owned, relative)
 from experiments import package_text  # noqa: E402
 from runtime import MOST_TOKENS, Diverged, Runtime, choose_device, run  # noqa: E402
 
@@ -296,8 +297,11 @@ class Results:
                 with np.load(self.path) as file:
                     self.arrays = {name: file[name] for name in file.files}
                 self.index = json.loads(str(self.arrays.pop("index")))
+                for name, result in self.index.items():
+                    if not result["key"] or (name.endswith(MEASURES) and name not in self.arrays):
+                        raise ValueError(f"{name} is missing")
             except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError,
-                    zipfile.BadZipFile) as error:
+                    zipfile.BadZipFile, zlib.error) as error:
                 raise InputError(f"{self.path}: not a file of this script ({first_line(error)}); "
                                  "remove it, or name another --out") from None
 
@@ -313,6 +317,9 @@ class Results:
 
     def put(self, name: str, key: list, arrays: dict[str, np.ndarray], **numbers):
         """Keep a result, in the file where there is one; arrays become float16."""
+        if name in self.index and not self.stands(name, key):
+            print(f"{name}: in place of that of another text, row length or checkpoint",
+                  file=sys.stderr)
         self.index[name] = dict(key=key, **numbers)
         self.arrays |= {where: values.astype(np.float16) for where, values in arrays.items()}
         if self.path is None:
@@ -734,12 +741,14 @@ def main(argv: list[str]) -> int:
     labels = [checkpoint.label for checkpoint in checkpoints]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise InputError(f"CHECKPOINT: two are called {twice[0]}, after folder and step")
-    if args.out is not None:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {args.out}: {error.strerror}") from None
     refuse_unlike(checkpoints, args)
+    with contextlib.nullcontext() if args.out is None else owned(args.out, f"--out {args.out}"):
+        print(evaluated(checkpoints, args, runtime))
+    return 0
+
+
+def evaluated(checkpoints: list[Checkpoint], args, runtime: Runtime) -> str:
+    """Return the tables; evaluate what is missing, and write all of it to --out."""
     text, results = read_text(args, checkpoints[0]), Results(args.out)
     for checkpoint in checkpoints:
         compute(checkpoint, text, args, runtime, results)
@@ -751,8 +760,7 @@ def main(argv: list[str]) -> int:
             plot(page, args.out / "curves.png")
         except ImportError:
             print("no curves.png: matplotlib is not installed", file=sys.stderr)
-    print(page)
-    return 0
+    return page
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ counting    symbols among filler: how often was this one there until now?
 A model of two layers learns a task on fresh rows of all lengths and loads at once. It is tested on
 rows that it has never seen. The load is the number of pairs, triggers, needles, tokens of the
 string, kinds of symbols. The distance, in tokens, is from a question to what it asks for. In
-counting it is to the symbol's first place. Mixers have the recipe of the trainer, the same rows in
+counting it is to the symbol's first place, 0 at that place. Mixers have the recipe of the trainer, the same rows in
 the same order, and as many steps. They take fewer steps only where all answers are right.
 
-Two controls say whether a task measures anything. Attention must answer all questions of recall,
-induction, needle and copying. A model whose layers mix no tokens, filters of one tap, must stay at
-chance everywhere. Whatever it answers above that, the question gives away. It has a third of the
-steps. Filters alone are no control: what they find is a result.
+Two controls say whether a task measures anything. Attention must answer 99.5% of the questions of
+recall, induction, needle and copying at every length and load. A model whose layers mix no tokens,
+filters of one tap, must stay at chance everywhere, within four standard errors. Whatever it answers
+above that, the question gives away. It has a third of the steps. Filters alone are no control: what
+they find is a result.
 
 In experiments/studies/recall/ are rows.jsonl, with a line for every model, and table.md and
 curves.png made from it. Models that stand there are not trained again.
@@ -38,7 +39,7 @@ import torch
 from torch import Tensor
 
 import train_gpt2_afno as trainer
-from data.text_to_bin import ROOT, InputError, Kind
+from data.text_to_bin import ROOT, InputError, Kind, owned
 from experiments.ablation_studies import seeds
 from experiments.evaluate import markdown
 from runtime import Diverged, Runtime, choose_device, gpu_driver, usual_runtime
@@ -79,7 +80,8 @@ MIXERS = {
     "none": dict(mixer="afno", afno_short_conv=1, afno_filter_length=1),
 }
 COUNTED = "counting"  # the task that attention need not solve
-SOLVED, MARGIN = 0.995, 0.05  # shares: what counts as all answers, and as no better than chance
+SOLVED = 0.995  # share of right answers that attention must reach
+VERDICTS = {True: "holds", False: "**FAILS**", None: "not known"}
 LEARNT = 0.005  # nats: a mean loss below is that of right answers alone
 
 
@@ -279,7 +281,7 @@ def test(model: trainer.GPT, task: str, grid: Grid, seed: int, runtime: Runtime)
     """Return for every (length, load) how many answers are right, in all and by distance.
 
     chance is the share of the commonest answer. by_distance has [begin, right, answers] for the
-    distances from begin to 2 begin - 1. begin is a power of two.
+    distances from begin to 2 begin - 1. begin is a power of two, or 0 for the distance 0.
     """
     source, cells = generator(seed, task, "test", runtime.device), []
     for T, load in grid.cells():
@@ -294,9 +296,9 @@ def test(model: trainer.GPT, task: str, grid: Grid, seed: int, runtime: Runtime)
             right.append(found == asked[-1])
             distances.append(distance[targets >= 0])
         right, distances, asked = (torch.cat(part).cpu() for part in (right, distances, asked))
-        power = distances.clamp(min=1).log2().floor().long()
-        by_distance = [[1 << p, right[power == p].sum().item(), (power == p).sum().item()]
-                       for p in power.unique().tolist()]
+        begins = torch.where(distances > 0, 2**distances.clamp(min=1).log2().floor().long(), 0)
+        by_distance = [[begin, right[begins == begin].sum().item(), (begins == begin).sum().item()]
+                       for begin in begins.unique().tolist()]
         cells.append(dict(T=T, load=load, answers=len(right), right=right.sum().item(),
                           chance=asked.bincount().max().item() / len(asked),
                           by_distance=by_distance))
@@ -336,23 +338,30 @@ def machine(runtime: Runtime) -> str:
     return f"torch {torch.__version__}, {chip}"
 
 
-def read_lines(path: Path, name: str = "setting") -> list[dict]:
-    """Return the results in a file, one a line; raise InputError where a line has no such name.
+def read_lines(path: Path, *names: str) -> list[dict]:
+    """Return the results in a file, one a line; raise InputError where one lacks one of the names.
 
     A last line that a kill has cut off is dropped, also from the file.
     """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
+    foreign = InputError(f"{path}: not a file of this study; delete it, or choose another --output")
     try:
-        rows = [json.loads(line) for line in whole.splitlines()]
+        *lines, last = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines]
     except ValueError:
-        rows = [None]
-    if not all(isinstance(row, dict) and name in row for row in rows):
-        raise InputError(f"{path}: not a file of this study; delete it, or choose another --output")
+        raise foreign from None
+    try:
+        rows += [json.loads(last)] if last else []
+        lines += [last] if last else []
+    except ValueError:
+        if not last.startswith("{"):
+            raise foreign from None
+        print(f"{path}: the last line was cut off and is dropped", file=sys.stderr)
+    if not all(isinstance(row, dict) and row.keys() >= {*names} for row in rows):
+        raise foreign
+    if last:
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return rows
 
 
@@ -364,9 +373,9 @@ def append_line(path: Path, row: dict):
 
 def read_rows(path: Path, grid: Grid) -> list[dict]:
     """Return the lines of models that are finished; raise InputError for those of another grid."""
-    rows = read_lines(path)
+    rows = read_lines(path, "task", "mixer", "seed", "setting", "steps", "machine", "cells")
     for row in rows:
-        if row["setting"] != setting(grid, row["mixer"]):
+        if row["mixer"] not in MIXERS or row["setting"] != setting(grid, row["mixer"]):
             name = name_of(row["task"], row["mixer"], row["seed"])
             raise InputError(f"{path} holds {name} with other settings; delete it, or choose "
                              "another --output")
@@ -416,20 +425,37 @@ def table(first: str, lines: dict[str, dict], head) -> list[str]:
 
 
 def controls(rows: list[dict]) -> list[tuple[bool, str]]:
-    """Return for each control whether it holds, and a sentence with its worst number."""
-    found = []
-    for (task, mixer), group in grouped(rows).items():
-        if mixer == "attention" and task != COUNTED:
-            (T, load), worst = min(by_load(group).items(), key=lambda item: item[1])
+    """Return for each control whether it holds, and a sentence with its worst number.
+
+    None stands for a control that was not trained.
+    """
+    found, groups = [], grouped(rows)
+    for task in dict.fromkeys(task for task, _ in groups):
+        if task != COUNTED and (task, "attention") in groups:
+            loads = by_load(groups[task, "attention"])
+            (T, load), worst = min(loads.items(), key=lambda item: item[1])
             found.append((worst >= SOLVED, f"{task}: attention answers {worst:.1%} at its worst "
-                          f"(T = {T}, load {load}), it must answer all"))
-        if mixer == "none":
-            above, cell = max(((cell["right"] / cell["answers"] - cell["chance"], cell_key(cell))
-                               for row in group for cell in row["cells"]))
-            found.append((above <= MARGIN, f"{task}: without mixing {100 * above:+.1f} points "
-                          f"against chance at most (T = {cell[0]}, load {cell[1]}), it must be "
-                          "none"))
+                          f"(T = {T}, load {load}), {SOLVED:.1%} are asked for"))
+        elif task != COUNTED:
+            found.append((None, f"{task}: attention was not trained"))
+        if (task, "none") in groups:
+            errors, cell = max((errors_above_chance(cell), cell_key(cell))
+                               for row in groups[task, "none"] for cell in row["cells"])
+            found.append((errors <= 4, f"{task}: without mixing {errors:.1f} standard errors above "
+                          f"chance at most (T = {cell[0]}, load {cell[1]}), 4 are allowed"))
+        else:
+            found.append((None, f"{task}: the model without mixing was not trained"))
     return found
+
+
+def errors_above_chance(cell: dict) -> float:
+    """Return by how many standard errors right answers are above chance, negative below it.
+
+    Chance is the share of the commonest answer. Its error is binomial, and one answer at least.
+    """
+    chance, count = cell["chance"], cell["answers"]
+    error = max(math.sqrt(chance * (1 - chance) * count), 1.0)
+    return (cell["right"] - chance * count) / error
 
 
 def grouped(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
@@ -450,7 +476,7 @@ def write_report(rows: list[dict], folder: Path, grid: Grid):
         f"Seeds: {', '.join(map(str, seeds))}. Made by experiments/ablation_studies.py recall from "
         "rows.jsonl; experiments/recall.py says what is asked.", "",
         f"Machine: {'; '.join(sorted({row['machine'] for row in rows}))}.", "", "## Controls", "",
-        *(f"- {'holds' if holds else '**FAILS**'}: {text}." for holds, text in controls(rows)), ""]
+        *(f"- {VERDICTS[holds]}: {text}." for holds, text in controls(rows)), ""]
     for task in TASKS:
         mixers = {mixer: group for (of, mixer), group in grouped(rows).items() if of == task}
         if mixers:
@@ -459,7 +485,7 @@ def write_report(rows: list[dict], folder: Path, grid: Grid):
                            lambda column: f"{column[0]} x {column[1]}")
             lines += table("distance", {name: by_distance(group)
                                         for name, group in mixers.items()},
-                           lambda begin: f"{begin}-{2 * begin - 1}")
+                           lambda begin: f"{begin}-{2 * begin - 1}" if begin > 1 else f"{begin}")
     (folder / "table.md").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -480,7 +506,7 @@ def plot(rows: list[dict], output: Path, grid: Grid):
                                 (right, by_distance(group), "distance, tokens, all T and loads")):
             axes.plot([*values], [100 * value for value in values.values()], label=mixer,
                       color=f"C{[*MIXERS].index(mixer)}", marker="o", markersize=3, linewidth=1)
-            axes.set_xscale("log", base=2)
+            axes.set_xscale("symlog", base=2, linthresh=1)  # a distance may be 0
             axes.set(xlabel=x, title=task)
             axes.grid(alpha=0.3)
         left.set_ylabel("right answers, %")
@@ -520,16 +546,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Train and test what is missing; return 1 where a control fails."""
     args = parse(argv)
-    grid = GRIDS[args.grid]
-    folder = args.output.resolve() / ("recall" if args.grid == "small" else f"recall-{args.grid}")
     # every task and mixer once before the next seed, so that a study cut short can be read
     wanted = [*itertools.product(args.seeds, args.tasks, args.mixers)]
     if args.dry_run:
         print("\n".join(name_of(task, mixer, seed) for seed, task, mixer in wanted))
         return 0
-    device = choose_device(args.device)
-    runtime = usual_runtime(device)
-    folder.mkdir(parents=True, exist_ok=True)
+    runtime = usual_runtime(choose_device(args.device))
+    folder = args.output.resolve() / ("recall" if args.grid == "small" else f"recall-{args.grid}")
+    with owned(folder, "--output"):
+        return study(wanted, folder, GRIDS[args.grid], runtime)
+
+
+def study(wanted: list[tuple[int, str, str]], folder: Path, grid: Grid, runtime: Runtime) -> int:
+    """Train and test each (seed, task, mixer) that is missing; return 1 where a control fails."""
     path = folder / "rows.jsonl"
     rows = read_rows(path, grid)
     finished = {(row["seed"], row["task"], row["mixer"]) for row in rows}
@@ -550,7 +579,7 @@ def main(argv: list[str]) -> int:
         plot(rows, folder / "curves.png", grid)
     except ImportError:
         print("no curves.png: matplotlib is not installed")
-    failed = [text for holds, text in controls(rows) if not holds]
+    failed = [text for holds, text in controls(rows) if holds is False]
     for text in failed:
         print(f"error: a control fails: {text}", file=sys.stderr)
     print(f"{trainer.relative(str(folder))}: {len(rows)} models in table.md")

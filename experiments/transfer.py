@@ -217,7 +217,8 @@ class Study:
         self.share = share_of_operators([*self.checkpoints.values()])
         self.setting = dict(steps=args.steps, batch_size=args.batch_size, seed=args.seed)
         self.path = self.folder / "rows.jsonl"
-        self.rows = {self.key(row): row for row in read_lines(self.path, "operator_of")}
+        needed = ("label", "domain", "part", "rate", "operator_of", "setting", "loss", "made_of")
+        self.rows = {self.key(row): row for row in read_lines(self.path, *needed)}
         if others := [row for row in self.rows.values() if row["setting"] != self.setting]:
             raise InputError(f"{self.path} holds results with {others[0]['setting']}, now "
                              f"{self.setting}; delete it, or choose another --output")

@@ -1,4 +1,6 @@
 """Evaluate checkpoints: against the trainer's validation, and against definitions by loops."""
+import io
+import json
 import math
 import re
 
@@ -9,7 +11,7 @@ import torch
 import runtime
 import train_gpt2_afno as trainer
 from data.loader import TokenStream
-from data.text_to_bin import InputError, ShardWriter
+from data.text_to_bin import InputError, ShardWriter, owned
 from experiments import evaluate
 from experiments.evaluate import (CUTS, FIGURES, Text, cut_documents, cut_rows, cut_taps,
                                   filter_figures, groups_of, longest_matches, losses_of, main,
@@ -293,7 +295,9 @@ def test_command_keeps_what_stands(model, tokens, tmp_path, monkeypatch, capsys)
     assert main(command) == 0 and not calls
     assert (out / "table.md").read_text() == page
     command[command.index("500")] = "400"
+    capsys.readouterr()
     assert main(command) == 0 and len(calls) == 4
+    assert "a@7/stream: in place of that of another text" in capsys.readouterr().err
     write_checkpoint(tmp_path / "b", model, pattern, step=12)  # the same path, another file
     assert main(command) == 0 and len(calls) == 6
     write_text(tmp_path / "data", tokens[::-1])  # the same name, another text
@@ -369,6 +373,34 @@ def test_a_picture_of_every_group(model, tokens, tmp_path, monkeypatch):
     (tmp_path / "table.md").write_text("nothing")
     with pytest.raises(InputError, match="table.md: no tables of groups"):
         evaluate.main([str(tmp_path / "table.md")])
+
+
+def damaged(index, **arrays):
+    """Return the bytes of a losses.npz with such an index."""
+    file = io.BytesIO()
+    np.savez_compressed(file, index=json.dumps(index), **arrays)
+    return file.getvalue()
+
+
+flipped = bytearray(damaged({"a@7/stream": dict(key=[1])}, **{"a@7/stream": np.zeros(500)}))
+flipped[60] ^= 255  # inside of what is compressed
+
+
+@pytest.mark.parametrize("text", (
+    b"", b"notes", bytes(flipped), damaged([]), damaged({"x": 3}), damaged({"a@7/stream": {}}),
+    damaged({"a@7/stream": dict(key=[1])})))
+def test_a_damaged_file_is_refused_and_kept(tmp_path, text):
+    (tmp_path / "losses.npz").write_bytes(text)
+    with pytest.raises(InputError, match="losses.npz: not a file of this script"):
+        evaluate.Results(tmp_path)
+    assert (tmp_path / "losses.npz").read_bytes() == text
+
+
+def test_two_at_once_do_not_write_to_one_folder(model, tokens, tmp_path):
+    pattern = write_text(tmp_path / "data", tokens)
+    write_checkpoint(tmp_path / "a", model, pattern)
+    with owned(tmp_path / "out", "x"), pytest.raises(InputError, match="--out .* is in use by"):
+        main([str(tmp_path / "a"), "--device", "cpu", "--out", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("words, message", (
