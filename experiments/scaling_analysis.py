@@ -13,7 +13,8 @@ profile     a step's time by phase and by kernel
 
 Every run is warmed up and timed by events on the GPU, operators as CUDA graphs. The median is
 reported. Inputs are random. Rows go to rows.jsonl as they are measured. tables.md and the plots are
-made from that file, also from one of an earlier run with --parts none.
+made from that file, also from one of an earlier run with --parts none; only rows of the last one's
+card, torch, --model and --tokens are in them.
 """
 import argparse
 import contextlib
@@ -40,7 +41,7 @@ from test_causality import random_tokens  # noqa: E402
 from train_gpt2_afno import GPT, MODELS, GPTConfig, flops_per_token, make_optimizers  # noqa: E402
 
 PARTS = ("operator", "batch", "step", "profile")
-HIDDEN = ("by_kernel_ms", "where", "model")  # in rows.jsonl alone
+HIDDEN = ("by_kernel_ms", "where", "model", "tokens")  # in rows.jsonl alone
 C = 768
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -664,7 +665,7 @@ def main(argv: list[str]) -> int:
     print(f"{where}; convolution: {usable('convolution', device, dtype)[1]}", flush=True)
 
     def emit(row: dict):
-        row = dict(row, where=where, model=args.model)
+        row = dict(row, where=where, model=args.model, tokens=args.tokens)
         append_line(file, row)
         print({key: round(value, 4) if isinstance(value, float) else value
                for key, value in row.items() if key not in HIDDEN}, flush=True)
@@ -674,7 +675,8 @@ def main(argv: list[str]) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(KeyboardInterrupt):  # what was measured becomes tables
             measure_parts(args, device, runtime, emit)
-    rows = latest(read_lines(file, "part"))
+    measured = read_lines(file, "part")
+    rows = latest(measured)
     if not rows:
         raise InputError(f"{file}: no rows; measure some of --parts {', '.join(PARTS)} first")
     write_tables(rows, args.output)
@@ -682,16 +684,22 @@ def main(argv: list[str]) -> int:
         plot(rows, args.output)
     except ImportError as error:
         print(f"no plots: {first_line(error)}", file=sys.stderr)
+    if left_out := len(measured) - len(alike(measured)):
+        print(f"left out, of another card, torch, model or number of tokens: {left_out} rows")
     print(f"tables of {rows[-1]['where']}, and plots, in {args.output.name}/")
     return 0
 
 
+def alike(rows: list[dict]) -> list[dict]:
+    """Return the rows of the last one's card, torch, model and number of tokens."""
+    made = lambda row: [row.get(name) for name in ("where", "model", "tokens")]
+    return [row for row in rows if made(row) == made(rows[-1])]
+
+
 def latest(rows: list[dict]) -> list[dict]:
-    """Return the rows of the last one's model, torch and card; of what was measured twice the last.
-    """
-    alike = lambda row: (row.get("where"), row.get("model"))
+    """Return the rows that are alike; of what was measured twice the last."""
     return [*{(row["part"], row["name"], row.get("B"), row.get("T")): row
-              for row in rows if alike(row) == alike(rows[-1])}.values()]
+              for row in alike(rows)}.values()]
 
 
 if __name__ == "__main__":

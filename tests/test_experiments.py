@@ -388,12 +388,30 @@ def test_too_many_techniques_leave_no_file(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_rows_of_another_model_or_card_make_no_common_table():
-    common = dict(part="step", name="a", T=1, where="CPU", model="d12")
+def test_rows_of_another_model_card_or_number_of_tokens_make_no_common_table():
+    common = dict(part="step", name="a", T=1, where="CPU", model="d12", tokens=8)
     row = lambda **values: common | values
     rows = [row(ms=1), row(ms=2, where="GPU"), row(ms=3, model="d4"), row(ms=4), row(ms=5, T=2)]
     assert scaling_analysis.latest(rows) == [rows[3], rows[4]]
     assert scaling_analysis.latest(rows[:3]) == [rows[2]]
+    assert scaling_analysis.latest([*rows, row(ms=6, T=4, tokens=16)])[0]["ms"] == 6
+
+
+def test_a_table_at_constant_tokens_has_one_number_of_them(tmp_path, monkeypatch, capsys):
+    def measure_parts(args, device, runtime, emit):
+        for T in args.lengths:
+            emit(dict(part="operator", name="FFT", B=args.tokens // T, T=T, ms=1.0 * T))
+
+    monkeypatch.setattr(scaling_analysis, "measure_parts", measure_parts)
+    monkeypatch.setattr(scaling_analysis, "plot", lambda *_: None)
+    said = []
+    for lengths, tokens in (("256,512", "512"), ("256,1024", "1024")):
+        assert scaling_analysis.main(["--parts", "operator", "--lengths", lengths, "--tokens",
+                                      tokens, "--output", str(tmp_path)]) == 0
+        said.append([line for line in capsys.readouterr().out.splitlines() if "left out" in line])
+    line = "left out, of another card, torch, model or number of tokens: 2 rows"
+    assert said == [[], [line]]
+    assert "| ms, T = | 256 | 1024 | exponent |" in (tmp_path / "tables.md").read_text()
 
 
 def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch):
