@@ -10,7 +10,7 @@ models of this size.
 
 A text is GPT-2's tokens after token 50256, with which documents begin in training. The model sees
 at most as many tokens as a row had in training, the last ones. Generation takes the likeliest
-token.
+token. An empty continuation is scored as the document's end; the harness's own models stop at one.
 """
 import argparse
 import json
@@ -68,12 +68,16 @@ class Adapter(LM):
         """Return for (context, continuation) its log-probability and whether it is the likeliest.
 
         Spaces that end the context belong to the continuation, as GPT-2's tokens begin with them.
+        At least one token is scored: where the continuation has merged into the context's last
+        token, that one. An empty continuation is the document's end.
         """
         pairs = []
         for context, continuation in (request.args for request in requests):
-            stripped = context.rstrip()
-            whole, before = self.encode(context + continuation), self.encode(stripped)
-            pairs.append((whole[: len(before)], whole[len(before):]))
+            whole, before = self.encode(context + continuation), self.encode(context.rstrip())
+            if not continuation:
+                whole.append(self.encoding.eot_token)
+            cut = min(len(before), len(whole) - 1)
+            pairs.append((whole[:cut], whole[cut:]))
         return self.score(pairs)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:

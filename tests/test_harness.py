@@ -57,6 +57,23 @@ def test_spaces_before_the_answer_are_part_of_it(adapter):
     assert one == other
 
 
+def test_an_answer_that_merges_into_the_context_is_scored(model, adapter):
+    found = adapter.loglikelihood(requests(("Hel", "lo"), ("Hel", "p"), ("Hel", "lo there")))
+    for text, (value, _) in zip(("Hello", "Help", "Hello there"), found):
+        tokens = adapter.encode(text)
+        assert len(tokens) == 1 + len(text.split())  # one token a word
+        values, _ = log_probabilities(model, tokens)
+        assert value == pytest.approx(values[-1].item(), abs=1e-3)
+
+
+def test_an_empty_answer_is_the_end_of_the_document(model, adapter):
+    for context in ("", "by the", "by the "):
+        (value, _), = adapter.loglikelihood(requests((context, "")))
+        values, _ = log_probabilities(model, [*adapter.encode(context), EOT])
+        count = 1 + context.endswith(" ")  # the space is the answer's
+        assert value == pytest.approx(values[-count:].sum().item(), abs=1e-3) and value < 0
+
+
 def test_the_likeliest_answer_is_said_to_be(model, adapter):
     text = adapter.generate("The old king", [], 3)
     assert text and adapter.loglikelihood(requests(("The old king", text)))[0][1]
