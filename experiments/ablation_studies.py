@@ -239,7 +239,7 @@ STUDIES = {
             **{f"batch-{n / 8:g}": f"{HYBRID} --grad_accumulation_steps {n}"
                for n in (2, 4, 8, 32, 80)},
         }, tokens=8 * 80 * 65_536),  # eight of the largest steps
-    "shakespeare": Study("AFNO against attention where no GPU is: 100 steps of one layer.", {
+    "shakespeare": Study("AFNO against attention, in one layer, where no GPU is.", {
         "afno": "--mixer afno --depth_scale 0",
         "attention": "--mixer attn",
     }, CPU, 102_400),

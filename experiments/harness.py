@@ -10,7 +10,8 @@ models of this size.
 
 A text is GPT-2's tokens after token 50256, with which documents begin in training. The model sees
 at most as many tokens as a row had in training, the last ones. Generation takes the likeliest
-token. An empty continuation is scored as the document's end; the harness's own models stop at one.
+token; with learned positions the context is cut so that the new tokens fit into a row, too. An
+empty continuation is scored as the document's end; the harness's own models stop at one.
 """
 import argparse
 import json
@@ -28,10 +29,9 @@ from data.text_to_bin import InputError, first_line, gpt2_encoding, to_path  # n
 from runtime import Runtime, choose_device, run, usual_runtime  # noqa: E402
 
 try:
-    import lm_eval
     from lm_eval.api.model import LM
 except ImportError:  # main says so
-    lm_eval, LM = None, object
+    LM = object
 
 MOST_NEW = 256  # tokens that are generated where a task names no number
 
@@ -127,9 +127,13 @@ class Adapter(LM):
 
     def generate(self, context: str, stops: list[str], count: int) -> str:
         """Return at most `count` tokens as text, up to a stop or the document's end."""
+        learned = self.model.config.position == "learned"
+        if learned and count >= self.T:
+            raise InputError(f"a task wants {count} new tokens (max_gen_toks): with learned "
+                             f"positions they must be fewer than those of a row, {self.T}")
         state, new = None, []
         with self.runtime.autocast():
-            for token in self.encode(context)[-self.T :]:
+            for token in self.encode(context)[-(self.T - count * learned) :]:
                 hidden, state = self.step(token, state)
             while len(new) < count:
                 token = int(self.model.lm_head.logits(hidden[0]).argmax())
@@ -178,27 +182,38 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def refuse_unwritable(path: Path):
+    """Raise InputError where no file can be written there; leave none."""
+    new = not path.exists()
+    try:
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"--output {path}: {error.strerror}") from None
+
+
 def main(argv: list[str]) -> int:
     """Evaluate the model and print the harness's table; return the exit status."""
     args = parse(argv)
-    if lm_eval is None:
-        raise InputError("experiments/harness.py needs the package lm-eval: pip install lm-eval")
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import make_table
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise InputError("experiments/harness.py needs the package lm-eval: pip install lm-eval "
+                         f"({first_line(error)})") from None
 
     tasks, manager = args.tasks.split(","), TaskManager(include_path=args.include)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise InputError(f"--tasks: the harness has no task {unknown[0]} (see `lm-eval ls tasks`)")
     if args.output is not None:
-        try:  # before minutes of work
-            args.output.touch()
-        except OSError as error:
-            raise InputError(f"--output {args.output}: {error.strerror}") from None
+        refuse_unwritable(args.output)  # before minutes of work
     device = choose_device(args.device)
     runtime = usual_runtime(device)
     adapter = Adapter(load_exported(args.model), runtime, args.batch_size)
-    found = lm_eval.simple_evaluate(adapter, tasks=tasks, num_fewshot=args.shots, limit=args.limit,
-                                    task_manager=manager)
+    found = simple_evaluate(adapter, tasks=tasks, num_fewshot=args.shots, limit=args.limit,
+                            task_manager=manager)
     print(make_table(found))
     if args.output is not None:
         results = {name: found[name] for name in ("results", "versions", "n-samples")}

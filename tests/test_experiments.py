@@ -308,6 +308,10 @@ def test_every_arm_of_a_dry_run_has_flags_that_the_trainer_takes(name, capsys):
     assert status == 0 and not said.err
 
 
+def test_the_study_for_cpus_names_no_number_that_tokens_changes():
+    assert not re.search(r"\d", STUDIES["shakespeare"].about)
+
+
 def test_a_dry_run_refuses_what_the_trainer_would(pair, capsys):
     both = "one", "two"
     for flags, message, arms in (

@@ -129,15 +129,58 @@ def test_generation_is_the_trainers_and_stops(model, adapter, capsys):
         adapter.generate_until(requests(("x", dict(do_sample=True, temperature=1.0))))
 
 
+def test_learned_positions_leave_room_for_what_is_generated():
+    model = tiny(vocab_size=50257, mixer="attn", position="learned", sequence_length=24).eval()
+    adapter = Adapter(model, CPU, batch_size=1)
+    context = "one two three four five six seven eight nine ten " * 4
+    tokens = adapter.encode(context)[-(24 - 8):]
+    for _ in range(8):
+        tokens.append(int(model(torch.tensor([tokens]))[0][0, -1].argmax()))
+    assert EOT not in tokens
+    text, = adapter.generate_until(requests((context, dict(max_gen_toks=8))))
+    assert text == gpt2_encoding().decode(tokens[-8:])
+    adapter.generate_until(requests((context, dict(max_gen_toks=23))))
+    with pytest.raises(InputError, match="wants 24 new tokens .* fewer than those of a row, 24"):
+        adapter.generate_until(requests((context, dict(max_gen_toks=24))))
+
+
 def test_errors_are_one_line(tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
     with pytest.raises(InputError, match=f"{tmp_path}: not a folder of report.py --export"):
         harness.load_exported(tmp_path)
     with pytest.raises(InputError, match="the model's 97 tokens are not GPT-2's"):
         Adapter(tiny(), CPU, 1)
-    monkeypatch.setattr(harness, "lm_eval", None)
-    with pytest.raises(InputError, match="needs the package lm-eval: pip install lm-eval"):
+
+
+@pytest.fixture
+def fake_harness(monkeypatch):
+    """An installed harness that has a task x, and evaluates nothing."""
+    fake = SimpleNamespace(simple_evaluate=None, make_table=None, TaskManager=lambda include_path:
+                           SimpleNamespace(all_tasks=["x"]))
+    for name in ("lm_eval", "lm_eval.tasks", "lm_eval.utils"):
+        monkeypatch.setitem(sys.modules, name, fake)
+
+
+@pytest.mark.parametrize("missing", ("lm_eval", "lm_eval.tasks"))
+def test_a_harness_that_is_missing_or_broken_is_one_line(
+        tmp_path, monkeypatch, fake_harness, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(InputError, match="needs the package lm-eval: pip install lm-eval "
+                                         rf"\(import of {missing} halted"):
         harness.main([str(tmp_path), "--tasks", "x"])
+
+
+def test_an_evaluation_that_fails_leaves_no_output(tmp_path, fake_harness):
+    pytest.importorskip("safetensors")
+    argv = [str(tmp_path / "gone"), "--tasks", "x", "--device", "cpu", "--output"]
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("before")
+    for path in (old, new):
+        with pytest.raises(InputError, match="gone: not a folder of report.py --export"):
+            harness.main([*argv, str(path)])
+    assert old.read_text() == "before" and not new.exists()
+    with pytest.raises(InputError, match="--output .*: Is a directory"):
+        harness.main([*argv, str(tmp_path)])
 
 
 @pytest.mark.slow
