@@ -8,10 +8,11 @@ Writes table.md, slopes.md and sizes.png, with a plot for each measure, to --out
 mixer on as many tokens make a line: loss = a - b ln(x), by least squares, with the standard error
 of b. Seeds count as runs of their own. Parameters are those without embeddings, tables and head.
 FLOPs are those of the whole run, 6 a token for each parameter that is not looked up, the head's
-among them, and attention's. Seconds are of training alone, and compare on one kind of card.
+among them, and attention's. Seconds are of training alone, and compare on one kind of card: a line
+whose runs are of several kinds has no fit to them.
 
-Of each run it reads metrics.jsonl, and the command in train.log. Runs whose other flags differ,
-such as T or rates, are refused. Needs matplotlib for sizes.png.
+Of each run it reads metrics.jsonl, and the command and the machine in train.log. Runs whose other
+flags differ, such as T or rates, are refused. Needs matplotlib for sizes.png.
 """
 import argparse
 import math
@@ -52,6 +53,7 @@ class Sized:
     flops: float
     seconds: float
     loss: float
+    machines: tuple[str, ...]  # several where it was resumed on another
     rest: dict  # the flags in which runs may not differ
 
 
@@ -86,6 +88,14 @@ def mixer_of(config: trainer.GPTConfig) -> str:
     return "states" if config.afno_state_layers or config.afno_form == "state" else "filters"
 
 
+def machines_of(log: str) -> tuple[str, ...]:
+    """Return the kinds of machine that a log names, such as 1 x NVIDIA H200."""
+    found = re.findall(r"^torch .*, (\d+ x [^,\n]+)", log, re.MULTILINE)
+    if not found:
+        raise InputError("train.log has no line with the machine")
+    return tuple(sorted(set(found)))
+
+
 def without_embeddings(model: trainer.GPT) -> int:
     """Return the parameters but for embeddings, which the head shares, and tables of rows."""
     left_out = trainer.embedding_tables(model)
@@ -96,7 +106,8 @@ def read_sized(folder: Path) -> Sized:
     """Read a finished run; raise InputError, which names it, where it is not one."""
     try:
         found = read_run(folder)
-        model, flags = model_of((folder / "train.log").read_text(encoding="utf-8"))
+        log = (folder / "train.log").read_text(encoding="utf-8")
+        (model, flags), machines = model_of(log), machines_of(log)
         last = next((row for row in reversed(found.rows) if "val_loss" in row), {})
         if last.get("step") != flags["num_iterations"] + flags["extend"]:
             raise InputError("not a finished run")
@@ -110,7 +121,7 @@ def read_sized(folder: Path) -> Sized:
     return Sized(flags["model"], mixer_of(config), flags["seed"], tokens,
                  without_embeddings(model),
                  tokens * trainer.flops_per_token(model, config.sequence_length), seconds, loss,
-                 rest)
+                 machines, rest)
 
 
 def refuse_unlike(folders: list[Path], runs: list[Sized]):
@@ -146,19 +157,31 @@ def lines_of(runs: list[Sized]) -> dict[tuple[int, str], list[Sized]]:
         key=lambda of: (of.parameters, of.seed)) for tokens, i in keys}
 
 
-def several_sizes(found: list[Sized]) -> bool:
-    """Return whether there is a line to fit."""
-    return len({of.model for of in found}) > 1
+def why_no_fit(found: list[Sized], measure: str) -> str:
+    """Return why the runs of a line are not fitted to a measure, in two words; empty if they are.
+    """
+    if len({of.model for of in found}) < 2:
+        return "one size"
+    cards = {machine for of in found for machine in of.machines}
+    return "several cards" if measure == "seconds" and len(cards) > 1 else ""
 
 
 def table(lines: dict[tuple[int, str], list[Sized]]) -> str:
     """Return the table of runs."""
     rows = ["| tokens | mixer | size | seed | parameters without embeddings | FLOPs | seconds | "
-            "loss |", "|" + " --- |" * 8]
+            "loss | machine |", "|" + " --- |" * 9]
     rows += [f"| {tokens / 1e6:.1f}M | {mixer} | {of.model} | {of.seed} | {of.parameters:,} | "
-             f"{of.flops:.3g} | {of.seconds:.1f} | {of.loss:.4f} |"
+             f"{of.flops:.3g} | {of.seconds:.1f} | {of.loss:.4f} | {', '.join(of.machines)} |"
              for (tokens, mixer), found in lines.items() for of in found]
     return "\n".join(rows) + "\n"
+
+
+def cell(found: list[Sized], measure: str) -> str:
+    """Return the slope of a line's fit to a measure with its error, or why there is none."""
+    if words := why_no_fit(found, measure):
+        return words
+    _, slope, error = fit([getattr(of, measure) for of in found], [of.loss for of in found])
+    return f"{slope:.4f}" + (f" +- {error:.4f}" if len(found) > 2 else "")
 
 
 def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
@@ -168,11 +191,7 @@ def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
             f"| tokens | mixer | runs | {' | '.join(MEASURES.values())} |",
             "|" + " --- |" * (3 + len(MEASURES))]
     for (tokens, mixer), found in lines.items():
-        losses, cells = [of.loss for of in found], ["one size"] * len(MEASURES)
-        if several_sizes(found):
-            fits = [fit([getattr(of, measure) for of in found], losses) for measure in MEASURES]
-            cells = [f"{slope:.4f}" + (f" +- {error:.4f}" if len(found) > 2 else "")
-                     for _, slope, error in fits]
+        cells = [cell(found, measure) for measure in MEASURES]
         rows.append(f"| {tokens / 1e6:.1f}M | {mixer} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
@@ -189,7 +208,7 @@ def draw(lines: dict[tuple[int, str], list[Sized]], output: Path):
         for (tokens, mixer), found in lines.items():
             x, y = [getattr(of, measure) for of in found], [of.loss for of in found]
             color, nth = f"C{MIXERS.index(mixer)}", budgets.index(tokens)
-            if several_sizes(found):
+            if not why_no_fit(found, measure):
                 a, b, _ = fit(x, y)
                 ends = np.array([min(x), max(x)])
                 axes.plot(ends, a - b * np.log(ends), color=color, linewidth=1,

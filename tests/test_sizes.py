@@ -14,7 +14,12 @@ from experiments.ablation_studies import STUDIES
 TOKENS = 65_536 * 10
 
 
-def make_run(folder, flags: str, seconds: float, loss: float, step: int = 10, more: str = ""):
+def torch_line(card: str) -> str:
+    return f"torch 2.11.0+cu130, Python 3.12.3, 1 x {card}, 32 threads\n"
+
+
+def make_run(folder, flags: str, seconds: float, loss: float, step: int = 10, more: str = "",
+             card: str = "NVIDIA H200, CUDA 13.0"):
     """Write the two files of a run of ten steps; more: further lines of its log."""
     given = trainer.parse_flags(["--preset", "fineweb", *shlex.split(flags)])
     values = {**trainer.DEFAULTS, **trainer.PRESETS["fineweb"], **given}
@@ -24,7 +29,7 @@ def make_run(folder, flags: str, seconds: float, loss: float, step: int = 10, mo
     folder.mkdir()
     (folder / "train.log").write_text(
         "commit: abc\ncommand: train_gpt2_afno.py --preset fineweb --num_iterations 10 "
-        f"--output_dir runs/x {flags}\n"
+        f"--output_dir runs/x {flags}\n{torch_line(card)}"
         f"model: x, {count:,} parameters, mixers {mixers}, {config.n_head} heads, position none\n"
         + more)
     rows = [dict(step=step, tokens=TOKENS, val_loss=loss, train_time_s=seconds),
@@ -78,6 +83,30 @@ def test_two_sizes_make_tables_and_plots(tmp_path, capsys):
     assert (tmp_path / "out/sizes.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("cards, further, machines", (
+    (("CPU", "CPU"), "", ("1 x CPU", "1 x CPU")),
+    (("NVIDIA H200, CUDA 13.0", "NVIDIA H200, CUDA 13.0, driver 580.1"), "",
+     ("1 x NVIDIA H200", "1 x NVIDIA H200")),
+    (("NVIDIA H200, CUDA 13.0", "NVIDIA H100 80GB HBM3, CUDA 13.0"), "",
+     ("1 x NVIDIA H200", "1 x NVIDIA H100 80GB HBM3")),
+    (("CPU", "CPU"), "NVIDIA H200, CUDA 13.0",  # resumed there
+     ("1 x CPU, 1 x NVIDIA H200", "1 x CPU, 1 x NVIDIA H200"))))
+def test_seconds_of_several_cards_have_no_fit(tmp_path, cards, further, machines):
+    more = torch_line(further) if further else ""
+    runs = [make_run(tmp_path / size, f"--model {size} --n_head 2 --attn_layers 2", seconds, loss,
+                     card=card, more=more)
+            for size, card, seconds, loss in zip(("d6", "d12"), cards, (10, 20), (5.0, 4.5))]
+    lines = sizes.lines_of([sizes.read_sized(folder) for folder in runs])
+    found = [row.rstrip(" |").split(" | ")[-1] for row in sizes.table(lines).splitlines()[2:]]
+    assert found == [*machines]
+    *_, parameters, flops, seconds = sizes.slopes(lines).splitlines()[-1].rstrip(" |").split(" | ")
+    assert float(parameters) > 0 and float(flops) > 0
+    several = len(set(", ".join(machines).split(", "))) > 1
+    assert seconds == ("several cards" if several else f"{0.5 / math.log(2):.4f}")
+    pytest.importorskip("matplotlib")
+    sizes.draw(lines, tmp_path / "sizes.png")
+
+
 AGAIN = "command: train_gpt2_afno.py --output_dir runs/x --resume auto --extend 90, resumed at " \
     "step 10\n"
 
@@ -100,7 +129,9 @@ def test_files_that_are_not_there_or_no_text_are_refused(tmp_path):
     with pytest.raises(InputError, match="No such file"):
         sizes.read_sized(tmp_path / "nothing")
     folder = make_run(tmp_path / "bare", "", 1, 1)
-    for text, message in ((b"", "no line with the command"), (b"\xff", "decode")):
+    log = (folder / "train.log").read_bytes()
+    for text, message in ((b"", "no line with the command"), (b"\xff", "decode"),
+                          (log.replace(b"torch ", b""), "no line with the machine")):
         (folder / "train.log").write_bytes(text)
         with pytest.raises(InputError, match=f"^{folder}: .*{message}"):
             sizes.read_sized(folder)
