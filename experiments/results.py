@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
@@ -24,6 +26,7 @@ from experiments import archive  # noqa: E402
 from experiments.plot_runs import time_to_loss  # noqa: E402
 
 GOALS, LONG = "2026-11-26-goals", "2026-11-26-400m-tokens"
+WEB, PRUNE = "2026-11-29-groups-and-screen", "2026-11-30-prune-and-draws"
 ROWS = (  # of THE table: the letter of the glossary, what it is, its runs
     ("A", "baseline", ("2026-11-26-swiglu-and-fp8/a-400", f"{GOALS}/a-400-s2")),
     ("B", "control", (f"{GOALS}/b-92", f"{GOALS}/b-92-s2", f"{GOALS}/b-92-s3")),
@@ -31,6 +34,8 @@ ROWS = (  # of THE table: the letter of the glossary, what it is, its runs
     ("C0", "no attention", (f"{GOALS}/c0-92", f"{GOALS}/c0-92-s2", f"{LONG}/c0-92-s3")),
     ("B", "control", (f"{LONG}/b-400",)),
     ("C", "hybrid", (f"{LONG}/c-400",)),
+    ("B", "control, today's preset", (f"{WEB}/b", f"{PRUNE}/b-s4")),
+    ("C", "hybrid, today's preset", (f"{WEB}/c", f"{PRUNE}/c-s4")),
 )
 LOGS = ("train.log", "stdout.txt", "metrics.jsonl")
 NOT_SAID = {  # flags that the table of all runs says in other words, or that change nothing
@@ -173,12 +178,17 @@ def timed(runs: list[Run]) -> list[Run]:
 
 
 def mean_curve(runs: list[Run]) -> list[tuple[float, float]]:
-    """Return (training seconds, loss) of each validation that all runs made, means over them."""
-    at = [{step: (seconds, loss) for step, seconds, loss in run.curve} for run in runs]
-    shared = sorted(set.intersection(*map(set, at)))
-    clocks = [points for run, points in zip(runs, at) if run in timed(runs)]
-    return [(mean(points[step][0] for points in clocks), mean(points[step][1] for points in at))
-            for step in shared]
+    """Return (training seconds, loss) at each step where one of the runs validated, their means.
+
+    Between two of its own validations a run is read off linearly.
+    """
+    first = max(run.curve[0][0] for run in runs)
+    last = min(run.curve[-1][0] for run in runs)
+    steps = sorted({step for run in runs for step, *_ in run.curve if first <= step <= last})
+    of = {run.name: [*zip(*run.curve)] for run in runs}
+    read = lambda group, row: np.mean(
+        [np.interp(steps, of[run.name][0], of[run.name][row]) for run in group], axis=0)
+    return [*zip(read(timed(runs), 1).tolist(), read(runs, 2).tolist())]
 
 
 def times_faster(runs: list[Run], other: list[Run], compilation: bool = False) -> float:
@@ -216,7 +226,7 @@ def main_table(root: str) -> str:
         same = timed(runs)
         links = " ".join(f"[{name.split('/')[1]}]({root}runs/{name}/train.log)" for name in names)
         lines.append(
-            f"| **{letter}**: {what} | {runs[0].text} | {runs[0].tokens / 1e6:.0f}M "
+            f"| **{letter}**: {what} | {runs[0].text.strip('*')} | {runs[0].tokens / 1e6:.0f}M "
             f"| {average(runs, 'loss'):.4f} "
             f"| {average(same, 'seconds'):.1f} | {average(same, 'speed'):,.0f} "
             f"| {average(same, 'peak'):.1f} | {compare('A', groups, runs, 1)} "
