@@ -14,8 +14,9 @@ counting    symbols among filler: how often was this one there until now?
 A model of two layers learns a task on fresh rows of all lengths and loads at once. It is tested on
 rows that it has never seen. The load is the number of pairs, triggers, needles, tokens of the
 string, kinds of symbols. The distance, in tokens, is from a question to what it asks for. In
-counting it is to the symbol's first place, 0 at that place. Mixers have the recipe of the trainer, the same rows in
-the same order, and as many steps. They take fewer steps only where all answers are right.
+counting it is to the symbol's first place, 0 at that place. Mixers have the recipe of the trainer,
+the same rows in the same order, and as many steps. They take fewer steps only where all answers are
+right.
 
 Two controls say whether a task measures anything. Attention must answer 99.5% of the questions of
 recall, induction, needle and copying at every length and load. A model whose layers mix no tokens,
@@ -30,6 +31,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -361,7 +363,9 @@ def read_lines(path: Path, *names: str) -> list[dict]:
     if not all(isinstance(row, dict) and row.keys() >= {*names} for row in rows):
         raise foreign
     if last:
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        part = path.with_suffix(".part")
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.replace(part, path)
     return rows
 
 
@@ -372,10 +376,15 @@ def append_line(path: Path, row: dict):
 
 
 def read_rows(path: Path, grid: Grid) -> list[dict]:
-    """Return the lines of models that are finished; raise InputError for those of another grid."""
+    """Return the lines of models that are finished; raise InputError for those of another grid.
+
+    Rows of counting from before 2026-11-30 are of another one: distance 0 was counted as 1 there.
+    """
     rows = read_lines(path, "task", "mixer", "seed", "setting", "steps", "machine", "cells")
     for row in rows:
-        if row["mixer"] not in MIXERS or row["setting"] != setting(grid, row["mixer"]):
+        old = row["task"] == COUNTED and any(
+            min(begin for begin, *_ in cell["by_distance"]) > 0 for cell in row["cells"])
+        if old or row["mixer"] not in MIXERS or row["setting"] != setting(grid, row["mixer"]):
             name = name_of(row["task"], row["mixer"], row["seed"])
             raise InputError(f"{path} holds {name} with other settings; delete it, or choose "
                              "another --output")
@@ -424,16 +433,16 @@ def table(first: str, lines: dict[str, dict], head) -> list[str]:
     return [markdown([first, *map(head, columns)], rows), ""]
 
 
-def controls(rows: list[dict]) -> list[tuple[bool, str]]:
+def controls(rows: list[dict]) -> list[tuple[bool | None, str]]:
     """Return for each control whether it holds, and a sentence with its worst number.
 
-    None stands for a control that was not trained.
+    The worst cell of the worst seed counts. None stands for a control that was not trained.
     """
     found, groups = [], grouped(rows)
     for task in dict.fromkeys(task for task, _ in groups):
         if task != COUNTED and (task, "attention") in groups:
-            loads = by_load(groups[task, "attention"])
-            (T, load), worst = min(loads.items(), key=lambda item: item[1])
+            worst, (T, load) = min((cell["right"] / cell["answers"], cell_key(cell))
+                                   for row in groups[task, "attention"] for cell in row["cells"])
             found.append((worst >= SOLVED, f"{task}: attention answers {worst:.1%} at its worst "
                           f"(T = {T}, load {load}), {SOLVED:.1%} are asked for"))
         elif task != COUNTED:
@@ -451,7 +460,8 @@ def controls(rows: list[dict]) -> list[tuple[bool, str]]:
 def errors_above_chance(cell: dict) -> float:
     """Return by how many standard errors right answers are above chance, negative below it.
 
-    Chance is the share of the commonest answer. Its error is binomial, and one answer at least.
+    Chance is the share of the commonest answer among those asked for, so a little more than that of
+    a guess. Its error is that of independent answers, but at least one answer.
     """
     chance, count = cell["chance"], cell["answers"]
     error = max(math.sqrt(chance * (1 - chance) * count), 1.0)

@@ -148,6 +148,8 @@ def add_metrics(run: Run, metrics: str):
             run.speed, run.seconds = row["tokens_per_s"], row["train_time_s"]
             run.with_compilation = row["train_time_with_compilation_s"]
             run.peak = row["peak_memory_usage"] / 2**30
+    if run.seconds is not None and run.seconds <= 0:  # the clock stood still
+        run.speed = run.seconds = run.with_compilation = None
 
 
 def archived_runs(folder: str) -> list[Run]:
@@ -185,7 +187,9 @@ def mean_curve(runs: list[Run]) -> list[tuple[float, float]]:
     first = max(run.curve[0][0] for run in runs)
     last = min(run.curve[-1][0] for run in runs)
     steps = sorted({step for run in runs for step, *_ in run.curve if first <= step <= last})
-    of = {run.name: [*zip(*run.curve)] for run in runs}
+    # the last validation of a step counts: a run may have gone on from an earlier one
+    of = {run.name: [*zip(*sorted({point[0]: point for point in run.curve}.values()))]
+          for run in runs}
     read = lambda group, row: np.mean(
         [np.interp(steps, of[run.name][0], of[run.name][row]) for run in group], axis=0)
     return [*zip(read(timed(runs), 1).tolist(), read(runs, 2).tolist())]
@@ -241,8 +245,8 @@ def notes(groups: list[tuple[str, list[Run]]]) -> list[str]:
     ratios = [times_faster(c, other, compilation=True) for other in (a, b)]
     lines = [f"T = {' and '.join(map(str, lengths))} in all rows; means over seeds.",
              "Both columns of times (x) are estimated: read off linearly between validations.",
-             f"With the seconds of compilation C at {c[0].tokens / 1e6:.0f}M is {ratios[0]:.1f}x "
-             f"faster than A and {ratios[1]:.2f}x faster than B."]
+             f"With the seconds of compilation C at {c[0].tokens / 1e6:.0f}M on {c[0].text} is "
+             f"{ratios[0]:.1f}x faster than A and {ratios[1]:.2f}x faster than B."]
     others = [(letter, run) for letter, runs in groups for run in runs if run not in timed(runs)]
     return lines + [f"{run.name.split('/')[1]} ran on an {run.machine}: in the row of {letter} it "
                     "counts for the loss, not for speed and memory." for letter, run in others]

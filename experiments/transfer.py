@@ -24,6 +24,7 @@ import argparse
 import functools
 import itertools
 import math
+import os
 import time
 from pathlib import Path
 
@@ -235,7 +236,8 @@ class Study:
         another domain, are as they were.
         """
         row = dict(label=label, domain=domain, part=part, rate=rate, operator_of=operator_of)
-        made_of = [*self.checkpoints[label].key(), self.share, self.texts[domain],
+        judged = int(text_of(domain)[2].sum())
+        made_of = [*self.checkpoints[label].key(), self.share, self.texts[domain], judged,
                    self.texts.get(operator_of), other_rate]
         if self.rows.get(self.key(row), {}).get("made_of") != made_of:
             begin = time.perf_counter()
@@ -271,7 +273,9 @@ class Study:
             masks = part_of(model, part, operator_of(model, self.share))
             tune(model, masks, domain, rate, self.args, self.runtime)
             if part == "all":
-                torch.save(model.state_dict(), self.weights(label, domain, rate))
+                path = self.weights(label, domain, rate)
+                torch.save(model.state_dict(), path.with_suffix(".part"))
+                os.replace(path.with_suffix(".part"), path)
             total = sum(p.numel() for p in model.parameters())
             found = above(judge(model, domain, self.runtime), self.judged_before(label, domain),
                           domain, model.config.sequence_length)

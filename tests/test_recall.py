@@ -177,7 +177,8 @@ def test_controls_name_their_worst_cell():
                  for load, number in zip((4, 16), right)]
         return dict(task=task, mixer=mixer, seed=1, cells=cells)
 
-    rows = [row("recall", "attention", (1000, 996)), row("recall", "none", (20, 42)),
+    rows = [row("recall", "attention", (1000, 1000)), row("recall", "attention", (1000, 996)),
+            row("recall", "none", (20, 42)),
             row("needle", "attention", (990, 1000)), row("needle", "none", (30, 20)),
             row("counting", "attention", (0, 0)), row("copying", "filters", (0, 0))]
     found = recall.controls(rows)
@@ -215,6 +216,18 @@ def test_bad_input_is_one_clear_line(argv, message):
     with pytest.raises(InputError, match=message) as caught:
         main(argv)
     assert "\n" not in str(caught.value)
+
+
+def test_counting_of_before_first_places_were_apart_is_refused(tmp_path):
+    row = dict(task="counting", mixer="none", seed=1, steps=1, machine="CPU", setting=recall.setting(
+        TINY, "none"), cells=[dict(by_distance=[[0, 1, 2], [1, 1, 2]])])
+    path = tmp_path / "rows.jsonl"
+    recall.append_line(path, row)
+    assert recall.read_rows(path, TINY) == [row]
+    row["cells"][0]["by_distance"].pop(0)
+    recall.append_line(path, row)
+    with pytest.raises(InputError, match="holds counting-none-seed1 with other settings"):
+        recall.read_rows(path, TINY)
 
 
 @pytest.mark.parametrize("text", (

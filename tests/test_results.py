@@ -1,5 +1,6 @@
 """Check that every file of every run can be restored and that the tables are up to date."""
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -100,6 +101,20 @@ def test_tree_is_small_and_has_no_old_code():
     assert sum(path.stat().st_size for path in paths) < 22_000_000
     assert not [path for path in paths if path.suffix == ".py" and path.parent != HERE]
     assert len([path for path in paths if path.suffix == ".png"]) <= 6  # five of runs, causality's
+
+
+def test_a_clock_that_stood_still_says_nothing():
+    run = results.Run("x")
+    results.add_metrics(run, json.dumps(dict(
+        peak_memory_usage=2**30, tokens_per_s=-5.0, train_time_s=-0.1,
+        train_time_with_compilation_s=12.0)))
+    assert run.peak == 1 and run.speed is run.seconds is run.with_compilation is None
+
+
+def test_mean_curve_reads_between_validations_and_takes_the_last_of_a_step():
+    one = results.Run("one", curve=[(10, 1.0, 5.0), (20, 9.0, 9.0), (20, 2.0, 4.0), (30, 3.0, 3.0)])
+    other = results.Run("other", curve=[(10, 2.0, 5.0), (30, 4.0, 2.0), (40, 5.0, 1.0)])
+    assert results.mean_curve([one, other]) == [(1.5, 5.0), (2.5, 3.75), (3.5, 2.5)]
 
 
 @pytest.mark.parametrize("name", ("README.md", "benchmark_results.md"))

@@ -128,6 +128,8 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
     assert ablation_studies.main(argv) == 0
     again = capsys.readouterr().out
     assert again.count("b@7, ") == 2 * (1 + 3 * 2 + 2) and "c@7, " not in again
+    weights = tmp_path / "out/c@7-code-0.01.pt"
+    assert weights.exists() and not [*(tmp_path / "out").glob("*.part")]
     with pytest.raises(InputError, match="holds results with .*; delete it, or choose another"):
         ablation_studies.main([*argv, "--seed", "3"])
     (tmp_path / "foreign").mkdir()
