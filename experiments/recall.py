@@ -31,7 +31,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +41,7 @@ from torch import Tensor
 
 import train_gpt2_afno as trainer
 from data.text_to_bin import ROOT, InputError, Kind, owned
+from experiments import archive
 from experiments.ablation_studies import seeds
 from experiments.evaluate import markdown
 from runtime import Diverged, Runtime, choose_device, gpu_driver, usual_runtime
@@ -83,6 +83,7 @@ MIXERS = {
 }
 COUNTED = "counting"  # the task that attention need not solve
 SOLVED = 0.995  # share of right answers that attention must reach
+MARGIN = 4  # standard errors: what counts as no better than chance
 VERDICTS = {True: "holds", False: "**FAILS**", None: "not known"}
 LEARNT = 0.005  # nats: a mean loss below is that of right answers alone
 
@@ -363,9 +364,7 @@ def read_lines(path: Path, *names: str) -> list[dict]:
     if not all(isinstance(row, dict) and row.keys() >= {*names} for row in rows):
         raise foreign
     if last:
-        part = path.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os.replace(part, path)
+        archive.write(path, "".join(f"{line}\n" for line in lines).encode())
     return rows
 
 
@@ -450,8 +449,9 @@ def controls(rows: list[dict]) -> list[tuple[bool | None, str]]:
         if (task, "none") in groups:
             errors, cell = max((errors_above_chance(cell), cell_key(cell))
                                for row in groups[task, "none"] for cell in row["cells"])
-            found.append((errors <= 4, f"{task}: without mixing {errors:.1f} standard errors above "
-                          f"chance at most (T = {cell[0]}, load {cell[1]}), 4 are allowed"))
+            found.append((errors <= MARGIN, f"{task}: without mixing {errors:.1f} standard errors "
+                          f"above chance at most (T = {cell[0]}, load {cell[1]}), {MARGIN} are "
+                          "allowed"))
         else:
             found.append((None, f"{task}: the model without mixing was not trained"))
     return found

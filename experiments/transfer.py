@@ -155,10 +155,11 @@ def judge(model: trainer.GPT, domain: str, runtime: Runtime) -> np.ndarray:
 
 
 def above(losses: np.ndarray, others: np.ndarray, domain: str, T: int) -> dict:
-    """Return the mean loss, and the standard error of its difference from other losses."""
+    """Return the mean loss, and its difference from other losses with its standard error."""
     counts = text_of(domain)[2]
-    _, error = mean_and_error(losses - others, np.flatnonzero(counts) // T)
-    return dict(loss=float(losses.mean(dtype=np.float64)), error=error)
+    difference, error = mean_and_error(losses - others, np.flatnonzero(counts) // T)
+    return dict(loss=float(losses.mean(dtype=np.float64)), difference=float(difference),
+                error=error)
 
 
 def tune(model: trainer.GPT, masks: Masks, domain: str, rate: float, args, runtime: Runtime):
@@ -202,15 +203,14 @@ class Study:
                             map(Checkpoint, args.checkpoints)}
         if len(self.checkpoints) < len(args.checkpoints):
             raise InputError("CHECKPOINT: two are called alike, after folder and step")
-        self.texts = {}  # a digest of each domain's
-        self.losses_before = {}
+        self.texts = {}  # of each domain's a digest, and how many targets count
         for domain in args.domains:
             train, judged, counts = text_of(domain)
             if not counts.any():
                 raise InputError(f"--domains {domain}: no token is left to judge, all of "
                                  f"{len(counts):,} stand in the training part, too")
             tokens = np.concatenate((train, judged))
-            self.texts[domain] = digest(tokens)
+            self.texts[domain] = [digest(tokens), int(counts.sum())]
             for label, checkpoint in self.checkpoints.items():
                 if tokens.max() >= checkpoint.config.vocab_size:
                     raise InputError(f"{label}: a vocabulary of {checkpoint.config.vocab_size}, "
@@ -236,8 +236,7 @@ class Study:
         another domain, are as they were.
         """
         row = dict(label=label, domain=domain, part=part, rate=rate, operator_of=operator_of)
-        judged = int(text_of(domain)[2].sum())
-        made_of = [*self.checkpoints[label].key(), self.share, self.texts[domain], judged,
+        made_of = [*self.checkpoints[label].key(), self.share, self.texts[domain],
                    self.texts.get(operator_of), other_rate]
         if self.rows.get(self.key(row), {}).get("made_of") != made_of:
             begin = time.perf_counter()
@@ -251,12 +250,10 @@ class Study:
     def weights(self, label: str, domain: str, rate: float) -> Path:
         return self.folder / f"{label}-{domain}-{rate}.pt"
 
+    @functools.cache
     def judged_before(self, label: str, domain: str) -> np.ndarray:
         """Return the losses of the checkpoint as it is."""
-        if (label, domain) not in self.losses_before:
-            model = self.checkpoints[label].model(self.runtime)
-            self.losses_before[label, domain] = judge(model, domain, self.runtime)
-        return self.losses_before[label, domain]
+        return judge(self.checkpoints[label].model(self.runtime), domain, self.runtime)
 
     def before(self, label: str, domain: str) -> float:
         """Return the mean loss of the checkpoint as it is."""
@@ -296,10 +293,8 @@ class Study:
 
         other: the domain whose tuned model has that operator, or START.
         """
-        best = self.best(label, domain, "all")
-        rate, other_rate = best["rate"], None
-        if other != START:
-            other_rate = self.best(label, other, "all")["rate"]
+        rate = self.best(label, domain, "all")["rate"]
+        other_rate = None if other == START else self.best(label, other, "all")["rate"]
 
         def make() -> dict:
             model = self.checkpoints[label].model(self.runtime)
@@ -308,10 +303,8 @@ class Study:
             own = judge(model, domain, self.runtime)
             state = start if other == START else self.read(label, other, other_rate)
             exchange(model, operator_of(model, self.share), state)
-            losses = judge(model, domain, self.runtime)
-            difference = float((losses - own).mean(dtype=np.float64))
-            return above(losses, own, domain, model.config.sequence_length) | dict(
-                difference=difference)
+            return above(judge(model, domain, self.runtime), own, domain,
+                         model.config.sequence_length)
 
         return self.find(label, domain, "all", rate, other, make, other_rate)
 
