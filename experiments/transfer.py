@@ -251,13 +251,16 @@ class Study:
         return self.folder / f"{label}-{domain}-{rate}.pt"
 
     @functools.cache
-    def judged_before(self, label: str, domain: str) -> np.ndarray:
-        """Return the losses of the checkpoint as it is."""
-        return judge(self.checkpoints[label].model(self.runtime), domain, self.runtime)
+    def judged(self, label: str, domain: str, rate: float | None = None) -> np.ndarray:
+        """Return the losses of the checkpoint as it is, or tuned with all weights at a rate."""
+        model = self.checkpoints[label].model(self.runtime)
+        if rate is not None:
+            model.load_state_dict(self.read(label, domain, rate))
+        return judge(model, domain, self.runtime)
 
     def before(self, label: str, domain: str) -> float:
         """Return the mean loss of the checkpoint as it is."""
-        make = lambda: dict(loss=float(self.judged_before(label, domain).mean(dtype=np.float64)))
+        make = lambda: dict(loss=float(self.judged(label, domain).mean(dtype=np.float64)))
         return self.find(label, domain, "none", 0.0, START, make)["loss"]
 
     def tuned(self, label: str, domain: str, part: str, rate: float) -> dict:
@@ -274,7 +277,7 @@ class Study:
                 torch.save(model.state_dict(), path.with_suffix(".part"))
                 os.replace(path.with_suffix(".part"), path)
             total = sum(p.numel() for p in model.parameters())
-            found = above(judge(model, domain, self.runtime), self.judged_before(label, domain),
+            found = above(judge(model, domain, self.runtime), self.judged(label, domain),
                           domain, model.config.sequence_length)
             return found | dict(trained=count(model, masks) / total)
 
@@ -300,11 +303,10 @@ class Study:
             model = self.checkpoints[label].model(self.runtime)
             start = {name: p.detach().clone() for name, p in model.state_dict().items()}
             model.load_state_dict(self.read(label, domain, rate))
-            own = judge(model, domain, self.runtime)
             state = start if other == START else self.read(label, other, other_rate)
             exchange(model, operator_of(model, self.share), state)
-            return above(judge(model, domain, self.runtime), own, domain,
-                         model.config.sequence_length)
+            return above(judge(model, domain, self.runtime), self.judged(label, domain, rate),
+                         domain, model.config.sequence_length)
 
         return self.find(label, domain, "all", rate, other, make, other_rate)
 
