@@ -666,18 +666,19 @@ def plot(page: str, output: Path):
 
     tables = read_groups(page)
     columns = len(tables) // len(MEASURES)
-    figure, panels = plt.subplots(len(MEASURES), columns, figsize=(5 * columns, 8), squeeze=False)
+    figure, panels = plt.subplots(len(MEASURES), columns, figsize=(5 * columns, 8), squeeze=False,
+                                  layout="constrained")
     for axes, (measure, by, header, rows) in zip(panels.flat, tables):
         numbers = lambda column: [float(row[column] or 0) for row in rows.values()]
         for column in range(3, len(header), 3) if len(header) > 3 else [2]:
-            errors = numbers(column + 1) if column > 2 else None
-            axes.errorbar([*rows], numbers(column), errors, label=header[column], marker="o",
-                          markersize=3, linewidth=1, capsize=2)
-        axes.set(title=f"{measure}, by {by}", ylabel="loss")
+            label, _, first = header[column].partition(" less ")
+            axes.errorbar([*rows], numbers(column), numbers(column + 1) if first else None,
+                          label=label, marker="o", markersize=3, linewidth=1, capsize=2)
+        axes.set(title=f"{measure}, by {by}", ylabel=f"loss less {first}'s" if first else "loss")
         axes.tick_params(axis="x", rotation=60, labelsize=7)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.tight_layout()
+    handles = panels.flat[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4)
     figure.savefig(output, dpi=80)
     plt.close(figure)
 

@@ -216,6 +216,7 @@ def draw(lines: dict[tuple[int, str], list[Sized]], output: Path):
             axes.plot(x, y, color=color, marker="os^"[nth % 3], linestyle="", markersize=5,
                       label=f"{mixer}, {tokens / 1e6:.0f}M tokens")
         axes.set(xscale="log", xlabel=name)
+        axes.tick_params(axis="x", which="both", labelsize=7)
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("validation loss")
     panels[-1].legend(fontsize=7)
