@@ -337,7 +337,8 @@ class AFNO1D(nn.Module):
         self.operator = make_operator(form, hidden_size, num_blocks, sparsity_threshold,
                                       hard_thresholding_fraction, filter_length, num_experts,
                                       routing)
-        operand = sum(self.operator.sizes) if form == "state" else hidden_size
+        self.stacked = self.operator.sizes if form == "state" else (hidden_size,)  # rows in W_in
+        operand = sum(self.stacked)
         self.c_in = nn.Linear(hidden_size, operand, bias=False)
         self.short_conv = ShortConv(operand, short_conv, silu and form != "state")
         self.token_taps = None

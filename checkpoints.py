@@ -429,7 +429,7 @@ def energy_used(log: str) -> float:
 
 
 class RunLog:
-    """Write train.log (the version, all that is printed, energy) and metrics.jsonl of a run."""
+    """Write train.log (the version, all that the run says, energy) and metrics.jsonl of a run."""
 
     def __init__(self, folder: Path, step: int):
         """Go on after `step`; -1 is a new run's."""

@@ -1,4 +1,4 @@
-"""Say what a run needs, gives and costs: one screen before anything is fetched or compiled.
+"""Say what a run needs, gives and costs: one screen before data are fetched or it compiles.
 
 start.py prints the screen, and the trainer where that has not run. Then the trainer says what will
 run, and once its first steps are measured, how long it took to come there and how long the rest
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import Checkpoints
+from checkpoints import Checkpoints, describe_miss, describe_stop
 from data.cached_fineweb10B import ALL
 from data.loader import find_shards
 from data.text_to_bin import ROOT, in_repository, relative
@@ -245,6 +245,9 @@ def describe_plan(run, defaults: dict):
             f"x {args.batch_size} x {run.T}), optimizer {args.optimizer}, learning rate "
             f"{args.learning_rate}, warmup {args.warmup_iters}, warmdown "
             f"{args.warmdown_iters}")
+    if args.warmdown_iters and args.warmup_iters + args.warmdown_iters > run.total_steps:
+        run.say("warning: the learning rate does not reach its full value, or jumps: "
+                f"--warmup_iters and --warmdown_iters are more than {run.total_steps} steps")
     changed = [f"{name} {value}" for name, value in sorted(vars(args).items())
                if name in defaults and value != defaults[name]]
     run.say(f"flags that differ from --help's defaults: {', '.join(changed) or 'none'}")
@@ -252,6 +255,28 @@ def describe_plan(run, defaults: dict):
         run.say(f"momentum {args.momentum} is Muon's and does nothing here")
     run.say(f"device: {run.device.type}, {args.dtype}, compile "
             f"{int(run.runtime.compile)}; output: {relative(str(run.folder))}")
+
+
+def describe_end(run, late: bool, summary: dict, peaks: list[int]):
+    """Say why the run ended, and its summary. late: --max_seconds are over."""
+    args, reached = run.args, summary["wall_clock_time_to_target_loss"]
+    if run.signals:
+        run.say(describe_stop(run.signals[0], run.step, run.folder, args.target_val_loss))
+    elif late and run.step < run.total_steps:
+        run.say(f"stopped by --max_seconds {args.max_seconds:g} at step {run.step}")
+    if run.log and not run.signals and run.validated == run.total_steps:
+        for line in describe_miss(run.log, run.checkpoints, run.target, args):
+            run.say(line)
+    if len(peaks) > 1:
+        each = ", ".join(f"{peak / 2**20:,.0f}" for peak in peaks)
+        run.say(f"peak memory of each rank: {each} MiB")
+    no_target = "no target" if run.target == -math.inf else "not reached"
+    run.say(f"tokens/s: {summary['tokens_per_s']:,.0f}  "
+            f"peak_memory_usage: {max(peaks) / 2**20:,.0f} MiB  "
+            f"train_time: {summary['train_time_s']:.1f} s, "
+            f"{summary['train_time_with_compilation_s']:.1f} s with compilation  "
+            "wall_clock_time_to_target_loss: "
+            + (no_target if reached is None else f"{reached:.1f} s"))
 
 
 # -----------------------------------------------------------------------------

@@ -12,7 +12,6 @@ ranks, validation and generation are in runtime.py, checkpoints and the log in c
 import argparse
 import contextlib
 import functools
-import itertools
 import math
 import os
 import shlex
@@ -35,17 +34,17 @@ from torch.utils.checkpoint import checkpoint
 from afno import (AFNO1D, FORMS, KINDS, ROUTINGS, DyadicOperator, FourierGate, ShortConv,
                   check_arguments, longest_matches, mean_rows, newest_matches, rmsnorm,
                   taps_at_once)
-from checkpoints import (TIMES, Checkpoints, RunLog, choose_folder, cooldown_step, describe_miss,
-                         describe_stop, energy_used, fall_steps, find_checkpoint, finished,
-                         load_optimizers, load_weights, not_finite, of_this_version, preset_folder,
-                         random_state, read_checkpoint, read_log, refuse_damaged_tensors,
-                         refuse_damaged_values, refuse_used, saved_flags, set_random_state)
+from checkpoints import (TIMES, Checkpoints, RunLog, choose_folder, cooldown_step, energy_used,
+                         fall_steps, find_checkpoint, finished, load_optimizers, load_weights,
+                         not_finite, of_this_version, preset_folder, random_state, read_checkpoint,
+                         read_log, refuse_damaged_tensors, refuse_damaged_values, refuse_used,
+                         saved_flags, set_random_state)
 from data.loader import (DATA_FLAGS, TokenStream, TrainLoader, choose_data, count_val_tokens,
-                         find_shards, length_at, length_phases, passes, to_device)
+                         find_shards, length_at, length_phases, lengths_to_come, passes, to_device)
 from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, number, one_of,
                               owned, prefix_table, relative, show)
-from facts import (FirstSteps, Laps, describe, describe_plan, facts_wanted, kernels_of, show_facts,
-                   tokens_of_step)
+from facts import (FirstSteps, Laps, describe, describe_end, describe_plan, facts_wanted,
+                   kernels_of, show_facts, tokens_of_step)
 from kernels import keep_products, try_kernels, usable
 from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, product_dtype,
                           soft_cap)
@@ -93,7 +92,7 @@ SHARES = Kind(
     "length:share,length:share,... with integer lengths >= 2 and shares > 0 that sum to 1",
     "T:SHARE,...")
 
-# n_layer, n_embd; d12 to d48 are GPT-2's sizes, d1 and d4 are for CPUs
+# n_layer, n_embd; d12, d24, d36 and d48 are GPT-2's, d6 and d18 fill gaps, d1 and d4 are for CPUs
 MODELS = {"d1": (1, 128), "d4": (4, 128), "d6": (6, 512), "d12": (12, 768), "d18": (18, 896),
           "d24": (24, 1024), "d36": (36, 1280), "d48": (48, 1600)}
 # Filters have at most so many taps unless asked for, so a token costs the same at any length.
@@ -167,7 +166,7 @@ table("device",
       ("gpus", None, integer(1, 1024), "cards (as many as there are and divide the micro-batches)"),
       ("seed", 1337, integer(0, 2**63 - 1), "of initialisation and sampling; data order is fixed"))
 table("device",
-      ("dtype", None, one_of("bfloat16", "float32"), "of autocast (bfloat16 on CUDA, else 32)"),
+      ("dtype", None, one_of("bfloat16", "float32"), "of autocast (the checkpoint's; bfloat16 on CUDA, else 32)"),
       ("compile", None, SWITCH, "torch.compile, block by block (1 on CUDA, 0 on a CPU)"),
       ("fp8_head", 0, SWITCH, "fp8 products in the head while training, where the GPU has fp8"),
       ("fp8_mlp", 0, SWITCH, "fp8 in the MLPs' first product while training, likewise"),
@@ -195,7 +194,7 @@ table("optimization",
       ("weight_decay", 0.1, number(0, 1e3), "on all weights but places and factors"))
 table("optimization",
       ("warmup_iters", None, integer(0), "steps that rise (256/4768 of num_iterations)"),
-      ("warmdown_iters", None, integer(0), "steps that fall (1024/4768 of num_iterations)"),
+      ("warmdown_iters", None, integer(0), "steps that fall (the preset's share, or 1024/4768)"),
       ("final_lr_fraction", 0.0, number(0, 1), "of the learning rate, at the end"),
       ("momentum", 0.95, number(0, 0.9999), "Muon's"),
       ("beta1", 0.9, number(0, 0.9999), "AdamW's, of gradients"),
@@ -211,7 +210,7 @@ table("evaluation and checkpoints",
       ("save_every", 128, integer(0), "steps; 0: at the end, and as the cooldown begins"),
       ("save_minutes", 2.0, number(0, 1e6), "the most that a kill costs; 0: save by steps alone"),
       ("target_val_loss", None, number(0, 1e3, False), "stop there, report the time; not kept"),
-      ("goal_val_loss", None, number(0, 1e3, False), "a target at which training does not stop"),
+      ("goal_val_loss", None, number(0, 1e3, False), "a target to note, not to stop at; without a target_val_loss"),
       ("max_seconds", None, number(0, 1e9, False), "of wall clock: save, then stop"),
       ("resume", None, NAME, "auto: the newest checkpoint; or a file; flags left out are its own"),
       ("eval_only", False, PRESENT, "validate a checkpoint, at any --sequence_length"))
@@ -249,11 +248,10 @@ PRESETS = {
         num_iterations=120, warmdown_iters=60, val_loss_every=60, save_every=60, logit_softcap=0.0),
     # NoCap-Test's run: all else is the table's default
     "baseline": FINEWEB | dict(mixer="attn", depth_scale=1)}
-NOT_KEPT = ("preset", "output_dir", "device", "gpus", "compile", "resume", "eval_only", "generate",
-            "max_seconds", "max_new_tokens", "temperature", "top_k",
-            "new_pass")  # not a checkpoint's to set
-NOT_SAVED = (*NOT_KEPT, "target_val_loss")
-SAME_RUN = {*NOT_KEPT, "extend", "save_every", "save_minutes", "val_loss_every",
+THIS_COMMAND = ("preset", "output_dir", "device", "gpus", "compile", "resume", "eval_only",
+                "generate", "max_seconds", "max_new_tokens", "temperature", "top_k",
+                "new_pass")  # of one command: not a checkpoint's to set
+SAME_RUN = {*THIS_COMMAND, "extend", "save_every", "save_minutes", "val_loss_every",
             "target_val_loss", "goal_val_loss"}  # the folder's name does not depend on these
 DEFAULTS = {flag.name: flag.default for flag in FLAGS.values() if flag.group != "shape"}
 CONFIG_FLAGS = [flag for flag in FLAGS.values()
@@ -488,8 +486,8 @@ class Block(nn.Module):
         self.table_gate = gates() if layer in config.value_layers() else None  # g'
         self.pair_mix = nn.Parameter(torch.tensor(0.05)) if config.pair_rows else None  # p
         self.pair_gate = Gates(1, C) if config.pair_rows else None  # g''
-        self.copy_mix = nn.Parameter(torch.zeros(KINDS)) if config.copy_matches else None
-        self.copy_gate = Gates(2, C) if config.copy_matches else None  # m above, f
+        self.copy_mix = nn.Parameter(torch.zeros(KINDS)) if config.copy_matches else None  # m
+        self.copy_gate = Gates(2, C) if config.copy_matches else None  # f
         if config.mixer_of(layer) == "attn":
             self.mixer = CausalSelfAttention(config)
         else:
@@ -625,7 +623,7 @@ class GPT(nn.Module):
         for text in (".*does not support code generation for complex operators",
                      ".*TensorFloat32 tensor cores"):  # fp32 is to mean fp32
             warnings.filterwarnings("ignore", message=text)
-        # attention and AFNO, training and evaluation, full and short batch
+        # attention and AFNO, training and evaluation, a curriculum's lengths
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.optimize_ddp = False  # it would cut a block's graph on several ranks
         keep_graphs()
@@ -756,10 +754,10 @@ class Muon(torch.optim.Optimizer):
     columns)), so that an update has AdamW's usual size (Moonshot AI, 2025). Ranks share the work.
     """
 
-    def __init__(self, stacks: list[tuple[nn.Parameter, int]], lr: float, weight_decay: float,
-                 momentum: float):
-        """stacks: (parameter, how many equal matrices are stacked along its rows)."""
-        self.stacks = [(p, p.detach().chunk(n)) for p, n in stacks]
+    def __init__(self, stacks: list[tuple[nn.Parameter, int | tuple[int, ...]]], lr: float,
+                 weight_decay: float, momentum: float):
+        """stacks: (parameter, rows of the matrices stacked in it: of each, or of all alike)."""
+        self.stacks = [(p, p.detach().split(rows)) for p, rows in stacks]
         super().__init__([matrix for _, matrices in self.stacks for matrix in matrices],
                          dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
@@ -780,7 +778,7 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         by_shape = {}
         for p, matrices in self.stacks:
-            for matrix, gradient in zip(matrices, p.grad.chunk(len(matrices))):
+            for matrix, gradient in zip(matrices, p.grad.split([*map(len, matrices)])):
                 state = self.state[matrix]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
@@ -850,13 +848,14 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
     """
     stacks = {}
     if name == "muon":
-        for key, p in model.transformer.h.named_parameters():
-            if key.endswith((".c_attn.weight", ".c_in.weight")):
-                stacks[p] = len(p) // p.size(1)  # query, key and value; or value, key and query
-            elif key.endswith(".c_fc.weight"):
-                stacks[p] = 1 + model.config.swiglu
-            elif key.endswith(".weight"):
-                stacks[p] = 1
+        for block in model.transformer.h:
+            for key, p in block.named_parameters():
+                if key == "mixer.c_attn.weight":
+                    stacks[p] = p.size(1)  # query, key and value
+                elif key == "mixer.c_in.weight":  # in the form state value, key and query
+                    stacks[p] = getattr(block.mixer, "stacked", len(p))
+                elif key.endswith(".weight"):
+                    stacks[p] = len(p) // (1 + (key == "mlp.c_fc.weight" and model.config.swiglu))
     tables, rows, groups = embedding_tables(model), row_tables(model), {}
     for key, p in model.named_parameters():
         if p not in stacks and key not in rows:
@@ -949,7 +948,7 @@ class Run:
         self.args, self.config, self.runtime, self.signals = args, config, runtime, []
         self.device, self.folder = runtime.device, folder
         self.T, self.total_steps = config.sequence_length, args.num_iterations + args.extend
-        self.times = FirstSteps(LAPS, self.say)
+        self.first_steps = FirstSteps(LAPS, self.say)
         self.cooldown = cooldown_step(vars(args))  # the step at which it begins
         self.lengths = length_phases(args, self.T, runtime.world)
         # updates done, tokens consumed
@@ -974,21 +973,21 @@ class Run:
                       for optimizer in self.optimizers]  # at a factor of 1
         if args.predict_prefix:
             self.prefixes = torch.tensor(prefix_table(config.vocab_size), device=self.device)
-        self.pending, self.checked, times = None, False, saved or dict.fromkeys(TIMES, 0.0)
-        self.travelling = []  # what ends the average of the RowTables' gradients over ranks
+        self.pending, self.checked, spent = None, False, saved or dict.fromkeys(TIMES, 0.0)
+        self.end_average = None  # of the RowTables' gradients over ranks
         if saved:
             load_optimizers(self.optimizers, saved.pop("optimizers"), folder)
             set_random_state(saved["rng"], self.device)
-        self.compile_time, self.past_wall = times["compile_time_s"], times["wall_time_s"]
+        self.compile_time, self.past_wall = spent["compile_time_s"], spent["wall_time_s"]
         try_kernels(kernels_of(config, args), self.device, runtime.dtype)
         self.fp8 = choose_fp8(self.model, args, self.device, runtime.dtype)
-        self.clock = Clock(self.device, times["train_time_s"])
+        self.clock = Clock(self.device, spent["train_time_s"])
         self.energy = Energy(runtime)
         self.restore_progress(saved)
 
     def open_data(self, saved: dict):
         """Open the shards; a pass that has begun goes on with the same rows."""
-        args, runtime = self.args, self.runtime
+        args = self.args
         self.stream = TokenStream(args.input_bin, self.config.vocab_size, "input_bin")
         self.val_stream = TokenStream(args.input_val_bin, self.config.vocab_size, "input_val_bin")
         self.val_tokens = count_val_tokens(args.val_tokens, self.val_stream)
@@ -1003,17 +1002,18 @@ class Run:
                                   runtime.world, self.device, args.row_order, self.passes)
 
     def restore_progress(self, saved: dict | None):
-        """Note what is done already: saved, validated, the best so far, the target reached."""
+        """Note what is done already: saved, validated, the target reached."""
         args, any_rank = self.args, self.runtime.any_rank
         on_disk, past = self.checkpoints.steps(), self.log.validations if self.log else []
         there = bool(saved) and self.step in on_disk and saved["args"] == args.to_save
         self.saved_step = self.step if any_rank(there) else None
-        self.saved_at, self.reached = time.perf_counter(), None
+        self.saved_at = time.perf_counter()
+        self.reached = None  # not yet: in_fp32 reads it
         self.target = args.target_val_loss or args.goal_val_loss or -math.inf
         if past and past[-1]["step"] == self.step and "val_loss_fp32" not in past[-1] \
                 and self.in_fp32(past[-1]["val_loss"]):
-            past.pop()  # the loss that decides is missing, as a signal came: it is validated again
-        hits = self.log.hits(self.target) if self.log else []
+            self.log.validations.pop()  # a signal came before the loss that decides: again
+        hits, past = (self.log.hits(self.target), self.log.validations) if self.log else ([], [])
         self.reached = (hits or [self.clock.total])[0] if any_rank(bool(hits)) else None
         self.validated = self.step if any_rank(self.step in [v["step"] for v in past]) else None
         self.checkpoints.keep["cooldown"] = None if hits else self.cooldown
@@ -1039,11 +1039,7 @@ class Run:
         begin, model, runtime = time.perf_counter(), self.model, self.runtime
         if runtime.compile:
             model.compile()
-        ends = itertools.accumulate(share for _, share in self.lengths)
-        steps = self.args.num_iterations
-        starts = [0, *(round(end * steps) for end in ends)]
-        to_come = dict.fromkeys(length_at(self.lengths, max(start, self.step), steps)
-                                for start in starts)
+        to_come = lengths_to_come(self.lengths, self.step, self.args.num_iterations)
         self.wrapped = of_all_ranks(model, runtime.world)
         self.recompute(self.args.recompute)
         if runtime.compile or self.args.may_shrink:
@@ -1188,7 +1184,7 @@ class Run:
                 (loss / len(batches)).backward()
             losses[self.runtime.rank, i] = loss.detach()
         if world > 1 and (tables := row_tables(self.model)):
-            self.travelling.append(average([table.gradient for table in tables.values()]))
+            self.end_average = average([table.gradient for table in tables.values()])
         return losses
 
     def update(self, losses: Tensor, length: int):
@@ -1199,9 +1195,8 @@ class Run:
         for optimizer, full in zip(self.optimizers, self.rates):
             for group, rate in zip(optimizer.param_groups, full):
                 group["lr"] = factor * rate
-            # it is the last: rows travel beside the others' steps
-            while isinstance(optimizer, RowAdam) and self.travelling:
-                self.travelling.pop()()
+            if isinstance(optimizer, RowAdam) and self.end_average:  # the last optimizer: rows
+                self.end_average = self.end_average()  # travel beside the others' steps; None
             optimizer.step()
         grad_norm = torch.nn.utils.get_total_norm(gradients_of(model))
         drop_gradients(model)
@@ -1222,7 +1217,7 @@ class Run:
         step, began, position, length, factor, figures, ended = self.pending
         self.pending = None
         seconds = self.clock.add_until(ended)
-        self.times.add(seconds, self.total_steps - self.step)
+        self.first_steps.add(seconds, self.total_steps - self.step)
         *losses, grad_norm = figures.tolist()
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None or not math.isfinite(grad_norm):
@@ -1291,9 +1286,10 @@ class Run:
             self.runtime.wait()
             compiled_or_not(self.runtime, lambda: self.refuse_leaks(
                 [(self.args.val_batch_size, self.T)], training=False), self.say)
-            if compiled and not self.runtime.compile:
+            if compiled and not self.runtime.compile:  # training has lost its graph, too
                 self.refuse_leaks(self.shapes)
-            self.compile_time += compiled * (time.perf_counter() - begin)
+            if compiled:
+                self.compile_time += time.perf_counter() - begin
         loss = self.validation_loss(self.runtime)
         if loss is not None:
             self.validated = step = self.step
@@ -1338,34 +1334,18 @@ class Run:
         return loss
 
     def finish(self, late: bool) -> int:
-        """Say why the run ended, and its summary; return the exit status."""
+        """Say why the run ended, log and say its summary; return the exit status."""
         self.bar.close()
-        args, step, signals = self.args, self.step, self.signals
-        if signals:
-            self.say(describe_stop(signals[0], step, self.folder, args.target_val_loss))
-        elif late and step < self.total_steps:
-            self.say(f"stopped by --max_seconds {args.max_seconds:g} at step {step}")
-        train_time, with_compilation = self.clock.total, self.clock.total + self.compile_time
-        rate = self.position / train_time if train_time else 0.0
-        peaks = self.runtime.of_ranks(peak_memory(self.device))
-        if self.log and not signals and self.validated == self.total_steps:
-            for line in describe_miss(self.log, self.checkpoints, self.target, args):
-                self.say(line)
-        no_target = "no target" if self.target == -math.inf else "not reached"
-        to_target = f"{self.reached:.1f} s" if self.reached is not None else no_target
-        if len(peaks) > 1:
-            each = ", ".join(f"{peak / 2**20:,.0f}" for peak in peaks)
-            self.say(f"peak memory of each rank: {each} MiB")
-        self.say(f"tokens/s: {rate:,.0f}  peak_memory_usage: {max(peaks) / 2**20:,.0f} MiB  "
-                 f"train_time: {train_time:.1f} s, {with_compilation:.1f} s with compilation  "
-                 f"wall_clock_time_to_target_loss: {to_target}")
+        train_time, peaks = self.clock.total, self.runtime.of_ranks(peak_memory(self.device))
+        summary = dict(
+            step=self.step, tokens_per_s=self.position / train_time if train_time else 0.0,
+            peak_memory_usage=max(peaks), train_time_s=train_time,
+            train_time_with_compilation_s=train_time + self.compile_time,
+            wall_time_s=self.wall_time(), wall_clock_time_to_target_loss=self.reached)
+        describe_end(self, late, summary, peaks)
         if self.log:
-            self.log.metric(step=step, tokens_per_s=rate, peak_memory_usage=max(peaks),
-                            train_time_s=train_time, train_time_with_compilation_s=with_compilation,
-                            wall_time_s=self.wall_time(),
-                            wall_clock_time_to_target_loss=self.reached,
-                            energy_j=energy_used(read_log(self.folder)) or None)
-        return 128 + signals[0] if signals else 0
+            self.log.metric(**summary, energy_j=energy_used(read_log(self.folder)) or None)
+        return 128 + self.signals[0] if self.signals else 0
 
 
 def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder: Path,
@@ -1374,7 +1354,7 @@ def train(args, config: GPTConfig, runtime: Runtime, saved: dict | None, folder:
     run = Run(args, config, runtime, saved, folder)
     describe(run)
     describe_plan(run, {name: value for name, value in DEFAULTS.items()
-                        if name not in NOT_KEPT + DATA_FLAGS})
+                        if name not in THIS_COMMAND + DATA_FLAGS})
     run.check_and_compile(gate)
     run.open_bar()
     # until here there was nothing to save; a second signal does nothing, as torchrun sends two
@@ -1459,7 +1439,7 @@ def model_fields(values: dict) -> dict:
 
 
 def choose_preset(flags: dict, device: torch.device, say) -> dict:
-    """Return the preset that is named, else name the best that was measured here, and say it."""
+    """Return the preset of flags, else name this machine's there, and say why it is that one."""
     name = flags.get("preset")
     if name is None:
         shards = find_shards(str(ROOT / FINEWEB["input_bin"]))
@@ -1472,7 +1452,7 @@ def choose_preset(flags: dict, device: torch.device, say) -> dict:
 
 
 def folder_of_preset(flags: dict, device: torch.device, say) -> Path:
-    """Return the folder of the preset's run, in which the same command goes on: --resume auto."""
+    """Return the folder of the preset's run, and set --resume auto: the same command goes on."""
     values = {**DEFAULTS, **choose_preset(flags, device, say)}
     flags["resume"] = "auto"
     return preset_folder(flags, values, SAME_RUN)
@@ -1482,6 +1462,11 @@ def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
     """Return all flags: defaults < preset < checkpoint < command line."""
     given = saved["args"] if saved else choose_preset(flags, device, say)
     values = {**DEFAULTS, **given, "target_val_loss": None, **flags}
+    if saved:
+        say_other_preset(flags, saved["args"], say)
+    elif "warmdown_iters" in given and "warmdown_iters" not in flags:  # the preset's share
+        share = given["warmdown_iters"] / given["num_iterations"]
+        values["warmdown_iters"] = round(share * values["num_iterations"])
     values["dtype"] = choose_dtype(values["dtype"], device, say)
     if values["compile"] is None:
         values["compile"] = int(device.type == "cuda")
@@ -1490,13 +1475,23 @@ def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
     if saved:
         args.sequence_length = flags.get("sequence_length", saved["config"]["sequence_length"])
     args.to_save = {name: relative(value) if name in DATA_FLAGS else value
-                    for name, value in values.items() if name not in NOT_SAVED}
+                    for name, value in values.items()
+                    if name not in (*THIS_COMMAND, "target_val_loss")}
     args.val_batch_size = args.val_batch_size or args.batch_size
     args.may_shrink = device.type == "cuda" and flags.keys().isdisjoint(MICRO_BATCH)
     if args.warmup_iters is None:  # the baseline's share
         args.warmup_iters = round(args.num_iterations * 256 / 4768)
     args.warmdown_iters = fall_steps(values)
     return args
+
+
+def say_other_preset(flags: dict, kept: dict, say):
+    """Say where a preset that was asked for is not what the checkpoint's flags are."""
+    preset = PRESETS.get(flags.get("preset"), {})
+    if differing := [name for name, value in preset.items()
+                     if name not in (*flags, *DATA_FLAGS) and kept.get(name) != value]:
+        say(f"--preset {flags['preset']} changes nothing: the checkpoint's flags count, and differ "
+            f"in {', '.join(differing)}")
 
 
 def config_of(flags: dict, args, saved: dict | None, folder: Path, only_read: bool) -> GPTConfig:
@@ -1560,6 +1555,8 @@ def main(argv: list[str], gate=None) -> int:
             print(text, file=sys.stderr, flush=True)
 
     only_read, saved = "generate" in flags or "eval_only" in flags, None
+    if {"generate", "eval_only"} <= flags.keys():
+        raise InputError("--generate and --eval_only: choose one")
     folder = choose_folder(flags, only_read) or folder_of_preset(flags, device, say)
     with contextlib.ExitStack() as stack:
         if rank == 0 and not only_read:  # before anything in it is looked at

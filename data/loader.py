@@ -1,6 +1,7 @@
 """Read training rows and validation tokens from .bin shards."""
 import functools
 import glob
+import itertools
 import math
 import os
 import weakref
@@ -230,6 +231,15 @@ def length_at(phases: tuple[tuple[int, float], ...], step: int, num_iterations: 
         if step < round(end * num_iterations):
             break
     return length
+
+
+def lengths_to_come(phases: tuple[tuple[int, float], ...], step: int,
+                    num_iterations: int) -> list[int]:
+    """Return the lengths of rows after `step` updates, each once, in their order."""
+    ends = itertools.accumulate(share for _, share in phases)
+    starts = (0, *(round(end * num_iterations) for end in ends))
+    return [*dict.fromkeys(length_at(phases, max(start, step), num_iterations)
+                           for start in starts)]
 
 
 def length_phases(args, T: int, world: int) -> tuple[tuple[int, float], ...]:

@@ -38,7 +38,7 @@ MIXERS = ("attention", "hybrid", "states", "filters")
 # Flags that make size and mixer, length of the run and place of its files
 MAY_DIFFER = {"model", "n_layer", "n_embd", "n_head", "afno_num_blocks", "mixer", "attn_layers",
               "afno_state_layers", "afno_short_conv", "seed", "num_iterations", "warmdown_iters",
-              "extend", "val_loss_every", *trainer.NOT_KEPT}
+              "extend", "val_loss_every", *trainer.THIS_COMMAND}
 
 
 @dataclass

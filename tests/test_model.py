@@ -929,12 +929,13 @@ def muon_step(matrix, gradient, average, lr, weight_decay, momentum):
 @torch.no_grad()
 @pytest.mark.parametrize("momentum", (0.95, 0.8))
 def test_muon_updates_every_stacked_matrix_by_itself(momentum):
-    shapes = ((8, 8), 1), ((18, 6), 3), ((6, 20), 1), ((20, 6), 1), ((6, 6), 1), ((20, 6), 1)
+    shapes = ((8, 8), 8), ((18, 6), 6), ((6, 20), 6), ((20, 6), 20), ((6, 6), 6), \
+        ((20, 6), (10, 6, 4)), ((20, 6), 20)
     stacks = []
-    for seed, (shape, n) in enumerate(shapes):
+    for seed, (shape, rows) in enumerate(shapes):
         generator = torch.Generator().manual_seed(seed)
-        stacks.append((torch.nn.Parameter(torch.randn(shape, generator=generator)), n))
-    parts = [part.clone() for p, n in stacks for part in p.chunk(n)]
+        stacks.append((torch.nn.Parameter(torch.randn(shape, generator=generator)), rows))
+    parts = [part.clone() for p, rows in stacks for part in p.split(rows)]
     averages = [torch.zeros_like(part) for part in parts]
     library = [torch.nn.Parameter(part.clone()) for part in parts]
     ours = Muon(stacks, lr=0.02, weight_decay=0.1, momentum=momentum)
@@ -944,7 +945,7 @@ def test_muon_updates_every_stacked_matrix_by_itself(momentum):
             library, lr=0.02, weight_decay=0.1, momentum=momentum, adjust_lr_fn="match_rms_adamw")
     for seed in range(5):
         step_all(ours, [p for p, _ in stacks], seed)
-        gradients = [part.clone() for p, n in stacks for part in p.grad.chunk(n)]
+        gradients = [part.clone() for p, rows in stacks for part in p.grad.split(rows)]
         for part, gradient, average, p in zip(parts, gradients, averages, library, strict=True):
             muon_step(part, gradient, average, 0.02, 0.1, momentum)
             p.grad = gradient
@@ -952,7 +953,7 @@ def test_muon_updates_every_stacked_matrix_by_itself(momentum):
             theirs.step()
         ours.zero_grad()
         assert all(p.grad is None for p, _ in stacks)
-    stacked = (part for p, n in stacks for part in p.chunk(n))
+    stacked = (part for p, rows in stacks for part in p.split(rows))
     for part, expected, p in zip(stacked, parts, library, strict=True):
         assert relative(part, expected) < 1e-2  # bf16 rounds a last bit to either side
         assert theirs is None or relative(part, p) < 1e-5
@@ -992,6 +993,20 @@ def test_every_parameter_is_trained_once(name, attn_layers):
     for optimizer in optimizers:
         optimizer.step()
     assert [key for key, p in model.named_parameters() if torch.equal(p, before[key])] == []
+
+
+@pytest.mark.parametrize("channels, share", ((16, 1.0), (16, 0.6), (12, 0.3)))
+def test_muon_takes_value_key_and_query_of_states_apart(channels, share):
+    model = tiny(n_embd=channels, n_head=2, afno_num_blocks=2, afno_state_layers=(0, 1, 2),
+                 afno_hard_thresholding_fraction=share)
+    muon = make_optimizers(model, "muon", 0.01, 0.1)[1]
+    matrices = {p: parts for p, parts in muon.stacks}
+    for block in model.transformer.h:
+        parts = matrices[block.mixer.c_in.weight]
+        assert tuple(map(len, parts)) == tuple(block.mixer.operator.sizes)
+        z = block.mixer.c_in(torch.randn(2, 5, channels))
+        assert [part.shape[-1] for part in z.split(block.mixer.operator.sizes, -1)] \
+            == [*map(len, parts)]
 
 
 @pytest.mark.parametrize("name", ("adamw", "muon"))

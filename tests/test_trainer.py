@@ -229,7 +229,38 @@ def test_flags_win_over_the_checkpoint_over_the_preset_over_defaults(full_size):
     assert args.optimizer == "muon"  # the checkpoint's, which was the first preset's
     assert values_of("--learning_rate 0.7", saved)[0].learning_rate == 0.7
     assert values_of("--preset shakespeare --learning_rate 0.7")[0].learning_rate == 0.7
-    assert set(args.to_save).isdisjoint(train_gpt2_afno.NOT_KEPT)
+    assert set(args.to_save).isdisjoint(train_gpt2_afno.THIS_COMMAND)
+
+
+@pytest.mark.parametrize("preset, steps, fall", (
+    ("fineweb", 3800, 1900), ("fineweb", 1000, 500), ("shakespeare", 30, 15),
+    ("baseline", 4768, 1024), ("baseline", 745, 160)))
+def test_a_preset_keeps_its_share_of_falling_steps(full_size, preset, steps, fall):
+    command = f"--preset {preset} --num_iterations {steps}"
+    args, _ = values_of(command)
+    assert args.warmdown_iters == fall
+    assert args.to_save["warmdown_iters"] == (None if preset == "baseline" else fall)
+    assert values_of(f"{command} --warmdown_iters 7")[0].warmdown_iters == 7
+    saved = dict(args=args.to_save, config=vars(values_of(command)[1]))
+    longer, _ = values_of(f"--num_iterations {steps + 200}", saved)  # the run's, not the preset's
+    assert longer.warmdown_iters == (fall if preset != "baseline" else
+                                     round((steps + 200) * 1024 / 4768))
+
+
+def test_a_preset_that_changes_nothing_is_said(full_size):
+    args, config = values_of("--preset shakespeare --learning_rate 0.2")
+    saved, said = dict(args=args.to_save, config=vars(config)), []
+    values_of("--preset shakespeare --learning_rate 0.2", saved, said.append)
+    values_of("", saved, said.append)
+    assert said == []
+    values_of("--preset baseline --val_fp32 1", saved, said.append)
+    assert said == ["--preset baseline changes nothing: the checkpoint's flags count, and differ in "
+                    "mixer, depth_scale"]
+
+
+def test_generate_and_eval_only_exclude_each_other(capsys):
+    with pytest.raises(InputError, match="--generate and --eval_only: choose one"):
+        main(["--generate", "x", "--eval_only"])
 
 
 @pytest.mark.parametrize("argv, every", ((["--help"], False), (["--help", "all"], True)))
