@@ -8,13 +8,14 @@ the operator is an ordinary causal convolution:
     the paper                       here, the form `filter`, which is the default  in the code
     1. transform the data           frequency features of the operator's own grid  FilterTaps
     2. block-diagonal complex MLP   the same MLP on those features                 SpectralMLP
-    3. soft-shrink of the spectrum  of the frequency response          complex_soft_shrink
+    3. soft-shrink of the spectrum  of the frequency response                      complex_soft_shrink
     4. transform back               cut to lags >= 0: these are the taps           inverse_rdft
        (adds x)                     y_t = sum over s <= t of taps[t - s] u_s       causal_conv
 
-Read from top to bottom: complex numbers, the MLP, the taps, the convolution, AFNO1D. What follows
-AFNO1D is the rest of the family: experts and the forms `hilbert`, `state`, `dyadic` and
-`reference`. `python afno.py` shows shapes, the leak of the paper's layer, and that ours has none.
+Read from top to bottom: complex numbers, the MLP, the taps, the convolution, AFNO1D. Details of
+this path follow, then the rest of the family: experts, the forms `hilbert`, `state`, `dyadic` and
+`reference`. Last come FourierGate and longest_matches, which stand beside the operator. `python
+afno.py` shows shapes, the leak of the paper's layer, and that ours has none.
 
 A complex number is a pair (re, im) of real tensors: autocast and torch.compile handle those well.
 """
@@ -158,7 +159,7 @@ class FilterTaps(nn.Module):
 def causal_conv(u: Tensor, taps: Tensor) -> Tensor:
     """Return y_t = sum over s <= t of taps[t - s] u_s; later u do not enter its arithmetic.
 
-    u: (B, T, C), any T. taps: (G, K), lags 0 ... K - 1 in tokens; filter g has channels g C/G on.
+    u: (B, T, C), any T >= 1. taps: (G, K), lags 0 ... K - 1 in tokens; filter g has channels g C/G on.
     Returns (B, T, C) in u's dtype, under autocast in autocast's.
     """
     kind = u.device.type
@@ -301,7 +302,7 @@ FORMS = ("filter", "hilbert", "state", "dyadic", "reference")
 
 
 class AFNO1D(nn.Module):
-    """Mix tokens, (B, T, hidden_size) to the same, any T; causal in every form but `reference`.
+    """Mix tokens, (B, T, hidden_size) to the same, any T >= 1; causal but for `reference`.
 
         value = short_conv(W_in h)      with silu: silu(short_conv(W_in h))
         y     = W_out rmsnorm(operator(value) + token_taps(value) + direct value)
@@ -411,7 +412,7 @@ class AFNO1D(nn.Module):
 
 
 # =============================================================================
-# Beyond the default path: experts, the operators of the other forms, a demonstration
+# Details of the default path, then experts, the other forms, a demonstration
 
 CHANNELS_PER_FILTER, CHANNELS_PER_HEAD = 64, 128  # at most; of filters, and of heads of form state
 
@@ -644,7 +645,7 @@ class Router(nn.Module):
         """Mix likewise at lags, (n,) or (1,), in tokens, where experts are routed by position."""
         if self.routing != "position":
             return parts
-        first, last = (math.log1p(lag) for lag in self.lags)
+        first, last = (math.log1p(end) for end in self.lags)
         place = (torch.log1p(lag) - first) / max(last - first, 1e-9)
         return self.mix(parts, place.clamp(0, 1))
 
@@ -977,7 +978,8 @@ def longest_matches(idx: Tensor) -> tuple[Tensor, Tensor]:
         befores.append(before)
         level = torch.where(before < 0, level, n)
     before = torch.stack(befores, -1).flatten(1)  # (B, T levels)
-    column = torch.stack((level, (level > 1).long()), -1) - 1  # of the levels, -1 for an empty set
+    # where the sets' matches stand in `before`: the longest, and length 1; -1 for an empty set
+    column = torch.stack((level, (level > 1).long()), -1) - 1
     look_up = lambda table, at: table.gather(1, at.flatten(1)).view(B, T, 2)
     at, found = place[:, None].expand(B, T, 2), []
     for _ in range(COPIES):

@@ -570,7 +570,7 @@ def taps_gradient(u: Tensor, dy: Tensor, G: int, K: int, together: int | None = 
 
 def response_gradient(spectra: Tensor, dmixed: Tensor, s: Sizes) -> Tensor:
     """Return the gradient of mix's response, (G, 2 FAR, blocks), from S and dM as E and O."""
-    BI = min(max(RESPONSE), max(min(RESPONSE), triton.next_power_of_2(s.blocks)))
+    BI = min(64, max(16, triton.next_power_of_2(s.blocks)))  # a key of RESPONSE
     lags = triton.cdiv(s.blocks, BI)
     BK = min(RESPONSE[BI], max(16, triton.next_power_of_2(lags * s.width)))
     filters = max(1, 2**25 // (2 * FAR * lags * BI * BI))  # at once: tiles of up to 128 MB

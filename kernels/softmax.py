@@ -1,6 +1,7 @@
 """Compute the softmax of the loss in Triton, and the transpose that fp8 products need.
 
 This file needs Triton. kernels/loss.py has the loss itself, and the same softmax without Triton.
+vocab_size and columns do not change in a run, so Triton may compile for them: plain triton.jit.
 """
 import torch
 import triton

@@ -112,7 +112,7 @@ def launch(run, u: Tensor, w: Tensor, *tensors: Tensor):
 
 def tokens_dense(w: Tensor) -> Tensor:
     """Return w (B, T, G, K), or a copy where a token's taps or a row's tokens are not in order."""
-    B, T, G, K = w.shape
+    B, T, _, K = w.shape
     dense = w.stride()[2:] == (K, 1) and (B == 1 or w.stride(0) == T * w.stride(1))
     return w if dense else w.contiguous()
 

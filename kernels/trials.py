@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kernels import at_once
 
-# Relative error that a kernel may have, and that fp8 products may have; rounding leaves a scale
-# alone.
+# Relative error that a kernel's rounding may make. Below, of fp8 products: the rounding's, and that
+# of their scale, in which rounding errors cancel.
 BOUNDS = dict(convolution=2e-2, token=2e-2, state=2e-2, loss=1e-2)
 # Trials of each, and the module whose kernels they launch
 PARTS = dict(convolution=("short_conv", "short_filter", "long_filter"), token=("token",),
