@@ -5,12 +5,12 @@ spectrum is that of the *data*, so it already holds the future, and zero-padding
 out again: an MLP on a whole sequence's spectrum leaks. Here the same steps make the *operator*, and
 the operator is an ordinary causal convolution:
 
-    the paper                       here, the form `filter`, which is the default  in the code
-    1. transform the data           frequency features of the operator's own grid  FilterTaps
-    2. block-diagonal complex MLP   the same MLP on those features                 SpectralMLP
-    3. soft-shrink of the spectrum  of the frequency response                      complex_soft_shrink
-    4. transform back               cut to lags >= 0: these are the taps           inverse_rdft
-       (adds x)                     y_t = sum over s <= t of taps[t - s] u_s       causal_conv
+    the paper                       here, the form `filter`, the default        in the code
+    1. transform the data           frequency features of the operator's grid   FilterTaps
+    2. block-diagonal complex MLP   the same MLP on those features              SpectralMLP
+    3. soft-shrink of the spectrum  of the frequency response                   complex_soft_shrink
+    4. transform back               cut to lags >= 0: these are the taps        inverse_rdft
+       (adds x)                     y_t = sum over s <= t of taps[t - s] u_s    causal_conv
 
 Read from top to bottom: complex numbers, the MLP, the taps, the convolution, AFNO1D. Details of
 this path follow, then the rest of the family: experts, the forms `hilbert`, `state`, `dyadic` and
@@ -159,8 +159,8 @@ class FilterTaps(nn.Module):
 def causal_conv(u: Tensor, taps: Tensor) -> Tensor:
     """Return y_t = sum over s <= t of taps[t - s] u_s; later u do not enter its arithmetic.
 
-    u: (B, T, C), any T >= 1. taps: (G, K), lags 0 ... K - 1 in tokens; filter g has channels g C/G on.
-    Returns (B, T, C) in u's dtype, under autocast in autocast's.
+    u: (B, T, C), any T >= 1. taps: (G, K), lags 0 ... K - 1 in tokens; filter g has channels g C/G
+    on. Returns (B, T, C) in u's dtype, under autocast in autocast's.
     """
     kind = u.device.type
     if torch.is_autocast_enabled(kind) and u.dtype == torch.float32:

@@ -182,9 +182,7 @@ class Checkpoints:
     @staticmethod
     def load(path: Path) -> dict:
         """Return what save() wrote; raise any exception where the file is not whole and sound."""
-        with zipfile.ZipFile(path) as archive:
-            if bad := archive.testzip():
-                raise ValueError(f"checksum of {bad} is wrong")
+        demand_checksums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         wanted = {"model", "optimizers", "step", "position", "config", "args", "rng", *TIMES}
         if missing := wanted - set(state):
@@ -258,6 +256,13 @@ def demand_like(found: dict, wanted: dict, name: str):
                f"{name}.{key}")
 
 
+def demand_checksums(path: Path):
+    """Raise ValueError or zipfile's errors where bytes of a file of torch.save have changed."""
+    with zipfile.ZipFile(path) as archive:
+        if bad := archive.testzip():
+            raise ValueError(f"checksum of {bad} is wrong")
+
+
 def refuse_damaged_values(state: dict, flags: dict):
     """Raise ValueError where a checkpoint's flags, numbers or random states cannot be.
 
@@ -276,18 +281,29 @@ def refuse_damaged_values(state: dict, flags: dict):
     demand(cuda is None or isinstance(cuda, Tensor) and cuda.dtype == torch.uint8, "rng.cuda")
 
 
-def refuse_damaged_tensors(state: dict, model: nn.Module, make_optimizers):
-    """Raise ValueError where weights and averages are not those of the model, on the device meta.
+def refuse_damaged_weights(found: dict, model: nn.Module) -> bool:
+    """Raise ValueError where weights are not those of the model, on the device meta.
 
-    make_optimizers(): the model's. Weights with other names and the same shapes are of another
-    version: load_weights says so.
+    Return False where they have other names and the same shapes. Those are of another version:
+    load_weights says so.
     """
-    found, wanted = state["model"], model.state_dict()
+    wanted = model.state_dict()
+    demand(isinstance(found, dict) and all(isinstance(x, Tensor) for x in found.values()), "model")
     names = lambda weights: {re.sub(r"\d+", "", name) for name in weights}
     shapes = lambda weights: sorted(x.shape for x in weights.values())
     if names(found) != names(wanted) and shapes(found) == shapes(wanted):
-        return
+        return False
     demand_like(found, wanted, "model")
+    return True
+
+
+def refuse_damaged_tensors(state: dict, model: nn.Module, make_optimizers):
+    """Raise ValueError where weights and averages are not those of the model, on the device meta.
+
+    make_optimizers(): the model's.
+    """
+    if not refuse_damaged_weights(state["model"], model):
+        return
     optimizers = make_optimizers()
     demand(len(state["optimizers"]) == len(optimizers), "optimizers")
     for optimizer, found in zip(optimizers, state["optimizers"]):

@@ -43,7 +43,7 @@ class TokenStream:
     """
 
     def __init__(self, pattern: str, vocab_size: int, flag: str):
-        self.paths, self.vocab_size = find_shards(pattern), vocab_size
+        self.paths, self.vocab_size, self.flag = find_shards(pattern), vocab_size, flag
         if not self.paths:
             raise InputError(f"--{flag}: no shard matches {relative(pattern)} (data/shakespeare.py,"
                              " data/cached_fineweb10B.py and data/text_to_bin.py make some)")
@@ -206,7 +206,7 @@ def count_val_tokens(wanted: int | None, val_stream: TokenStream) -> int:
     """
     most = len(val_stream) - 1
     if most < 1:
-        raise InputError("--input_val_bin holds one token, validation needs two")
+        raise InputError(f"--{val_stream.flag} holds one token, validation needs two")
     if wanted is not None and wanted > most:
         raise InputError(f"--val_tokens must be <= {most}, the targets in --input_val_bin, "
                          f"got {wanted}")

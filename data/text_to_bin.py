@@ -138,6 +138,12 @@ def owned(folder: Path, name: str):
                 folder.rmdir()
 
 
+def refuse_foreign(path: Path, mark: str, name: str):
+    """Raise InputError where a file is there without the mark of the script that would write it."""
+    if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
+        raise InputError(f"{name} has a {path.name} of something else: name another folder")
+
+
 def machine_memory() -> float:
     """Return the bytes of memory of this machine, or of its container; infinity where unknown."""
     try:
@@ -197,6 +203,10 @@ class Kind:
         if value is None or not self.accepts(value):
             raise argparse.ArgumentTypeError(f"must be {self.words}, got {text}")
         return value
+
+
+FOLDER = Kind(lambda text: Path(text) if text else None, lambda value: True,
+              "a folder's name, not empty", "DIR")
 
 
 def integer(low: int, high: int = 10**9) -> Kind:

@@ -49,12 +49,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt2_afno as trainer  # noqa: E402
 from afno import MATCHES  # noqa: E402
-from checkpoints import Checkpoints, OtherVersion, load_weights, of_this_version  # noqa: E402
+from checkpoints import (Checkpoints, OtherVersion, demand, demand_checksums,  # noqa: E402
+                         load_weights, of_this_version, refuse_damaged_weights)
 from data.loader import TokenStream, count_val_tokens, to_device  # noqa: E402
-from data.text_to_bin import (END_OF_TEXT, ROOT, InputError, Kind, first_line,  # noqa: E402
-                              owned, relative)
-from experiments import package_text  # noqa: E402
-from runtime import MOST_TOKENS, Diverged, Runtime, choose_device, run  # noqa: E402
+from data.text_to_bin import (END_OF_TEXT, FOLDER, ROOT, InputError, Kind,  # noqa: E402
+                              first_line, owned, refuse_foreign, relative)
+from experiments import archive, package_text  # noqa: E402
+from runtime import (MOST_TOKENS, Diverged, Runtime, choose_device, run,  # noqa: E402
+                     shapes_of)
 
 MEASURES = ("stream", "documents")
 UNITS = dict(stream="rows", documents="documents")  # over which errors are taken
@@ -65,6 +67,7 @@ FIGURES = {  # of filters, and how they are written
     **{f"energy beyond {last}": "{:.2%}" for last in CUTS},
     "median frequency": "{:.3f}",
     "rank": "{:.2f}", "correlation": "{:.3f}", "moved": "{:.2f}", "cosine to initial": "{:.3f}"}
+HEAD = "+- is the standard error over rows (stream) or documents."
 BATCH_TOKENS = dict(cuda=65536, cpu=8192)
 TOKENS_A_SOURCE = 262_144  # at most, of --text
 
@@ -248,10 +251,14 @@ class Checkpoint:
                 raise InputError(f"{source}: no state_step*.pt in this folder")
             self.path = found[0]
         try:
+            demand_checksums(self.path)
             self.state = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
             self.state = of_this_version(self.state, self.path, trainer.CHECKPOINT_FLAGS)
+            demand(trainer.FLAGS["seed"].kind.accepts(self.state["args"].get("seed")), "args.seed")
             self.config = trainer.GPTConfig(**self.state["config"])
-            self.label = f"{self.path.absolute().parent.name}@{self.state['step']}"
+            refuse_damaged_weights(self.state["model"], shapes_of(trainer.GPT, self.config))
+            folder = self.path.absolute().parent.name.replace("|", "_")  # cells of tables end at |
+            self.label = f"{folder}@{self.state['step']}"
         except OtherVersion:
             raise
         except Exception as error:  # a truncated archive fails in many ways
@@ -372,6 +379,11 @@ def refuse_unlike(checkpoints: list[Checkpoint], args):
         if other.config.vocab_size != first.config.vocab_size:
             raise InputError(f"{other.label}: a vocabulary of {other.config.vocab_size}, "
                              f"{first.label} has {first.config.vocab_size}")
+    for checkpoint in checkpoints:
+        most = checkpoint.config.sequence_length
+        if checkpoint.config.position == "learned" and (args.rows or 0) > most:
+            raise InputError(f"--rows must be <= {most}, the positions that {checkpoint.label} has "
+                             f"learned, got {args.rows}")
 
 
 def read_text(args, first: Checkpoint) -> Text:
@@ -379,7 +391,11 @@ def read_text(args, first: Checkpoint) -> Text:
     T = args.rows or first.config.sequence_length
     if args.text:
         return read_sources(args, first, T)
-    pattern = str(ROOT / first.state["args"]["input_val_bin"]) if args.bin is None else args.bin
+    pattern = first.state["args"].get("input_val_bin") if args.bin is None else args.bin
+    if not pattern:
+        raise InputError(f"--bin: name the text, {first.label} has no --input_val_bin")
+    if args.bin is None:
+        pattern = str(ROOT / pattern)
     stream = TokenStream(os.path.abspath(pattern), first.config.vocab_size, "bin")
     if args.tokens and args.tokens > len(stream) - 1:
         raise InputError(f"--tokens must be <= {len(stream) - 1}, the targets in --bin, "
@@ -402,6 +418,9 @@ def read_sources(args, first: Checkpoint, T: int) -> Text:
     found = {source: package_text.tokens_of(source, args.tokens or TOKENS_A_SOURCE)
              for source in args.text}
     sizes = {source: len(tokens) for source, tokens in found.items()}
+    for source, size in sizes.items():
+        if size < (args.tokens or 0):
+            print(f"--text {source}: {size:,} targets, it has no more", file=sys.stderr)
     tokens = np.concatenate([*found.values(), [END_OF_TEXT]])
     pieces = dict(
         stream=joined([cut_rows(size, T) for size in sizes.values()]),
@@ -621,7 +640,7 @@ def report(checkpoints: list[Checkpoint], text: Text, results: Results, groups: 
     labels = [checkpoint.label for checkpoint in checkpoints]
     documents = int(text.pieces["documents"].unit[-1]) + 1
     head = (f"{text.count:,} targets of {text.name} ({text.digest}), {documents:,} documents, rows "
-            f"of {text.T:,} tokens. +- is the standard error over rows (stream) or documents.")
+            f"of {text.T:,} tokens. {HEAD}")
     parts = [head, table_of_means(labels, text, results), table_of_contexts(labels, text, results)]
     parts += [tables_of_groups(labels, text, results, measure, groups[measure])
               for measure in MEASURES]
@@ -637,7 +656,8 @@ def report(checkpoints: list[Checkpoint], text: Text, results: Results, groups: 
 def read_groups(page: str) -> list[tuple[str, str, list[str], dict[str, list[str]]]]:
     """Return the tables of groups of a report(): measure, what tells groups apart, header, rows.
 
-    Rows are cells by group, hits after misses; groups that are sums of others are left out.
+    Rows are cells by group, hits after misses; groups that are sums of others are left out. Raise
+    ValueError where the page is cut off.
     """
     tables = []
     for section in f"\n{page}".split("\n## "):
@@ -649,10 +669,15 @@ def read_groups(page: str) -> list[tuple[str, str, list[str], dict[str, list[str
             lines = [[cell.strip() for cell in line.strip("|").split("|")]
                      for line in part.strip().splitlines()]
             header, _, *rows = lines
+            if {len(row) for row in rows} != {len(header)}:
+                raise ValueError(f"{measure}, by {header[0]}")
             rows = sorted((row for row in rows if not row[0].startswith("all ")),
                           key=lambda row: "hit" in row[0])
             tables.append((measure, header[0], header, {row[0]: row for row in rows}))
-    return [table for table in tables if not table[1].startswith("a document")]
+    tables = [table for table in tables if not table[1].startswith("a document")]
+    if len({sum(table[0] == measure for table in tables) for measure in MEASURES}) > 1:
+        raise ValueError(f"not as many tables of {' as of '.join(MEASURES)}")
+    return tables
 
 
 def plot(page: str, output: Path):
@@ -706,7 +731,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         f"{TOKENS_A_SOURCE:,} a source]")
     parser.add_argument("--rows", type=trainer.FLAGS["sequence_length"].kind, metavar="T",
                         help="tokens a row [as trained]")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for what is found")
+    parser.add_argument("--out", type=FOLDER, metavar="DIR", help="folder for what is found")
     parser.add_argument("--filters", action="store_true", help="look at AFNO's filters, too")
     parser.add_argument("--device", type=trainer.one_of("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--compile", type=trainer.SWITCH, default=0, help="as the trainer does")
@@ -719,9 +744,14 @@ def draw_again(table: Path) -> int:
     """Draw curves.png beside a table.md of an earlier run; return the exit status."""
     try:
         page = table.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{table}: {getattr(error, 'strerror', 'not text')}") from None
-    if not read_groups(page):
+        found = read_groups(page)
+        if found and not page.endswith("\n"):
+            raise ValueError("its last line")
+    except OSError as error:
+        raise InputError(f"{table}: {error.strerror}") from None
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{table}: damaged or cut off ({first_line(error)})") from None
+    if not found:
         raise InputError(f"{table}: no tables of groups as evaluate.py writes them")
     try:
         plot(page, table.with_name("curves.png"))
@@ -733,8 +763,10 @@ def draw_again(table: Path) -> int:
 def main(argv: list[str]) -> int:
     """Evaluate what is missing and print the tables; return the exit status."""
     args = parse(argv)
-    if len(args.checkpoints) == 1 and args.checkpoints[0].endswith(".md"):
-        return draw_again(Path(args.checkpoints[0]))
+    if args.checkpoints[0].endswith(".md") and not Path(args.checkpoints[0]).is_dir():
+        if len(argv) > 1:
+            raise InputError(f"{argv[0]} is drawn as it stands: name nothing else")
+        return draw_again(Path(argv[0]))
     device = choose_device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     runtime = Runtime(device, dtype, bool(args.compile))
@@ -743,6 +775,8 @@ def main(argv: list[str]) -> int:
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise InputError(f"CHECKPOINT: two are called {twice[0]}, after folder and step")
     refuse_unlike(checkpoints, args)
+    if args.out is not None:
+        refuse_foreign(args.out / "table.md", HEAD, f"--out {args.out}")
     with contextlib.nullcontext() if args.out is None else owned(args.out, f"--out {args.out}"):
         print(evaluated(checkpoints, args, runtime))
     return 0
@@ -756,7 +790,7 @@ def evaluated(checkpoints: list[Checkpoint], args, runtime: Runtime) -> str:
     groups = {measure: groups_of(text, measure) for measure in MEASURES}
     page = report(checkpoints, text, results, groups, args.filters)
     if args.out is not None:
-        (args.out / "table.md").write_text(page + "\n", encoding="utf-8")
+        archive.write(args.out / "table.md", f"{page}\n".encode())
         try:
             plot(page, args.out / "curves.png")
         except ImportError:

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 import train_gpt2_afno as trainer
-from data.text_to_bin import ROOT, InputError, Kind, owned
+from data.text_to_bin import FOLDER, ROOT, InputError, Kind, owned, refuse_foreign
 from experiments import archive
 from experiments.ablation_studies import seeds
 from experiments.evaluate import markdown
@@ -84,6 +84,7 @@ MIXERS = {
 COUNTED = "counting"  # the task that attention need not solve
 SOLVED = 0.995  # share of right answers that attention must reach
 MARGIN = 4  # standard errors: what counts as no better than chance
+MADE_BY = "Made by experiments/ablation_studies.py recall"  # in table.md
 VERDICTS = {True: "holds", False: "**FAILS**", None: "not known"}
 LEARNT = 0.005  # nats: a mean loss below is that of right answers alone
 
@@ -483,12 +484,17 @@ def write_report(rows: list[dict], folder: Path, grid: Grid):
         f"Right answers in percent, on rows never seen. Models of two layers of {grid.n_embd} "
         f"channels, vocabulary {grid.vocab_size:,}, one model a task and mixer, trained on at "
         f"most {grid.steps:,} steps of {grid.tokens:,} tokens of all lengths T and loads at once. "
-        f"Seeds: {', '.join(map(str, seeds))}. Made by experiments/ablation_studies.py recall from "
-        "rows.jsonl; experiments/recall.py says what is asked.", "",
+        f"Seeds: {', '.join(map(str, seeds))}. {MADE_BY} from rows.jsonl; experiments/recall.py "
+        "says what is asked.", "",
         f"Machine: {'; '.join(sorted({row['machine'] for row in rows}))}.", "", "## Controls", "",
         *(f"- {VERDICTS[holds]}: {text}." for holds, text in controls(rows)), ""]
     for task in TASKS:
-        mixers = {mixer: group for (of, mixer), group in grouped(rows).items() if of == task}
+        mixers = {}
+        for (of, mixer), group in grouped(rows).items():
+            own = sorted({row["seed"] for row in group})
+            apart = "" if own == seeds else f" (seeds: {', '.join(map(str, own))})"
+            if of == task:
+                mixers[mixer + apart] = group
         if mixers:
             lines += [f"## {task}", ""]
             lines += table("T x load", {name: by_load(group) for name, group in mixers.items()},
@@ -496,7 +502,7 @@ def write_report(rows: list[dict], folder: Path, grid: Grid):
             lines += table("distance", {name: by_distance(group)
                                         for name, group in mixers.items()},
                            lambda begin: f"{begin}-{2 * begin - 1}" if begin > 1 else f"{begin}")
-    (folder / "table.md").write_text("\n".join(lines), encoding="utf-8")
+    archive.write(folder / "table.md", "\n".join(lines).encode())
 
 
 def plot(rows: list[dict], output: Path, grid: Grid):
@@ -547,7 +553,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--mixers", type=names(MIXERS), default=[*MIXERS], help="(all)")
     add("--seeds", type=seeds, default="1337", metavar="N,N", help="(1337)")
     add("--device", type=trainer.FLAGS["device"].kind, default="auto", help="(auto)")
-    add("--output", type=Path, default=ROOT / "experiments/studies", metavar="DIR",
+    add("--output", type=FOLDER, default=ROOT / "experiments/studies", metavar="DIR",
         help="(experiments/studies)")
     add("--dry_run", action="store_true", help="say what would be trained")
     return parser.parse_args(argv)
@@ -563,6 +569,7 @@ def main(argv: list[str]) -> int:
         return 0
     runtime = usual_runtime(choose_device(args.device))
     folder = args.output.resolve() / ("recall" if args.grid == "small" else f"recall-{args.grid}")
+    refuse_foreign(folder / "table.md", MADE_BY, "--output")
     with owned(folder, "--output"):
         return study(wanted, folder, GRIDS[args.grid], runtime)
 

@@ -26,6 +26,7 @@ import itertools
 import math
 import os
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +34,17 @@ import torch
 from torch import Tensor
 
 import train_gpt2_afno as trainer
+from checkpoints import demand_checksums
 from data.loader import to_device
-from data.text_to_bin import ROOT, InputError, owned, read_bin, relative
-from experiments import package_text
+from data.text_to_bin import (FOLDER, ROOT, InputError, first_line, owned, read_bin,
+                              refuse_foreign, relative)
+from experiments import archive, package_text
 from experiments.evaluate import (BATCH_TOKENS, Checkpoint, cut_rows, digest, losses_of,
                                   markdown, mean_and_error)
 from experiments.recall import append_line, names, read_lines
 from runtime import Diverged, Runtime, choose_device, shapes_of, usual_runtime
 
+HEAD = "# transfer"  # of table.md
 DOMAINS = {"code": "code", "plays": "plays", "law": "licences"}
 PARTS = ("all", "rest", "operator")  # which weights are trained
 MOST_TOKENS = 4_000_000  # of a domain's text
@@ -311,9 +315,12 @@ class Study:
         return self.find(label, domain, "all", rate, other, make, other_rate)
 
     def read(self, label: str, domain: str, rate: float) -> dict[str, Tensor]:
-        """Return weights that `tuned` has kept; where they are gone, tune again."""
+        """Return weights that `tuned` has kept; where they are gone or damaged, tune again."""
         path = self.weights(label, domain, rate)
-        if not path.exists():
+        try:
+            demand_checksums(path)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            print(f"{path.name}: {first_line(error)}: tuned again")
             del self.rows[label, domain, "all", rate, domain]
             self.tuned(label, domain, "all", rate)
         return torch.load(path, map_location=self.runtime.device, weights_only=True)
@@ -342,7 +349,7 @@ def tables(study: Study) -> str:
     judged = ", ".join(f"{counts.sum():,} of {len(counts):,} targets of {domain}" for domain in
                        args.domains for counts in text_of(domain)[2:])
     return "\n\n".join((
-        "# transfer",
+        HEAD,
         f"Losses on the part of a domain's text that was not trained on: {judged}. The others "
         f"stand in a run of {RUN} tokens in the training part, too. {args.steps} steps of "
         f"{args.batch_size} rows, seed {args.seed}; of each part the best of the rates "
@@ -403,7 +410,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch_size", type=trainer.FLAGS["batch_size"].kind, default=16, help="rows (16)")
     add("--seed", type=trainer.FLAGS["seed"].kind, default=1337, help="of the rows (1337)")
     add("--device", type=trainer.FLAGS["device"].kind, default="auto", help="(auto)")
-    add("--output", type=Path, default=ROOT / "runs/transfer", metavar="DIR",
+    add("--output", type=FOLDER, default=ROOT / "runs/transfer", metavar="DIR",
         help="(runs/transfer); weights that are exchanged are kept there, too")
     return parser.parse_args(argv)
 
@@ -413,10 +420,11 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     device = choose_device(args.device)
     runtime = usual_runtime(device)
+    refuse_foreign(args.output / "table.md", HEAD, "--output")
     with owned(args.output, "--output"):
         study = Study(args, runtime)
         page = tables(study)
-        (study.folder / "table.md").write_text(page + "\n", encoding="utf-8")
+        archive.write(study.folder / "table.md", f"{page}\n".encode())
         try:
             plot(study, study.folder / "gains.png")
         except ImportError:

@@ -3,6 +3,8 @@ import io
 import json
 import math
 import re
+import shlex
+import zipfile
 
 import numpy as np
 import pytest
@@ -306,13 +308,76 @@ def test_command_keeps_what_stands(model, tokens, tmp_path, monkeypatch, capsys)
     with pytest.raises(InputError, match="losses.npz: not a file of this script"):
         main(command)
     (out / "losses.npz").unlink()
-    with torch.no_grad():
-        saved = model.lm_head.weight[0, 0].clone()
-        model.lm_head.weight[0, 0] = math.nan
-        write_checkpoint(tmp_path / "b", model, pattern, step=12)
-        model.lm_head.weight[0, 0] = saved
-    with pytest.raises(runtime.Diverged, match="b/state_step000012.pt: its losses are not finite"):
+    for value, error, message in (
+            (math.nan, InputError, "no readable checkpoint .model.transformer.wte.weight is dam"),
+            (3e38, runtime.Diverged, "b/state_step000012.pt: its losses are not finite")):
+        with torch.no_grad():
+            saved = model.lm_head.weight[0].clone()
+            model.lm_head.weight[0] = value
+            write_checkpoint(tmp_path / "b", model, pattern, step=12)
+            model.lm_head.weight[0] = saved
+        with pytest.raises(error, match=message):
+            main(command)
+
+
+@pytest.mark.parametrize("damage, message", (
+    ("flip", "checksum of .* is wrong"), ("int8", "weight is damaged"),
+    ("float16", "weight is damaged"), ("list", "model is damaged"), ("seed", "args.seed is damag"),
+    ("config", "no readable checkpoint")))
+def test_a_damaged_checkpoint_is_refused(model, tokens, tmp_path, damage, message):
+    path = write_checkpoint(tmp_path / "a", model, write_text(tmp_path / "data", tokens))
+    state = torch.load(path, weights_only=True)
+    if damage in ("int8", "float16"):
+        state["model"] = {name: w.to(getattr(torch, damage)) for name, w in state["model"].items()}
+    elif damage == "list":
+        state["model"] = [*state["model"].values()]
+    elif damage == "seed":
+        del state["args"]["seed"]
+    elif damage == "config":
+        del state["config"]
+    torch.save(state, path)
+    if damage == "flip":
+        with zipfile.ZipFile(path) as archive:
+            largest = max(archive.infolist(), key=lambda member: member.file_size)
+        data = bytearray(path.read_bytes())
+        for place in range(largest.header_offset + 400, largest.header_offset + 440):
+            data[place] ^= 0x40
+        path.write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        main([str(path), "--device", "cpu"])
+
+
+def test_a_folder_of_something_else_is_left_alone(model, tokens, tmp_path):
+    path = write_checkpoint(tmp_path / "a|b", model, write_text(tmp_path / "data", tokens))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/table.md").write_text("mine")
+    command = [str(path), "--device", "cpu", "--tokens", "200", "--out", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="--out .* has a table.md of something else"):
         main(command)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["table.md"]
+    (tmp_path / "out/table.md").unlink()
+    assert main(command) == 0 and main(command) == 0
+    assert "| a_b@7 |" in (tmp_path / "out/table.md").read_text()
+
+
+def test_a_page_that_is_cut_off_is_not_drawn(model, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "plot", lambda *arguments: None)
+    pattern = write_text(tmp_path / "data", tokens)
+    runs = [str(write_checkpoint(tmp_path / name, model, pattern)) for name in "ab"]
+    assert main([*runs, "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    table = tmp_path / "out/table.md"
+    page = table.read_bytes()
+    assert main([str(table)]) == 0
+    refused = 0
+    for end in [*range(page.index(b"## stream"), page.index(b"## documents"), 211), len(page) - 2]:
+        table.write_bytes(page[:end])
+        with pytest.raises(InputError, match="damaged or cut off|no tables of groups"):
+            main([str(table)])
+        refused += 1
+    assert refused > 5
+    table.write_bytes(page)
+    with pytest.raises(InputError, match="is drawn as it stands: name nothing else"):
+        main([str(table), "--filters"])
 
 
 def test_sources_are_apart_and_told_apart(model, tokens, sources, tmp_path, capsys, monkeypatch):
@@ -357,7 +422,7 @@ def test_a_picture_of_every_group(model, tokens, tmp_path, monkeypatch):
     for shown in (labels, labels[:1]):
         page = "\n\n".join(evaluate.tables_of_groups(shown, text, results, measure, groups[measure])
                             for measure in evaluate.MEASURES)
-        (tmp_path / "table.md").write_text(page)
+        (tmp_path / "table.md").write_text(f"{page}\n")
         assert evaluate.main([str(tmp_path / "table.md")]) == 0
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
         tables = evaluate.read_groups(page)
@@ -411,12 +476,18 @@ def test_two_at_once_do_not_write_to_one_folder(model, tokens, tmp_path):
     ("a --tokens 901", "--tokens must be <= 900"),
     ("a long", "--rows: name the tokens of a row, a@7 was trained with 96, long@7 with 48"),
     ("a --bin none*.bin", "--bin: no shard matches"),
-    ("a --rows 0", "must be an integer >= 2")))
+    ("a --rows 0", "must be an integer >= 2"),
+    ("a --out ''", "--out: must be a folder's name, not empty"),
+    ("a --bin one/val_*.bin", "--bin holds one token"),
+    ("learned --rows 97", "--rows must be <= 96, the positions that learned@7 has learned")))
 def test_bad_input_is_one_line(model, tokens, tmp_path, monkeypatch, words, message):
     pattern = write_text(tmp_path / "data", tokens)
     write_checkpoint(tmp_path / "a", model, pattern)
     write_checkpoint(tmp_path / "long", GPT(GPTConfig(**{**SHAPE, "sequence_length": 48})), pattern)
+    learned = GPT(GPTConfig(**{**SHAPE, "position": "learned"}))
+    write_checkpoint(tmp_path / "learned", learned, pattern)
     (tmp_path / "empty").mkdir()
+    write_text(tmp_path / "one", tokens[:1])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=re.escape(message)):
-        main([*words.split(), "--device", "cpu"])
+        main([*shlex.split(words), "--device", "cpu"])

@@ -206,7 +206,26 @@ def test_seeds_are_pooled():
     assert recall.by_load(rows) == {(64, 4): 0.7} and recall.by_distance(rows) == {8: 0.7}
 
 
+def test_mixers_of_other_seeds_say_so(tmp_path):
+    cells = [dict(T=64, load=4, right=10, answers=10, by_distance=[[8, 10, 10]])]
+    rows = [dict(task="copying", mixer=mixer, seed=seed, cells=cells, machine="CPU")
+            for mixer, seed in (("attention", 1), ("attention", 2), ("filters", 2))]
+    recall.write_report(rows, tmp_path, TINY)
+    page = (tmp_path / "table.md").read_text()
+    assert "Seeds: 1, 2." in page and "| attention |" in page
+    assert page.count("| filters (seeds: 2) |") == 2  # by load and by distance
+
+
+def test_a_page_of_something_else_is_left_alone(tiny, tmp_path):
+    (tmp_path / "recall").mkdir()
+    (tmp_path / "recall/table.md").write_text("mine")
+    with pytest.raises(InputError, match="--output has a table.md of something else"):
+        ablation_studies.main(["recall", "--device", "cpu", "--output", str(tmp_path)])
+    assert (tmp_path / "recall/table.md").read_text() == "mine"
+
+
 @pytest.mark.parametrize("argv, message", (
+    (["--output", ""], "--output: must be a folder's name, not empty"),
     (["--tasks", "recall,x"], "--tasks: must be of recall, induction, .*, got recall,x"),
     (["--mixers", ""], "--mixers: must be of attention, .*, got "),
     (["--grid", "large"], "--grid: invalid choice: 'large'"),

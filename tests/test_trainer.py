@@ -254,8 +254,8 @@ def test_a_preset_that_changes_nothing_is_said(full_size):
     values_of("", saved, said.append)
     assert said == []
     values_of("--preset baseline --val_fp32 1", saved, said.append)
-    assert said == ["--preset baseline changes nothing: the checkpoint's flags count, and differ in "
-                    "mixer, depth_scale"]
+    assert said == ["--preset baseline changes nothing: the checkpoint's flags count, and differ "
+                    "in mixer, depth_scale"]
 
 
 def test_generate_and_eval_only_exclude_each_other(capsys):

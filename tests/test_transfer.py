@@ -129,6 +129,23 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
     again = capsys.readouterr().out
     assert again.count("b@7, ") == 2 * (1 + 3 * 2 + 2) and "c@7, " not in again
     weights = tmp_path / "out/c@7-code-0.01.pt"
+    before, data = torch.load(weights, weights_only=True), bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    lines = (tmp_path / "out/rows.jsonl").read_text().splitlines()
+    exchanged = [line for line in lines if '"label": "c@7"' in line and '"part": "all"' in line
+                 and '"rate": 0.01, "operator_of": "start"' in line]
+    for bad in (bytes(data), b"", None):  # damaged, empty, gone: tuned again to the same weights
+        weights.unlink() if bad is None else weights.write_bytes(bad)
+        (tmp_path / "out/rows.jsonl").write_text(
+            "".join(f"{line}\n" for line in lines if line not in exchanged))
+        assert exchanged and ablation_studies.main(argv) == 0
+        again = torch.load(weights, weights_only=True)
+        assert all(torch.equal(again[name], w) for name, w in before.items())
+        assert {*exchanged} <= {*(tmp_path / "out/rows.jsonl").read_text().splitlines()}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/table.md").write_text("mine")
+    with pytest.raises(InputError, match="--output has a table.md of something else"):
+        ablation_studies.main([*argv[:-1], str(tmp_path / "mine")])
     assert weights.exists() and not [*(tmp_path / "out").glob("*.part")]
     with pytest.raises(InputError, match="holds results with .*; delete it, or choose another"):
         ablation_studies.main([*argv, "--seed", "3"])
