@@ -1426,7 +1426,10 @@ def parse_flags(argv: list[str]) -> dict:
         else:
             options.update(type=flag.kind, metavar=flag.kind.metavar)
         group.add_argument(f"--{flag.name}", **options)
-    return vars(parser.parse_args(argv[:1] if every else argv))
+    flags = vars(parser.parse_args(argv[:1] if every else argv))
+    if {"generate", "eval_only"} <= flags.keys():
+        raise InputError("--generate and --eval_only: choose one")
+    return flags
 
 
 def model_fields(values: dict) -> dict:
@@ -1555,8 +1558,6 @@ def main(argv: list[str], gate=None) -> int:
             print(text, file=sys.stderr, flush=True)
 
     only_read, saved = "generate" in flags or "eval_only" in flags, None
-    if {"generate", "eval_only"} <= flags.keys():
-        raise InputError("--generate and --eval_only: choose one")
     folder = choose_folder(flags, only_read) or folder_of_preset(flags, device, say)
     with contextlib.ExitStack() as stack:
         if rank == 0 and not only_read:  # before anything in it is looked at
