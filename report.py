@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import (Checkpoints, Process, energy_used, load_weights, loss_of, newest_run,
-                         processes, read_log, validations_of)
+from checkpoints import (VALIDATED, Checkpoints, Process, energy_used, is_summary, load_weights,
+                         loss_of, newest_run, processes, read_log, validations_of)
 from data.text_to_bin import (InputError, Parser, appears_whole, first_line, gpt2_encoding,
                               relative, run_main, to_path)
 from runtime import Runtime, generate
@@ -43,8 +43,25 @@ BASELINE_LOSSES = (  # every 128 steps and at the end; all steps took 4.08 s, wi
     3.3997, 3.3839, 3.3821)
 
 
+# Numbers that the report reads of metrics.jsonl, and those that validations and summaries need
+NUMBERS = {"step", "tokens", "train_loss", "val_loss", "val_loss_fp32", "train_time_s",
+           "train_time_with_compilation_s", "wall_time_s", "peak_memory_usage", "peak_memory_bytes"}
+OF_VALIDATION = {*VALIDATED, "wall_time_s"}
+OF_SUMMARY = {"train_time_s", "train_time_with_compilation_s"}
+
+
+def is_whole(row: dict) -> bool:
+    """Return whether a row of metrics.jsonl has its numbers; a loss may be nan or infinite."""
+    needed = {"step"} | (OF_VALIDATION if "val_loss" in row else set()) \
+        | (OF_SUMMARY if is_summary(row) else set())
+    good = lambda name, value: type(value) in (int, float) and (
+        abs(value) < 1e18 or "loss" in name and type(value) is float)
+    return needed <= row.keys() and type(row["step"]) is int and row["step"] >= 0 and all(
+        good(name, value) for name, value in row.items() if name in NUMBERS)
+
+
 class Record:
-    """What a run's files say of it. Raises InputError where there is no metrics.jsonl."""
+    """What a run's files say of it. Raises InputError where there is no sound metrics.jsonl."""
 
     def __init__(self, folder: Path):
         from experiments.plot_runs import read_run
@@ -52,6 +69,9 @@ class Record:
         if not folder.is_dir():
             raise InputError(f"{folder}: no folder of a run")
         self.run, self.log = read_run(folder), read_log(folder)
+        for number, row in enumerate(self.run.rows, 1):
+            if not is_whole(row):
+                raise InputError(f"{self.run.file}: line {number} is not a row of metrics")
         self.processes = processes(self.log)
         # of each name the last value; a summary comes last
         self.latest = {name: value for row in self.run.rows for name, value in row.items()}

@@ -33,7 +33,9 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt2_afno as trainer  # noqa: E402
 from data.loader import find_shards  # noqa: E402
-from data.text_to_bin import InputError  # noqa: E402
+from data.text_to_bin import (FOLDER, InputError, Kind, owned,  # noqa: E402
+                              refuse_foreign)
+from experiments import archive  # noqa: E402
 from experiments.plot_runs import Run, commands_of, plot, read_run, time_to_loss  # noqa: E402
 from runtime import run  # noqa: E402
 
@@ -245,6 +247,7 @@ STUDIES = {
     }, CPU, 102_400),
 }
 
+MADE_BY = "Made by experiments/ablation_studies.py"  # in table.md
 OTHERS = ("recall", "transfer")  # studies that are no runs of the trainer: modules of these names
 
 # -----------------------------------------------------------------------------
@@ -255,6 +258,10 @@ OWN = ("--seed", "--output_dir", "--resume")  # flags that a study sets itself
 UNCOMPARED = ("--output_dir", "--resume", "--max_seconds", "--save_every")
 COMMON_LENGTH = 1024  # in tokens: losses at different lengths do not compare
 EVALUATION = f"eval-{COMMON_LENGTH}.txt"
+# what the table takes from a run's summary and log
+SUMMARY = ("step", "train_time_s", "train_time_with_compilation_s", "peak_memory_usage")
+COMMAND, MACHINE = r"^command: (.*)$", r"^(torch \d.*)$"
+PARAMETERS = r"^model: .* ([\d,]+) parameters"
 
 
 def as_dict(words: list[str]) -> dict[str, str]:
@@ -273,11 +280,16 @@ def command(flags: dict[str, str]) -> str:
     return f"python train_gpt2_afno.py {shlex.join(as_words(flags))}"
 
 
-def integer(flags: dict[str, str], name: str) -> int:
+def integer(flags: dict[str, str], name: str, low: int = 1) -> int:
     text = flags.get(name, "nothing")
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{name} must be an integer >= 1, got {text}")
+    if not text.isdecimal() or int(text) < low:
+        raise InputError(f"{name} must be an integer >= {low}, got {text}")
     return int(text)
+
+
+def last_step(flags: dict[str, str]) -> int:
+    """Return the step at which a run ends."""
+    return integer(flags, "--num_iterations") + integer({"--extend": "0"} | flags, "--extend", 0)
 
 
 def data_flags(data: str) -> dict[str, str]:
@@ -292,16 +304,20 @@ def data_flags(data: str) -> dict[str, str]:
     return found
 
 
-def flags_of(study: Study, arm: str, seed: int, folder: Path, tokens: float,
+def flags_of(study: Study, arm: str, seed: int, folder: Path, tokens: float | None,
              more: dict[str, str]) -> dict[str, str]:
     """Return all flags of a run.
 
-    Its steps follow from the tokens. From the steps follow its validations, about ten, and a
-    warmdown of half of them or, as the baseline's, of 1024/4768.
+    Its steps follow from the tokens, the study's own where None are given. From the steps follow
+    its validations, about ten, and a warmdown of half of them or, as the baseline's, of 1024/4768.
     """
     flags = as_dict(shlex.split(study.common)) | as_dict(shlex.split(study.arms[arm])) | more
     sizes = ("--batch_size", "--grad_accumulation_steps", "--sequence_length")
     step = math.prod(integer(flags, name) for name in sizes)
+    if tokens is not None and "--num_iterations" in flags:
+        raise InputError(f"--tokens does not change arm {arm}, whose steps are --num_iterations "
+                         f"{flags['--num_iterations']}: leave --tokens out")
+    tokens = study.tokens if tokens is None else tokens
     flags.setdefault("--num_iterations", str(max(1, round(tokens / step))))
     steps = integer(flags, "--num_iterations")
     flags.setdefault("--val_loss_every", str(math.ceil(steps / 10)))
@@ -318,14 +334,30 @@ def folder_of(flags: dict[str, str]) -> Path:
     return ROOT / flags["--output_dir"]
 
 
+def damaged(path: Path, what: str) -> InputError:
+    """Return the error for a run's file that is not as the trainer wrote it."""
+    return InputError(f"{trainer.relative(str(path))}: {what}; delete the run's folder, or "
+                      "restore the file")
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a run's file; raise InputError where it has none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise damaged(path, getattr(error, "strerror", "not text")) from None
+
+
 def refuse_other_flags(flags: dict[str, str]):
     """Raise InputError if the log in the folder is of a run, finished or not, with other flags."""
     log = folder_of(flags) / "train.log"
-    text = log.read_text(encoding="utf-8") if log.is_file() else ""
-    commands = commands_of(text)
+    commands = commands_of(read_text(log)) if log.is_file() else []
     if not commands:
         return
-    there = as_dict(shlex.split(commands[-1][0]))
+    try:
+        there = as_dict(shlex.split(commands[-1][0]))
+    except ValueError:  # also InputError, which is on what the user gives
+        raise damaged(log, "its last command is not made of pairs --name value") from None
     shown = lambda values, name: values.get(name, "not given")
     differing = [f"{name} is {shown(there, name)} there, now {shown(flags, name)}"
                  for name in dict.fromkeys((*flags, *there))
@@ -336,14 +368,27 @@ def refuse_other_flags(flags: dict[str, str]):
 
 
 def finished_run(flags: dict[str, str]) -> Run | None:
-    """Return the run if it came to its last step, or to the loss that it was to stop at."""
+    """Return the run if it came to its last step, or to the loss that it was to stop at.
+
+    Raises InputError where its files are damaged.
+    """
     if not (folder_of(flags) / "metrics.jsonl").is_file():
         return None
     run = read_run(folder_of(flags))
-    reached = run.summary and run.summary["wall_clock_time_to_target_loss"] is not None
-    ended = run.summary and (run.summary["step"] == integer(flags, "--num_iterations")
-                             or "--target_val_loss" in flags and reached)
-    return run if ended else None
+    if not run.summary:
+        return None
+    if not all(type(run.summary.get(name)) in (int, float) for name in SUMMARY):
+        raise damaged(run.file, f"its summary must have the numbers {', '.join(SUMMARY)}")
+    reached = run.summary["wall_clock_time_to_target_loss"] is not None
+    if run.summary["step"] != last_step(flags) and not ("--target_val_loss" in flags and reached):
+        return None
+    for rows, what in ((run.train, "training"), (run.curve, "validation")):
+        if not rows:
+            raise damaged(run.file, f"a finished run, but no rows of {what}")
+    for pattern in (COMMAND, MACHINE, PARAMETERS):
+        from_log(run, pattern)
+    loss_at_common_length(run)
+    return run
 
 
 def train(flags: dict[str, str]) -> tuple[int, str]:
@@ -398,7 +443,9 @@ def loss_at_common_length(run: Run) -> float | None:
     file = run.folder / EVALUATION
     if not file.is_file():
         return None
-    return float(re.search(r"val_loss:(\S+)", file.read_text(encoding="utf-8")).group(1))
+    if not (found := re.search(r"\bval_loss:(\d+\.\d+|nan|inf)\b", read_text(file))):
+        raise damaged(file, "it has no val_loss")
+    return float(found.group(1))
 
 
 def speed(run: Run) -> float:
@@ -410,8 +457,10 @@ def speed(run: Run) -> float:
 
 def from_log(run: Run, pattern: str) -> str:
     """Return what the pattern's group last is in the log."""
-    text = (run.folder / "train.log").read_text(encoding="utf-8")
-    return re.findall(pattern, text, re.MULTILINE)[-1]
+    log = run.folder / "train.log"
+    if not (found := re.findall(pattern, read_text(log), re.MULTILINE)):
+        raise damaged(log, "not the log of a finished run")
+    return found[-1]
 
 
 def speedup(run: Run, anchor: Run) -> tuple[float, float, float] | None:
@@ -449,7 +498,7 @@ def table_row(arm: str, runs: dict[int, Run], anchors: dict[int, Run]) -> str:
         f"{max(final.values()) - min(final.values()):.4f}" if len(final) > 1 else "one seed",
         f"{fmean(differences):+.4f}" if differences else "",
         f"{fmean(map(speed, runs.values())):,.0f}",
-        from_log(next(iter(runs.values())), r"^model: .* ([\d,]+) parameters"),
+        from_log(next(iter(runs.values())), PARAMETERS),
         f"{max(run.summary['peak_memory_usage'] for run in runs.values()) / 2**30:.1f}",
         f"{fmean(run.curve[-1][0] for run in runs.values()):,.0f}",
         f"{fmean(run.summary['train_time_s'] for run in runs.values()):.1f}",
@@ -471,10 +520,10 @@ def write_report(study: Study, folder: Path, runs: dict[tuple[str, int], Run],
     by_arm = {arm: {seed: run for (of_arm, seed), run in runs.items() if of_arm == arm}
               for arm in study.arms}
     anchor = next(iter(study.arms))
-    machines = sorted({from_log(run, r"^(torch \d.*)$") for run in runs.values()})
+    machines = sorted({from_log(run, MACHINE) for run in runs.values()})
     lines = [
         f"# {folder.name}", "",
-        f"{study.about} Made by experiments/ablation_studies.py from the runs' logs. Means over "
+        f"{study.about} {MADE_BY} from the runs' logs. Means over "
         f"seeds; spread is the largest less the smallest loss. The anchor is {anchor}; "
         "differences and seconds to its final loss are against its run of the same seed, seconds "
         "linear between validations. Seconds are of training alone. Times faster are the "
@@ -488,7 +537,7 @@ def write_report(study: Study, folder: Path, runs: dict[tuple[str, int], Run],
         *(table_row(arm, by_seed, by_arm[anchor]) for arm, by_seed in by_arm.items()), "",
         "```", *map(command, flags.values()), "```",
     ]
-    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    archive.write(folder / "table.md", "".join(f"{line}\n" for line in lines).encode())
     try:
         plot([run for by_seed in by_arm.values() for run in by_seed.values()],
              folder / "curves.png")
@@ -512,18 +561,21 @@ def seeds(text: str) -> list[int]:
     return found
 
 
+PREFIX = Kind(str, bool, "a folder of shards or how their paths begin, not empty", "PREFIX")
+
+
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """Return the study's arguments, and the trainer's flags after `--` and of --data."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = trainer.Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("study", choices=(*STUDIES, *OTHERS))
-    add("--data", metavar="PREFIX",
+    add("--data", type=PREFIX, metavar=PREFIX.metavar,
         help="folder of shards, or how their paths begin (the preset's)")
     add("--tokens", type=trainer.number(0, 1e15, False), metavar="N",
         help="of a run (the study's own)")
     add("--seeds", type=seeds, default="1337", metavar="N,N", help="(1337)")
-    add("--output", type=Path, default=ROOT / "experiments/studies", metavar="DIR",
+    add("--output", type=FOLDER, default=ROOT / "experiments/studies", metavar="DIR",
         help="(experiments/studies)")
     add("--keep_checkpoints", action="store_true",
         help="else they are deleted once a run is finished, also in an earlier call")
@@ -534,7 +586,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     if own := [name for name in OWN if name in more]:
         raise InputError(f"{own[0]} is the study's to set; for seeds and folders there are "
                          "--seeds and --output")
-    return args, more | (data_flags(args.data) if args.data else {})
+    return args, more | ({} if args.data is None else data_flags(args.data))
 
 
 def dry_run(flags: dict[tuple[str, int], dict]) -> int:
@@ -559,18 +611,29 @@ def main(argv: list[str]) -> int:
     if argv[:1] and argv[0] in OTHERS:
         return importlib.import_module(f"experiments.{argv[0]}").main(argv[1:])
     args, more = parse(argv)
+    if args.study in OTHERS:
+        raise InputError(f"{args.study} has flags of its own: ablation_studies.py {args.study} "
+                         "comes first, they follow")
     study, folder = STUDIES[args.study], args.output.resolve() / args.study
     # every arm once before the next seed, so that a study cut short can be read
-    flags = {(arm, seed): flags_of(study, arm, seed, folder, args.tokens or study.tokens, more)
+    flags = {(arm, seed): flags_of(study, arm, seed, folder, args.tokens, more)
              for seed in args.seeds for arm in study.arms}
     if args.dry_run:
         return dry_run(flags)
+    refuse_foreign(folder / "table.md", MADE_BY, "--output")
+    with owned(folder, "--output"):
+        return run_study(study, folder, flags, args.keep_checkpoints)
+
+
+def run_study(study: Study, folder: Path, flags: dict[tuple[str, int], dict],
+              keep_checkpoints: bool) -> int:
+    """Train what is not finished and write the report; return the exit status."""
     status = 0
     for of_run in flags.values():  # all of them before any training
         refuse_other_flags(of_run)
     runs = {key: run for key, of_run in flags.items() if (run := finished_run(of_run))}
     for key in runs:  # where the study was stopped after a run
-        status |= finish(flags[key], args.keep_checkpoints)
+        status |= finish(flags[key], keep_checkpoints)
     write_report(study, folder, runs, flags)
     for key, of_run in flags.items():
         name = folder_of(of_run).name
@@ -581,7 +644,7 @@ def main(argv: list[str]) -> int:
         exit_status, last = train(of_run)
         if run := finished_run(of_run):
             runs[key] = run
-            status |= finish(of_run, args.keep_checkpoints)
+            status |= finish(of_run, keep_checkpoints)
             write_report(study, folder, runs, flags)
         else:
             print(f"error: {name}: not finished, exit status {exit_status}: {last}",

@@ -22,12 +22,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.text_to_bin import InputError, run_main  # noqa: E402
+from data.text_to_bin import (FOLDER, InputError, Parser, first_line, owned,  # noqa: E402
+                              run_main)
 
 RUNS = Path(__file__).resolve().parent / "runs"
 RULE = b"=" * 100 + b"\n"
 SOURCE = re.compile(rb"source: (\S+) sha256 ([0-9a-f]{64})\n")
 NAME = re.compile(r"\d{4}-\d\d-\d\d(-[a-z0-9]+)+")
+TAR = tarfile.USTAR_FORMAT
+ENTRY = re.compile(r"([0-9a-f]{64})  (.+)")  # of MANIFEST
 
 
 class ArchiveError(InputError):
@@ -61,7 +64,9 @@ def join_log(stripped: bytes, sources: dict[str, bytes]) -> bytes:
     """Return the log that strip_log was given, with its sources from read_sources."""
     parts = []
     while match := SOURCE.match(stripped):
-        parts += [RULE, match[1], b"\n", RULE, sources[source_name(match[2].decode())]]
+        if (name := source_name(match[2].decode())) not in sources:
+            raise ArchiveError(f"sources.tar.xz is missing, or lacks {name}")
+        parts += [RULE, match[1], b"\n", RULE, sources[name]]
         stripped = stripped[match.end():]
     return b"".join(parts) + (RULE if parts else b"") + stripped
 
@@ -74,16 +79,25 @@ def source_name(digest: str) -> str:
 def read_sources(runs: Path = RUNS) -> dict[str, bytes]:
     """Return all sources by source_name."""
     path = runs / "sources.tar.xz"
-    if not path.is_file():
-        return {}
-    with tarfile.open(path, "r:xz") as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar}
+    return dict(unpacked(path)) if path.is_file() else {}
+
+
+def unpacked(path: Path) -> list[tuple[str, bytes]]:
+    """Return (name, bytes) of all files of an archive; raise ArchiveError where it is damaged."""
+    try:
+        data = io.BytesIO(lzma.decompress(path.read_bytes()))  # checks every byte
+        with tarfile.open(fileobj=data, mode="r:", encoding="utf-8") as tar:
+            if odd := [member.name for member in tar if not member.isreg()]:
+                raise tarfile.ReadError(f"{odd[0]} is no ordinary file")
+            return [(member.name, tar.extractfile(member).read()) for member in tar]
+    except (lzma.LZMAError, tarfile.TarError) as error:
+        raise ArchiveError(f"{path}: damaged, or no archive ({first_line(error)})") from None
 
 
 def solid(files: dict[str, bytes]) -> bytes:
     """Return an archive of these files, in this order."""
     archive, options = io.BytesIO(), {"preset": 9 | lzma.PRESET_EXTREME}
-    with tarfile.open(fileobj=archive, mode="w:xz", format=tarfile.USTAR_FORMAT, **options) as tar:
+    with tarfile.open(fileobj=archive, mode="w:xz", format=TAR, encoding="utf-8", **options) as tar:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -100,11 +114,13 @@ def archives(runs: Path = RUNS) -> list[str]:
 
 def read_manifest(runs: Path = RUNS) -> dict[str, str]:
     """Return the sha256 of every archived file by its name, folder/run/file."""
-    try:
-        lines = (runs / "archive/MANIFEST").read_text().splitlines()
-    except FileNotFoundError:
-        return {}
-    return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    path, found = runs / "archive/MANIFEST", {}
+    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if not (match := ENTRY.fullmatch(line)) or not line.isprintable():
+            raise ArchiveError(f"{path}: line {number} is not <sha256>  <file>")
+        found[match[2]] = match[1]
+    return found
 
 
 def members(name: str, runs: Path = RUNS) -> Iterator[tuple[str, bytes]]:
@@ -114,13 +130,12 @@ def members(name: str, runs: Path = RUNS) -> Iterator[tuple[str, bytes]]:
         raise ArchiveError(f"no archive {name}; there are: {', '.join(archives(runs))}")
     missing = {file for file in manifest if file.startswith(f"{name}/")}
     sources = read_sources(runs)
-    with tarfile.open(path, "r:xz") as tar:
-        for member in tar:
-            data = join_log(tar.extractfile(member).read(), sources)
-            if manifest.get(member.name) != sha256(data):
-                raise ArchiveError(f"{path.name}: {member.name} is not what MANIFEST says")
-            missing.discard(member.name)
-            yield member.name, data
+    for file, stripped in unpacked(path):
+        data = join_log(stripped, sources)
+        if manifest.get(file) != sha256(data):
+            raise ArchiveError(f"{path.name}: {file} is not what MANIFEST says")
+        missing.discard(file)
+        yield file, data
     if missing:
         raise ArchiveError(f"{path.name} lacks {min(missing)}, which MANIFEST has")
 
@@ -133,43 +148,78 @@ def write(path: Path, data: bytes):
     os.replace(part, path)
 
 
+def refuse_other(path: Path, data: bytes):
+    """Raise ArchiveError where there is something else than a file with these bytes."""
+    if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
+        raise ArchiveError(f"{path} is there and differs: move it away first")
+
+
 def restore(name: str, output: Path, runs: Path = RUNS) -> int:
     """Write all files of an archive under output/name; return their number."""
-    count = 0
-    for file, data in members(name, runs):
+    files = list(members(name, runs))
+    for file, data in files:
+        refuse_other(output / file, data)
+    for file, data in files:
         write(output / file, data)
-        count += 1
-    return count
+    return len(files)
+
+
+def refuse_name(file: str):
+    """Raise ArchiveError where tar or MANIFEST does not take the name of a file."""
+    try:
+        tarfile.TarInfo(file).tobuf(TAR, "utf-8", "strict")
+    except UnicodeEncodeError:
+        raise ArchiveError(f"{file!r}: its name must be UTF-8") from None
+    except ValueError:
+        raise ArchiveError(f"{file!r} is too long for tar, which takes 100 bytes and before them "
+                           "folders of 155") from None
+    if not file.isprintable():
+        raise ArchiveError(f"{file!r}: its name must be of printable characters")
 
 
 def pack(folder: Path, runs: Path = RUNS) -> int:
     """Add a folder of runs as a new archive, without checkpoints and plots; return how many files.
 
-    plot_runs.py draws the plots again.
+    plot_runs.py draws the plots again. Nothing is written where it is refused.
     """
-    name, manifest = folder.resolve().name, read_manifest(runs)
+    name = folder.resolve().name
     if not NAME.fullmatch(name):
         raise ArchiveError(f"{folder}: its name must be <date>-<question>, as 2026-11-26-goals")
-    # the manifest comes last: without it, packing was cut off
+    paths = [path for path in folder.rglob("*")
+             if path.is_file() and path.suffix != ".png" and not path.match("state_step*")]
+    if not paths:
+        raise ArchiveError(f"{folder}: no folder with files to pack")
+    paths.sort(key=lambda path: (path.suffix, path.name, path))  # alike files in a row pack best
+    named = {f"{name}/{path.relative_to(folder).as_posix()}": path for path in paths}
+    for file in named:
+        refuse_name(file)
+    with owned(runs / "archive", str(runs / "archive")):  # two at once would lose lines of MANIFEST
+        add(name, {file: path.read_bytes() for file, path in named.items()}, runs)
+        return len(list(members(name, runs)))  # read back, so each file is checked
+
+
+def add(name: str, files: dict[str, bytes], runs: Path):
+    """Write a new archive of these files, their sources and MANIFEST, which comes last.
+
+    Without its lines in MANIFEST, packing was cut off.
+    """
+    manifest, sources = read_manifest(runs), read_sources(runs)
     if name in archives(runs) and any(file.startswith(f"{name}/") for file in manifest):
         raise ArchiveError(f"an archive {name} exists")
-    files = [path for path in folder.rglob("*")
-             if path.is_file() and path.suffix != ".png" and not path.match("state_step*")]
-    if not files:
-        raise ArchiveError(f"{folder}: no folder with files to pack")
-    files.sort(key=lambda path: (path.suffix, path.name, path))  # alike files in a row pack best
-    stripped, sources = {}, read_sources(runs)
     known = len(sources)
-    for path in files:
-        data, file = path.read_bytes(), f"{name}/{path.relative_to(folder).as_posix()}"
+    for data in files.values():
         sources |= {source_name(sha256(text)): text for _, text in split_log(data)[0]}
-        stripped[file], manifest[file] = strip_log(data), sha256(data)
+    stripped = {file: strip_log(data) for file, data in files.items()}
+    for file, data in files.items():
+        if join_log(stripped[file], sources) != data:
+            raise ArchiveError(f"{file}: would not come back as it is: it begins with sources, or "
+                               "lines that name them, and is not a whole log")
+    manifest |= {file: sha256(data) for file, data in files.items()}
     write(runs / f"archive/{name}.tar.xz", solid(stripped))
     if len(sources) > known:
         write(runs / "sources.tar.xz", solid(sources))
     lines = (f"{digest}  {file}\n" for file, digest in sorted(manifest.items()))
     write(runs / "archive/MANIFEST", "".join(lines).encode())
-    return len(list(members(name, runs)))  # read back, so each file is checked
 
 
 # readable files
@@ -182,8 +232,10 @@ def keep(entry: str, runs: Path = RUNS) -> Path:
     if wanted is None:
         raise ArchiveError(f"no archive has {entry}")
     data = next(data for file, data in members(entry.split("/")[0], runs) if file == wanted)
-    write(runs / wanted, strip_log(data))
-    return runs / wanted
+    path, readable = runs / wanted, strip_log(data)
+    refuse_other(path, readable)
+    write(path, readable)
+    return path
 
 
 def verify(runs: Path = RUNS) -> int:
@@ -204,26 +256,22 @@ def verify(runs: Path = RUNS) -> int:
 
 def main():
     """Run one of the four commands."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, nargs in (("restore", "+"), ("pack", "+"), ("keep", "+")):
         commands.add_parser(name).add_argument("names", nargs=nargs)
-    commands.choices["restore"].add_argument("--output", type=Path, default=Path("runs"))
+    commands.choices["restore"].add_argument("--output", type=FOLDER, default=Path("runs"))
     commands.add_parser("verify")
     args = parser.parse_args()
-    try:
-        if args.command == "verify":
-            print(f"{verify()} files are as MANIFEST says")
-        for name in getattr(args, "names", ()):
-            if args.command == "restore":
-                print(f"{args.output / name}: {restore(name, args.output)} files")
-            elif args.command == "pack":
-                print(f"{name}: {pack(Path(name))} files packed")
-            else:
-                print(keep(name))
-    except tarfile.TarError as error:
-        raise ArchiveError(error) from None
+    if args.command == "verify":
+        print(f"{verify()} files are as MANIFEST says")
+    for name in getattr(args, "names", ()):
+        if args.command == "restore":
+            print(f"{args.output / name}: {restore(name, args.output)} files")
+        elif args.command == "pack":
+            print(f"{name}: {pack(Path(name))} files packed")
+        else:
+            print(keep(name))
 
 
 if __name__ == "__main__":

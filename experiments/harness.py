@@ -24,6 +24,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt2_afno as trainer  # noqa: E402
+from checkpoints import demand_like  # noqa: E402
 from data.loader import to_device  # noqa: E402
 from data.text_to_bin import InputError, first_line, gpt2_encoding, to_path  # noqa: E402
 from runtime import Runtime, choose_device, run, usual_runtime  # noqa: E402
@@ -38,12 +39,15 @@ MOST_NEW = 256  # tokens that are generated where a task names no number
 
 def load_exported(folder: Path) -> trainer.GPT:
     """Return the model that `report.py --export` has written; raise InputError where it cannot."""
-    from safetensors.torch import load_model
+    from safetensors.torch import load_file, load_model
 
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = trainer.GPT(trainer.GPTConfig(**config["model"]))
-        load_model(model, str(folder / "model.safetensors"))
+        path = str(folder / "model.safetensors")
+        load_model(model, path)  # refuses other names and shapes
+        found, wanted = load_file(path), model.state_dict()
+        demand_like(found, {name: wanted[name] for name in found}, "model")
     except Exception as error:  # safetensors has its own
         raise InputError(f"{folder}: not a folder of report.py --export "
                          f"({first_line(error)})") from None

@@ -42,7 +42,7 @@ class Run:
 def read_run(path: Path) -> Run:
     """Read a run's folder or its metrics.jsonl; raise InputError naming the file.
 
-    There may be no rows.
+    There may be no rows. A loss may be nan or infinite, as of a run that diverged.
     """
     run = Run(path / "metrics.jsonl" if path.is_dir() else path, [], [], None)
     try:
@@ -55,17 +55,25 @@ def read_run(path: Path) -> Run:
         try:
             row = dict(json.loads(line))
             if "train_loss" in row:
-                run.train.append((row["tokens"], row["train_time_s"], row["train_loss"]))
+                run.train.append(point(row, "train_loss"))
             elif "val_loss" in row:
-                run.curve.append((row["tokens"], row["train_time_s"], row["val_loss"]))
+                run.curve.append(point(row, "val_loss"))
             elif "wall_clock_time_to_target_loss" in row:
                 run.summary = row
             run.rows.append(row)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            if number < len(lines):
-                raise InputError(f"{run.file}: line {number} is not a row of metrics") from None
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             # the last line of a run that was killed, or is still writing, may be cut off
+            if number < len(lines) or not isinstance(error, ValueError):
+                raise InputError(f"{run.file}: line {number} is not a row of metrics") from None
     return run
+
+
+def point(row: dict, loss: str) -> tuple[int, float, float]:
+    """Return (tokens, training seconds, loss) of a row; raise TypeError where one is no number."""
+    found = row["tokens"], row["train_time_s"], row[loss]
+    if not all(type(value) in (int, float) for value in found):
+        raise TypeError
+    return found
 
 
 def commands_of(log: str) -> list[tuple[str, bool]]:
@@ -107,27 +115,39 @@ def labels(runs: list[Run]) -> list[str]:
             for run, name in zip(runs, names)]
 
 
+def finite_rows(run: Run) -> list[np.ndarray]:
+    """Return the rows of training and of validation; say how many are left out, as not finite.
+
+    Raises InputError where none are left.
+    """
+    rows = [np.array(rows, dtype=float).reshape(-1, 3) for rows in (run.train, run.curve)]
+    finite = [of_kind[np.isfinite(of_kind).all(axis=1)] for of_kind in rows]
+    if not sum(map(len, rows)):
+        raise InputError(f"{run.file}: no rows of training or validation yet")
+    if not sum(map(len, finite)):
+        raise InputError(f"{run.file}: no loss is finite")
+    if left_out := sum(map(len, rows)) - sum(map(len, finite)):
+        print(f"{run.file}: left out, as not finite: {left_out} losses", file=sys.stderr)
+    return finite
+
+
 def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X, log: bool = False):
-    """Write the picture; raise InputError for a run without rows, or a name of no picture.
+    """Write the picture; raise InputError for a run without losses, or a name of no picture.
 
     log: x is logarithmic, without what is at 0.
     """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    for run in runs:
-        if not run.train and not run.curve:
-            raise InputError(f"{run.file}: no rows of training or validation yet")
+    finite = [finite_rows(run) for run in runs]
     figure, panels = plt.subplots(1, len(xs), figsize=(1 + 6 * len(xs), 5), sharey=True,
                                   squeeze=False)
     if output.suffix[1:] not in (formats := figure.canvas.get_supported_filetypes()):
         raise InputError(f"--output {output}: its ending must be one of {', '.join(formats)}")
     colors = plt.get_cmap("tab10" if len(runs) <= 10 else "tab20").colors
     settled = []  # losses after the first tenth of a run, whose fall would flatten all that follows
-    for i, (run, label) in enumerate(zip(runs, labels(runs))):
+    for i, (train, curve) in enumerate(finite):
         color = colors[i % len(colors)]
-        train, curve = (np.array(rows, dtype=float).reshape(-1, 3)
-                        for rows in (run.train, run.curve))
         train[:, 2] = smoothed(train[:, 2])
         end = max(rows[-1, 0] for rows in (train, curve) if len(rows))
         settled += [loss for rows in (train, curve) for tokens, _, loss in rows
@@ -135,7 +155,7 @@ def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X, log: bool = Fal
         for x, axes in zip(xs, panels[0]):
             axes.plot(train[:, X.index(x)], train[:, 2], color=color, linewidth=0.6, alpha=0.6)
             axes.plot(curve[:, X.index(x)], curve[:, 2], color=color, linewidth=1, marker="o",
-                      markersize=4, label=label)
+                      markersize=4, label=f"run {i}")
     margin = 0.05 * (max(settled) - min(settled)) or 0.1
     for x, axes in zip(xs, panels[0]):
         axes.set(xlabel=x if x == "tokens" else "training seconds, without compilation",
@@ -144,7 +164,9 @@ def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X, log: bool = Fal
             axes.set_xscale("log", nonpositive="mask")
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("loss: points validation, thin lines training")
-    panels[0, -1].legend(fontsize=7)
+    legend = panels[0, -1].legend(fontsize=7)
+    for text, label in zip(legend.get_texts(), labels(runs)):  # a label would read _ and $ as signs
+        text.set(text=label, parse_math=False)
     figure.tight_layout()
     figure.savefig(output, dpi=120)
     plt.close(figure)

@@ -33,7 +33,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import afno  # noqa: E402
-from data.text_to_bin import InputError, Parser, first_line, integer, one_of  # noqa: E402
+from data.text_to_bin import (FOLDER, InputError, Parser, first_line, integer,  # noqa: E402
+                              one_of, owned)
+from experiments import archive  # noqa: E402
 from experiments.recall import append_line, read_lines  # noqa: E402
 from kernels import usable  # noqa: E402
 from runtime import Runtime, measure_matmul_rate, run  # noqa: E402
@@ -42,6 +44,11 @@ from train_gpt2_afno import GPT, MODELS, GPTConfig, flops_per_token, make_optimi
 
 PARTS = ("operator", "batch", "step", "profile")
 HIDDEN = ("by_kernel_ms", "where", "model", "tokens")  # in rows.jsonl alone
+WORDS = ("part", "name", "where", "model", "error")  # what a row has beside numbers
+NEEDED = {  # of a row; of one with an error the first two alone
+    "floor": (), "operator": ("B", "T", "ms"), "batch": ("B", "T", "ms"),
+    "step": ("B", "T", "ms", "mfu", "parameters", "tokens_per_s"),
+    "profile": ("B", "T", "by_kernel_ms")}
 C = 768
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -506,7 +513,7 @@ def write_tables(rows: list[dict], folder: Path):
             lines += amdahl(by_part["operator"], steps)
     for row in by_part["profile"]:
         lines += profile_tables(row)
-    (folder / "tables.md").write_text("\n".join(lines))
+    archive.write(folder / "tables.md", "\n".join(lines).encode())
 
 
 def amdahl(operator: list[dict], steps: list[dict]) -> list[str]:
@@ -609,7 +616,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="of operator, batch and step: rows with such names")
     add("--residual_bf16", type=one_of(0, 1), default=1, help="the trainer's, of step and profile")
     add("--compile", type=one_of(0, 1), default=1)
-    add("--output", type=Path, default=Path(__file__).resolve().parent.parent / "runs/speed")
+    add("--output", type=FOLDER, default=Path(__file__).resolve().parent.parent / "runs/speed")
     args = parser.parse_args(argv)
     args.parts = [part for part in args.parts.split(",") if part != "none"]
     if unknown := set(args.parts) - set(PARTS):
@@ -655,6 +662,12 @@ def measure_parts(args: argparse.Namespace, device, runtime: Runtime, emit):
 def main(argv: list[str]) -> int:
     """Measure what is asked for, write tables and plots, and return the exit status."""
     args = parse(argv)
+    with owned(args.output, "--output"):
+        return analyse(args)
+
+
+def analyse(args: argparse.Namespace) -> int:
+    """Do what main does, in a folder of this process alone."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # on a CPU this only shows that the script works
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -670,12 +683,11 @@ def main(argv: list[str]) -> int:
         print({key: round(value, 4) if isinstance(value, float) else value
                for key, value in row.items() if key not in HIDDEN}, flush=True)
 
-    read_lines(file, "part")  # before hours of measuring
+    read_rows(file)  # before hours of measuring
     if args.parts:
-        args.output.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(KeyboardInterrupt):  # what was measured becomes tables
             measure_parts(args, device, runtime, emit)
-    measured = read_lines(file, "part")
+    measured = read_rows(file)
     rows = latest(measured)
     if not rows:
         raise InputError(f"{file}: no rows; measure some of --parts {', '.join(PARTS)} first")
@@ -688,6 +700,25 @@ def main(argv: list[str]) -> int:
         print(f"left out, of another card, torch, model or number of tokens: {left_out} rows")
     print(f"tables of {rows[-1]['where']}, and plots, in {args.output.name}/")
     return 0
+
+
+def read_rows(file: Path) -> list[dict]:
+    """Return the rows measured before; raise InputError where no tables can be made of one."""
+    rows = read_lines(file, "part", "name", "where")
+    for number, row in enumerate(rows, 1):
+        if not is_whole(row):
+            raise InputError(f"{file}: line {number} is not a row of this script; delete it, or "
+                             "choose another --output")
+    return rows
+
+
+def is_whole(row: dict) -> bool:
+    """Return whether a row has all that tables and plots take, as numbers where they want them."""
+    kinds = dict.fromkeys(WORDS, str) | {"by_kernel_ms": dict, "by_group_ms": dict}
+    if not all(isinstance(value, kinds.get(name, (int, float))) for name, value in row.items()):
+        return False
+    needed = NEEDED.get(row["part"])
+    return needed is not None and row.keys() >= {*needed[: 2 if "error" in row else None]}
 
 
 def alike(rows: list[dict]) -> list[dict]:

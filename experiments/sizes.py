@@ -12,9 +12,11 @@ among them, and attention's. Seconds are of training alone, and compare on one k
 whose runs are of several kinds has no fit to them.
 
 Of each run it reads metrics.jsonl, and the command and the machine in train.log. Runs whose other
-flags differ, such as T or rates, are refused. Needs matplotlib for sizes.png.
+flags differ, such as T or rates, are refused. So are runs of one mixer, or one mixer and size, that
+are different models, and a run that is there twice. Needs matplotlib for sizes.png.
 """
 import argparse
+import itertools
 import math
 import re
 import shlex
@@ -28,17 +30,23 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_gpt2_afno as trainer  # noqa: E402
-from data.text_to_bin import InputError, Parser  # noqa: E402
+from data.text_to_bin import (FOLDER, InputError, Parser, number, owned,  # noqa: E402
+                              refuse_foreign, show)
+from experiments import archive  # noqa: E402
 from experiments.plot_runs import commands_of, read_run  # noqa: E402
 from runtime import run, shapes_of  # noqa: E402
 
 MEASURES = {"parameters": "parameters without embeddings", "flops": "FLOPs of training",
             "seconds": "training seconds"}
 MIXERS = ("attention", "hybrid", "states", "filters")
-# Flags that make size and mixer, length of the run and place of its files
-MAY_DIFFER = {"model", "n_layer", "n_embd", "n_head", "afno_num_blocks", "mixer", "attn_layers",
-              "afno_state_layers", "afno_short_conv", "seed", "num_iterations", "warmdown_iters",
-              "extend", "val_loss_every", *trainer.THIS_COMMAND}
+# Flags that make mixer, size, length of the run and place of its files
+OF_MIXER = {"afno_short_conv"}  # these agree within a mixer
+OF_SIZE = {"n_layer", "n_embd", "n_head", "afno_num_blocks", "attn_layers",
+           "afno_state_layers"}  # and these within a mixer and size
+MAY_DIFFER = {"model", "mixer", "seed", "num_iterations", "warmdown_iters", "extend",
+              "val_loss_every", *trainer.THIS_COMMAND}
+HEAD = "| tokens | mixer | size | seed | parameters without embeddings | FLOPs | seconds | " \
+    "loss | machine |"  # of table.md
 
 
 @dataclass
@@ -54,7 +62,7 @@ class Sized:
     seconds: float
     loss: float
     machines: tuple[str, ...]  # several where it was resumed on another
-    rest: dict  # the flags in which runs may not differ
+    flags: dict  # all; those of the model as it takes them
 
 
 def model_of(log: str) -> tuple[trainer.GPT, dict]:
@@ -111,27 +119,35 @@ def read_sized(folder: Path) -> Sized:
         last = next((row for row in reversed(found.rows) if "val_loss" in row), {})
         if last.get("step") != flags["num_iterations"] + flags["extend"]:
             raise InputError("not a finished run")
-        tokens, seconds, loss = found.curve[-1]
-        if not (seconds > 0 and math.isfinite(loss)):
-            raise InputError(f"its loss is {loss}, its seconds are {seconds}")
+        tokens, seconds, loss = (last[name] for name in ("tokens", "train_time_s", "val_loss"))
+        if not all(map(number(0, 1e18, include_low=False).accepts, (tokens, seconds, loss))):
+            raise InputError(f"its tokens are {tokens!r}, its seconds are {seconds!r}, its loss is "
+                             f"{loss!r}: each must be a finite number above 0")
     except (InputError, OSError, ValueError) as error:
         raise InputError(f"{folder}: {error}") from None
     config = model.config
-    rest = {name: value for name, value in flags.items() if name not in MAY_DIFFER}
+    flags |= {name: getattr(config, name) for name in OF_MIXER | OF_SIZE}
     return Sized(flags["model"], mixer_of(config), flags["seed"], tokens,
                  without_embeddings(model),
                  tokens * trainer.flops_per_token(model, config.sequence_length), seconds, loss,
-                 machines, rest)
+                 machines, flags)
 
 
 def refuse_unlike(folders: list[Path], runs: list[Sized]):
-    """Raise InputError where a run is named twice, or has other flags than the first."""
-    for folder, of in zip(folders, runs):
-        if sum(folder.resolve() == other.resolve() for other in folders) > 1:
-            raise InputError(f"{folder}: named twice")
-        if unlike := [name for name in of.rest if of.rest[name] != runs[0].rest[name]]:
-            raise InputError(f"{folder}: does not compare with {folders[0]}: --{unlike[0]} is "
-                             f"{of.rest[unlike[0]]}, there {runs[0].rest[unlike[0]]}")
+    """Raise InputError where runs do not compare, or one is there twice, perhaps as a copy."""
+    for (other, there), (folder, of) in itertools.combinations(zip(folders, runs), 2):
+        same_mixer = of.mixer == there.mixer
+        same_size = same_mixer and of.model == there.model
+        may_differ = MAY_DIFFER | (set() if same_mixer else OF_MIXER) \
+            | (set() if same_size else OF_SIZE)
+        if unlike := [name for name in of.flags
+                      if name not in may_differ and of.flags[name] != there.flags[name]]:
+            values = [show(flags[unlike[0]]) for flags in (of.flags, there.flags)]
+            raise InputError(f"{folder}: does not compare with {other}: --{unlike[0]} is "
+                             f"{values[0]}, there {values[1]}")
+        if same_size and (of.seed, of.tokens) == (there.seed, there.tokens):
+            raise InputError(f"{folder} and {other} are one run, or copies of it: both are "
+                             f"{of.mixer}, {of.model}, of {of.tokens:,} tokens and seed {of.seed}")
 
 
 def fit(x: list[float], y: list[float]) -> tuple[float, float, float]:
@@ -168,8 +184,7 @@ def why_no_fit(found: list[Sized], measure: str) -> str:
 
 def table(lines: dict[tuple[int, str], list[Sized]]) -> str:
     """Return the table of runs."""
-    rows = ["| tokens | mixer | size | seed | parameters without embeddings | FLOPs | seconds | "
-            "loss | machine |", "|" + " --- |" * 9]
+    rows = [HEAD, "|" + " --- |" * 9]
     rows += [f"| {tokens / 1e6:.1f}M | {mixer} | {of.model} | {of.seed} | {of.parameters:,} | "
              f"{of.flops:.3g} | {of.seconds:.1f} | {of.loss:.4f} | {', '.join(of.machines)} |"
              for (tokens, mixer), found in lines.items() for of in found]
@@ -230,20 +245,21 @@ def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
-    add("--output", type=Path, default=ROOT / "experiments/sizes", metavar="DIR",
+    add("--output", type=FOLDER, default=ROOT / "experiments/sizes", metavar="DIR",
         help="(experiments/sizes)")
     args = parser.parse_args(argv)
+    refuse_foreign(args.output / "table.md", HEAD, f"--output {args.output}")
     runs = [read_sized(folder) for folder in args.runs]
     refuse_unlike(args.runs, runs)
     lines = lines_of(runs)
-    args.output.mkdir(parents=True, exist_ok=True)
-    for name, text in (("table.md", table(lines)), ("slopes.md", slopes(lines))):
-        (args.output / name).write_text(text, encoding="utf-8")
-        print(text)
-    try:
-        draw(lines, args.output / "sizes.png")
-    except ImportError:
-        print("no sizes.png: matplotlib is not installed")
+    with owned(args.output, "--output"):
+        for name, text in (("table.md", table(lines)), ("slopes.md", slopes(lines))):
+            archive.write(args.output / name, text.encode())
+            print(text)
+        try:
+            draw(lines, args.output / "sizes.png")
+        except ImportError:
+            print("no sizes.png: matplotlib is not installed")
     return 0
 
 

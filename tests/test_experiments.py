@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train_gpt2_afno as trainer
-from data.text_to_bin import InputError, ShardWriter, read_bin, run_main
+from data.text_to_bin import InputError, ShardWriter, owned, read_bin, run_main
 from experiments import ablation_studies, plot_runs, scaling_analysis, screening
 from experiments.ablation_studies import STUDIES, Study, main
 from experiments.plot_runs import read_run, time_to_loss
@@ -58,6 +58,21 @@ def fake_trainer(monkeypatch, tmp_path):
 def write_run(folder: Path, rows: list[dict], end: str = "") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
+    return folder
+
+
+def write_finished(output: Path, arm: str, step: int = 2, **more: str) -> Path:
+    """Write the files of a finished run of the study pair; more: flags beside its own."""
+    flags = ablation_studies.flags_of(STUDIES["pair"], arm, 1337, output / "pair", None,
+                                      {f"--{name}": value for name, value in more.items()})
+    folder = write_run(output / f"pair/{arm}-seed1337", [
+        dict(step=step, tokens=64, train_loss=8.0, train_time_s=1.0),
+        dict(step=step, tokens=64, val_loss=7.0, train_time_s=1.0),
+        dict(step=step, train_time_s=1.0, train_time_with_compilation_s=2.0,
+             peak_memory_usage=2**30, wall_clock_time_to_target_loss=None)])
+    command = ablation_studies.command(flags).removeprefix("python ")
+    (folder / "train.log").write_text(
+        f"command: {command}\ntorch 2.0, 1 x CPU\nmodel: d4, 1,000 parameters, mixers attn\n")
     return folder
 
 
@@ -123,6 +138,37 @@ def test_plot_runs_makes_pictures_and_one_line_errors(tmp_path, monkeypatch, cap
         assert re.fullmatch(f"error: {re.escape(error)}.*\n", capsys.readouterr().err)
 
 
+def test_a_loss_that_is_no_number_is_refused_also_in_the_last_line(tmp_path):
+    for loss in ("text", None, [8.0]):
+        run = write_run(tmp_path, [dict(step=1, tokens=1, val_loss=loss, train_time_s=1.0)])
+        with pytest.raises(InputError, match="metrics.jsonl: line 1 is not a row of metrics"):
+            read_run(run)
+
+
+def test_losses_that_are_not_finite_are_left_out(tmp_path, capsys):
+    def row(**loss):
+        return dict(step=1, tokens=1, train_time_s=1.0, **loss)
+
+    run = write_run(tmp_path / "all", [row(train_loss=math.inf), row(val_loss=math.nan)])
+    with pytest.raises(InputError, match="all/metrics.jsonl: no loss is finite"):
+        plot_runs.plot([read_run(run)], tmp_path / "curves.png")
+    run = write_run(tmp_path / "some", [row(train_loss=math.inf), row(train_loss=8.0)])
+    plot_runs.plot([read_run(run)], tmp_path / "curves.png", ("tokens",))
+    assert capsys.readouterr().err.endswith("metrics.jsonl: left out, as not finite: 1 losses\n")
+
+
+def test_a_legend_has_every_name_as_it_is(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    names, texts = ["p$x_$", "_private", "plain"], []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **options: texts.extend(
+        figure.axes[-1].get_legend().get_texts()))
+    plot_runs.plot([read_run(write_run(tmp_path / name, [
+        dict(step=1, tokens=1, val_loss=4.0, train_time_s=1.0)])) for name in names],
+        tmp_path / "curves.png")
+    assert [text.get_text() for text in texts] == names
+    assert not any(text.get_parse_math() for text in texts)
+
+
 # -----------------------------------------------------------------------------
 # studies
 
@@ -166,6 +212,50 @@ def test_a_study_runs_then_skips_and_refuses_other_flags(data, pair, tmp_path, c
         main([*argv, "--", "--warmup_iters", "3"])
     with pytest.raises(InputError, match="--num_iterations is 2 there, now 4"):
         main([*argv, "--tokens", "128"])
+
+
+def test_a_study_owns_its_folder(pair, fake_trainer, tmp_path):
+    with owned(tmp_path / "pair", "x"), pytest.raises(InputError, match="--output is in use by"):
+        main(["pair", "--output", str(tmp_path)])
+    (tmp_path / "pair").mkdir(exist_ok=True)
+    (tmp_path / "pair/table.md").write_text("mine")
+    with pytest.raises(InputError, match="--output has a table.md of something else"):
+        main(["pair", "--output", str(tmp_path)])
+
+
+def test_steps_of_extend_count(pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation_studies, "plot", lambda *_: None)
+    for arm in STUDIES["pair"].arms:
+        write_finished(tmp_path, arm, step=4, extend="2")
+    assert main(["pair", "--output", str(tmp_path), "--", "--extend", "2"]) == 0
+    assert capsys.readouterr().out.count("finished before, skipped") == 2
+    with pytest.raises(InputError, match="--extend must be an integer >= 0, got -1"):
+        ablation_studies.last_step({"--num_iterations": "2", "--extend": "-1"})
+
+
+@pytest.mark.parametrize("name, change, message", (
+    ("train.log", lambda text: b"", "not the log of a finished run"),
+    ("train.log", lambda text: text[text.index(b"\n"):], "not the log of a finished run"),
+    ("train.log", lambda text: text + b"\xff", "not text"),
+    *(("train.log", lambda text, word=word: text.replace(b" --mixer", word + b" --mixer"),
+       "its last command is not made of pairs --name value") for word in (b" '", b" --bare")),
+    *(("metrics.jsonl", lambda text, word=word: re.sub(b".*%s_loss.*\n" % word, b"", text),
+       f"a finished run, but no rows of {word.decode()}") for word in (b"train", b"val")),
+    ("metrics.jsonl", lambda text: text.replace(b"peak_memory_usage", b"p"),
+     "its summary must have the numbers step, .*, peak_memory_usage"),
+    ("eval-1024.txt", lambda text: b"", "it has no val_loss"),
+))
+def test_damaged_files_of_a_finished_run_are_one_line_and_cost_nothing(
+        pair, tmp_path, name, change, message):
+    for arm in STUDIES["pair"].arms:
+        folder = write_finished(tmp_path, arm)
+    (folder / "eval-1024.txt").write_text("step:2 sequence_length:1024 val_loss:4.5000\n")
+    (folder / "state_step000002.pt").touch()
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    with pytest.raises(InputError, match=f"two-seed1337/{name}: {message}.*; delete the run's "
+                                         "folder, or restore the file$") as caught:
+        main(["pair", "--output", str(tmp_path)])
+    assert "\n" not in str(caught.value) and (folder / "state_step000002.pt").exists()
 
 
 def test_a_failed_arm_is_reported_and_the_others_go_on(pair, fake_trainer, tmp_path, capsys):
@@ -342,6 +432,13 @@ def test_arms_train_on_equally_many_tokens(name, capsys):
     (["pair", "--", "--eval_only"], "must be pairs --name value, got --eval_only"),
     (["pair", "--", "--seed", "3"], "--seed is the study's to set"),
     (["other"], "study: invalid choice: 'other'"),
+    (["--dry_run", "recall"], "recall has flags of its own: ablation_studies.py recall comes first"),
+    (["goals-baseline", "--tokens", "1e6", "--dry_run"],
+     "--tokens does not change arm attention, whose steps are --num_iterations 610: leave --tok"),
+    (["pair", "--tokens", "64", "--dry_run", "--", "--num_iterations", "4"],
+     "--tokens does not change arm one, whose steps are --num_iterations 4: leave --tokens out"),
+    (["pair", "--data", ""], "--data: must be a folder of shards .*, not empty"),
+    (["pair", "--output", ""], "--output: must be a folder's name, not empty"),
 ))
 def test_bad_input_is_one_clear_line(pair, argv, message):
     with pytest.raises(InputError, match=message) as caught:
@@ -399,6 +496,23 @@ def test_rows_of_another_model_card_or_number_of_tokens_make_no_common_table():
     assert scaling_analysis.latest(rows) == [rows[3], rows[4]]
     assert scaling_analysis.latest(rows[:3]) == [rows[2]]
     assert scaling_analysis.latest([*rows, row(ms=6, T=4, tokens=16)])[0]["ms"] == 6
+
+
+@pytest.mark.parametrize("row", (
+    dict(part="step"), dict(part="step", name="a", where="CPU", B=1, T=1),
+    dict(part="other", name="a", where="CPU", B=1, T=1, ms=1.0),
+    dict(part="operator", name="a", where="CPU", B=1, T="1", ms=1.0)))
+def test_rows_that_make_no_tables_are_refused(tmp_path, row):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match="rows.jsonl: .*not a .*; delete it, or choose another"):
+        scaling_analysis.main(["--parts", "none", "--output", str(tmp_path)])
+
+
+def test_a_scaling_analysis_owns_its_folder(tmp_path):
+    with owned(tmp_path, "x"), pytest.raises(InputError, match="--output is in use by"):
+        scaling_analysis.main(["--parts", "none", "--output", str(tmp_path)])
+    with pytest.raises(InputError, match="--output: must be a folder's name, not empty"):
+        scaling_analysis.parse(["--output", ""])
 
 
 def test_a_table_at_constant_tokens_has_one_number_of_them(tmp_path, monkeypatch, capsys):

@@ -152,6 +152,24 @@ def test_errors_are_one_line(tmp_path, monkeypatch):
         Adapter(tiny(), CPU, 1)
 
 
+@pytest.mark.parametrize("change", (
+    lambda x: x.index_fill(0, torch.tensor([0]), torch.nan), lambda x: x / 0,
+    torch.Tensor.double, torch.Tensor.bfloat16, torch.Tensor.int))
+def test_weights_that_no_export_writes_are_refused(tmp_path, change):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, path = tiny(), tmp_path / "model.safetensors"
+    (tmp_path / "config.json").write_text(json.dumps(dict(model=vars(model.config))))
+    safetensors.save_model(model, str(path))
+    loaded = harness.load_exported(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], x) for name, x in model.state_dict().items())
+    weights = safetensors.load_file(path)
+    name = next(name for name in weights if name.startswith("transformer.h.0"))
+    safetensors.save_file(weights | {name: change(weights[name])}, path)
+    with pytest.raises(InputError, match=f"^{tmp_path}: not a folder of report.py --export "
+                                         rf"\(model.{name} is damaged\)$"):
+        harness.load_exported(tmp_path)
+
+
 @pytest.fixture
 def fake_harness(monkeypatch):
     """An installed harness that has a task x, and evaluates nothing."""

@@ -3,6 +3,7 @@ import ast
 import io
 import itertools
 import json
+import math
 import re
 import signal
 import sys
@@ -155,6 +156,27 @@ def test_what_is_missing_is_said(data, tmp_path, monkeypatch):
     assert "- commit: not known: no train.log\n" in text and "a number not known" in text
     (run / "metrics.jsonl").write_text("")
     assert written(monkeypatch, run)[1]["tokens"] == "not known: the run did not end"
+
+
+@pytest.mark.parametrize("change", (
+    dict(val_loss="3.2"), dict(train_time_s=None), dict(step=None), dict(step=-1),
+    dict(wall_time_s=None), dict(val_loss_fp32="3.2"), dict(tokens=math.inf),
+    dict(peak_memory_bytes="much"), dict(wall_clock_time_to_target_loss=None)))
+def test_a_damaged_line_of_the_metrics_is_refused(tmp_path, monkeypatch, capsys, change):
+    """None takes a number out; the last is a summary without its seconds."""
+    run, row = tmp_path, dict(step=0, tokens=32, val_loss=3.0, train_time_s=1.0, wall_time_s=1.0)
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert written(monkeypatch, run)[1]["loss 3.3821"].startswith("**reached** after 1.0 s")
+    lost = {name for name, value in change.items() if value is None and name in row}
+    damaged = {name: value for name, value in (row | change).items() if name not in lost}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (
+        row, damaged, row | dict(step=2))))
+    for words in ((), ("--export", tmp_path / "out")):
+        assert refused(monkeypatch, capsys, run, *words) == \
+            f"error: {run}/metrics.jsonl: line 2 is not a row of metrics\n"
+    if "train_time_s" in change:
+        (run / "metrics.jsonl").write_text(json.dumps(row | change) + "\n" + json.dumps(row))
+        assert "line 1 is not a row" in refused(monkeypatch, capsys, run)
 
 
 def test_another_vocabulary_or_no_checkpoint_costs_the_samples_alone(data, tmp_path, monkeypatch):

@@ -1,11 +1,14 @@
 """Check that every file of every run can be restored and that the tables are up to date."""
 import hashlib
 import json
+import lzma
+import os
 import re
 from pathlib import Path
 
 import pytest
 
+from data.text_to_bin import InputError
 from experiments import archive, results
 
 HERE = Path(results.__file__).parent
@@ -153,7 +156,7 @@ def test_verify_finds_a_changed_log_source_and_manifest(packed):
         archive.verify(packed)
     log.write_bytes(old)
     entries = manifest.read_text()
-    manifest.write_text(entries + "0  2026-01-02-question/run/lost.txt\n")
+    manifest.write_text(entries + "0" * 64 + "  2026-01-02-question/run/lost.txt\n")
     with pytest.raises(archive.ArchiveError, match="lacks .*lost.txt"):
         archive.verify(packed)
     manifest.write_text(entries)
@@ -161,6 +164,103 @@ def test_verify_finds_a_changed_log_source_and_manifest(packed):
     (packed / "sources.tar.xz").write_bytes(archive.solid({name: b"x = 2\n"}))
     with pytest.raises(archive.ArchiveError, match="not what MANIFEST says"):
         archive.verify(packed)
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_packs_at_once_lose_no_entry(packed, tmp_path, monkeypatch):
+    other, write = tmp_path / "2026-01-03-other", archive.write
+    write(other / "run/a.txt", b"a")
+    write(tmp_path / "2026-01-04-third/run/a.txt", b"a")
+
+    def interrupted(path, data):
+        if path.name == "MANIFEST":
+            with pytest.raises(InputError, match="archive is in use by process"):
+                archive.pack(tmp_path / "2026-01-04-third", packed)
+        write(path, data)
+
+    monkeypatch.setattr(archive, "write", interrupted)
+    assert archive.pack(other, packed) == 1
+    assert archive.pack(tmp_path / "2026-01-04-third", packed) == 1
+    assert archive.verify(packed) == 4 and not [*packed.rglob(".lock")]
+
+
+@pytest.mark.parametrize("name, message", (
+    (b"a\nb.txt", "printable characters"), (b"\xff.txt", "must be UTF-8"),
+    (b"x" * 120, "too long for tar")))
+def test_a_name_that_cannot_be_archived_is_refused_before_anything_is_written(
+        packed, tmp_path, name, message):
+    folder, before = tmp_path / "2026-01-03-names", everything(packed)
+    archive.write(folder / "a.txt", b"a")
+    archive.write(folder / os.fsdecode(name), b"a")
+    with pytest.raises(archive.ArchiveError, match=f"^[^\n]*{message}[^\n]*$"):
+        archive.pack(folder, packed)
+    assert everything(packed) == before
+
+
+@pytest.mark.parametrize("log", (
+    b"source: a.py sha256 %s\nstep:0/1\n" % hashlib.sha256(b"x = 1\n").hexdigest().encode(),
+    b"source: a.py sha256 %s\nstep:0/1\n" % (b"0" * 64), archive.RULE + b"a.py\n" + archive.RULE))
+def test_a_log_that_would_not_come_back_is_refused_before_anything_is_written(
+        packed, tmp_path, log):
+    before = everything(packed)
+    archive.write(tmp_path / "2026-01-03-readable/train.log", log)
+    with pytest.raises(archive.ArchiveError, match="would not come back|lacks 000000000000.py"):
+        archive.pack(tmp_path / "2026-01-03-readable", packed)
+    assert everything(packed) == before
+
+
+def test_a_file_that_differs_is_not_replaced(packed, tmp_path):
+    out, name = tmp_path / "out", "2026-01-02-question"
+    mine = out / name / "run/train.log"
+    archive.restore(name, out, packed)
+    (out / name / "run/metrics.jsonl").unlink()
+    mine.write_bytes(b"changed")
+    with pytest.raises(archive.ArchiveError, match=f"^{mine} is there and differs"):
+        archive.restore(name, out, packed)
+    assert mine.read_bytes() == b"changed" and not (out / name / "run/metrics.jsonl").exists()
+    mine.write_bytes(LOG)  # one that is equal is no reason
+    assert archive.restore(name, out, packed) == 2
+    kept = archive.keep(f"{name}/run", packed)
+    kept.write_bytes(b"changed")
+    with pytest.raises(archive.ArchiveError, match=f"^{kept} is there and differs"):
+        archive.keep(f"{name}/run", packed)
+    assert kept.read_bytes() == b"changed"
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:40] + bytes([data[40] ^ 1]) + data[41:]
+
+
+@pytest.mark.parametrize("file", ("archive/2026-01-02-question.tar.xz", "sources.tar.xz"))
+@pytest.mark.parametrize("damage", (
+    flipped, lambda data: data[:-30], lambda data: b"", lambda data: None,
+    lambda data: b"foreign", lambda data: lzma.compress(b"foreign")))
+def test_a_damaged_archive_is_refused_whole_in_one_line(packed, tmp_path, file, damage):
+    path = packed / file
+    if (data := damage(path.read_bytes())) is None:
+        path.unlink()
+    else:
+        path.write_bytes(data)
+    with pytest.raises(archive.ArchiveError) as error:
+        archive.restore("2026-01-02-question", tmp_path / "out", packed)
+    assert "\n" not in str(error.value) and path.name.removesuffix(".tar.xz") in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line", (b"junk", b"0  run/a.txt", b"\xff" * 80, b"0" * 64 + b"  "))
+def test_a_manifest_with_a_line_of_junk_is_refused(packed, tmp_path, line):
+    manifest = packed / "archive/MANIFEST"
+    manifest.write_bytes(manifest.read_bytes() + line + b"\n")
+    archive.write(tmp_path / "2026-01-03-other/a.txt", b"a")
+    before = everything(packed)
+    for act in (lambda: archive.verify(packed),
+                lambda: archive.pack(tmp_path / "2026-01-03-other", packed)):
+        with pytest.raises(archive.ArchiveError, match="MANIFEST: line 3 is not <sha256>  <file>"):
+            act()
+    assert everything(packed) == before
 
 
 def test_times_to_the_same_loss():

@@ -2,6 +2,7 @@
 import json
 import math
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def torch_line(card: str) -> str:
 
 
 def make_run(folder, flags: str, seconds: float, loss: float, step: int = 10, more: str = "",
-             card: str = "NVIDIA H200, CUDA 13.0"):
+             card: str = "NVIDIA H200, CUDA 13.0", tokens: int = TOKENS):
     """Write the two files of a run of ten steps; more: further lines of its log."""
     given = trainer.parse_flags(["--preset", "fineweb", *shlex.split(flags)])
     values = {**trainer.DEFAULTS, **trainer.PRESETS["fineweb"], **given}
@@ -32,7 +33,7 @@ def make_run(folder, flags: str, seconds: float, loss: float, step: int = 10, mo
         f"--output_dir runs/x {flags}\n{torch_line(card)}"
         f"model: x, {count:,} parameters, mixers {mixers}, {config.n_head} heads, position none\n"
         + more)
-    rows = [dict(step=step, tokens=TOKENS, val_loss=loss, train_time_s=seconds),
+    rows = [dict(step=step, tokens=tokens, val_loss=loss, train_time_s=seconds),
             dict(step=step, wall_clock_time_to_target_loss=None, train_time_s=seconds)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -115,6 +116,8 @@ AGAIN = "command: train_gpt2_afno.py --output_dir runs/x --resume auto --extend 
     (dict(step=9), "not a finished run"),
     (dict(more=AGAIN, step=20), "not a finished run"),  # stopped before it was as long as asked for
     (dict(loss=math.nan), "its loss is nan"), (dict(seconds=0.0), "its seconds are 0.0"),
+    (dict(tokens=0), "its tokens are 0, .*: each must be a finite number above 0"),
+    (dict(tokens="many"), "not a row of metrics"), (dict(loss="4.5"), "not a row of metrics"),
     (dict(more="model: x, 3 parameters, mixers afno, 1 heads\n"), "not those of the model"),
     (dict(more="command: train_gpt2_afno.py --preset baseline\n"), "not those of the model"),
     (dict(more="command: train_gpt2_afno.py --gone 3\n"), "unrecognized arguments: --gone"),
@@ -145,12 +148,47 @@ def test_a_run_that_was_made_longer_is_read_to_its_end(tmp_path):
 @pytest.mark.parametrize("flags, message", (
     ("--sequence_length 2048", "--sequence_length is 2048, there 1024"),
     ("--learning_rate 0.1", "--learning_rate is 0.1"),
-    ("--input_val_bin other", "--input_val_bin is other"), (None, "named twice")))
+    ("--input_val_bin other", "--input_val_bin is other"),
+    ("--model d6 --n_head 2 --attn_layers 2 --afno_short_conv 4",  # of the mixer's line
+     "--afno_short_conv is 4, there 1"),
+    ("--seed 2 --attn_layers 5", "--attn_layers is 5, there 5,10"),  # of the mixer and size
+    ("--seed 2 --afno_state_layers 3", "--afno_state_layers is 3, there none"),
+    ("--seed 2 --n_head 3", "--n_head is 3, there 6")))
 def test_runs_that_do_not_compare_are_refused(tmp_path, flags, message):
-    first = make_run(tmp_path / "first", "", 1, 1)
-    other = first if flags is None else make_run(tmp_path / "other", flags, 1, 1)
-    with pytest.raises(InputError, match=message):
+    first = make_run(tmp_path / "first", "--afno_short_conv 1", 1, 1)
+    other = make_run(tmp_path / "other", f"--afno_short_conv 1 {flags}", 1, 1)
+    with pytest.raises(InputError, match=f"^{other}: does not compare with {first}: {message}"):
         sizes.main([str(first), str(other), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_or_its_copy_does_not_count_twice(tmp_path):
+    first = make_run(tmp_path / "first", "", 1, 1)
+    copy = shutil.copytree(first, tmp_path / "copy")
+    for other in (first, copy):
+        with pytest.raises(InputError, match=f"^{other} and {first} are one run, or copies of it: "
+                                             "both are hybrid, d12, of 655,360 tokens and seed"):
+            sizes.main([str(first), str(other), "--output", str(tmp_path / "out")])
+    different = (("", TOKENS), ("", 2 * TOKENS), ("--seed 2", TOKENS),
+                 ("--attn_layers none --afno_short_conv 2", TOKENS), ("--mixer attn", TOKENS),
+                 ("--model d6 --n_head 2 --attn_layers 4", TOKENS))
+    runs = [sizes.read_sized(make_run(tmp_path / f"{i}", flags, 1, 1, tokens=tokens))
+            for i, (flags, tokens) in enumerate(different)]
+    sizes.refuse_unlike([tmp_path] * len(runs), runs)
+
+
+def test_only_a_folder_of_this_script_is_written_into(tmp_path, monkeypatch):
+    folder, out = make_run(tmp_path / "run", "", 1, 1), tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="^--output: must be a folder's name, not empty"):
+        sizes.main([str(folder), "--output", ""])
+    assert not (tmp_path / "table.md").exists()
+    for _ in range(2):  # its own table is replaced
+        assert sizes.main([str(folder), "--output", str(out)]) == 0
+    (out / "table.md").write_text("| another | table |\n")
+    with pytest.raises(InputError, match=f"^--output {out} has a table.md of something else"):
+        sizes.main([str(folder), "--output", str(out)])
+    assert (out / "table.md").read_text() == "| another | table |\n"
 
 
 def test_every_size_of_the_study_can_be_made():
