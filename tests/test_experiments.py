@@ -432,7 +432,7 @@ def test_arms_train_on_equally_many_tokens(name, capsys):
     (["pair", "--", "--eval_only"], "must be pairs --name value, got --eval_only"),
     (["pair", "--", "--seed", "3"], "--seed is the study's to set"),
     (["other"], "study: invalid choice: 'other'"),
-    (["--dry_run", "recall"], "recall has flags of its own: ablation_studies.py recall comes first"),
+    (["--dry_run", "recall"], "recall has flags of its own: ablation_studies.py recall comes fir"),
     (["goals-baseline", "--tokens", "1e6", "--dry_run"],
      "--tokens does not change arm attention, whose steps are --num_iterations 610: leave --tok"),
     (["pair", "--tokens", "64", "--dry_run", "--", "--num_iterations", "4"],
