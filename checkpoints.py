@@ -252,8 +252,8 @@ def demand_like(found: dict, wanted: dict, name: str):
     for key, like in wanted.items():
         x = found[key]
         demand(isinstance(x, Tensor) and x.layout == torch.strided and x.is_contiguous()
-               and (x.shape, x.dtype) == (like.shape, like.dtype) and x.isfinite().all(),
-               f"{name}.{key}")
+               and (x.shape, x.dtype) == (like.shape, like.dtype), f"{name}.{key}")
+        demand(x.isfinite().all(), f"{name}.{key} is not finite: it")
 
 
 def demand_checksums(path: Path):
@@ -310,6 +310,12 @@ def refuse_damaged_tensors(state: dict, model: nn.Module, make_optimizers):
         there, wanted = ([group["params"] for group in part["param_groups"]]
                          for part in (found, optimizer.state_dict()))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        shapes = [x["momentum_buffer"].shape for x in found["state"].values()
+                  if isinstance(x.get("momentum_buffer"), Tensor)]
+        if shapes != (wanted_shapes := [p.shape for p in parameters]) \
+                and sum(map(math.prod, shapes)) == sum(map(math.prod, wanted_shapes)):
+            raise OtherVersion("the checkpoint is of another version of this trainer, whose Muon "
+                               "took value, key and query together: its train.log names it")
         # before the first step there is none
         steps = range(len(parameters)) if state["step"] else ()
         demand(there == wanted and found["state"].keys() == {*steps}, "an optimizer")
@@ -535,6 +541,14 @@ def fall_steps(args: dict) -> int:
     """Return the steps of the cooldown: the flag's, or the baseline's share."""
     given = args["warmdown_iters"]
     return round(args["num_iterations"] * 1024 / 4768) if given is None else given
+
+
+def at_length(preset: dict, flags: dict) -> dict:
+    """Return the preset with its share of falling steps at the flags' num_iterations."""
+    if "warmdown_iters" not in preset or "num_iterations" not in flags:
+        return preset
+    share = preset["warmdown_iters"] / preset["num_iterations"]
+    return preset | dict(warmdown_iters=round(share * flags["num_iterations"]))
 
 
 def cooldown_step(args: dict) -> int:

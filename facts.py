@@ -245,7 +245,8 @@ def describe_plan(run, defaults: dict):
             f"x {args.batch_size} x {run.T}), optimizer {args.optimizer}, learning rate "
             f"{args.learning_rate}, warmup {args.warmup_iters}, warmdown "
             f"{args.warmdown_iters}")
-    if args.warmdown_iters and args.warmup_iters + args.warmdown_iters > run.total_steps:
+    fall = args.warmdown_iters if args.final_lr_fraction < 1 else 0
+    if args.warmup_iters + fall > run.total_steps:
         run.say("warning: the learning rate does not reach its full value, or jumps: "
                 f"--warmup_iters and --warmdown_iters are more than {run.total_steps} steps")
     changed = [f"{name} {value}" for name, value in sorted(vars(args).items())

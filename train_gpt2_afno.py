@@ -34,11 +34,11 @@ from torch.utils.checkpoint import checkpoint
 from afno import (AFNO1D, FORMS, KINDS, ROUTINGS, DyadicOperator, FourierGate, ShortConv,
                   check_arguments, longest_matches, mean_rows, newest_matches, rmsnorm,
                   taps_at_once)
-from checkpoints import (TIMES, Checkpoints, RunLog, choose_folder, cooldown_step, energy_used,
-                         fall_steps, find_checkpoint, finished, load_optimizers, load_weights,
-                         not_finite, of_this_version, preset_folder, random_state, read_checkpoint,
-                         read_log, refuse_damaged_tensors, refuse_damaged_values, refuse_used,
-                         saved_flags, set_random_state)
+from checkpoints import (TIMES, Checkpoints, RunLog, at_length, choose_folder, cooldown_step,
+                         energy_used, fall_steps, find_checkpoint, finished, load_optimizers,
+                         load_weights, not_finite, of_this_version, preset_folder, random_state,
+                         read_checkpoint, read_log, refuse_damaged_tensors, refuse_damaged_values,
+                         refuse_used, saved_flags, set_random_state)
 from data.loader import (DATA_FLAGS, TokenStream, TrainLoader, choose_data, count_val_tokens,
                          find_shards, length_at, length_phases, lengths_to_come, passes, to_device)
 from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, number, one_of,
@@ -1456,20 +1456,17 @@ def choose_preset(flags: dict, device: torch.device, say) -> dict:
 
 def folder_of_preset(flags: dict, device: torch.device, say) -> Path:
     """Return the folder of the preset's run, and set --resume auto: the same command goes on."""
-    values = {**DEFAULTS, **choose_preset(flags, device, say)}
+    values = {**DEFAULTS, **at_length(choose_preset(flags, device, say), flags)}
     flags["resume"] = "auto"
     return preset_folder(flags, values, SAME_RUN)
 
 
 def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
     """Return all flags: defaults < preset < checkpoint < command line."""
-    given = saved["args"] if saved else choose_preset(flags, device, say)
+    given = saved["args"] if saved else at_length(choose_preset(flags, device, say), flags)
     values = {**DEFAULTS, **given, "target_val_loss": None, **flags}
     if saved:
         say_other_preset(flags, saved["args"], say)
-    elif "warmdown_iters" in given and "warmdown_iters" not in flags:  # the preset's share
-        share = given["warmdown_iters"] / given["num_iterations"]
-        values["warmdown_iters"] = round(share * values["num_iterations"])
     values["dtype"] = choose_dtype(values["dtype"], device, say)
     if values["compile"] is None:
         values["compile"] = int(device.type == "cuda")
@@ -1490,9 +1487,10 @@ def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
 
 def say_other_preset(flags: dict, kept: dict, say):
     """Say where a preset that was asked for is not what the checkpoint's flags are."""
-    preset = PRESETS.get(flags.get("preset"), {})
+    preset = at_length(PRESETS.get(flags.get("preset"), {}), kept)
+    silent = {*flags, *DATA_FLAGS, *MICRO_BATCH}  # a trial may have changed the last
     if differing := [name for name, value in preset.items()
-                     if name not in (*flags, *DATA_FLAGS) and kept.get(name) != value]:
+                     if name not in silent and kept.get(name, DEFAULTS[name]) != value]:
         say(f"--preset {flags['preset']} changes nothing: the checkpoint's flags count, and differ "
             f"in {', '.join(differing)}")
 

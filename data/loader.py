@@ -208,7 +208,7 @@ def count_val_tokens(wanted: int | None, val_stream: TokenStream) -> int:
     if most < 1:
         raise InputError(f"--{val_stream.flag} holds one token, validation needs two")
     if wanted is not None and wanted > most:
-        raise InputError(f"--val_tokens must be <= {most}, the targets in --input_val_bin, "
+        raise InputError(f"--val_tokens must be <= {most}, the targets in --{val_stream.flag}, "
                          f"got {wanted}")
     count = wanted or min(1_048_576, most)
     for begin in range(0, count, 1 << 20):  # a bad token should not wait for the first validation

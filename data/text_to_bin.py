@@ -140,7 +140,7 @@ def owned(folder: Path, name: str):
 
 def refuse_foreign(path: Path, mark: str, name: str):
     """Raise InputError where a file is there without the mark of the script that would write it."""
-    if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.is_dir() or path.exists() and mark not in path.read_text("utf-8", errors="replace"):
         raise InputError(f"{name} has a {path.name} of something else: name another folder")
 
 

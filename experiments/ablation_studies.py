@@ -384,7 +384,8 @@ def finished_run(flags: dict[str, str]) -> Run | None:
         return None
     for rows, what in ((run.train, "training"), (run.curve, "validation")):
         if not rows:
-            raise damaged(run.file, f"a finished run, but no rows of {what}")
+            raise damaged(run.file, f"a finished run, but no rows of {what}, which the table "
+                          "takes: choose another --output")
     for pattern in (COMMAND, MACHINE, PARAMETERS):
         from_log(run, pattern)
     loss_at_common_length(run)
@@ -620,8 +621,8 @@ def main(argv: list[str]) -> int:
              for seed in args.seeds for arm in study.arms}
     if args.dry_run:
         return dry_run(flags)
-    refuse_foreign(folder / "table.md", MADE_BY, "--output")
     with owned(folder, "--output"):
+        refuse_foreign(folder / "table.md", MADE_BY, "--output")
         return run_study(study, folder, flags, args.keep_checkpoints)
 
 

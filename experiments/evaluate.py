@@ -238,7 +238,7 @@ def mean_and_error(values: np.ndarray, unit: np.ndarray) -> tuple[float, float]:
 
 
 class Checkpoint:
-    """Read one checkpoint; its tensors are read from the file when they are used.
+    """Read one checkpoint, once whole for its checksums; tensors are read again when they are used.
 
     Raise InputError where there is none that can be read.
     """
@@ -696,14 +696,19 @@ def plot(page: str, output: Path):
     for axes, (measure, by, header, rows) in zip(panels.flat, tables):
         numbers = lambda column: [float(row[column] or 0) for row in rows.values()]
         for column in range(3, len(header), 3) if len(header) > 3 else [2]:
-            label, _, first = header[column].partition(" less ")
-            axes.errorbar([*rows], numbers(column), numbers(column + 1) if first else None,
-                          label=label, marker="o", markersize=3, linewidth=1, capsize=2)
-        axes.set(title=f"{measure}, by {by}", ylabel=f"loss less {first}'s" if first else "loss")
+            axes.errorbar([*rows], numbers(column), numbers(column + 1) if column > 2 else None,
+                          label=f"{column}", marker="o", markersize=3, linewidth=1, capsize=2)
+        title = f"loss less {header[2]}'s" if len(header) > 3 else "loss"
+        axes.set_ylabel(title, parse_math=False)
+        axes.set(title=f"{measure}, by {by}")
         axes.tick_params(axis="x", rotation=60, labelsize=7)
         axes.grid(alpha=0.3)
-    handles = panels.flat[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4)
+    legend = figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center",
+                           ncols=4)
+    header = tables[0][2]
+    for text in legend.get_texts():  # a label would read _ and $ as signs
+        name = header[int(text.get_text())].removesuffix(f" less {header[2]}")
+        text.set(text=name, parse_math=False)
     figure.savefig(output, dpi=80)
     plt.close(figure)
 
@@ -723,7 +728,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--bin", metavar="PATTERN", help="shards of the text")
+    text.add_argument("--bin", type=trainer.NAME, metavar="PATTERN", help="shards of the text")
     text.add_argument("--text", type=SOURCES, metavar=SOURCES.metavar,
                       help=f"of installed packages: {SOURCES.words}")
     parser.add_argument("--tokens", type=trainer.FLAGS["val_tokens"].kind, metavar="N",
@@ -765,8 +770,8 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     if args.checkpoints[0].endswith(".md") and not Path(args.checkpoints[0]).is_dir():
         if len(argv) > 1:
-            raise InputError(f"{argv[0]} is drawn as it stands: name nothing else")
-        return draw_again(Path(argv[0]))
+            raise InputError(f"{args.checkpoints[0]} is drawn as it stands: name nothing else")
+        return draw_again(Path(args.checkpoints[0]))
     device = choose_device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     runtime = Runtime(device, dtype, bool(args.compile))
@@ -775,9 +780,9 @@ def main(argv: list[str]) -> int:
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise InputError(f"CHECKPOINT: two are called {twice[0]}, after folder and step")
     refuse_unlike(checkpoints, args)
-    if args.out is not None:
-        refuse_foreign(args.out / "table.md", HEAD, f"--out {args.out}")
     with contextlib.nullcontext() if args.out is None else owned(args.out, f"--out {args.out}"):
+        if args.out is not None:
+            refuse_foreign(args.out / "table.md", HEAD, f"--out {args.out}")
         print(evaluated(checkpoints, args, runtime))
     return 0
 

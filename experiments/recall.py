@@ -569,8 +569,8 @@ def main(argv: list[str]) -> int:
         return 0
     runtime = usual_runtime(choose_device(args.device))
     folder = args.output.resolve() / ("recall" if args.grid == "small" else f"recall-{args.grid}")
-    refuse_foreign(folder / "table.md", MADE_BY, "--output")
     with owned(folder, "--output"):
+        refuse_foreign(folder / "table.md", MADE_BY, "--output")
         return study(wanted, folder, GRIDS[args.grid], runtime)
 
 

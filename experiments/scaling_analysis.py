@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import afno  # noqa: E402
 from data.text_to_bin import (FOLDER, InputError, Parser, first_line, integer,  # noqa: E402
-                              one_of, owned)
+                              one_of, owned, refuse_foreign)
 from experiments import archive  # noqa: E402
 from experiments.recall import append_line, read_lines  # noqa: E402
 from kernels import usable  # noqa: E402
@@ -663,6 +663,8 @@ def main(argv: list[str]) -> int:
     """Measure what is asked for, write tables and plots, and return the exit status."""
     args = parse(argv)
     with owned(args.output, "--output"):
+        refuse_foreign(args.output / "tables.md", "Made by experiments/scaling_analysis.py",
+                       "--output")
         return analyse(args)
 
 

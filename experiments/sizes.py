@@ -47,6 +47,7 @@ MAY_DIFFER = {"model", "mixer", "seed", "num_iterations", "warmdown_iters", "ext
               "val_loss_every", *trainer.THIS_COMMAND}
 HEAD = "| tokens | mixer | size | seed | parameters without embeddings | FLOPs | seconds | " \
     "loss | machine |"  # of table.md
+SLOPES = "Loss that e (2.7) times as much takes away"  # of slopes.md
 
 
 @dataclass
@@ -68,17 +69,19 @@ class Sized:
 def model_of(log: str) -> tuple[trainer.GPT, dict]:
     """Return the model, as shapes_of does, and all flags, from the last command that began a run.
 
-    Raises InputError where the log's own line on the model says otherwise.
+    The commands that went on with it may have changed its steps. Raises InputError where the log's
+    own line on the model says otherwise.
     """
     commands = commands_of(log)
-    begun = [words for words, resumed in commands if not resumed]
+    begun = [place for place, (_, resumed) in enumerate(commands) if not resumed]
     models = re.findall(r"^model: \S+ ([\d,]+) parameters, mixers ([a-z ]+),", log, re.MULTILINE)
     if not begun or not models:
         raise InputError("train.log has no line with the command, or none with the model")
-    flags = trainer.parse_flags(shlex.split(begun[-1]))
-    extended = trainer.parse_flags(shlex.split(commands[-1][0])).get("extend", 0)
+    flags, *later = (trainer.parse_flags(shlex.split(words)) for words, _ in commands[begun[-1]:])
+    for more in later:
+        flags |= {name: more[name] for name in ("num_iterations", "extend") if name in more}
     preset = trainer.PRESETS[flags["preset"]] if flags.get("preset") else {}
-    values = {**trainer.DEFAULTS, **preset, **flags, "extend": extended}
+    values = {**trainer.DEFAULTS, **preset, **flags}
     config = trainer.GPTConfig(**trainer.model_fields(values))
     model = shapes_of(trainer.GPT, config)
     count = sum(p.numel() for p in model.parameters())
@@ -145,9 +148,11 @@ def refuse_unlike(folders: list[Path], runs: list[Sized]):
             values = [show(flags[unlike[0]]) for flags in (of.flags, there.flags)]
             raise InputError(f"{folder}: does not compare with {other}: --{unlike[0]} is "
                              f"{values[0]}, there {values[1]}")
-        if same_size and (of.seed, of.tokens) == (there.seed, there.tokens):
+        if same_size and all(getattr(of, name) == getattr(there, name)
+                             for name in ("seed", "tokens", "loss", "seconds")):
             raise InputError(f"{folder} and {other} are one run, or copies of it: both are "
-                             f"{of.mixer}, {of.model}, of {of.tokens:,} tokens and seed {of.seed}")
+                             f"{of.mixer}, {of.model}, of {of.tokens:,} tokens and seed {of.seed}, "
+                             f"with the loss {of.loss} after {of.seconds} s")
 
 
 def fit(x: list[float], y: list[float]) -> tuple[float, float, float]:
@@ -201,7 +206,7 @@ def cell(found: list[Sized], measure: str) -> str:
 
 def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
     """Return the table of fits: what e times as much of each measure is worth, in nats."""
-    rows = ["Loss that e (2.7) times as much takes away, +- its standard error, which two runs do "
+    rows = [f"{SLOPES}, +- its standard error, which two runs do "
             "not have.", "",
             f"| tokens | mixer | runs | {' | '.join(MEASURES.values())} |",
             "|" + " --- |" * (3 + len(MEASURES))]
@@ -248,11 +253,12 @@ def main(argv: list[str]) -> int:
     add("--output", type=FOLDER, default=ROOT / "experiments/sizes", metavar="DIR",
         help="(experiments/sizes)")
     args = parser.parse_args(argv)
-    refuse_foreign(args.output / "table.md", HEAD, f"--output {args.output}")
     runs = [read_sized(folder) for folder in args.runs]
     refuse_unlike(args.runs, runs)
     lines = lines_of(runs)
     with owned(args.output, "--output"):
+        for name, mark in (("table.md", HEAD), ("slopes.md", SLOPES)):
+            refuse_foreign(args.output / name, mark, "--output")
         for name, text in (("table.md", table(lines)), ("slopes.md", slopes(lines))):
             archive.write(args.output / name, text.encode())
             print(text)

@@ -26,7 +26,6 @@ import itertools
 import math
 import os
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ import torch
 from torch import Tensor
 
 import train_gpt2_afno as trainer
-from checkpoints import demand_checksums
+from checkpoints import demand_checksums, refuse_damaged_weights
 from data.loader import to_device
 from data.text_to_bin import (FOLDER, ROOT, InputError, first_line, owned, read_bin,
                               refuse_foreign, relative)
@@ -44,7 +43,7 @@ from experiments.evaluate import (BATCH_TOKENS, Checkpoint, cut_rows, digest, lo
 from experiments.recall import append_line, names, read_lines
 from runtime import Diverged, Runtime, choose_device, shapes_of, usual_runtime
 
-HEAD = "# transfer"  # of table.md
+JUDGED = "Losses on the part of a domain's text that was not trained on"  # in table.md
 DOMAINS = {"code": "code", "plays": "plays", "law": "licences"}
 PARTS = ("all", "rest", "operator")  # which weights are trained
 MOST_TOKENS = 4_000_000  # of a domain's text
@@ -319,10 +318,13 @@ class Study:
         path = self.weights(label, domain, rate)
         try:
             demand_checksums(path)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            weights = torch.load(path, map_location=self.runtime.device, weights_only=True)
+            refuse_damaged_weights(weights, shapes_of(trainer.GPT, self.checkpoints[label].config))
+            return weights
+        except Exception as error:  # a damaged archive fails in many ways
             print(f"{path.name}: {first_line(error)}: tuned again")
-            del self.rows[label, domain, "all", rate, domain]
-            self.tuned(label, domain, "all", rate)
+        del self.rows[label, domain, "all", rate, domain]
+        self.tuned(label, domain, "all", rate)
         return torch.load(path, map_location=self.runtime.device, weights_only=True)
 
 
@@ -349,8 +351,8 @@ def tables(study: Study) -> str:
     judged = ", ".join(f"{counts.sum():,} of {len(counts):,} targets of {domain}" for domain in
                        args.domains for counts in text_of(domain)[2:])
     return "\n\n".join((
-        HEAD,
-        f"Losses on the part of a domain's text that was not trained on: {judged}. The others "
+        "# transfer",
+        f"{JUDGED}: {judged}. The others "
         f"stand in a run of {RUN} tokens in the training part, too. {args.steps} steps of "
         f"{args.batch_size} rows, seed {args.seed}; of each part the best of the rates "
         f"{', '.join(map(str, args.rates))} by these losses. +- is the standard error, over rows, "
@@ -420,8 +422,8 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     device = choose_device(args.device)
     runtime = usual_runtime(device)
-    refuse_foreign(args.output / "table.md", HEAD, "--output")
     with owned(args.output, "--output"):
+        refuse_foreign(args.output / "table.md", JUDGED, "--output")
         study = Study(args, runtime)
         page = tables(study)
         archive.write(study.folder / "table.md", f"{page}\n".encode())

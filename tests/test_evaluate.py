@@ -309,7 +309,7 @@ def test_command_keeps_what_stands(model, tokens, tmp_path, monkeypatch, capsys)
         main(command)
     (out / "losses.npz").unlink()
     for value, error, message in (
-            (math.nan, InputError, "no readable checkpoint .model.transformer.wte.weight is dam"),
+            (math.nan, InputError, "no readable checkpoint .model.transformer.wte.weight is not"),
             (3e38, runtime.Diverged, "b/state_step000012.pt: its losses are not finite")):
         with torch.no_grad():
             saved = model.lm_head.weight[0].clone()
@@ -347,6 +347,14 @@ def test_a_damaged_checkpoint_is_refused(model, tokens, tmp_path, damage, messag
         main([str(path), "--device", "cpu"])
 
 
+def test_a_source_without_so_many_tokens_says_so(model, tokens, sources, tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "a", model, write_text(tmp_path / "data", tokens))
+    command = [str(path), "--device", "cpu", "--text", "code,plays"]
+    assert main(command) == 0 and "it has no more" not in capsys.readouterr().err
+    assert main([*command, "--tokens", "250"]) == 0
+    assert "--text plays: 200 targets, it has no more\n" in capsys.readouterr().err
+
+
 def test_a_folder_of_something_else_is_left_alone(model, tokens, tmp_path):
     path = write_checkpoint(tmp_path / "a|b", model, write_text(tmp_path / "data", tokens))
     (tmp_path / "out").mkdir()
@@ -376,8 +384,8 @@ def test_a_page_that_is_cut_off_is_not_drawn(model, tokens, tmp_path, monkeypatc
         refused += 1
     assert refused > 5
     table.write_bytes(page)
-    with pytest.raises(InputError, match="is drawn as it stands: name nothing else"):
-        main([str(table), "--filters"])
+    with pytest.raises(InputError, match="table.md is drawn as it stands: name nothing else"):
+        main(["--filters", str(table)])
 
 
 def test_sources_are_apart_and_told_apart(model, tokens, sources, tmp_path, capsys, monkeypatch):
@@ -479,6 +487,7 @@ def test_two_at_once_do_not_write_to_one_folder(model, tokens, tmp_path):
     ("a --rows 0", "must be an integer >= 2"),
     ("a --out ''", "--out: must be a folder's name, not empty"),
     ("a --bin one/val_*.bin", "--bin holds one token"),
+    ("a --bin ''", "--bin: must be a name, not empty"),
     ("learned --rows 97", "--rows must be <= 96, the positions that learned@7 has learned")))
 def test_bad_input_is_one_line(model, tokens, tmp_path, monkeypatch, words, message):
     pattern = write_text(tmp_path / "data", tokens)

@@ -1004,9 +1004,9 @@ def test_muon_takes_value_key_and_query_of_states_apart(channels, share):
     for block in model.transformer.h:
         parts = matrices[block.mixer.c_in.weight]
         assert tuple(map(len, parts)) == tuple(block.mixer.operator.sizes)
-        z = block.mixer.c_in(torch.randn(2, 5, channels))
-        assert [part.shape[-1] for part in z.split(block.mixer.operator.sizes, -1)] \
-            == [*map(len, parts)]
+        h, (v, k, q) = torch.randn(5, channels), parts
+        for part, made in zip((v, k, q), block.mixer.c_in(h).split(block.mixer.stacked, -1)):
+            assert relative(h @ part.T, made) < 1e-5
 
 
 @pytest.mark.parametrize("name", ("adamw", "muon"))

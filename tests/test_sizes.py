@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import train_gpt2_afno as trainer
-from data.text_to_bin import InputError
+from data.text_to_bin import InputError, owned
 from experiments import sizes
 from experiments.ablation_studies import STUDIES
 
@@ -175,6 +175,8 @@ def test_a_run_or_its_copy_does_not_count_twice(tmp_path):
     runs = [sizes.read_sized(make_run(tmp_path / f"{i}", flags, 1, 1, tokens=tokens))
             for i, (flags, tokens) in enumerate(different)]
     sizes.refuse_unlike([tmp_path] * len(runs), runs)
+    again = sizes.read_sized(make_run(tmp_path / "again", "", 1, 1.01))  # a repeat of the first
+    sizes.refuse_unlike([tmp_path] * 2, [runs[0], again])
 
 
 def test_only_a_folder_of_this_script_is_written_into(tmp_path, monkeypatch):
@@ -186,9 +188,16 @@ def test_only_a_folder_of_this_script_is_written_into(tmp_path, monkeypatch):
     for _ in range(2):  # its own table is replaced
         assert sizes.main([str(folder), "--output", str(out)]) == 0
     (out / "table.md").write_text("| another | table |\n")
-    with pytest.raises(InputError, match=f"^--output {out} has a table.md of something else"):
+    with pytest.raises(InputError, match="^--output has a table.md of something else"):
         sizes.main([str(folder), "--output", str(out)])
     assert (out / "table.md").read_text() == "| another | table |\n"
+    (out / "table.md").unlink()
+    (out / "slopes.md").write_text("mine")
+    with pytest.raises(InputError, match="^--output has a slopes.md of something else"):
+        sizes.main([str(folder), "--output", str(out)])
+    assert [file.name for file in out.glob("*.md")] == ["slopes.md"]
+    with owned(out, "x"), pytest.raises(InputError, match="--output is in use by"):
+        sizes.main([str(folder), "--output", str(out)])
 
 
 def test_every_size_of_the_study_can_be_made():

@@ -403,6 +403,7 @@ class Passed:
 
 def test_one_screen_says_what_a_run_needs(full_size, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(facts, "in_container", lambda path: True)
+    monkeypatch.setattr(facts.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1e12))
     lines = screen(monkeypatch, tmp_path, "--preset fineweb --device cpu")
     assert len(lines) <= 16
     assert all(len(line) <= 100 for line in lines if str(tmp_path) not in line)

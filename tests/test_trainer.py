@@ -245,17 +245,36 @@ def test_a_preset_keeps_its_share_of_falling_steps(full_size, preset, steps, fal
     longer, _ = values_of(f"--num_iterations {steps + 200}", saved)  # the run's, not the preset's
     assert longer.warmdown_iters == (fall if preset != "baseline" else
                                      round((steps + 200) * 1024 / 4768))
+    name = lambda argv: train_gpt2_afno.folder_of_preset(
+        train_gpt2_afno.parse_flags(argv.split()), CPU, print).name
+    assert (name(f"{command} --warmdown_iters {fall}") == name(command)) == (preset != "baseline")
+    assert name(f"{command} --warmdown_iters {fall + 1}") != name(command)  # another run
+
+
+@pytest.mark.parametrize("more, warned", (
+    ("--warmup_iters 2 --warmdown_iters 4", True), ("--warmup_iters 9 --warmdown_iters 0", True),
+    ("--warmup_iters 2 --warmdown_iters 4 --final_lr_fraction 1", False),
+    ("--warmup_iters 2 --warmdown_iters 2", False)))
+def test_a_schedule_that_does_not_fit_is_said(data, tmp_path, more, warned):
+    main(flags(data, tmp_path / "run", f"--num_iterations 4 {more}"))
+    log = (tmp_path / "run/train.log").read_text()
+    assert ("the learning rate does not reach its full value" in log) == warned
 
 
 def test_a_preset_that_changes_nothing_is_said(full_size):
-    args, config = values_of("--preset shakespeare --learning_rate 0.2")
+    command = "--preset shakespeare --learning_rate 0.2 --num_iterations 240"
+    args, config = values_of(command)
     saved, said = dict(args=args.to_save, config=vars(config)), []
-    values_of("--preset shakespeare --learning_rate 0.2", saved, said.append)
+    values_of(command, saved, said.append)
     values_of("", saved, said.append)
     assert said == []
+    values_of("--preset shakespeare --num_iterations 300", saved, said.append)
     values_of("--preset baseline --val_fp32 1", saved, said.append)
-    assert said == ["--preset baseline changes nothing: the checkpoint's flags count, and differ "
-                    "in mixer, depth_scale"]
+    assert said == [
+        "--preset shakespeare changes nothing: the checkpoint's flags count, and differ in "
+        "learning_rate",
+        "--preset baseline changes nothing: the checkpoint's flags count, and differ in mixer, "
+        "depth_scale"]
 
 
 def test_generate_and_eval_only_exclude_each_other(capsys):
