@@ -3,6 +3,7 @@
 The baseline written down a second time, parameter counts, loss, fp8, Muon, schedule.
 """
 import ast
+import contextlib
 import itertools
 import math
 import sys
@@ -18,9 +19,10 @@ import kernels.loss
 import runtime
 import test_causality
 from afno import FORMS, rmsnorm, taps_at_once
-from checkpoints import loss_by_position
+from checkpoints import OtherVersion, loss_by_position, refuse_damaged_tensors
 from data.text_to_bin import InputError
 from kernels.loss import Fp8HeadProducts, Fp8Linear, linear_cross_entropy
+from runtime import shapes_of
 from test_causality import check_causality, move_weights, moved_weights, random_tokens
 from train_gpt2_afno import (GPT, MODELS, GPTConfig, Muon, flops_per_token, learning_rate_factor,
                              length_at, make_optimizers, rotary_tables)
@@ -1007,6 +1009,25 @@ def test_muon_takes_value_key_and_query_of_states_apart(channels, share):
         h, (v, k, q) = torch.randn(5, channels), parts
         for part, made in zip((v, k, q), block.mixer.c_in(h).split(block.mixer.stacked, -1)):
             assert relative(h @ part.T, made) < 1e-5
+
+
+@pytest.mark.parametrize("together", (False, True))
+def test_muon_that_took_them_together_is_of_another_version(together):
+    model = tiny(n_head=2, afno_num_blocks=2, afno_state_layers=(0, 1, 2),
+                 afno_hard_thresholding_fraction=0.6)
+    optimizers, idx = make_optimizers(model, "muon", 0.01, 0.1), random_tokens((2, 24), 97)
+    if together:  # as many matrices as fit into W_in's rows, as until 2026-11-30
+        stacks = [(p, -(-len(p) // max(1, len(p) // p.size(1)))) for p, _ in optimizers[1].stacks]
+        optimizers[1] = Muon(stacks, 0.01, 0.1, 0.95)
+    model(idx, idx, return_logits=False)[1].backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    state = dict(model=model.state_dict(), step=1,
+                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
+    there = shapes_of(GPT, model.config)
+    refused = pytest.raises(OtherVersion, match="whose Muon took value, key and query together")
+    with refused if together else contextlib.nullcontext():
+        refuse_damaged_tensors(state, there, lambda: make_optimizers(there, "muon", 0.01, 0.1))
 
 
 @pytest.mark.parametrize("name", ("adamw", "muon"))
