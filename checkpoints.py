@@ -253,7 +253,7 @@ def demand_like(found: dict, wanted: dict, name: str):
         x = found[key]
         demand(isinstance(x, Tensor) and x.layout == torch.strided and x.is_contiguous()
                and (x.shape, x.dtype) == (like.shape, like.dtype), f"{name}.{key}")
-        demand(x.isfinite().all(), f"{name}.{key} is not finite: it")
+        demand(x.isfinite().all(), f"{name}.{key} (not finite)")
 
 
 def demand_checksums(path: Path):
