@@ -238,8 +238,9 @@ def test_bad_input_is_one_clear_line(argv, message):
 
 
 def test_counting_of_before_first_places_were_apart_is_refused(tmp_path):
-    row = dict(task="counting", mixer="none", seed=1, steps=1, machine="CPU", setting=recall.setting(
-        TINY, "none"), cells=[dict(by_distance=[[0, 1, 2], [1, 1, 2]])])
+    row = dict(task="counting", mixer="none", seed=1, steps=1, machine="CPU",
+               setting=recall.setting(TINY, "none"),
+               cells=[dict(by_distance=[[0, 1, 2], [1, 1, 2]])])
     path = tmp_path / "rows.jsonl"
     recall.append_line(path, row)
     assert recall.read_rows(path, TINY) == [row]
