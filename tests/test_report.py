@@ -1,8 +1,8 @@
 """The report of a run and the export of its model, of tiny runs of the trainer."""
 import ast
+import importlib.util
 import io
 import itertools
-import importlib.util
 import json
 import math
 import re
