@@ -297,6 +297,15 @@ def refuse_damaged_weights(found: dict, model: nn.Module) -> bool:
     return True
 
 
+def refuse_other_matrices(states: dict, parameters: list[Tensor]):
+    """Raise OtherVersion where Muon's averages are of as many numbers, in other matrices."""
+    shapes = [x["momentum_buffer"].shape for x in states.values() if "momentum_buffer" in x]
+    wanted = [p.shape for p in parameters]
+    if shapes != wanted and sum(map(math.prod, shapes)) == sum(map(math.prod, wanted)):
+        raise OtherVersion("the checkpoint is of another version of this trainer, whose Muon took "
+                           "value, key and query together: its train.log names it")
+
+
 def refuse_damaged_tensors(state: dict, model: nn.Module, make_optimizers):
     """Raise ValueError where weights and averages are not those of the model, on the device meta.
 
@@ -310,18 +319,14 @@ def refuse_damaged_tensors(state: dict, model: nn.Module, make_optimizers):
         there, wanted = ([group["params"] for group in part["param_groups"]]
                          for part in (found, optimizer.state_dict()))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        shapes = [x["momentum_buffer"].shape for x in found["state"].values()
-                  if isinstance(x.get("momentum_buffer"), Tensor)]
-        if shapes != (wanted_shapes := [p.shape for p in parameters]) \
-                and sum(map(math.prod, shapes)) == sum(map(math.prod, wanted_shapes)):
-            raise OtherVersion("the checkpoint is of another version of this trainer, whose Muon "
-                               "took value, key and query together: its train.log names it")
+        kind = type(optimizer).__name__
+        if kind == "Muon":
+            refuse_other_matrices(found["state"], parameters)
         # before the first step there is none
         steps = range(len(parameters)) if state["step"] else ()
         demand(there == wanted and found["state"].keys() == {*steps}, "an optimizer")
         for i, values in found["state"].items():
             p = parameters[i]
-            kind = type(optimizer).__name__
             like = dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) if kind == "AdamW" else \
                 dict(momentum_buffer=p) if kind == "Muon" else dict(square=p[:, :1])
             demand_like(values, like, f"an optimizer.{i}")

@@ -1013,7 +1013,7 @@ class Run:
         if past and past[-1]["step"] == self.step and "val_loss_fp32" not in past[-1] \
                 and self.in_fp32(past[-1]["val_loss"]):
             self.log.validations.pop()  # a signal came before the loss that decides: again
-        hits, past = (self.log.hits(self.target), self.log.validations) if self.log else ([], [])
+        hits = self.log.hits(self.target) if self.log else []
         self.reached = (hits or [self.clock.total])[0] if any_rank(bool(hits)) else None
         self.validated = self.step if any_rank(self.step in [v["step"] for v in past]) else None
         self.checkpoints.keep["cooldown"] = None if hits else self.cooldown

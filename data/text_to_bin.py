@@ -118,10 +118,11 @@ def lock(folder: Path, name: str):
 
 
 @contextlib.contextmanager
-def owned(folder: Path, name: str):
+def owned(folder: Path, name: str, marks: dict[str, str] | None = None):
     """Hold `folder`, called `name` in messages, for this process alone; make it if need be.
 
-    What was made is removed at the end where nothing has come into it. Raises InputError.
+    marks: {file: what is in it where this script wrote it}. What was made is removed at the end
+    where nothing has come into it. Raises InputError, also where a file lacks its mark.
     """
     try:
         made = not folder.exists()
@@ -130,18 +131,16 @@ def owned(folder: Path, name: str):
     except OSError as error:
         raise InputError(f"{name} is not writable: {error.strerror}") from None
     try:
+        for part, mark in (marks or {}).items():
+            path = folder / part
+            if path.is_dir() or path.exists() and mark not in path.read_text("utf-8", "replace"):
+                raise InputError(f"{name} has a {part} of something else: name another folder")
         yield
     finally:
         with file, contextlib.suppress(OSError):
             os.unlink(folder / ".lock")
             if made:
                 folder.rmdir()
-
-
-def refuse_foreign(path: Path, mark: str, name: str):
-    """Raise InputError where a file is there without the mark of the script that would write it."""
-    if path.is_dir() or path.exists() and mark not in path.read_text("utf-8", errors="replace"):
-        raise InputError(f"{name} has a {path.name} of something else: name another folder")
 
 
 def machine_memory() -> float:

@@ -33,8 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt2_afno as trainer  # noqa: E402
 from data.loader import find_shards  # noqa: E402
-from data.text_to_bin import (FOLDER, InputError, Kind, owned,  # noqa: E402
-                              refuse_foreign)
+from data.text_to_bin import FOLDER, InputError, Kind, owned  # noqa: E402
 from experiments import archive  # noqa: E402
 from experiments.plot_runs import Run, commands_of, plot, read_run, time_to_loss  # noqa: E402
 from runtime import run  # noqa: E402
@@ -621,8 +620,7 @@ def main(argv: list[str]) -> int:
              for seed in args.seeds for arm in study.arms}
     if args.dry_run:
         return dry_run(flags)
-    with owned(folder, "--output"):
-        refuse_foreign(folder / "table.md", MADE_BY, "--output")
+    with owned(folder, "--output", {"table.md": MADE_BY}):
         return run_study(study, folder, flags, args.keep_checkpoints)
 
 

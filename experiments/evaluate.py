@@ -53,8 +53,9 @@ from checkpoints import (Checkpoints, OtherVersion, demand, demand_checksums,  #
                          load_weights, of_this_version, refuse_damaged_weights)
 from data.loader import TokenStream, count_val_tokens, to_device  # noqa: E402
 from data.text_to_bin import (END_OF_TEXT, FOLDER, ROOT, InputError, Kind,  # noqa: E402
-                              first_line, owned, refuse_foreign, relative)
+                              first_line, owned, relative)
 from experiments import archive, package_text  # noqa: E402
+from experiments.plot_runs import name_lines  # noqa: E402
 from runtime import (MOST_TOKENS, Diverged, Runtime, choose_device, run,  # noqa: E402
                      shapes_of)
 
@@ -256,7 +257,8 @@ class Checkpoint:
             self.state = of_this_version(self.state, self.path, trainer.CHECKPOINT_FLAGS)
             demand(trainer.FLAGS["seed"].kind.accepts(self.state["args"].get("seed")), "args.seed")
             self.config = trainer.GPTConfig(**self.state["config"])
-            refuse_damaged_weights(self.state["model"], shapes_of(trainer.GPT, self.config))
+            self.shapes = shapes_of(trainer.GPT, self.config)  # the model, on the device meta
+            refuse_damaged_weights(self.state["model"], self.shapes)
             folder = self.path.absolute().parent.name.replace("|", "_")  # cells of tables end at |
             self.label = f"{folder}@{self.state['step']}"
         except OtherVersion:
@@ -391,11 +393,11 @@ def read_text(args, first: Checkpoint) -> Text:
     T = args.rows or first.config.sequence_length
     if args.text:
         return read_sources(args, first, T)
-    pattern = first.state["args"].get("input_val_bin") if args.bin is None else args.bin
-    if not pattern:
-        raise InputError(f"--bin: name the text, {first.label} has no --input_val_bin")
-    if args.bin is None:
-        pattern = str(ROOT / pattern)
+    pattern, kept = args.bin, first.state["args"].get("input_val_bin")
+    if pattern is None:
+        if not kept:
+            raise InputError(f"--bin: name the text, {first.label} has no --input_val_bin")
+        pattern = str(ROOT / kept)
     stream = TokenStream(os.path.abspath(pattern), first.config.vocab_size, "bin")
     if args.tokens and args.tokens > len(stream) - 1:
         raise InputError(f"--tokens must be <= {len(stream) - 1}, the targets in --bin, "
@@ -697,7 +699,7 @@ def plot(page: str, output: Path):
         numbers = lambda column: [float(row[column] or 0) for row in rows.values()]
         for column in range(3, len(header), 3) if len(header) > 3 else [2]:
             axes.errorbar([*rows], numbers(column), numbers(column + 1) if column > 2 else None,
-                          label=f"{column}", marker="o", markersize=3, linewidth=1, capsize=2)
+                          label=f"line {column}", marker="o", markersize=3, linewidth=1, capsize=2)
         title = f"loss less {header[2]}'s" if len(header) > 3 else "loss"
         axes.set_ylabel(title, parse_math=False)
         axes.set(title=f"{measure}, by {by}")
@@ -706,9 +708,8 @@ def plot(page: str, output: Path):
     legend = figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center",
                            ncols=4)
     header = tables[0][2]
-    for text in legend.get_texts():  # a label would read _ and $ as signs
-        name = header[int(text.get_text())].removesuffix(f" less {header[2]}")
-        text.set(text=name, parse_math=False)
+    name_lines(legend, [name.removesuffix(f" less {header[2]}") for name in header[3::3]]
+               or header[2:3])
     figure.savefig(output, dpi=80)
     plt.close(figure)
 
@@ -780,9 +781,8 @@ def main(argv: list[str]) -> int:
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise InputError(f"CHECKPOINT: two are called {twice[0]}, after folder and step")
     refuse_unlike(checkpoints, args)
-    with contextlib.nullcontext() if args.out is None else owned(args.out, f"--out {args.out}"):
-        if args.out is not None:
-            refuse_foreign(args.out / "table.md", HEAD, f"--out {args.out}")
+    with contextlib.nullcontext() if args.out is None else \
+            owned(args.out, f"--out {args.out}", {"table.md": HEAD}):
         print(evaluated(checkpoints, args, runtime))
     return 0
 

@@ -115,6 +115,12 @@ def labels(runs: list[Run]) -> list[str]:
             for run, name in zip(runs, names)]
 
 
+def name_lines(legend, names: list[str]):
+    """Name the lines of a legend, in their order. Labels of lines would read _ and $ as signs."""
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=name, parse_math=False)
+
+
 def finite_rows(run: Run) -> list[np.ndarray]:
     """Return the rows of training and of validation; say how many are left out, as not finite.
 
@@ -164,9 +170,7 @@ def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X, log: bool = Fal
             axes.set_xscale("log", nonpositive="mask")
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("loss: points validation, thin lines training")
-    legend = panels[0, -1].legend(fontsize=7)
-    for text, label in zip(legend.get_texts(), labels(runs)):  # a label would read _ and $ as signs
-        text.set(text=label, parse_math=False)
+    name_lines(panels[0, -1].legend(fontsize=7), labels(runs))
     figure.tight_layout()
     figure.savefig(output, dpi=120)
     plt.close(figure)

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 import train_gpt2_afno as trainer
-from data.text_to_bin import FOLDER, ROOT, InputError, Kind, owned, refuse_foreign
+from data.text_to_bin import FOLDER, ROOT, InputError, Kind, owned
 from experiments import archive
 from experiments.ablation_studies import seeds
 from experiments.evaluate import markdown
@@ -491,9 +491,9 @@ def write_report(rows: list[dict], folder: Path, grid: Grid):
     for task in TASKS:
         mixers = {}
         for (of, mixer), group in grouped(rows).items():
-            own = sorted({row["seed"] for row in group})
-            apart = "" if own == seeds else f" (seeds: {', '.join(map(str, own))})"
             if of == task:
+                own = sorted({row["seed"] for row in group})
+                apart = "" if own == seeds else f" (seeds: {', '.join(map(str, own))})"
                 mixers[mixer + apart] = group
         if mixers:
             lines += [f"## {task}", ""]
@@ -569,8 +569,7 @@ def main(argv: list[str]) -> int:
         return 0
     runtime = usual_runtime(choose_device(args.device))
     folder = args.output.resolve() / ("recall" if args.grid == "small" else f"recall-{args.grid}")
-    with owned(folder, "--output"):
-        refuse_foreign(folder / "table.md", MADE_BY, "--output")
+    with owned(folder, "--output", {"table.md": MADE_BY}):
         return study(wanted, folder, GRIDS[args.grid], runtime)
 
 

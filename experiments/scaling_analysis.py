@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import afno  # noqa: E402
 from data.text_to_bin import (FOLDER, InputError, Parser, first_line, integer,  # noqa: E402
-                              one_of, owned, refuse_foreign)
+                              one_of, owned)
 from experiments import archive  # noqa: E402
 from experiments.recall import append_line, read_lines  # noqa: E402
 from kernels import usable  # noqa: E402
@@ -44,6 +44,7 @@ from train_gpt2_afno import GPT, MODELS, GPTConfig, flops_per_token, make_optimi
 
 PARTS = ("operator", "batch", "step", "profile")
 HIDDEN = ("by_kernel_ms", "where", "model", "tokens")  # in rows.jsonl alone
+MADE_BY = "Made by experiments/scaling_analysis.py"  # in tables.md
 WORDS = ("part", "name", "where", "model", "error")  # what a row has beside numbers
 NEEDED = {  # of a row; of one with an error the first two alone
     "floor": (), "operator": ("B", "T", "ms"), "batch": ("B", "T", "ms"),
@@ -494,7 +495,7 @@ def profile_tables(row: dict) -> list[str]:
 def write_tables(rows: list[dict], folder: Path):
     """Write tables.md of all rows into a folder."""
     by_part = {part: [row for row in rows if row["part"] == part] for part in (*PARTS, "floor")}
-    lines = ["Made by experiments/scaling_analysis.py from rows.jsonl. ms are medians; exponents "
+    lines = [f"{MADE_BY} from rows.jsonl. ms are medians; exponents "
              "are slopes of log ms against log T at constant tokens (0: linear cost, 1: "
              "quadratic). AFNO's cores: the mean of twelve layers.", ""]
     lines += ["## Floors, same run", ""] + table(by_part["floor"], dict(
@@ -662,9 +663,7 @@ def measure_parts(args: argparse.Namespace, device, runtime: Runtime, emit):
 def main(argv: list[str]) -> int:
     """Measure what is asked for, write tables and plots, and return the exit status."""
     args = parse(argv)
-    with owned(args.output, "--output"):
-        refuse_foreign(args.output / "tables.md", "Made by experiments/scaling_analysis.py",
-                       "--output")
+    with owned(args.output, "--output", {"tables.md": MADE_BY}):
         return analyse(args)
 
 

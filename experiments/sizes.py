@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt2_afno as trainer  # noqa: E402
 from data.text_to_bin import (FOLDER, InputError, Parser, number, owned,  # noqa: E402
-                              refuse_foreign, show)
+                              show)
 from experiments import archive  # noqa: E402
 from experiments.plot_runs import commands_of, read_run  # noqa: E402
 from runtime import run, shapes_of  # noqa: E402
@@ -206,8 +206,7 @@ def cell(found: list[Sized], measure: str) -> str:
 
 def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
     """Return the table of fits: what e times as much of each measure is worth, in nats."""
-    rows = [f"{SLOPES}, +- its standard error, which two runs do "
-            "not have.", "",
+    rows = [f"{SLOPES}, +- its standard error, which two runs do not have.", "",
             f"| tokens | mixer | runs | {' | '.join(MEASURES.values())} |",
             "|" + " --- |" * (3 + len(MEASURES))]
     for (tokens, mixer), found in lines.items():
@@ -256,9 +255,7 @@ def main(argv: list[str]) -> int:
     runs = [read_sized(folder) for folder in args.runs]
     refuse_unlike(args.runs, runs)
     lines = lines_of(runs)
-    with owned(args.output, "--output"):
-        for name, mark in (("table.md", HEAD), ("slopes.md", SLOPES)):
-            refuse_foreign(args.output / name, mark, "--output")
+    with owned(args.output, "--output", {"table.md": HEAD, "slopes.md": SLOPES}):
         for name, text in (("table.md", table(lines)), ("slopes.md", slopes(lines))):
             archive.write(args.output / name, text.encode())
             print(text)

@@ -36,12 +36,12 @@ import train_gpt2_afno as trainer
 from checkpoints import demand_checksums, refuse_damaged_weights
 from data.loader import to_device
 from data.text_to_bin import (FOLDER, ROOT, InputError, first_line, owned, read_bin,
-                              refuse_foreign, relative)
+                              relative)
 from experiments import archive, package_text
 from experiments.evaluate import (BATCH_TOKENS, Checkpoint, cut_rows, digest, losses_of,
                                   markdown, mean_and_error)
 from experiments.recall import append_line, names, read_lines
-from runtime import Diverged, Runtime, choose_device, shapes_of, usual_runtime
+from runtime import Diverged, Runtime, choose_device, usual_runtime
 
 JUDGED = "Losses on the part of a domain's text that was not trained on"  # in table.md
 DOMAINS = {"code": "code", "plays": "plays", "law": "licences"}
@@ -100,7 +100,7 @@ def share_of_operators(checkpoints: list[Checkpoint]) -> float:
     Raise InputError where none has.
     """
     for checkpoint in checkpoints:
-        model = shapes_of(trainer.GPT, checkpoint.config)
+        model = checkpoint.shapes
         if any(".mixer.operator." in name for name, _ in model.named_parameters()):
             return count(model, operator_of(model, 0)) / count(model, part_of(model, "all", {}))
     raise InputError("CHECKPOINT: one must have AFNO layers; attention's share follows from it")
@@ -319,7 +319,7 @@ class Study:
         try:
             demand_checksums(path)
             weights = torch.load(path, map_location=self.runtime.device, weights_only=True)
-            refuse_damaged_weights(weights, shapes_of(trainer.GPT, self.checkpoints[label].config))
+            refuse_damaged_weights(weights, self.checkpoints[label].shapes)
             return weights
         except Exception as error:  # a damaged archive fails in many ways
             print(f"{path.name}: {first_line(error)}: tuned again")
@@ -422,8 +422,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     device = choose_device(args.device)
     runtime = usual_runtime(device)
-    with owned(args.output, "--output"):
-        refuse_foreign(args.output / "table.md", JUDGED, "--output")
+    with owned(args.output, "--output", {"table.md": JUDGED}):
         study = Study(args, runtime)
         page = tables(study)
         archive.write(study.folder / "table.md", f"{page}\n".encode())
