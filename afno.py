@@ -1036,8 +1036,12 @@ def newest_matches(idx_t: Tensor, seen: tuple | None,
     return (found, kinds_of(found, longest[:, 0])), seen
 
 
+@torch.no_grad()
 def mean_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """Return the means, (..., C), of normed rows (..., n) of a table (V, C); -1 is no row."""
+    """Return the means, (..., C), of normed rows (..., n) of a table (V, C), without gradient.
+
+    -1 is no row.
+    """
     if rows.numel() < len(table):  # then only these are normed
         table = table[rows.clamp(min=0).flatten()]
         place = torch.arange(rows.numel(), device=rows.device).view_as(rows)

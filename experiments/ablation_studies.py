@@ -127,8 +127,8 @@ STUDIES = {
             "hilbert": f"{AFNO} --afno_form hilbert",
             "state": f"{AFNO} {STATE}",
             "states": MIXERS["states"],
-            "filter-copies": f"{AFNO} --copy_matches 1",
-            "states-copies": f"{MIXERS['states']} --copy_matches 1",
+            "filter-copies": f"{AFNO} --copy_layers 2,5,8,11",
+            "states-copies": f"{MIXERS['states']} --copy_layers 2,5,8,11",
         }),
     "context": Study(
         "Longer rows, with as many tokens a step. Every loss is at the arm's own length: compare "

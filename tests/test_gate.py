@@ -622,7 +622,7 @@ def test_a_scale_of_the_whole_batch_in_fp8_is_a_leak(monkeypatch):
 
 @pytest.mark.slow
 def test_a_match_that_is_not_earlier_is_a_leak(monkeypatch):
-    config = dataclasses.replace(CONFIG, copy_matches=1)
+    config = dataclasses.replace(CONFIG, copy_layers=(0, 1))
     assert start_sees(config) is start_sees(config, HALF) is None
     assert gate_sees(config, EXACT) == []
     find = train_gpt2_afno.longest_matches
@@ -640,7 +640,7 @@ def test_a_match_that_is_not_earlier_is_a_leak(monkeypatch):
 @pytest.mark.parametrize("level", (1, 3, 7, len(afno.MATCHES)))
 def test_a_match_that_tells_the_next_token_is_a_leak(monkeypatch, level):
     """Whatever the length of the match: rows repeat their first half."""
-    config, find = dataclasses.replace(CONFIG, copy_matches=1), train_gpt2_afno.longest_matches
+    config, find = dataclasses.replace(CONFIG, copy_layers=(1,)), train_gpt2_afno.longest_matches
 
     def next_token(idx):
         after, kind = find(idx)

@@ -18,6 +18,7 @@ import kernels
 import kernels.loss
 import runtime
 import test_causality
+import train_gpt2_afno
 from afno import FORMS, rmsnorm, taps_at_once
 from checkpoints import OtherVersion, loss_by_position, refuse_damaged_tensors
 from data.text_to_bin import InputError
@@ -29,7 +30,7 @@ from train_gpt2_afno import (GPT, MODELS, GPTConfig, Muon, flops_per_token, lear
 
 RECIPE = dict(swiglu=1, qk_norm=1, attn_short_conv=3, attn_gate=1, embedding_norm=1,
               logit_softcap=2.0, embedding_residual=1, depth_scale=1, half_rotary=1,
-              value_residual=1, copy_matches=1)
+              value_residual=1, copy_layers=(0, 2))
 
 
 slow = pytest.mark.slow
@@ -166,7 +167,7 @@ def baseline(weights: dict, idx, n_layer: int, n_head: int, recipe: bool = False
                 heads[-1] = heads[-1] * 2 / (1 + torch.exp(-(norm(x) @ gate[head]))[..., None])
         h = norm(x)
         x = x + torch.cat(heads, -1) @ w["mixer.c_proj"].T / math.sqrt(2 * n_layer)
-        if recipe:
+        if recipe and layer != 1:
             mix, copy_gate = (weights[f"transformer.h.{layer}.{name}"]
                               for name in ("copy_mix", "copy_gate.w"))
             for b, t, n in itertools.product(range(len(x)), range(T), range(2)):
@@ -305,7 +306,7 @@ def test_the_recipe_is_causal(options, T):
             assert dtype == torch.float32 or later_gradients(model, T) < 1e-10
 
 
-@pytest.mark.parametrize("options", ({}, dict(copy_matches=1, pair_rows=50, value_tables=1)))
+@pytest.mark.parametrize("options", ({}, dict(copy_layers=(1,), pair_rows=50, value_tables=1)))
 def test_the_residual_stream_in_bf16(options):
     models = [tiny(attn_layers=(1,), residual_bf16=on, **options) for on in (0, 1)]
     move_weights(models[0])
@@ -482,11 +483,25 @@ def generated(model, idx):
 @pytest.mark.parametrize("options", (
     dict(mixer="attn"), dict(attn_layers=(1,)), dict(afno_form="dyadic", attn_layers=(1,)),
     dict(afno_silu=1, afno_state_layers=(1,), afno_token_taps=5),
-    dict(afno_state_layers=(0, 2)), dict(copy_matches=1)))
+    dict(afno_state_layers=(0, 2)), dict(copy_layers=(0, 2))))
 def test_token_by_token_gives_the_same_hidden_states(position, options):
     model = tiny(position=position, **options).double()
     idx = random_tokens((2, 24 if position == "learned" else 150), 97)
     assert relative(generated(model, idx)[0], model.hidden(idx)) < 1e-10
+
+
+def test_copies_stand_in_their_layers_and_teach_no_embedding(monkeypatch):
+    model, idx = tiny(mixer="attn", copy_layers=(0, 2)).double(), torch.tensor([[5, 7, 5]])
+    assert [block.copy_mix is not None for block in model.transformer.h] == [True, False, True]
+    move_weights(model)
+    found = torch.full((1, 3, 2, 4), 11), torch.full((1, 3, 2), 4)  # token 11 alone is copied
+    monkeypatch.setattr(train_gpt2_afno, "longest_matches", lambda idx: found)
+    before = model.hidden(idx)
+    before.square().mul(torch.arange(before.size(-1))).sum().backward()
+    assert model.lm_head.weight.grad.abs().sum(1).nonzero().flatten().tolist() == [5, 7]
+    with torch.no_grad():
+        model.lm_head.weight[11] += torch.randn(model.config.n_embd)
+    assert relative(model.hidden(idx), before) > 1e-3
 
 
 @pytest.mark.parametrize("name", (*RECIPE, "all"))
@@ -543,6 +558,7 @@ def test_learned_positions_end_with_their_table():
     (dict(attn_layers=(3,)), "--attn_layers must be in 0 ... 2, got 3"),
     (dict(attn_layers=(-1,)), "--attn_layers"),
     (dict(afno_state_layers=(3,)), "--afno_state_layers must be in 0 ... 2, got 3"),
+    (dict(mixer="attn", copy_layers=(0, 3)), "--copy_layers must be in 0 ... 2, got 3"),
     (dict(attn_layers=(0, 1), afno_state_layers=(1, 2)),
      "--afno_state_layers and --attn_layers must be different .* got 1 in both"),
     (dict(afno_num_blocks=5), "--afno_num_blocks must divide the 16 channels, got 5"),

@@ -1199,7 +1199,7 @@ def test_a_checkpoint_of_another_version_is_one_clear_line(data, tmp_path):
 def test_a_checkpoint_with_idle_flags_that_are_gone_and_without_new_ones_loads():
     args, config = values_of(f"{SMALL} --input_bin x --input_val_bin x")
     state = dict(args=args.to_save | dict(grad_clip=0.0), config=vars(config) | dict(afno_gate=0))
-    del state["config"]["copy_matches"], state["args"]["goal_val_loss"]
+    del state["config"]["copy_layers"], state["args"]["goal_val_loss"]
     there = of_this_version(state, Path("x.pt"), train_gpt2_afno.CHECKPOINT_FLAGS)
     assert GPTConfig(**there["config"]) == config and "grad_clip" not in there["args"]
 
