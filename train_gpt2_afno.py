@@ -469,8 +469,8 @@ class Block(nn.Module):
     row of their own table, g' Gates likewise. With pair_rows p g'' times the row of the token's
     pair is added to the mixer's output (modded-nanogpt, 2026). In copy_layers m f times the mean
     embedding of what followed each set of longest_matches is added there, too: an m for each of
-    KINDS, f Gates. a, b, c, p and m are learned; they begin at 1, 0, 0, 0.05 and 0. The copied
-    embeddings get no gradient: it costs as much time as the copies, and gains 0.003 at most.
+    KINDS, f Gates. a, b, c, p and m are learned; they begin at 1, 0, 0, 0.05 and 0. What is
+    copied gets no gradient: that costs as much time as the copies, and gains 0.003 at most.
     """
 
     recompute = False  # compute what is cheap again in backward, instead of keeping it
@@ -922,13 +922,14 @@ def sound(state: dict, path: Path) -> dict:
 def flops_per_token(model: GPT, T: int) -> float:
     """Return the FLOPs of forward and backward: 6 a parameter, and 12 C a key that attention sees.
 
-    A query sees T/2 keys on average. Tables that are only looked up and convolutions are free.
+    A query sees T/2 keys on average. Look-ups, convolutions and the making of filters are free.
     """
-    config = model.config
-    attention = sum(config.mixer_of(layer) == "attn" for layer in range(config.n_layer))
-    looked_up = embedding_tables(model) - {model.lm_head.weight}
-    parameters = sum(p.numel() for p in {*model.parameters()} - looked_up)
-    return 6 * parameters + 12 * attention * config.n_embd * T / 2
+    mixers = [block.mixer for block in model.transformer.h]
+    attention = sum(isinstance(mixer, CausalSelfAttention) for mixer in mixers)
+    free = embedding_tables(model) - {model.lm_head.weight}
+    free.update(*(mixer.filters.parameters() for mixer in mixers if mixer.filters is not None))
+    parameters = sum(p.numel() for p in {*model.parameters()} - free)
+    return 6 * parameters + 12 * attention * model.config.n_embd * T / 2
 
 
 def choose_fp8(model: GPT, args, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1107,7 +1107,10 @@ def test_phases_share_out_the_steps():
 
 
 def test_flops_count_the_keys_that_are_seen_and_no_table_that_is_looked_up():
-    count = lambda T=100, **options: flops_per_token(tiny(mixer="attn", **options), T)
+    count = lambda T=100, **options: flops_per_token(tiny(**dict(mixer="attn") | options), T)
     assert count(position="learned") == count()
+    afno = lambda **options: count(mixer="afno", **options)
+    assert afno(afno_num_experts=4) == afno()  # filters are made once, the dyadic form's MLP reads
+    assert afno(afno_form="dyadic", afno_num_experts=4) > afno(afno_form="dyadic")  # every token
     seen = sum(t + 1 for t in range(1000)) / 1000  # keys a query, on average
     assert abs(count(T=1000) - count(T=0) - 12 * 3 * 16 * seen) < 12 * 3 * 16
