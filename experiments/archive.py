@@ -6,8 +6,9 @@
     python experiments/archive.py keep 2026-11-26-goals/c-92            # make a run's log readable
 
 runs/archive/ has one solid archive a folder (tar, xz -9e) and MANIFEST, the sha256 of every file
-as it was, for `sha256sum --check`. Old logs begin with the source code that ran: archives and
-readable logs name each source by its sha256 instead. runs/sources.tar.xz has each version once.
+as it was, for `sha256sum --check`. Old logs begin with the source code that ran, and other runs
+have it in source/: archives and readable logs name each source by its sha256 instead.
+runs/sources.tar.xz has each version once.
 """
 import argparse
 import hashlib
@@ -18,7 +19,7 @@ import re
 import sys
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,6 +29,7 @@ from data.text_to_bin import (FOLDER, InputError, Parser, first_line, owned,  # 
 RUNS = Path(__file__).resolve().parent / "runs"
 RULE = b"=" * 100 + b"\n"
 SOURCE = re.compile(rb"source: (\S+) sha256 ([0-9a-f]{64})\n")
+COPY = re.compile(rb"copy of the source with sha256 ([0-9a-f]{64})\n")
 NAME = re.compile(r"\d{4}-\d\d-\d\d(-[a-z0-9]+)+")
 TAR = tarfile.USTAR_FORMAT
 ENTRY = re.compile(r"([0-9a-f]{64})  (.+)")  # of MANIFEST
@@ -42,7 +44,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-# logs without their sources
+# files without their sources
 
 def split_log(log: bytes) -> tuple[list[tuple[bytes, bytes]], bytes]:
     """Return the sources that a log begins with, as (file name, text), and the rest of the log."""
@@ -60,13 +62,32 @@ def strip_log(log: bytes) -> bytes:
     return b"".join(lines) + rest
 
 
-def join_log(stripped: bytes, sources: dict[str, bytes]) -> bytes:
-    """Return the log that strip_log was given, with its sources from read_sources."""
+def sources_of(file: str, data: bytes) -> list[bytes]:
+    """Return the sources in a file: itself where it is one, else those that a log begins with."""
+    if file.endswith(".py") and "source" in PurePosixPath(file).parts:
+        return [data]
+    return [text for _, text in split_log(data)[0]]
+
+
+def strip(file: str, data: bytes) -> bytes:
+    """Return what an archive has for a file: its sha256 where it is a source, else strip_log's."""
+    if sources_of(file, data) == [data]:
+        return b"copy of the source with sha256 %s\n" % sha256(data).encode()
+    return strip_log(data)
+
+
+def join(stripped: bytes, sources: dict[str, bytes]) -> bytes:
+    """Return the file that strip was given, with its sources from read_sources."""
+    def source(digest: bytes) -> bytes:
+        if (name := source_name(digest.decode())) not in sources:
+            raise ArchiveError(f"sources.tar.xz is missing, or lacks {name}")
+        return sources[name]
+
+    if copy := COPY.fullmatch(stripped):
+        return source(copy[1])
     parts = []
     while match := SOURCE.match(stripped):
-        if (name := source_name(match[2].decode())) not in sources:
-            raise ArchiveError(f"sources.tar.xz is missing, or lacks {name}")
-        parts += [RULE, match[1], b"\n", RULE, sources[name]]
+        parts += [RULE, match[1], b"\n", RULE, source(match[2])]
         stripped = stripped[match.end():]
     return b"".join(parts) + (RULE if parts else b"") + stripped
 
@@ -131,7 +152,7 @@ def members(name: str, runs: Path = RUNS) -> Iterator[tuple[str, bytes]]:
     missing = {file for file in manifest if file.startswith(f"{name}/")}
     sources = read_sources(runs)
     for file, stripped in unpacked(path):
-        data = join_log(stripped, sources)
+        data = join(stripped, sources)
         if manifest.get(file) != sha256(data):
             raise ArchiveError(f"{path.name}: {file} is not what MANIFEST says")
         missing.discard(file)
@@ -207,11 +228,11 @@ def add(name: str, files: dict[str, bytes], runs: Path):
     if name in archives(runs) and any(file.startswith(f"{name}/") for file in manifest):
         raise ArchiveError(f"an archive {name} exists")
     known = len(sources)
-    for data in files.values():
-        sources |= {source_name(sha256(text)): text for _, text in split_log(data)[0]}
-    stripped = {file: strip_log(data) for file, data in files.items()}
     for file, data in files.items():
-        if join_log(stripped[file], sources) != data:
+        sources |= {source_name(sha256(text)): text for text in sources_of(file, data)}
+    stripped = {file: strip(file, data) for file, data in files.items()}
+    for file, data in files.items():
+        if join(stripped[file], sources) != data:
             raise ArchiveError(f"{file}: would not come back as it is: it begins with sources, or "
                                "lines that name them, and is not a whole log")
     manifest |= {file: sha256(data) for file, data in files.items()}
@@ -249,7 +270,7 @@ def verify(runs: Path = RUNS) -> int:
                 if path.is_file() and path.suffix != ".png"]
     for path in readable:
         file = path.relative_to(runs).as_posix()
-        if sha256(join_log(path.read_bytes(), sources)) != manifest.get(file):
+        if sha256(join(path.read_bytes(), sources)) != manifest.get(file):
             raise ArchiveError(f"{file} is not what its archive has")
     return len(found) + len(readable)
 

@@ -87,7 +87,7 @@ def test_archives_and_readable_files_are_what_the_manifest_says():
 
 def test_sources_have_the_names_of_their_sha256():
     sources = archive.read_sources()
-    assert len(sources) >= 69
+    assert len(sources) >= 200
     for name, text in sources.items():
         assert name == f"{hashlib.sha256(text).hexdigest()[:12]}.py"
 
@@ -210,6 +210,26 @@ def test_a_log_that_would_not_come_back_is_refused_before_anything_is_written(
     with pytest.raises(archive.ArchiveError, match="would not come back|lacks 000000000000.py"):
         archive.pack(tmp_path / "2026-01-03-readable", packed)
     assert everything(packed) == before
+
+
+def test_a_source_is_kept_once_whichever_runs_had_it(packed, tmp_path):
+    text = LOG.split(archive.RULE)[2]  # the log of the other archive begins with it
+    for day in ("03", "04"):
+        run = tmp_path / f"2026-01-{day}-sources/run"
+        archive.write(run / "source/train.py", text)
+        archive.write(run / "source/kernels/new.py", b"y = 2\n")
+        archive.write(run / "source/change.diff", b"a diff\n")
+        assert archive.pack(run.parent, packed) == 3
+        assert archive.restore(run.parent.name, tmp_path / "out", packed) == 3
+        for file in ("train.py", "kernels/new.py", "change.diff"):
+            restored = tmp_path / "out" / run.parent.name / "run/source" / file
+            assert restored.read_bytes() == (run / "source" / file).read_bytes()
+        held = dict(archive.unpacked(packed / f"archive/{run.parent.name}.tar.xz"))
+        assert text not in held.values() and b"a diff\n" in held.values()
+    assert text in archive.read_sources(packed).values() and archive.verify(packed) == 8
+    (packed / "sources.tar.xz").unlink()
+    with pytest.raises(archive.ArchiveError, match="sources.tar.xz is missing"):
+        archive.restore("2026-01-03-sources", tmp_path / "again", packed)
 
 
 def test_a_file_that_differs_is_not_replaced(packed, tmp_path):
