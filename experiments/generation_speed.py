@@ -1,7 +1,8 @@
 """Measure tokens/s of generation: with states, and with the whole text computed for every token.
 
-    python experiments/generation_speed.py [the trainer's flags]      # --preset fineweb ...
+    python experiments/generation_speed.py --preset fineweb --sequence_length 4096
 
+Flags are the trainer's: those of the model, --preset, --device, --dtype, --seed, --max_new_tokens.
 A model at initialisation (speed does not depend on weights) has read all but the last
 `--max_new_tokens` tokens (32) of `--sequence_length` random ones. Timed are the others, one by one,
 for a batch of one. Prints one line a method.
@@ -14,15 +15,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.text_to_bin import InputError  # noqa: E402
+from data.text_to_bin import InputError, show  # noqa: E402
 from runtime import Runtime, choose_device, refuse_too_large, run  # noqa: E402
 from test_causality import random_tokens  # noqa: E402
-from train_gpt2_afno import GPT, GPTConfig, merge_flags, model_fields, parse_flags  # noqa: E402
+from train_gpt2_afno import (CONFIG_FLAGS, FLAGS, GPT, GPTConfig, merge_flags,  # noqa: E402
+                             model_fields, parse_flags)
+
+TAKEN = ("device", "dtype", "seed", "max_new_tokens")  # beside the model's
 
 
 def main(argv: list[str]) -> int:
     """Time both methods and return the exit status."""
-    flags = {"max_new_tokens": 32, **parse_flags(argv)}
+    given = parse_flags(argv)
+    if idle := [name for name in given if FLAGS[name].group != "model" and name not in TAKEN]:
+        raise InputError(f"--{idle[0]} has no effect here: speed is of a model that is not "
+                         f"trained; beside its flags there are --{', --'.join(TAKEN)}")
+    flags = {"max_new_tokens": 32, **given}
     device = choose_device(flags.get("device", "auto"))
     args = merge_flags(flags, device, None, print)
     config, count = GPTConfig(**model_fields(vars(args))), args.max_new_tokens
@@ -38,9 +46,12 @@ def main(argv: list[str]) -> int:
     idx = random_tokens((1, T), config.vocab_size).to(device)
     chip = torch.cuda.get_device_name() if device.type == "cuda" \
         else f"CPU, {torch.get_num_threads()} threads"
+    changed = [f"{flag.name} {show(getattr(config, flag.name))}" for flag in CONFIG_FLAGS
+               if flag.group == "model" and getattr(config, flag.name) != flag.default]
     print(f"{args.model}, mixers {' '.join(map(config.mixer_of, range(config.n_layer)))}, "
-          f"afno_form {config.afno_form}, {T - count} tokens read, {count} timed, {args.dtype}, "
-          f"torch {torch.__version__}, {chip}")
+          f"{', '.join(changed)}")
+    print(f"{T - count} tokens read, {count} timed, {args.dtype}, torch {torch.__version__}, "
+          f"{chip}")
 
     def with_states():
         state = None

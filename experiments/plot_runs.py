@@ -82,6 +82,12 @@ def commands_of(log: str) -> list[tuple[str, bool]]:
     return [(words, bool(resumed)) for words, resumed in found]
 
 
+def code_of(log: str) -> set[str]:
+    """Return the lines of a train.log with the sha256 of each source that ran; older ones lack it.
+    """
+    return {*re.findall(r"^sha256: [0-9a-f]{64} .+$", log, re.MULTILINE)}
+
+
 def time_to_loss(curve: list[tuple[int, float, float]], loss: float) -> tuple[float, float] | None:
     """Return (seconds, tokens) where the curve first reaches the loss, None if it never does.
 

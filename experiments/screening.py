@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.text_to_bin import InputError, Parser, number, run_main  # noqa: E402
-from experiments.plot_runs import read_run  # noqa: E402
+from experiments.plot_runs import code_of, read_run  # noqa: E402
 
 # for so many runs: the second row of the design; the others are its shifts
 SECOND = {12: "++-+++---+-", 24: "+++++-+-++--++--+-+----"}
@@ -44,14 +44,38 @@ def design(techniques: int) -> list[str]:
 def plan(path: Path):
     """Print design.csv for the techniques in a file."""
     lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
-    if any(len(line) < 2 for line in lines):
-        raise InputError(f"{path}: a line must be a name, then flags")
+    if not lines or any(len(line) < 2 for line in lines):
+        raise InputError(f"{path}: a line must be a name, then flags, and there must be one")
+    refuse_twice(path, [name for name, _ in lines])
     runs = design(len(lines))
     out = csv.writer(sys.stdout, lineterminator="\n")
     out.writerow(["run", *(name for name, _ in lines), "flags"])
     for number, signs in enumerate(runs, 1):
         flags = " ".join(flags for sign, (_, flags) in zip(signs, lines) if sign == "+")
         out.writerow([f"r{number:02d}", *signs, flags])
+
+
+def refuse_twice(path: Path, names: list[str]):
+    """Raise InputError where two have one name."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{path}: {twice[0]} is there twice")
+
+
+def read_design(path: Path) -> tuple[list[str], list[str], np.ndarray]:
+    """Return runs, techniques, and 1 where a run (row) has a technique (column), else 0."""
+    with open(path, newline="") as file:
+        head, *rows = list(csv.reader(file)) or [[]]
+    if len(head) < 3 or (head[0], head[-1]) != ("run", "flags") or not rows:
+        raise InputError(f"{path}: its first line must be run, techniques, flags, as plan writes "
+                         "it, and there must be runs")
+    for row in rows:
+        if len(row) != len(head) or not {*row[1:-1]} <= {"+", "-"}:
+            raise InputError(f"{path}: {row[0] if row else 'a line'} must have a + or a - for each "
+                             f"of {len(head) - 2} techniques, then flags")
+    names, techniques = [row[0] for row in rows], head[1:-1]
+    refuse_twice(path, names)
+    refuse_twice(path, techniques)
+    return names, techniques, np.array([[sign == "+" for sign in row[1:-1]] for row in rows], float)
 
 
 def last_loss_and_time(folder: Path) -> tuple[int, float, float]:
@@ -81,17 +105,20 @@ def fit(X: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def effects(folder: Path, slope: float):
     """Print what each technique does to loss and time in a folder of runs."""
-    with open(folder / "design.csv", newline="") as file:
-        (_, *names, _), *rows = csv.reader(file)
-    X = np.array([[1, *(sign == "+" for sign in row[1:-1])] for row in rows], float)
-    tokens, loss, time = np.array([last_loss_and_time(folder / row[0]) for row in rows]).T
-    if unlike := [row[0] for row, count in zip(rows, tokens) if count != max(tokens)]:
+    runs, names, has = read_design(folder / "design.csv")
+    X = np.column_stack((np.ones(len(runs)), has))
+    tokens, loss, time = np.array([last_loss_and_time(folder / run) for run in runs]).T
+    if unlike := [run for run, count in zip(runs, tokens) if count != max(tokens)]:
         raise InputError(f"{folder / unlike[0]}: not finished, or shorter than other runs")
     (effect, error), (seconds, _) = fit(X, loss), fit(X, time)
     print(f"{'technique':<12} {'loss':>8} {'+-':>7} {'time':>6} {'net':>8}")
     for name, e, error, t in zip(names, effect[1:], error[1:], seconds[1:]):
         print(f"{name:<12} {e:+8.4f} {error:7.4f} {100 * t:+5.1f}% {e + slope * t:+8.4f}")
     print(f"errors are of the loss, from {len(X)} runs for {X.shape[1]} numbers")
+    logs = (folder / run / "train.log" for run in runs)
+    codes = [code_of(log.read_text(encoding="utf-8")) for log in logs if log.is_file()]
+    if any(code != codes[0] for code in codes):
+        print("warning: the runs did not have the same code (sha256 in their logs)")
 
 
 def main():

@@ -11,8 +11,8 @@ FLOPs are those of the whole run, 6 a token for each parameter that is not looke
 among them, and attention's. Seconds are of training alone, and compare on one kind of card: a line
 whose runs are of several kinds has no fit to them.
 
-Of each run it reads metrics.jsonl, and the command and the machine in train.log. Runs whose other
-flags differ, such as T or rates, are refused. So are runs of one mixer, or one mixer and size, that
+Of each run it reads metrics.jsonl, and the command, the machine and the flags in train.log. Runs
+whose other flags differ, such as T or rates, are refused. table.md says where their code differs. So are runs of one mixer, or one mixer and size, that
 are different models, and a run that is there twice. Needs matplotlib for sizes.png.
 """
 import argparse
@@ -21,6 +21,7 @@ import math
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ import train_gpt2_afno as trainer  # noqa: E402
 from data.text_to_bin import (FOLDER, InputError, Parser, number, owned,  # noqa: E402
                               show)
 from experiments import archive  # noqa: E402
-from experiments.plot_runs import commands_of, read_run  # noqa: E402
+from experiments.plot_runs import code_of, commands_of, read_run  # noqa: E402
 from runtime import run, shapes_of  # noqa: E402
 
 MEASURES = {"parameters": "parameters without embeddings", "flops": "FLOPs of training",
@@ -42,9 +43,11 @@ MIXERS = ("attention", "hybrid", "states", "filters")
 # Flags that make mixer, size, length of the run and place of its files
 OF_MIXER = {"afno_short_conv"}  # these agree within a mixer
 OF_SIZE = {"n_layer", "n_embd", "n_head", "afno_num_blocks", "attn_layers",
-           "afno_state_layers"}  # and these within a mixer and size
-MAY_DIFFER = {"model", "mixer", "seed", "num_iterations", "warmdown_iters", "extend",
-              "val_loss_every", *trainer.THIS_COMMAND}
+           "afno_state_layers", "copy_layers"}  # and these within a mixer and size
+# a step's tokens must agree, however they are divided
+MAY_DIFFER = {"model", "mixer", "seed", "num_iterations", "warmdown_iters",
+              *trainer.SAME_RUN, *trainer.MICRO_BATCH}
+DEFAULT = "its default"
 HEAD = "| tokens | mixer | size | seed | parameters without embeddings | FLOPs | seconds | " \
     "loss | machine |"  # of table.md
 SLOPES = "Loss that e (2.7) times as much takes away"  # of slopes.md
@@ -64,6 +67,9 @@ class Sized:
     loss: float
     machines: tuple[str, ...]  # several where it was resumed on another
     flags: dict  # all; those of the model as it takes them
+    said: list[dict[str, str]]  # flags_said
+    step: str  # tokens of a step
+    code: set[str]  # code_of
 
 
 def model_of(log: str) -> tuple[trainer.GPT, dict]:
@@ -89,6 +95,13 @@ def model_of(log: str) -> tuple[trainer.GPT, dict]:
     if models[-1] != (f"{count:,}", mixers):
         raise InputError("the flags of the command are not those of the model that train.log names")
     return model, values
+
+
+def flags_said(log: str) -> list[dict[str, str]]:
+    """Return the flags that a log says differ from --help's defaults, for each time it began."""
+    lines = re.findall(r"^flags that differ from --help's defaults: (.*)$", log, re.MULTILINE)
+    parts = (re.split(r", (?=[a-z]\w* )", line) for line in lines)
+    return [dict(part.split(" ", 1) for part in of_line if " " in part) for of_line in parts]
 
 
 def mixer_of(config: trainer.GPTConfig) -> str:
@@ -128,26 +141,43 @@ def read_sized(folder: Path) -> Sized:
                              f"{loss!r}: each must be a finite number above 0")
     except (InputError, OSError, ValueError) as error:
         raise InputError(f"{folder}: {error}") from None
-    config = model.config
+    config, steps = model.config, re.findall(r"^steps: \d+ of (\S+) tokens", log, re.MULTILINE)
     flags |= {name: getattr(config, name) for name in OF_MIXER | OF_SIZE}
     return Sized(flags["model"], mixer_of(config), flags["seed"], tokens,
                  without_embeddings(model),
                  tokens * trainer.flops_per_token(model, config.sequence_length), seconds, loss,
-                 machines, flags)
+                 machines, flags, flags_said(log), (steps or ["?"])[-1], code_of(log))
+
+
+def show_said(run: Sized, name: str) -> str:
+    """Return the value that a flag had, or one after the other where it was changed."""
+    return ", then ".join(dict.fromkeys(line.get(name, DEFAULT) for line in run.said))
+
+
+def compared(of: Sized, there: Sized) -> Iterator[tuple[str, str, str]]:
+    """Yield what must agree in two runs: its name, and its value in each."""
+    same_mixer = of.mixer == there.mixer
+    may_differ = MAY_DIFFER | (set() if same_mixer else OF_MIXER) \
+        | (set() if same_mixer and of.model == there.model else OF_SIZE)
+    for name in [name for name in of.flags if name not in may_differ]:
+        yield f"--{name}", show(of.flags[name]), show(there.flags[name])
+    said = {name for run in (of, there) for line in run.said for name in line}
+    for name in sorted(said - may_differ) if of.said and there.said else ():
+        if trainer.DEFAULTS.get(name, 0) is not None:  # else the machine chooses
+            yield f"--{name}", show_said(of, name), show_said(there, name)
+    copies = lambda run: "given" if run.flags["copy_layers"] else "not given"
+    yield "--copy_layers", copies(of), copies(there)
+    yield "a step's number of tokens", of.step, there.step
 
 
 def refuse_unlike(folders: list[Path], runs: list[Sized]):
     """Raise InputError where runs do not compare, or one is there twice, perhaps as a copy."""
     for (other, there), (folder, of) in itertools.combinations(zip(folders, runs), 2):
-        same_mixer = of.mixer == there.mixer
-        same_size = same_mixer and of.model == there.model
-        may_differ = MAY_DIFFER | (set() if same_mixer else OF_MIXER) \
-            | (set() if same_size else OF_SIZE)
-        if unlike := [name for name in of.flags
-                      if name not in may_differ and of.flags[name] != there.flags[name]]:
-            values = [show(flags[unlike[0]]) for flags in (of.flags, there.flags)]
-            raise InputError(f"{folder}: does not compare with {other}: --{unlike[0]} is "
-                             f"{values[0]}, there {values[1]}")
+        for what, *values in compared(of, there):
+            if values[0] != values[1]:
+                raise InputError(f"{folder}: does not compare with {other}: {what} is "
+                                 f"{values[0]}, there {values[1]}")
+        same_size = (of.mixer, of.model) == (there.mixer, there.model)
         if same_size and all(getattr(of, name) == getattr(there, name)
                              for name in ("seed", "tokens", "loss", "seconds")):
             raise InputError(f"{folder} and {other} are one run, or copies of it: both are "
@@ -193,6 +223,9 @@ def table(lines: dict[tuple[int, str], list[Sized]]) -> str:
     rows += [f"| {tokens / 1e6:.1f}M | {mixer} | {of.model} | {of.seed} | {of.parameters:,} | "
              f"{of.flops:.3g} | {of.seconds:.1f} | {of.loss:.4f} | {', '.join(of.machines)} |"
              for (tokens, mixer), found in lines.items() for of in found]
+    codes = {frozenset(of.code) for found in lines.values() for of in found}
+    if len(codes) > 1:
+        rows += ["", f"These runs had {len(codes)} versions of the code (sha256 in their logs)."]
     return "\n".join(rows) + "\n"
 
 

@@ -214,6 +214,18 @@ def test_a_study_runs_then_skips_and_refuses_other_flags(data, pair, tmp_path, c
         main([*argv, "--tokens", "128"])
 
 
+def test_arms_of_other_code_are_said_in_the_table(pair, tmp_path, capsys):
+    for digit, arm in enumerate(("one", "two")):
+        log = write_finished(tmp_path, arm) / "train.log"
+        log.write_text(f"sha256: {str(digit) * 64} afno.py\n{log.read_text()}")
+    words = "The runs did not have the same code"
+    for expected in (True, False):
+        assert main(["pair", "--output", str(tmp_path)]) == 0
+        assert (words in capsys.readouterr().err) == expected
+        assert (words in (tmp_path / "pair/table.md").read_text()) == expected
+        log.write_text(log.read_text().replace("1" * 64, "0" * 64))
+
+
 def test_a_study_owns_its_folder(pair, fake_trainer, tmp_path):
     with owned(tmp_path / "pair", "x"), pytest.raises(InputError, match="--output is in use by"):
         main(["pair", "--output", str(tmp_path)])
@@ -473,6 +485,10 @@ def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
     _, *lines, last = capsys.readouterr().out.splitlines()
     found = [float(line.split()[1]) for line in lines]
     assert last == "errors are of the loss, from 12 runs for 6 numbers"
+    for digit, name in enumerate(("r01", "r02")):
+        (tmp_path / name / "train.log").write_text(f"sha256: {str(digit) * 64} afno.py\n")
+    screening.effects(tmp_path, 0.175)
+    assert "did not have the same code" in capsys.readouterr().out
     np.testing.assert_allclose(found, effects, atol=1e-4)
     for loss, end, rows in ((4.0, 50, 3), (math.nan, 100, 3), (4.0, 100, 2)):
         write_screened(tmp_path, {"r03": loss}, end)
@@ -480,6 +496,33 @@ def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:rows]))
         with pytest.raises(InputError, match="r03: (its loss is nan|not (a )?finished)"):
             screening.effects(tmp_path, 0.175)
+
+
+@pytest.mark.parametrize("old, new, message", (
+    ("r02,+", "r02,x", "r02 must have a \\+ or a - for each of 2 techniques"),
+    ("r02,+", "r02,", "r02 must have a"), ("r02,+,", "r02,", "r02 must have a"),
+    ("\nr02,", "\n\nr02,", "a line must have a"), ("r02,", "r03,", "r03 is there twice"),
+    ("run,t0,t1", "run,t0,t0", "t0 is there twice"), ("run,", "walk,", "its first line must be"),
+    (None, "", "its first line must be"), (None, "run,t0,flags\n", ".* and there must be runs")))
+def test_a_design_that_is_not_whole_is_refused(tmp_path, capsys, old, new, message):
+    (tmp_path / "techniques.txt").write_text("t0 --flag 0\nt1 --flag 1\n")
+    screening.plan(tmp_path / "techniques.txt")
+    text = capsys.readouterr().out
+    signs = {line.split(",")[0]: line.split(",")[1] for line in text.splitlines()}
+    text = text.replace(f"r02,{signs['r02']}", "r02,+")  # whatever it was
+    (tmp_path / "design.csv").write_text(text.replace(old, new) if old else new)
+    with pytest.raises(InputError, match=f"design.csv: {message}"):
+        screening.effects(tmp_path, 0.175)
+
+
+@pytest.mark.parametrize("text, message", (
+    ("", "a line must be a name, then flags"), ("\n \n", "a line must be"), ("t0\n", "a line"),
+    ("t0 --flag 0\nt0 --flag 1\n", "t0 is there twice")))
+def test_a_list_of_techniques_that_is_not_whole_is_refused(tmp_path, capsys, text, message):
+    (tmp_path / "techniques.txt").write_text(text)
+    with pytest.raises(InputError, match=f"techniques.txt: {message}"):
+        screening.plan(tmp_path / "techniques.txt")
+    assert capsys.readouterr().out == ""
 
 
 def test_too_many_techniques_leave_no_file(tmp_path, capsys):

@@ -153,13 +153,58 @@ def test_a_run_that_was_made_longer_is_read_to_its_end(tmp_path):
      "--afno_short_conv is 4, there 1"),
     ("--seed 2 --attn_layers 5", "--attn_layers is 5, there 5,10"),  # of the mixer and size
     ("--seed 2 --afno_state_layers 3", "--afno_state_layers is 3, there none"),
-    ("--seed 2 --n_head 3", "--n_head is 3, there 6")))
+    ("--seed 2 --n_head 3", "--n_head is 3, there 6"),
+    ("--model d6 --n_head 2 --attn_layers 2 --copy_layers 1", "--copy_layers is given, there not"),
+    ("--mixer attn --copy_layers 1", "--copy_layers is given, there not given"),
+    ("--seed 2 --copy_layers 1", "--copy_layers is 1, there none")))
 def test_runs_that_do_not_compare_are_refused(tmp_path, flags, message):
     first = make_run(tmp_path / "first", "--afno_short_conv 1", 1, 1)
     other = make_run(tmp_path / "other", f"--afno_short_conv 1 {flags}", 1, 1)
     with pytest.raises(InputError, match=f"^{other}: does not compare with {first}: {message}"):
         sizes.main([str(first), str(other), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+SAID = "flags that differ from --help's defaults: attn_layers (5, 10), learning_rate {}\n"
+
+
+@pytest.mark.parametrize("more, message", (
+    (SAID.format(0.1), "--learning_rate is 0.1, there 0.0043"),  # the preset was another one
+    (SAID.format(0.0043) + AGAIN.replace("90", "0") + SAID.format(0.1),  # changed on the way
+     "--learning_rate is 0.0043, then 0.1, there 0.0043"),
+    ("flags that differ from --help's defaults: attn_layers (5, 10)\n",
+     "--learning_rate is its default, there 0.0043"),
+    (SAID.format(0.0043) + "steps: 10 of 131,072 tokens (2 x 64 x 1024), optimizer muon\n",
+     "a step's number of tokens is 131,072, there 65,536"),
+    (SAID.format("0.0043, seed 3, dtype bfloat16, save_every 7, batch_size 8, num_iterations 20")
+     + "steps: 10 of 65,536 tokens (8 x 8 x 1024), optimizer muon\n", None)))
+def test_what_a_log_says_of_flags_must_agree_too(tmp_path, more, message):
+    usual = SAID.format(0.0043) + "steps: 10 of 65,536 tokens (1 x 64 x 1024), optimizer muon\n"
+    first = make_run(tmp_path / "first", "", 1, 1, more=usual)
+    if "steps" not in more:
+        more += "steps: 10 of 65,536 tokens (1 x 64 x 1024), optimizer muon\n"
+    other = make_run(tmp_path / "other", "", 1, 2, more=more)
+    runs = [sizes.read_sized(folder) for folder in (first, other)]
+    if message is None:
+        sizes.refuse_unlike([first, other], runs)
+        return
+    with pytest.raises(InputError, match=f"^{other}: does not compare with {first}: {message}$"):
+        sizes.refuse_unlike([first, other], runs)
+
+
+def test_layers_that_copy_differ_between_sizes_alone(tmp_path):
+    flags = (("--copy_layers 2,5", ""), ("--copy_layers 1", "--model d6 --n_head 2"))
+    runs = [sizes.read_sized(make_run(tmp_path / str(i), f"--mixer attn {copies} {size}", 1, 2 - i))
+            for i, (copies, size) in enumerate(flags)]
+    sizes.refuse_unlike([tmp_path] * 2, runs)
+
+
+def test_other_code_is_said_in_the_table(tmp_path):
+    code = lambda digit: f"sha256: {str(digit) * 64} afno.py\n"
+    runs = [sizes.read_sized(make_run(tmp_path / f"{i}", f"--seed {i}", 1, 1, more=code(i // 2)))
+            for i in range(3)]
+    assert "These runs had 2 versions of the code" in sizes.table(sizes.lines_of(runs))
+    assert "versions" not in sizes.table(sizes.lines_of(runs[:2]))
 
 
 def test_a_run_or_its_copy_does_not_count_twice(tmp_path):
