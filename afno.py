@@ -354,6 +354,11 @@ class AFNO1D(nn.Module):
         """Return what makes this layer's taps, for taps_at_once; None in forms without taps."""
         return self.operator.taps if isinstance(self.operator, FilterOperator) else None
 
+    @property
+    def made_once(self) -> nn.Module | None:
+        """Return what runs once for all tokens, as it reads no data; None in other forms."""
+        return self.operator.mlp if isinstance(self.operator, StateOperator) else self.filters
+
     def forward(self, h: Tensor) -> Tensor:
         return self.mix(self.project(h), h)
 
@@ -1038,9 +1043,9 @@ def newest_matches(idx_t: Tensor, seen: tuple | None,
 
 @torch.no_grad()
 def mean_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """Return the means, (..., C), of normed rows (..., n) of a table (V, C), without gradient.
+    """Return means, (..., C), of a table's rows, normed. rows: (..., n) numbers, -1 for none.
 
-    -1 is no row.
+    The table, (V, C), gets no gradient.
     """
     if rows.numel() < len(table):  # then only these are normed
         table = table[rows.clamp(min=0).flatten()]

@@ -144,7 +144,7 @@ table("model",
       ("afno_short_conv", 4, integer(1, 1024), "taps of the short convolution; 1: none"),
       ("afno_silu", 0, SWITCH, "SiLU after the short convolution, except in form state"),
       ("afno_token_taps", 0, integer(0, 64), "taps each token makes itself, except in form state"),
-      ("copy_layers", (), LAYERS, "layers that add what followed the row's longest matches"),
+      ("copy_layers", (), LAYERS, "layers that add what followed the longest earlier matches"),
       ("position", "none", one_of("none", "learned", "sinusoidal", "fourier"),
        "what embeddings get; attention has rotary anyway"),
       ("swiglu", 0, SWITCH, "MLPs of silu(W1 x) V x instead of gelu(W1 x)"),
@@ -368,7 +368,7 @@ class CausalSelfAttention(nn.Module):
     the heads' outputs (Qiu et al., 2025, "Gated attention for large language models").
     """
 
-    filters = None  # attention has no taps
+    filters = made_once = None  # attention has no taps
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -467,10 +467,10 @@ class Block(nn.Module):
     learning"): v0 is the first mixer's value, g are Gates of what the mixer reads, one for
     value_channels channels (Karpathy, 2025, nanochat). With value_tables some layers add g' times a
     row of their own table, g' Gates likewise. With pair_rows p g'' times the row of the token's
-    pair is added to the mixer's output (modded-nanogpt, 2026). In copy_layers m f times the mean
-    embedding of what followed each set of longest_matches is added there, too: an m for each of
-    KINDS, f Gates. a, b, c, p and m are learned; they begin at 1, 0, 0, 0.05 and 0. What is
-    copied gets no gradient: that costs as much time as the copies, and gains 0.003 at most.
+    pair is added to the mixer's output (modded-nanogpt, 2026). In copy_layers, m f times the mean
+    embedding of what followed each set of longest_matches is added, too: an m for each of KINDS, f
+    Gates. a, b, c, p and m are learned; they begin at 1, 0, 0, 0.05 and 0. Copied embeddings get no
+    gradient: it would take as much time again as the copies, and gain 0.003.
     """
 
     recompute = False  # compute what is cheap again in backward, instead of keeping it
@@ -922,12 +922,12 @@ def sound(state: dict, path: Path) -> dict:
 def flops_per_token(model: GPT, T: int) -> float:
     """Return the FLOPs of forward and backward: 6 a parameter, and 12 C a key that attention sees.
 
-    A query sees T/2 keys on average. Look-ups, convolutions and the making of filters are free.
+    A query sees T/2 keys on average. Look-ups, convolutions and MLPs run once a step do not count.
     """
     mixers = [block.mixer for block in model.transformer.h]
     attention = sum(isinstance(mixer, CausalSelfAttention) for mixer in mixers)
     free = embedding_tables(model) - {model.lm_head.weight}
-    free.update(*(mixer.filters.parameters() for mixer in mixers if mixer.filters is not None))
+    free.update(*(mixer.made_once.parameters() for mixer in mixers if mixer.made_once is not None))
     parameters = sum(p.numel() for p in {*model.parameters()} - free)
     return 6 * parameters + 12 * attention * model.config.n_embd * T / 2
 

@@ -35,8 +35,8 @@ import train_gpt2_afno as trainer  # noqa: E402
 from data.loader import find_shards  # noqa: E402
 from data.text_to_bin import FOLDER, InputError, Kind, owned  # noqa: E402
 from experiments import archive  # noqa: E402
-from experiments.plot_runs import (Run, code_of, commands_of, plot, read_run,  # noqa: E402
-                                   time_to_loss)
+from experiments.plot_runs import (Run, commands_of, other_code, plot,  # noqa: E402
+                                   read_run, time_to_loss)
 from runtime import run  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -510,16 +510,6 @@ def table_row(arm: str, runs: dict[int, Run], anchors: dict[int, Run]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def versions_of(runs: dict[tuple[str, int], Run]) -> list[str]:
-    """Return what to say where the runs did not have the same code; logs may not tell."""
-    codes = [code_of(read_text(run.folder / "train.log")) for run in runs.values()]
-    if all(code == codes[0] for code in codes):
-        return []
-    words = "The runs did not have the same code (sha256 in their logs): differences may be its."
-    print(f"warning: {words}", file=sys.stderr, flush=True)
-    return ["", f"**{words}**"]
-
-
 def write_report(study: Study, folder: Path, runs: dict[tuple[str, int], Run],
                  flags: dict[tuple[str, int], dict]):
     """Write table.md and curves.png of the finished runs.
@@ -532,6 +522,8 @@ def write_report(study: Study, folder: Path, runs: dict[tuple[str, int], Run],
               for arm in study.arms}
     anchor = next(iter(study.arms))
     machines = sorted({from_log(run, MACHINE) for run in runs.values()})
+    if words := other_code([read_text(run.folder / "train.log") for run in runs.values()]):
+        print(f"warning: {words}", file=sys.stderr, flush=True)
     lines = [
         f"# {folder.name}", "",
         f"{study.about} {MADE_BY} from the runs' logs. Means over "
@@ -540,7 +532,7 @@ def write_report(study: Study, folder: Path, runs: dict[tuple[str, int], Run],
         "linear between validations. Seconds are of training alone. Times faster are the "
         "anchor's seconds over the arm's, without and with compilation; tokens/s are from step "
         "11 on.", "",
-        f"Machine: {'; '.join(machines)}.", *versions_of(runs), "",
+        f"Machine: {'; '.join(machines)}.", *([f"**{words}**"] if words else []), "",
         "| arm | val loss | spread | against the anchor | tokens/s | parameters | "
         "peak memory, GiB | tokens | training seconds | seconds to the anchor's loss | "
         f"times faster | val loss at T = {COMMON_LENGTH}, of longer rows |",

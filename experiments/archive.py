@@ -6,9 +6,9 @@
     python experiments/archive.py keep 2026-11-26-goals/c-92            # make a run's log readable
 
 runs/archive/ has one solid archive a folder (tar, xz -9e) and MANIFEST, the sha256 of every file
-as it was, for `sha256sum --check`. Old logs begin with the source code that ran, and other runs
-have it in source/: archives and readable logs name each source by its sha256 instead.
-runs/sources.tar.xz has each version once.
+as it was, for `sha256sum --check`. Old logs begin with the source code that ran, other runs have it
+in source/. Archives and readable logs name each source by its sha256. runs/sources.tar.xz has each
+version once.
 """
 import argparse
 import hashlib
@@ -19,7 +19,7 @@ import re
 import sys
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -64,13 +64,13 @@ def strip_log(log: bytes) -> bytes:
 
 def sources_of(file: str, data: bytes) -> list[bytes]:
     """Return the sources in a file: itself where it is one, else those that a log begins with."""
-    if file.endswith(".py") and "source" in PurePosixPath(file).parts:
+    if file.endswith(".py"):
         return [data]
     return [text for _, text in split_log(data)[0]]
 
 
 def strip(file: str, data: bytes) -> bytes:
-    """Return what an archive has for a file: its sha256 where it is a source, else strip_log's."""
+    """Return what an archive holds for a file: of a source its sha256, of others strip_log's."""
     if sources_of(file, data) == [data]:
         return b"copy of the source with sha256 %s\n" % sha256(data).encode()
     return strip_log(data)

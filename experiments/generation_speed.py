@@ -28,8 +28,8 @@ def main(argv: list[str]) -> int:
     """Time both methods and return the exit status."""
     given = parse_flags(argv)
     if idle := [name for name in given if FLAGS[name].group != "model" and name not in TAKEN]:
-        raise InputError(f"--{idle[0]} has no effect here: speed is of a model that is not "
-                         f"trained; beside its flags there are --{', --'.join(TAKEN)}")
+        raise InputError(f"--{idle[0]} has no effect here: this does not train, it takes the "
+                         f"model's flags, --preset, --{', --'.join(TAKEN)}")
     flags = {"max_new_tokens": 32, **given}
     device = choose_device(flags.get("device", "auto"))
     args = merge_flags(flags, device, None, print)
@@ -46,8 +46,8 @@ def main(argv: list[str]) -> int:
     idx = random_tokens((1, T), config.vocab_size).to(device)
     chip = torch.cuda.get_device_name() if device.type == "cuda" \
         else f"CPU, {torch.get_num_threads()} threads"
-    changed = [f"{flag.name} {show(getattr(config, flag.name))}" for flag in CONFIG_FLAGS
-               if flag.group == "model" and getattr(config, flag.name) != flag.default]
+    changed = [f"{flag.name} {show(getattr(args, flag.name))}" for flag in CONFIG_FLAGS
+               if flag.group == "model" and getattr(args, flag.name) != flag.default]
     print(f"{args.model}, mixers {' '.join(map(config.mixer_of, range(config.n_layer)))}, "
           f"{', '.join(changed)}")
     print(f"{T - count} tokens read, {count} timed, {args.dtype}, torch {torch.__version__}, "

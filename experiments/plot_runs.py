@@ -82,10 +82,25 @@ def commands_of(log: str) -> list[tuple[str, bool]]:
     return [(words, bool(resumed)) for words, resumed in found]
 
 
-def code_of(log: str) -> set[str]:
-    """Return the lines of a train.log with the sha256 of each source that ran; older ones lack it.
+def last_start(log: str) -> str:
+    """Return a train.log from its last start that did not resume: those before left no run."""
+    starts = re.split(r"^(?=commit: )", log, flags=re.MULTILINE)
+    fresh = [i for i, part in enumerate(starts) if not all(on for _, on in commands_of(part))]
+    return "".join(starts[fresh[-1]:]) if fresh else log
+
+
+def other_code(logs: list[str]) -> str:
+    """Return a sentence on the sources that were not the same in all runs; empty if there are none.
+
+    A train.log has the sha256 of each source. Older logs have none, and count as any.
     """
-    return {*re.findall(r"^sha256: [0-9a-f]{64} .+$", log, re.MULTILINE)}
+    found = [re.findall(r"^sha256: ([0-9a-f]{64}) (.+)$", last_start(log), re.MULTILINE)
+             for log in logs]
+    codes = [{*lines} for lines in found if lines]
+    if not codes or set.union(*codes) == set.intersection(*codes):
+        return ""
+    files = sorted({name for _, name in set.union(*codes) - set.intersection(*codes)})
+    return f"The runs had different code, in {', '.join(files)}. That may explain differences."
 
 
 def time_to_loss(curve: list[tuple[int, float, float]], loss: float) -> tuple[float, float] | None:

@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.text_to_bin import InputError, Parser, number, run_main  # noqa: E402
-from experiments.plot_runs import code_of, read_run  # noqa: E402
+from experiments.plot_runs import other_code, read_run  # noqa: E402
 
 # for so many runs: the second row of the design; the others are its shifts
 SECOND = {12: "++-+++---+-", 24: "+++++-+-++--++--+-+----"}
@@ -45,7 +45,8 @@ def plan(path: Path):
     """Print design.csv for the techniques in a file."""
     lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
     if not lines or any(len(line) < 2 for line in lines):
-        raise InputError(f"{path}: a line must be a name, then flags, and there must be one")
+        raise InputError(f"{path}: " + ("each line must be a name, then flags" if lines
+                                        else "there is no technique"))
     refuse_twice(path, [name for name, _ in lines])
     runs = design(len(lines))
     out = csv.writer(sys.stdout, lineterminator="\n")
@@ -56,22 +57,22 @@ def plan(path: Path):
 
 
 def refuse_twice(path: Path, names: list[str]):
-    """Raise InputError where two have one name."""
+    """Raise InputError where a name stands twice."""
     if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"{path}: {twice[0]} is there twice")
+        raise InputError(f"{path}: the name {twice[0]} stands twice")
 
 
 def read_design(path: Path) -> tuple[list[str], list[str], np.ndarray]:
     """Return runs, techniques, and 1 where a run (row) has a technique (column), else 0."""
-    with open(path, newline="") as file:
-        head, *rows = list(csv.reader(file)) or [[]]
+    with open(path, newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
+        head, *rows = [row for row in csv.reader(file) if row] or [[]]
     if len(head) < 3 or (head[0], head[-1]) != ("run", "flags") or not rows:
         raise InputError(f"{path}: its first line must be run, techniques, flags, as plan writes "
                          "it, and there must be runs")
     for row in rows:
-        if len(row) != len(head) or not {*row[1:-1]} <= {"+", "-"}:
-            raise InputError(f"{path}: {row[0] if row else 'a line'} must have a + or a - for each "
-                             f"of {len(head) - 2} techniques, then flags")
+        if len(row) != len(head) or not row[0] or not {*row[1:-1]} <= {"+", "-"}:
+            raise InputError(f"{path}: {row[0] or 'a run without a name'} must have a + or a - for "
+                             f"each of {len(head) - 2} techniques, then flags")
     names, techniques = [row[0] for row in rows], head[1:-1]
     refuse_twice(path, names)
     refuse_twice(path, techniques)
@@ -116,9 +117,8 @@ def effects(folder: Path, slope: float):
         print(f"{name:<12} {e:+8.4f} {error:7.4f} {100 * t:+5.1f}% {e + slope * t:+8.4f}")
     print(f"errors are of the loss, from {len(X)} runs for {X.shape[1]} numbers")
     logs = (folder / run / "train.log" for run in runs)
-    codes = [code_of(log.read_text(encoding="utf-8")) for log in logs if log.is_file()]
-    if any(code != codes[0] for code in codes):
-        print("warning: the runs did not have the same code (sha256 in their logs)")
+    if words := other_code([log.read_text(encoding="utf-8") for log in logs if log.is_file()]):
+        print(f"warning: {words}")
 
 
 def main():

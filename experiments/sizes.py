@@ -7,13 +7,13 @@
 Writes table.md, slopes.md and sizes.png, with a plot for each measure, to --output. Runs of one
 mixer on as many tokens make a line: loss = a - b ln(x), by least squares, with the standard error
 of b. Seeds count as runs of their own. Parameters are those without embeddings, tables and head.
-FLOPs are those of the whole run, 6 a token for each parameter that is not looked up, the head's
-among them, and attention's. Seconds are of training alone, and compare on one kind of card: a line
+FLOPs are flops_per_token's, times the tokens of the run. Seconds are of training alone, and compare on one kind of card: a line
 whose runs are of several kinds has no fit to them.
 
-Of each run it reads metrics.jsonl, and the command, the machine and the flags in train.log. Runs
-whose other flags differ, such as T or rates, are refused. table.md says where their code differs. So are runs of one mixer, or one mixer and size, that
-are different models, and a run that is there twice. Needs matplotlib for sizes.png.
+Of each run it reads metrics.jsonl, and the command, the machine and the flags in train.log. It
+refuses runs whose other flags differ, such as T or rates; runs of one mixer, or one mixer and size,
+that are different models; and a run that is there twice. table.md says where their code differs.
+Needs matplotlib for sizes.png.
 """
 import argparse
 import itertools
@@ -34,7 +34,7 @@ import train_gpt2_afno as trainer  # noqa: E402
 from data.text_to_bin import (FOLDER, InputError, Parser, number, owned,  # noqa: E402
                               show)
 from experiments import archive  # noqa: E402
-from experiments.plot_runs import code_of, commands_of, read_run  # noqa: E402
+from experiments.plot_runs import commands_of, last_start, other_code, read_run  # noqa: E402
 from runtime import run, shapes_of  # noqa: E402
 
 MEASURES = {"parameters": "parameters without embeddings", "flops": "FLOPs of training",
@@ -44,10 +44,11 @@ MIXERS = ("attention", "hybrid", "states", "filters")
 OF_MIXER = {"afno_short_conv"}  # these agree within a mixer
 OF_SIZE = {"n_layer", "n_embd", "n_head", "afno_num_blocks", "attn_layers",
            "afno_state_layers", "copy_layers"}  # and these within a mixer and size
-# a step's tokens must agree, however they are divided
+# rows and micro-batches may differ: a step's tokens are compared instead
 MAY_DIFFER = {"model", "mixer", "seed", "num_iterations", "warmdown_iters",
               *trainer.SAME_RUN, *trainer.MICRO_BATCH}
-DEFAULT = "its default"
+FILLED_IN = {"dtype", "val_batch_size", "warmup_iters"}  # by the trainer, where they are not given
+DEFAULT = "the default"
 HEAD = "| tokens | mixer | size | seed | parameters without embeddings | FLOPs | seconds | " \
     "loss | machine |"  # of table.md
 SLOPES = "Loss that e (2.7) times as much takes away"  # of slopes.md
@@ -69,7 +70,7 @@ class Sized:
     flags: dict  # all; those of the model as it takes them
     said: list[dict[str, str]]  # flags_said
     step: str  # tokens of a step
-    code: set[str]  # code_of
+    log: str  # train.log from last_start on
 
 
 def model_of(log: str) -> tuple[trainer.GPT, dict]:
@@ -98,7 +99,7 @@ def model_of(log: str) -> tuple[trainer.GPT, dict]:
 
 
 def flags_said(log: str) -> list[dict[str, str]]:
-    """Return the flags that a log says differ from --help's defaults, for each time it began."""
+    """Return the flags that differ from --help's defaults, one dict for each start in a log."""
     lines = re.findall(r"^flags that differ from --help's defaults: (.*)$", log, re.MULTILINE)
     parts = (re.split(r", (?=[a-z]\w* )", line) for line in lines)
     return [dict(part.split(" ", 1) for part in of_line if " " in part) for of_line in parts]
@@ -130,7 +131,7 @@ def read_sized(folder: Path) -> Sized:
     """Read a finished run; raise InputError, which names it, where it is not one."""
     try:
         found = read_run(folder)
-        log = (folder / "train.log").read_text(encoding="utf-8")
+        log = last_start((folder / "train.log").read_text(encoding="utf-8"))
         (model, flags), machines = model_of(log), machines_of(log)
         last = next((row for row in reversed(found.rows) if "val_loss" in row), {})
         if last.get("step") != flags["num_iterations"] + flags["extend"]:
@@ -146,11 +147,11 @@ def read_sized(folder: Path) -> Sized:
     return Sized(flags["model"], mixer_of(config), flags["seed"], tokens,
                  without_embeddings(model),
                  tokens * trainer.flops_per_token(model, config.sequence_length), seconds, loss,
-                 machines, flags, flags_said(log), (steps or ["?"])[-1], code_of(log))
+                 machines, flags, flags_said(log), (steps or ["?"])[-1], log)
 
 
 def show_said(run: Sized, name: str) -> str:
-    """Return the value that a flag had, or one after the other where it was changed."""
+    """Return a flag's value in a run; where a resume changed it, all values in order."""
     return ", then ".join(dict.fromkeys(line.get(name, DEFAULT) for line in run.said))
 
 
@@ -162,9 +163,9 @@ def compared(of: Sized, there: Sized) -> Iterator[tuple[str, str, str]]:
     for name in [name for name in of.flags if name not in may_differ]:
         yield f"--{name}", show(of.flags[name]), show(there.flags[name])
     said = {name for run in (of, there) for line in run.said for name in line}
-    for name in sorted(said - may_differ) if of.said and there.said else ():
-        if trainer.DEFAULTS.get(name, 0) is not None:  # else the machine chooses
-            yield f"--{name}", show_said(of, name), show_said(there, name)
+    said -= may_differ | OF_MIXER | OF_SIZE | FILLED_IN  # of the model: compared above
+    for name in sorted(said) if of.said and there.said else ():
+        yield f"--{name}", show_said(of, name), show_said(there, name)
     copies = lambda run: "given" if run.flags["copy_layers"] else "not given"
     yield "--copy_layers", copies(of), copies(there)
     yield "a step's number of tokens", of.step, there.step
@@ -223,9 +224,8 @@ def table(lines: dict[tuple[int, str], list[Sized]]) -> str:
     rows += [f"| {tokens / 1e6:.1f}M | {mixer} | {of.model} | {of.seed} | {of.parameters:,} | "
              f"{of.flops:.3g} | {of.seconds:.1f} | {of.loss:.4f} | {', '.join(of.machines)} |"
              for (tokens, mixer), found in lines.items() for of in found]
-    codes = {frozenset(of.code) for found in lines.values() for of in found}
-    if len(codes) > 1:
-        rows += ["", f"These runs had {len(codes)} versions of the code (sha256 in their logs)."]
+    if words := other_code([of.log for found in lines.values() for of in found]):
+        rows += ["", words]
     return "\n".join(rows) + "\n"
 
 

@@ -218,7 +218,7 @@ def test_arms_of_other_code_are_said_in_the_table(pair, tmp_path, capsys):
     for digit, arm in enumerate(("one", "two")):
         log = write_finished(tmp_path, arm) / "train.log"
         log.write_text(f"sha256: {str(digit) * 64} afno.py\n{log.read_text()}")
-    words = "The runs did not have the same code"
+    words = "The runs had different code, in afno.py."
     for expected in (True, False):
         assert main(["pair", "--output", str(tmp_path)]) == 0
         assert (words in capsys.readouterr().err) == expected
@@ -488,7 +488,10 @@ def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
     for digit, name in enumerate(("r01", "r02")):
         (tmp_path / name / "train.log").write_text(f"sha256: {str(digit) * 64} afno.py\n")
     screening.effects(tmp_path, 0.175)
-    assert "did not have the same code" in capsys.readouterr().out
+    assert "warning: The runs had different code, in afno.py." in capsys.readouterr().out
+    (tmp_path / "r01/train.log").write_text((tmp_path / "r02/train.log").read_text())
+    screening.effects(tmp_path, 0.175)
+    assert "warning" not in capsys.readouterr().out
     np.testing.assert_allclose(found, effects, atol=1e-4)
     for loss, end, rows in ((4.0, 50, 3), (math.nan, 100, 3), (4.0, 100, 2)):
         write_screened(tmp_path, {"r03": loss}, end)
@@ -501,8 +504,8 @@ def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
 @pytest.mark.parametrize("old, new, message", (
     ("r02,+", "r02,x", "r02 must have a \\+ or a - for each of 2 techniques"),
     ("r02,+", "r02,", "r02 must have a"), ("r02,+,", "r02,", "r02 must have a"),
-    ("\nr02,", "\n\nr02,", "a line must have a"), ("r02,", "r03,", "r03 is there twice"),
-    ("run,t0,t1", "run,t0,t0", "t0 is there twice"), ("run,", "walk,", "its first line must be"),
+    ("\nr02,", "\n,", "a run without a name"), ("r02,", "r03,", "the name r03 stands twice"),
+    ("run,t0,t1", "run,t0,t0", "the name t0 stands twice"), ("run,", "walk,", "its first line must be"),
     (None, "", "its first line must be"), (None, "run,t0,flags\n", ".* and there must be runs")))
 def test_a_design_that_is_not_whole_is_refused(tmp_path, capsys, old, new, message):
     (tmp_path / "techniques.txt").write_text("t0 --flag 0\nt1 --flag 1\n")
@@ -516,8 +519,8 @@ def test_a_design_that_is_not_whole_is_refused(tmp_path, capsys, old, new, messa
 
 
 @pytest.mark.parametrize("text, message", (
-    ("", "a line must be a name, then flags"), ("\n \n", "a line must be"), ("t0\n", "a line"),
-    ("t0 --flag 0\nt0 --flag 1\n", "t0 is there twice")))
+    ("", "there is no technique"), ("\n \n", "there is no"), ("t0\n", "each line must be a name"),
+    ("t0 --flag 0\nt0 --flag 1\n", "the name t0 stands twice")))
 def test_a_list_of_techniques_that_is_not_whole_is_refused(tmp_path, capsys, text, message):
     (tmp_path / "techniques.txt").write_text(text)
     with pytest.raises(InputError, match=f"techniques.txt: {message}"):

@@ -173,7 +173,11 @@ SAID = "flags that differ from --help's defaults: attn_layers (5, 10), learning_
     (SAID.format(0.0043) + AGAIN.replace("90", "0") + SAID.format(0.1),  # changed on the way
      "--learning_rate is 0.0043, then 0.1, there 0.0043"),
     ("flags that differ from --help's defaults: attn_layers (5, 10)\n",
-     "--learning_rate is its default, there 0.0043"),
+     "--learning_rate is the default, there 0.0043"),
+    (SAID.format("0.0043, rest_lr 0.1"), "--rest_lr is 0.1, there the default"),
+    ("flags that differ from --help's defaults: learning_rate 0.0043, warmup_iters 5\n", None),
+    # a start that was killed before its first checkpoint left no run
+    (SAID.format(0.1) + "commit: abc\n{begun}" + SAID.format(0.0043), None),
     (SAID.format(0.0043) + "steps: 10 of 131,072 tokens (2 x 64 x 1024), optimizer muon\n",
      "a step's number of tokens is 131,072, there 65,536"),
     (SAID.format("0.0043, seed 3, dtype bfloat16, save_every 7, batch_size 8, num_iterations 20")
@@ -181,6 +185,8 @@ SAID = "flags that differ from --help's defaults: attn_layers (5, 10), learning_
 def test_what_a_log_says_of_flags_must_agree_too(tmp_path, more, message):
     usual = SAID.format(0.0043) + "steps: 10 of 65,536 tokens (1 x 64 x 1024), optimizer muon\n"
     first = make_run(tmp_path / "first", "", 1, 1, more=usual)
+    begun = (first / "train.log").read_text().split("\n", 1)[1].replace(usual, "")
+    more = more.replace("{begun}", begun)
     if "steps" not in more:
         more += "steps: 10 of 65,536 tokens (1 x 64 x 1024), optimizer muon\n"
     other = make_run(tmp_path / "other", "", 1, 2, more=more)
@@ -203,8 +209,8 @@ def test_other_code_is_said_in_the_table(tmp_path):
     code = lambda digit: f"sha256: {str(digit) * 64} afno.py\n"
     runs = [sizes.read_sized(make_run(tmp_path / f"{i}", f"--seed {i}", 1, 1, more=code(i // 2)))
             for i in range(3)]
-    assert "These runs had 2 versions of the code" in sizes.table(sizes.lines_of(runs))
-    assert "versions" not in sizes.table(sizes.lines_of(runs[:2]))
+    assert "The runs had different code, in afno.py." in sizes.table(sizes.lines_of(runs))
+    assert "code" not in sizes.table(sizes.lines_of(runs[:2]))
 
 
 def test_a_run_or_its_copy_does_not_count_twice(tmp_path):
