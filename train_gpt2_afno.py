@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import functools
 import math
-import os
 import shlex
 import signal
 import sys

@@ -505,7 +505,8 @@ def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
     ("r02,+", "r02,x", "r02 must have a \\+ or a - for each of 2 techniques"),
     ("r02,+", "r02,", "r02 must have a"), ("r02,+,", "r02,", "r02 must have a"),
     ("\nr02,", "\n,", "a run without a name"), ("r02,", "r03,", "the name r03 stands twice"),
-    ("run,t0,t1", "run,t0,t0", "the name t0 stands twice"), ("run,", "walk,", "its first line must be"),
+    ("run,t0,t1", "run,t0,t0", "the name t0 stands twice"),
+    ("run,", "walk,", "its first line must be"),
     (None, "", "its first line must be"), (None, "run,t0,flags\n", ".* and there must be runs")))
 def test_a_design_that_is_not_whole_is_refused(tmp_path, capsys, old, new, message):
     (tmp_path / "techniques.txt").write_text("t0 --flag 0\nt1 --flag 1\n")
