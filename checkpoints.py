@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from data.loader import TokenStream, count_val_tokens
 from data.text_to_bin import (ROOT, InputError, first_line, relative, show, sync_folder, to_path,
                               to_type)
-from runtime import SOURCES, Diverged, Runtime, evaluate, generate
+from runtime import Diverged, Runtime, evaluate, generate, source_files
 from test_causality import check_generation, refuse_leaks
 
 TIMES = ("train_time_s", "compile_time_s", "wall_time_s")
@@ -385,7 +385,7 @@ def record_source(folder: Path) -> list[str]:
     With git: the commit, the diff to it where there is one, and files that git does not know.
     Without: the files themselves.
     """
-    files = [path for pattern in SOURCES for path in sorted(ROOT.glob(pattern))]
+    files = source_files(ROOT)
     names = [str(path.relative_to(ROOT)) for path in files]
     git = ["git", "-C", str(ROOT)]
     run = lambda *words: subprocess.run([*git, *words], capture_output=True, check=True).stdout

@@ -13,8 +13,10 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -763,15 +765,28 @@ def keep_compilations():
         os.environ.setdefault(name, str(ROOT / ".cache" / folder))
 
 
-SOURCES = ("*.py", "kernels/**/*.py", "data/**/*.py")  # all code that a run may call
+def source_files(root: Path = ROOT) -> list[Path]:
+    """Return all code of the repository that a run may call.
+
+    That is also what was imported from a folder that a fork added, not experiments and tests.
+    """
+    found = [path for pattern in ("*.py", "kernels/**/*.py", "data/**/*.py")
+             for path in sorted(root.glob(pattern))]
+    modules = [*sys.modules.values()]
+    imported = {Path(getattr(module, "__file__", None) or ".") for module in modules}
+    for path in sorted(imported - {*found}):
+        parts = path.relative_to(root).parts if path.is_relative_to(root) else ("tests",)
+        if parts[0] not in ("experiments", "tests") and path.suffix == ".py" \
+                and not any(part == "site-packages" or part[0] == "." for part in parts):
+            found.append(path)
+    return found
 
 
-def source_digest(*patterns: str) -> str:
-    """Return the sha256 of the repository's files of these patterns, 64 hexadecimal digits."""
+def source_digest(paths: Iterable[Path]) -> str:
+    """Return the sha256 of the files' contents, 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    for pattern in patterns:
-        for path in sorted(ROOT.glob(pattern)):
-            digest.update(path.read_bytes())
+    for path in paths:
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -785,7 +800,7 @@ def keep_graphs():
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
-    key = source_digest("kernels/*.py")
+    key = source_digest(sorted(ROOT.glob("kernels/*.py")))
     functorch.autograd_cache_allow_custom_autograd_functions = True
     inductor.unsafe_marked_cacheable_functions = {
         f"torch.amp.autocast_mode.{name}_autocast": key for name in ("_enter", "_exit")}

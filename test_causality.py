@@ -459,11 +459,15 @@ def check_model(model, seq_len: int, rows: int, device, autocast, modes=(True, F
     return leaks
 
 
-def refuse_other_targets(x: torch.Tensor, y: torch.Tensor):
-    """Raise InputError where targets y, (B, T), are not the tokens that follow the inputs x."""
+def refuse_other_targets(x: torch.Tensor, y: torch.Tensor, text: torch.Tensor):
+    """Raise InputError where targets y, (B, T), are not the tokens that follow the inputs x.
+
+    text: the first row's T + 1 tokens, as the data have them.
+    """
     from data.text_to_bin import InputError
 
-    if not torch.equal(x[:, 1:], y[:, :-1]):
+    first = torch.equal(x[0].cpu(), text[:-1]) and torch.equal(y[0].cpu(), text[1:])
+    if not first or not torch.equal(x[:, 1:], y[:, :-1]):
         raise InputError("causality check: the targets of training rows are not their next tokens")
 
 
@@ -533,13 +537,21 @@ def is_finite(model, T: int, runtime) -> bool:
 
 @torch.no_grad()
 def check_generation(model, T: int, device) -> float:
-    """Return how far step(), token by token, is from hidden() over T tokens, relative, in fp32."""
-    idx = random_tokens((1, T), model.config.vocab_size).to(device)
-    whole, state, steps = model.hidden(idx), None, []
+    """Return how far step(), token by token, is from hidden() over T tokens, relative, in fp32.
+
+    Half of the tokens are of few, so that they match earlier ones. Two texts go on in turn, each
+    with a state of its own.
+    """
+    idx = random_tokens((2, T), model.config.vocab_size)
+    idx[:, T // 2 :] = random_tokens((2, T - T // 2), min(16, model.config.vocab_size))
+    idx = idx.to(device)
+    whole, states, steps = model.hidden(idx), [None, None], []
     for t in range(T):
-        output, state = model.step(idx[:, t], state, T)
-        steps.append(output)
-    off = (torch.stack(steps, 1) - whole).double().norm() / whole.double().norm()
+        for row in range(2):
+            output, states[row] = model.step(idx[row : row + 1, t], states[row], T)
+            steps.append(output)
+    off = torch.cat(steps).view(T, 2, -1).transpose(0, 1) - whole
+    off = off.double().norm() / whole.double().norm()
     return off.item() if off.isfinite() else math.inf
 
 
@@ -583,7 +595,9 @@ def short_configs(given, device: torch.device) -> dict:
     width = heads * (size // 2 if device.type == "cpu" and size % 4 == 0 else size)
     options = dict(n_layer=2, n_head=heads, n_embd=width, vocab_size=FEW_TOKENS,
                    afno_num_blocks=math.gcd(given.afno_num_blocks, width), sequence_length=SHORT,
-                   mixer="afno", attn_layers=(), afno_state_layers=())
+                   mixer="afno")
+    options |= {name: () for name, value in vars(given).items() if isinstance(value, tuple)}
+    options["copy_layers"] = (0, 1) if given.copy_layers else ()
     configs = {"attention": dict(mixer="attn"), "hybrid": dict(attn_layers=(1,)),
                "states among filters": dict(afno_state_layers=(1,))}
     configs |= {f"afno, {form}": dict(afno_form=form) for form in ("hilbert", "dyadic")}
@@ -662,12 +676,12 @@ def passed_file(args, config) -> pathlib.Path:
     Its name is a digest of the sources, the model's shape, the flags that change what runs, the
     versions and the device.
     """
-    from runtime import SOURCES, source_digest
+    from runtime import source_digest, source_files
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     flags = [getattr(args, name) for name in ("batch_size", "curriculum", "device", "dtype",
                                               "fp8_head", "fp8_mlp")]
-    runs = config, flags, torch.__version__, gpu, source_digest(*SOURCES)
+    runs = config, flags, torch.__version__, gpu, source_digest(source_files())
     name = hashlib.sha256(repr(runs).encode()).hexdigest()[:16]
     return pathlib.Path(__file__).resolve().parent / CACHE / f"gate-{name}"
 

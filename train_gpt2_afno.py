@@ -269,9 +269,8 @@ class GPTConfig(make_dataclass("Fields", [(f.name, object, f.default) for f in C
             self.n_head = max(1, self.n_embd // 64)
         if self.afno_filter_length is None:
             self.afno_filter_length = min(self.sequence_length, MOST_TAPS)
-        self.attn_layers = tuple(self.attn_layers)
-        self.afno_state_layers = tuple(self.afno_state_layers)
-        self.copy_layers = tuple(self.copy_layers)
+        lists = [flag.name for flag in CONFIG_FLAGS if flag.kind is LAYERS]
+        vars(self).update({name: tuple(getattr(self, name)) for name in lists})  # JSON has lists
         for flag in CONFIG_FLAGS:
             value = getattr(self, flag.name)
             if not flag.kind.accepts(value):
@@ -281,7 +280,7 @@ class GPTConfig(make_dataclass("Fields", [(f.name, object, f.default) for f in C
                              f"got {self.n_head} heads")
         if self.mixer == "attn":  # so that --mixer attn is right whatever a preset says of AFNO
             self.attn_layers = self.afno_state_layers = ()
-        for name in ("attn_layers", "afno_state_layers", "copy_layers"):
+        for name in lists:
             for layer in getattr(self, name):
                 if not 0 <= layer < self.n_layer:
                     raise InputError(f"--{name} must be in 0 ... {self.n_layer - 1}, got {layer}")
@@ -367,7 +366,7 @@ class CausalSelfAttention(nn.Module):
     the heads' outputs (Qiu et al., 2025, "Gated attention for large language models").
     """
 
-    filters = made_once = None  # attention has no taps
+    filters = None  # attention has no taps
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -468,8 +467,7 @@ class Block(nn.Module):
     row of their own table, g' Gates likewise. With pair_rows p g'' times the row of the token's
     pair is added to the mixer's output (modded-nanogpt, 2026). In copy_layers, m f times the mean
     embedding of what followed each set of longest_matches is added, too: an m for each of KINDS, f
-    Gates. a, b, c, p and m are learned; they begin at 1, 0, 0, 0.05 and 0. Copied embeddings get no
-    gradient: it would take as much time again as the copies, and gain 0.003.
+    Gates. a, b, c, p and m are learned; they begin at 1, 0, 0, 0.05 and 0.
     """
 
     recompute = False  # compute what is cheap again in backward, instead of keeping it
@@ -487,9 +485,8 @@ class Block(nn.Module):
         self.table_gate = gates() if layer in config.value_layers() else None  # g'
         self.pair_mix = nn.Parameter(torch.tensor(0.05)) if config.pair_rows else None  # p
         self.pair_gate = Gates(1, C) if config.pair_rows else None  # g''
-        copies = layer in config.copy_layers
-        self.copy_mix = nn.Parameter(torch.zeros(KINDS)) if copies else None  # m
-        self.copy_gate = Gates(2, C) if copies else None  # f
+        self.copy_gate = Gates(2, C) if layer in config.copy_layers else None  # f
+        self.copy_mix = nn.Parameter(torch.zeros(KINDS)) if self.copy_gate else None  # m
         if config.mixer_of(layer) == "attn":
             self.mixer = CausalSelfAttention(config)
         else:
@@ -926,7 +923,7 @@ def flops_per_token(model: GPT, T: int) -> float:
     mixers = [block.mixer for block in model.transformer.h]
     attention = sum(isinstance(mixer, CausalSelfAttention) for mixer in mixers)
     free = embedding_tables(model) - {model.lm_head.weight}
-    free.update(*(mixer.made_once.parameters() for mixer in mixers if mixer.made_once is not None))
+    free.update(*(m.made_once.parameters() for m in mixers if getattr(m, "made_once", None)))
     parameters = sum(p.numel() for p in {*model.parameters()} - free)
     return 6 * parameters + 12 * attention * model.config.n_embd * T / 2
 
@@ -976,7 +973,8 @@ class Run:
                       for optimizer in self.optimizers]  # at a factor of 1
         if args.predict_prefix:
             self.prefixes = torch.tensor(prefix_table(config.vocab_size), device=self.device)
-        self.pending, self.checked, spent = None, False, saved or dict.fromkeys(TIMES, 0.0)
+        self.exact = bool(args.val_fp32) and runtime.dtype != torch.float32  # the loss that decides
+        self.pending, self.checked, spent = None, None, saved or dict.fromkeys(TIMES, 0.0)
         self.end_average = None  # of the RowTables' gradients over ranks
         if saved:
             load_optimizers(self.optimizers, saved.pop("optimizers"), folder)
@@ -1011,10 +1009,10 @@ class Run:
         there = bool(saved) and self.step in on_disk and saved["args"] == args.to_save
         self.saved_step = self.step if any_rank(there) else None
         self.saved_at = time.perf_counter()
-        self.reached = None  # not yet: in_fp32 reads it
+        self.reached = None  # not yet: decides reads it
         self.target = args.target_val_loss or args.goal_val_loss or -math.inf
         if past and past[-1]["step"] == self.step and "val_loss_fp32" not in past[-1] \
-                and self.in_fp32(past[-1]["val_loss"]):
+                and self.exact and self.decides(past[-1]["val_loss"]):
             self.log.validations.pop()  # a signal came before the loss that decides: again
         hits = self.log.hits(self.target) if self.log else []
         self.reached = (hits or [self.clock.total])[0] if any_rank(bool(hits)) else None
@@ -1066,7 +1064,7 @@ class Run:
     def refuse_leaks(self, shapes: list[tuple[int, int]], training: bool = True):
         """Raise InputError where the very graphs that train, or validate, leak in these shapes."""
         if training:
-            refuse_other_targets(*self.loader.ahead.result()[:2])
+            refuse_other_targets(*self.loader.ahead.result()[:2], self.loader.text_ahead())
             meet_all(self.model)  # as training looks up
         try:
             refuse_leaks(self.model, shapes, self.runtime, self.say, modes=(training,),
@@ -1283,8 +1281,8 @@ class Run:
         if self.step == self.validated:
             return
         self.flush()
-        if not self.checked:  # now: the first training step does not wait for this graph
-            begin, compiled, self.checked = time.perf_counter(), self.runtime.compile, True
+        if self.checked is None:  # now: the first training step does not wait for this graph
+            begin, compiled, self.checked = time.perf_counter(), self.runtime.compile, self.step
             self.checkpoints.wait()  # a log with a validation has a checkpoint
             self.runtime.wait()
             compiled_or_not(self.runtime, lambda: self.refuse_leaks(
@@ -1306,7 +1304,11 @@ class Run:
                 self.log.metric(step=step, tokens=self.position, val_loss=loss,
                                 train_time_s=self.clock.total, wall_time_s=self.wall_time())
                 self.checkpoints.note(loss, step)
-            loss = self.validate_in_fp32() if self.in_fp32(loss) else loss
+            if self.decides(loss) and self.exact:
+                loss = self.validate_in_fp32()
+            elif self.decides(loss) and self.checked != self.step:  # training may open a path
+                refuse_leaks(self.model, [(self.args.val_batch_size, self.T)], self.runtime,
+                             self.say, modes=(False,), cuts=32)
             if loss is not None and loss <= self.target and self.reached is None:
                 self.reached, self.checkpoints.keep["cooldown"] = self.clock.total, None
                 self.say(f"target {self.target:g} reached: step {step}, {self.position:,} tokens, "
@@ -1318,10 +1320,9 @@ class Run:
                          self.T, runtime, self.interrupted)
         return None if total is None else total.sum().item() / self.val_tokens
 
-    def in_fp32(self, loss: float) -> bool:
-        """Return whether the loss of this step counts in fp32: the last, or one at the target."""
-        counts = self.step == self.total_steps or loss <= self.target and self.reached is None
-        return bool(self.args.val_fp32) and self.runtime.dtype != torch.float32 and counts
+    def decides(self, loss: float) -> bool:
+        """Return whether the loss of this step decides: the last, or one at the target."""
+        return self.step == self.total_steps or loss <= self.target and self.reached is None
 
     def validate_in_fp32(self) -> float | None:
         """Log and return the loss in fp32, not compiled, NoCap-Test's; None where a signal came."""

@@ -164,6 +164,11 @@ class TrainLoader:
         x, y = (to_device(part.contiguous(), self.device) for part in (own[:, :-1], own[:, 1:]))
         return x, y, tokens[:, :-1]
 
+    def text_ahead(self) -> Tensor:
+        """Return the (T + 1,) tokens of this rank's next row, read apart from load()."""
+        row = self.position // self.T + self.rank * self.B
+        return self.stream.read(self.start(row), self.T + 1)
+
     def next(self) -> tuple[Tensor, Tensor]:
         """Return the next inputs and targets, (B, T) each; begin to read those after them."""
         x, y, self.inputs = self.ahead.result()

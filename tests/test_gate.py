@@ -593,7 +593,8 @@ def checked_by_the_trainer(config: GPTConfig, targets_from: int = 1, step: int =
                                  **flags})
     row = test_causality.random_tokens((4, 26), 300)
     batch = row[:, :24], row[:, targets_from : targets_from + 24]
-    loader = argparse.Namespace(ahead=argparse.Namespace(result=lambda: batch))
+    loader = argparse.Namespace(ahead=argparse.Namespace(result=lambda: batch),
+                                text_ahead=lambda: row[0, :25])
     run = argparse.Namespace(args=args, model=GPT(config), runtime=EXACT, T=24, loader=loader,
                              say=lambda text: None, step=step, device=CPU,
                              prefixes=torch.arange(300))
@@ -607,6 +608,12 @@ def test_the_trainer_checks_its_rows_and_its_goals(monkeypatch):
     for targets_from in (0, 2):
         with pytest.raises(InputError, match="targets of training rows are not their next tokens"):
             checked_by_the_trainer(CONFIG, targets_from)
+    x, y = (row := test_causality.random_tokens((4, 25), 300))[:, :-1], row[:, 1:]
+    refuse = test_causality.refuse_other_targets
+    refuse(x, y, row[0])
+    for inputs, targets in ((y.roll(1, 1), y), (x, x.roll(-1, 1)), (x.flip(0), y.flip(0))):
+        with pytest.raises(InputError, match="not their next tokens"):  # one target at place 0, ...
+            refuse(inputs, targets, row[0])
     AROUND["loss: of several goals"][0](monkeypatch)
     checked_by_the_trainer(CONFIG)
     with pytest.raises(InputError, match="causality check: the model leaks"):
@@ -676,6 +683,41 @@ def test_generation_is_checked_against_the_parallel_pass(monkeypatch):
     step = AFNO1D.step
     monkeypatch.setattr(AFNO1D, "step", lambda self, z, *rest: step(self, z + 0.01, *rest))
     assert check_generation(model, 96, CPU) > 1e-4
+
+
+def test_copies_in_generation_are_checked_against_the_parallel_pass(monkeypatch):
+    model = GPT(dataclasses.replace(CONFIG, vocab_size=5000, copy_layers=(1,)))
+    test_causality.move_weights(model)
+    assert check_generation(model, 96, CPU) < 1e-5
+    newest = train_gpt2_afno.newest_matches
+
+    def late(idx_t, seen, window):
+        (found, kinds), seen = newest(idx_t, seen, window)
+        return (torch.where(found < 0, found, found.roll(1, -1)), kinds), seen
+
+    monkeypatch.setattr(train_gpt2_afno, "newest_matches", late)
+    assert check_generation(model, 96, CPU) > 1e-4
+
+
+def test_a_cache_that_outlives_a_text_is_found(monkeypatch):
+    model, step, caches = GPT(RICH), train_gpt2_afno.CausalSelfAttention.step, {}
+    assert check_generation(model, 96, CPU) < 1e-5
+
+    def cached(self, z, h, added, rotary, state, window):
+        y, caches[self] = step(self, z, h, added, rotary, state or caches.get(self), window)
+        return y, caches[self]
+
+    monkeypatch.setattr(train_gpt2_afno.CausalSelfAttention, "step", cached)
+    assert check_generation(model, 96, CPU) > 1e-4
+
+
+@pytest.mark.parametrize("change", (dict(copy_layers=(0,)), dict(copy_layers=(2, 3)),
+                                    dict(attn_layers=(3,), afno_state_layers=(2,))))
+def test_the_gates_small_models_take_any_list_of_layers(change):
+    given = dataclasses.replace(CONFIG, n_layer=4, **change)
+    for config in test_causality.short_configs(given, CPU).values():
+        assert config.copy_layers == ((0, 1) if given.copy_layers else ())
+        assert GPT(config).hidden(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, config.n_embd)
 
 
 @pytest.mark.slow

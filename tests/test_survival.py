@@ -1,5 +1,6 @@
 """A run on a rented machine: it goes on after any end, and a target that is missed is not lost."""
 import argparse
+import contextlib
 import errno
 import math
 import os
@@ -301,6 +302,28 @@ def test_a_leak_in_fp32_alone_reports_no_loss(data, tmp_path, monkeypatch):  # n
         main(flags(data, out, "--dtype bfloat16 --val_fp32 1"))
     assert "val_loss_fp32" not in (out / "metrics.jsonl").read_text()
     assert (out / "train.log").read_text().splitlines()[-1].startswith("error: causality check: ")
+
+
+@pytest.mark.parametrize("more, opens, status", (
+    ("", 99, None), ("", 4, "leaks"), ("--target_val_loss 50 --val_loss_every 2", 1, "leaks")))
+def test_a_path_that_training_opens_ends_in_no_loss(data, tmp_path, monkeypatch,  # noqa: F811
+                                                    more, opens, status):
+    """Where the check at the first validation saw nothing."""
+    def leaks(self, idx):
+        x = hidden(self, idx)
+        return x + F.pad(x[:, 1:], (0, 0, 0, 1)) if steps[0] >= opens else x
+
+    def counted(self, *given):
+        steps[0] += 1
+        return update(self, *given)
+
+    update, steps = Run.update, [0]
+    hidden, out = train_gpt2_afno.GPT.hidden, tmp_path / "run"
+    monkeypatch.setattr(train_gpt2_afno.GPT, "hidden", leaks)
+    monkeypatch.setattr(Run, "update", counted)
+    with pytest.raises(InputError, match=status) if status else contextlib.nullcontext():
+        main(flags(data, out, more))
+    assert ("train_time_with_compilation_s" in (out / "metrics.jsonl").read_text()) == (not status)
 
 
 def test_a_first_file_that_cannot_be_written_locks_nobody_out(data, tmp_path,  # noqa: F811

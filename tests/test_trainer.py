@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import runtime
 import test_causality
 import train_gpt2_afno
 from afno import AFNO1D, causal_conv
@@ -541,6 +543,22 @@ def test_a_source_that_git_does_not_know_is_kept(tree, tmp_path):
     assert lines[0] == f"commit: {head_of(tree)} and source/"
     assert [path.name for path in (tmp_path / "run/source").rglob("*.py")] == ["new.py"]
     assert (tmp_path / "run/source/kernels/new.py").read_text() == "a kernel\n"
+
+
+def test_a_source_in_a_folder_that_a_fork_added_counts(tree, tmp_path, monkeypatch):
+    digest = lambda: runtime.source_digest(runtime.source_files(tree))
+    before = digest()
+    for place, counts in (("mixers", True), ("tests", False), ("experiments", False),
+                          (".venv/lib/site-packages/x", False), ("venv/site-packages", False)):
+        file = tree / place / "ema.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("an average\n")
+        assert digest() == before  # not imported
+        monkeypatch.setitem(sys.modules, "ema", types.SimpleNamespace(__file__=str(file)))
+        assert (digest() != before) == counts
+        named = [line.split()[-1] for line in record_source(tmp_path / place)[1:]]
+        assert ("mixers/ema.py" in named) == counts
+        monkeypatch.delitem(sys.modules, "ema")
 
 
 @pytest.mark.parametrize("missing", ("repository", "program"))
