@@ -175,14 +175,17 @@ def facts(record: Record) -> list[tuple[str, str, str]]:
     given = {float(target): f" (`--{name}`)" for name in ("target_val_loss", "goal_val_loss")
              for target in record.all(f"flags .* {name} ([^,\n]+)")[-1:]}
     reached = f"after {base['seconds']:,.1f} s of training"
+    text = record.last("data: .*; validation: ([^,]+)") or "fineweb"
+    other_text = "" if "fineweb" in text.lower() else ", not on FineWeb, as it seems"
     timed = [row["step"] for row in record.run.rows if "wall_time_s" in row]
     then = f", at step {timed[-1]}" if timed and timed[-1] != record.step else ""
     peak = max((row.get("peak_memory_usage") or row.get("peak_memory_bytes") or 0
                 for row in record.run.rows), default=0)  # of all processes
     return [
         ("validation loss", final_loss(record), f"{base['loss']}"),
-        *((f"loss {target:g}{given.get(target, '')}", time_to(record, target),
-           reached if target == base["loss"] else "")
+        *((f"loss {target:g}{given.get(target, '')}",
+           time_to(record, target) + other_text * (target == base["loss"]),
+           reached if not other_text and target == base["loss"] else "")
           for target in dict.fromkeys([*given, base["loss"]])),
         ("training", shown("train_time_s", "{:,.1f} s"), f"{base['seconds']:,.1f} s"),
         ("compilation", compilation, "in its training"),

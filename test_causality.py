@@ -66,6 +66,8 @@ class Leak:
         cause = self.cause if self.cut is None else f"tokens from position {self.cut} on"
         return f"output {self.position} is the first that changes with the {cause}"
 
+    __repr__ = __str__  # as a list of leaks shows them
+
 
 class Leaks(list):
     """The leaks, none where the model is causal, and what was looked at."""
@@ -173,7 +175,8 @@ def check_causality(model, seq_len: int, vocab_size: int, tolerance: float = 0.0
                     seed: int | None = None) -> Leaks:
     """Return the leaks of `model`, with their first positions; an empty list if it is causal.
 
-    model: maps tokens (rows, seq_len), int64, to outputs (rows, seq_len, ...). tolerance: the
+    model: maps tokens (rows, seq_len), int64, to outputs (rows, seq_len, ...), or to a tuple that
+    begins with them. What it draws at random, as dropout, looks like a leak: eval(). tolerance: the
     largest r, the norm of what moves before a cut over that of what moves after it, that is no
     leak. 0 asks for bit-identical outputs; a model that passes whole sequences through an FFT
     needs about 1e-5 in fp32. rows: of a batch; at least 2 are needed to see that rows are apart.
@@ -191,7 +194,12 @@ def check_causality(model, seq_len: int, vocab_size: int, tolerance: float = 0.0
     leaks.coverage, leaks.cuts, leaks.seed = coverage_of(chosen, seq_len), len(chosen), seed
     bases = [make(rows, seq_len, vocab_size, special, generator)
              for make in (base_tokens, plain_tokens)]
-    before = [model(idx.to(device)).detach() for idx in bases]
+
+    def outputs(idx: torch.Tensor) -> torch.Tensor:
+        y = model(idx.to(device))
+        return (y[0] if isinstance(y, tuple) else y).detach()
+
+    before = [outputs(idx) for idx in bases]
     # (how many tokens each row keeps, which rows meet a special token next, which base)
     plans = []
     for n, first in enumerate(range(0, len(chosen), rows)):
@@ -207,7 +215,7 @@ def check_causality(model, seq_len: int, vocab_size: int, tolerance: float = 0.0
         plans += [(torch.where(half, seq_len, 0), 0, 0), (torch.where(half, 0, seq_len), 1, 1)]
     for kept, parity, base in plans:
         changed = exchange(bases[base], kept, vocab_size, special, parity, generator)
-        leaks += compare(before[base], model(changed.to(device)).detach(), kept, tolerance)
+        leaks += compare(before[base], outputs(changed), kept, tolerance)
     leaks.sort(key=lambda leak: math.inf if leak.position is None else leak.position)
     return leaks
 

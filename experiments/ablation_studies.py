@@ -35,8 +35,8 @@ import train_gpt2_afno as trainer  # noqa: E402
 from data.loader import find_shards  # noqa: E402
 from data.text_to_bin import FOLDER, InputError, Kind, owned  # noqa: E402
 from experiments import archive  # noqa: E402
-from experiments.plot_runs import (Run, commands_of, other_code, plot,  # noqa: E402
-                                   read_run, time_to_loss)
+from experiments.plot_runs import (FILLED_IN, Run, commands_of, flags_said,  # noqa: E402
+                                   last_start, other_code, plot, read_run, time_to_loss)
 from runtime import run  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -348,6 +348,22 @@ def read_text(path: Path) -> str:
         raise damaged(path, getattr(error, "strerror", "not text")) from None
 
 
+def changed_since(flags: dict[str, str], said: list[dict[str, str]]) -> list[str]:
+    """Return how flags that nobody typed differ from a run's: a preset or a default is another now.
+
+    said: flags_said of its log.
+    """
+    args = trainer.merge_flags(trainer.parse_flags(as_words(flags)), torch.device("cpu"), None,
+                               lambda text: None)
+    now = {name: str(value) for name, value in vars(args).items()
+           if value != trainer.DEFAULTS.get(name, value)}
+    skipped = {*trainer.SAME_RUN, *trainer.MICRO_BATCH, *trainer.DATA_FLAGS, *FILLED_IN}
+    shown = lambda values, name: values.get(name, "the default")
+    return [f"--{name} is {shown(said[-1], name)} there, now {shown(now, name)}"
+            for name in (sorted({*said[-1], *now} - skipped) if said else ())
+            if shown(said[-1], name) != shown(now, name)]
+
+
 def refuse_other_flags(flags: dict[str, str]):
     """Raise InputError if the log in the folder is of a run, finished or not, with other flags."""
     log = folder_of(flags) / "train.log"
@@ -362,6 +378,7 @@ def refuse_other_flags(flags: dict[str, str]):
     differing = [f"{name} is {shown(there, name)} there, now {shown(flags, name)}"
                  for name in dict.fromkeys((*flags, *there))
                  if name not in UNCOMPARED and there.get(name) != flags.get(name)]
+    differing = differing or changed_since(flags, flags_said(last_start(read_text(log))))
     if differing:
         raise InputError(f"{flags['--output_dir']} holds a run with other flags: "
                          f"{', '.join(differing)}; delete it, or choose another --output")

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.text_to_bin import InputError, Parser, first_line, run_main  # noqa: E402
 
 X = ("tokens", "seconds")
+FILLED_IN = {"dtype", "val_batch_size", "warmup_iters"}  # by the trainer, where they are not given
 
 
 @dataclass
@@ -87,6 +88,13 @@ def last_start(log: str) -> str:
     starts = re.split(r"^(?=commit: )", log, flags=re.MULTILINE)
     fresh = [i for i, part in enumerate(starts) if not all(on for _, on in commands_of(part))]
     return "".join(starts[fresh[-1]:]) if fresh else log
+
+
+def flags_said(log: str) -> list[dict[str, str]]:
+    """Return the flags that differ from --help's defaults, one dict for each start in a log."""
+    lines = re.findall(r"^flags that differ from --help's defaults: (.*)$", log, re.MULTILINE)
+    parts = (re.split(r", (?=[a-z]\w* )", line) for line in lines)
+    return [dict(part.split(" ", 1) for part in of_line if " " in part) for of_line in parts]
 
 
 def other_code(logs: list[str]) -> str:
@@ -204,8 +212,12 @@ def main():
     add("--output", type=Path, default=Path("curves.png"), help="(curves.png)")
     add("--x", choices=X, help="one panel instead of both")
     args = parser.parse_args()
+    runs = [read_run(path) for path in args.runs]
+    logs = [run.folder / "train.log" for run in runs]
+    if words := other_code([log.read_text(errors="replace") for log in logs if log.is_file()]):
+        print(f"warning: {words}")
     try:
-        plot([read_run(path) for path in args.runs], args.output, (args.x,) if args.x else X)
+        plot(runs, args.output, (args.x,) if args.x else X)
     except ImportError as error:
         raise InputError(f"{args.output}: {first_line(error)}") from None
     print(f"{args.output}: {len(args.runs)} runs")

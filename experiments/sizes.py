@@ -34,7 +34,8 @@ import train_gpt2_afno as trainer  # noqa: E402
 from data.text_to_bin import (FOLDER, InputError, Parser, number, owned,  # noqa: E402
                               show)
 from experiments import archive  # noqa: E402
-from experiments.plot_runs import commands_of, last_start, other_code, read_run  # noqa: E402
+from experiments.plot_runs import (FILLED_IN, commands_of, flags_said,  # noqa: E402
+                                   last_start, other_code, read_run)
 from runtime import run, shapes_of  # noqa: E402
 
 MEASURES = {"parameters": "parameters without embeddings", "flops": "FLOPs of training",
@@ -47,7 +48,6 @@ OF_SIZE = {"n_layer", "n_embd", "n_head", "afno_num_blocks", "attn_layers",
 # rows and micro-batches may differ: a step's tokens are compared instead
 MAY_DIFFER = {"model", "mixer", "seed", "num_iterations", "warmdown_iters",
               *trainer.SAME_RUN, *trainer.MICRO_BATCH}
-FILLED_IN = {"dtype", "val_batch_size", "warmup_iters"}  # by the trainer, where they are not given
 DEFAULT = "the default"
 HEAD = "| tokens | mixer | size | seed | parameters without embeddings | FLOPs | seconds | " \
     "loss | machine |"  # of table.md
@@ -96,13 +96,6 @@ def model_of(log: str) -> tuple[trainer.GPT, dict]:
     if models[-1] != (f"{count:,}", mixers):
         raise InputError("the flags of the command are not those of the model that train.log names")
     return model, values
-
-
-def flags_said(log: str) -> list[dict[str, str]]:
-    """Return the flags that differ from --help's defaults, one dict for each start in a log."""
-    lines = re.findall(r"^flags that differ from --help's defaults: (.*)$", log, re.MULTILINE)
-    parts = (re.split(r", (?=[a-z]\w* )", line) for line in lines)
-    return [dict(part.split(" ", 1) for part in of_line if " " in part) for of_line in parts]
 
 
 def mixer_of(config: trainer.GPTConfig) -> str:

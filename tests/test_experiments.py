@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -212,6 +213,25 @@ def test_a_study_runs_then_skips_and_refuses_other_flags(data, pair, tmp_path, c
         main([*argv, "--", "--warmup_iters", "3"])
     with pytest.raises(InputError, match="--num_iterations is 2 there, now 4"):
         main([*argv, "--tokens", "128"])
+
+
+def test_a_preset_that_is_another_now_is_refused(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation_studies, "plot", lambda *_: None)
+    for arm in STUDIES["pair"].arms:
+        log = write_finished(tmp_path, arm) / "train.log"
+        flags = shlex.split(log.read_text().splitlines()[0])[2:]
+        args = trainer.merge_flags(trainer.parse_flags(flags), torch.device("cpu"), None, print)
+        said = [f"{name} {value}" for name, value in vars(args).items()
+                if value != trainer.DEFAULTS.get(name, value)]
+        with log.open("a") as file:
+            file.write(f"flags that differ from --help's defaults: {', '.join(said)}\n")
+    argv = ["pair", "--output", str(tmp_path)]
+    assert main(argv) == 0
+    monkeypatch.setitem(trainer.PRESETS, "baseline",
+                        {**trainer.PRESETS["baseline"], "weight_decay": 0.7})
+    with pytest.raises(InputError, match="one-seed1337 holds a run with other flags: --weight_decay"
+                                         " is .* there, now 0.7; delete it"):
+        main(argv)
 
 
 def test_arms_of_other_code_are_said_in_the_table(pair, tmp_path, capsys):

@@ -66,7 +66,7 @@ def test_numbers_are_those_of_the_metrics(data, tmp_path, monkeypatch):
     assert text.startswith("# run\n\nFinished: step 6 of 6.\n")
     assert table["validation loss"] == f"**{last['val_loss']:.4f}** in float32"
     assert table["loss 3.3821"] == f"**not reached**: the lowest is {last['val_loss']:.4f}, " \
-        f"{last['val_loss'] - 3.3821:.4f} above"
+        f"{last['val_loss'] - 3.3821:.4f} above, not on FineWeb, as it seems"
     assert table["training"] == f"{summary['train_time_s']:,.1f} s"
     assert table["compilation"] == "0.0 s"
     assert table["wall clock"] == f"{summary['wall_time_s']:,.1f} s"
@@ -115,6 +115,11 @@ def test_the_target_is_reached_or_by_how_much_it_is_missed(data, tmp_path, monke
     assert "Finished: step 6 of 6." in text and table["loss 1.5 (`--target_val_loss`)"] == \
         f"**not reached**: the lowest is {lowest:.4f}, {lowest - 1.5:.4f} above"
     assert table["loss 9 (`--goal_val_loss`)"].startswith("**reached** after ")
+    log = tmp_path / "miss/train.log"
+    log.write_text(re.sub(r"(; validation: )[^,]+", r"\1data/fineweb10B/val.bin", log.read_text()))
+    assert "it seems" in table["loss 3.3821"]
+    text, table = written(monkeypatch, tmp_path / "miss")
+    assert "it seems" not in text and "| after 19,444.5 s of training |" in text
 
 
 @pytest.mark.slow
