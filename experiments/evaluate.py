@@ -25,9 +25,9 @@ The tables go to stdout. With --out they also go to DIR/table.md, and curves to 
 which takes matplotlib. DIR/losses.npz keeps the losses as float16 under LABEL/stream and
 LABEL/documents, where place i is the target i + 1 of the text. It keeps taps under LABEL/taps and
 LABEL/initial taps. LABEL is folder@step. What stands there for the same file, text, tokens and rows
-is not computed again. Groups are means of these rounded losses, each off by 0.004 at most. In groups
-of few targets the last decimals mean nothing. A standard error is that of the mean over rows or documents: it holds the
-text's noise, not that of training.
+is not computed again. Groups are means of these rounded losses, each off by 0.004 at most. In
+groups of few targets the last decimals mean nothing. A standard error is that of the mean over rows
+or documents: it holds the text's noise, not that of training.
 """
 import argparse
 import contextlib

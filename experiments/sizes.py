@@ -7,8 +7,8 @@
 Writes table.md, slopes.md and sizes.png, with a plot for each measure, to --output. Runs of one
 mixer on as many tokens make a line: loss = a - b ln(x), by least squares, with the standard error
 of b. Seeds count as runs of their own. Parameters are those without embeddings, tables and head.
-FLOPs are flops_per_token's, times the tokens of the run. Seconds are of training alone, and compare on one kind of card: a line
-whose runs are of several kinds has no fit to them.
+FLOPs are flops_per_token's, times the tokens of the run. Seconds are of training alone, and compare
+on one kind of card: a line whose runs are of several kinds has no fit to them.
 
 Of each run it reads metrics.jsonl, and the command, the machine and the flags in train.log. It
 refuses runs whose other flags differ, such as T or rates; runs of one mixer, or one mixer and size,

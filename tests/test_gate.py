@@ -717,7 +717,8 @@ def test_the_gates_small_models_take_any_list_of_layers(change):
     given = dataclasses.replace(CONFIG, n_layer=4, **change)
     for config in test_causality.short_configs(given, CPU).values():
         assert config.copy_layers == ((0, 1) if given.copy_layers else ())
-        assert GPT(config).hidden(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, config.n_embd)
+        hidden = GPT(config).hidden(torch.zeros(1, 4, dtype=torch.long))
+        assert hidden.shape == (1, 4, config.n_embd)
 
 
 @pytest.mark.slow
