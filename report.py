@@ -162,6 +162,22 @@ def without_lost(found: list[Process]) -> str:
         "last save"
 
 
+def targets(record: Record) -> list[tuple[str, str, str]]:
+    """Return facts' rows of the losses to reach: those that were typed, and the baseline's."""
+    given = {float(target): f" (`--{name}`)" for name in ("target_val_loss", "goal_val_loss")
+             for target in record.all(f"flags .* {name} ([^,\n]+)")[-1:]}
+    text = record.last("data: .*; validation: ([^,]+)") or "fineweb"
+    same_text, rows = "fineweb" in text.lower(), []
+    for target in dict.fromkeys([*given, BASELINE["loss"]]):
+        found, reached = time_to(record, target), ""
+        if target == BASELINE["loss"] and same_text:
+            reached = f"after {BASELINE['seconds']:,.1f} s of training"
+        elif target == BASELINE["loss"]:
+            found += ", not on FineWeb, as it seems"
+        rows.append((f"loss {target:g}{given.get(target, '')}", found, reached))
+    return rows
+
+
 def facts(record: Record) -> list[tuple[str, str, str]]:
     """Return (name, this run's, the baseline's) of all numbers."""
     latest, base, unknown = record.latest, BASELINE, "not known: the run did not end"
@@ -172,21 +188,13 @@ def facts(record: Record) -> list[tuple[str, str, str]]:
     seconds, with_compilation = (latest.get(name) for name in (
         "train_time_s", "train_time_with_compilation_s"))
     compilation = f"{with_compilation - seconds:,.1f} s" if record.run.summary else unknown
-    given = {float(target): f" (`--{name}`)" for name in ("target_val_loss", "goal_val_loss")
-             for target in record.all(f"flags .* {name} ([^,\n]+)")[-1:]}
-    reached = f"after {base['seconds']:,.1f} s of training"
-    text = record.last("data: .*; validation: ([^,]+)") or "fineweb"
-    other_text = "" if "fineweb" in text.lower() else ", not on FineWeb, as it seems"
     timed = [row["step"] for row in record.run.rows if "wall_time_s" in row]
     then = f", at step {timed[-1]}" if timed and timed[-1] != record.step else ""
     peak = max((row.get("peak_memory_usage") or row.get("peak_memory_bytes") or 0
                 for row in record.run.rows), default=0)  # of all processes
     return [
         ("validation loss", final_loss(record), f"{base['loss']}"),
-        *((f"loss {target:g}{given.get(target, '')}",
-           time_to(record, target) + other_text * (target == base["loss"]),
-           reached if not other_text and target == base["loss"] else "")
-          for target in dict.fromkeys([*given, base["loss"]])),
+        *targets(record),
         ("training", shown("train_time_s", "{:,.1f} s"), f"{base['seconds']:,.1f} s"),
         ("compilation", compilation, "in its training"),
         ("wall clock", shown("wall_time_s", "{:,.1f} s") + then

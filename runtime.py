@@ -774,12 +774,14 @@ def source_files(root: Path = ROOT) -> list[Path]:
              for path in sorted(root.glob(pattern))]
     modules = [*sys.modules.values()]
     imported = {Path(getattr(module, "__file__", None) or ".") for module in modules}
-    for path in sorted(imported - {*found}):
-        parts = path.relative_to(root).parts if path.is_relative_to(root) else ("tests",)
-        if parts[0] not in ("experiments", "tests") and path.suffix == ".py" \
-                and not any(part == "site-packages" or part[0] == "." for part in parts):
-            found.append(path)
-    return found
+
+    def added(path: Path) -> bool:
+        parts = path.relative_to(root).parts
+        return parts[0] not in ("experiments", "tests") and not any(
+            part == "site-packages" or part.startswith(".") for part in parts)
+
+    inside = {path for path in imported if path.suffix == ".py" and path.is_relative_to(root)}
+    return found + sorted(filter(added, inside - {*found}))
 
 
 def source_digest(paths: Iterable[Path]) -> str:

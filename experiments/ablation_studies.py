@@ -353,6 +353,8 @@ def changed_since(flags: dict[str, str], said: list[dict[str, str]]) -> list[str
 
     said: flags_said of its log.
     """
+    if not said:
+        return []
     args = trainer.merge_flags(trainer.parse_flags(as_words(flags)), torch.device("cpu"), None,
                                lambda text: None)
     now = {name: str(value) for name, value in vars(args).items()
@@ -360,15 +362,15 @@ def changed_since(flags: dict[str, str], said: list[dict[str, str]]) -> list[str
     skipped = {*trainer.SAME_RUN, *trainer.MICRO_BATCH, *trainer.DATA_FLAGS, *FILLED_IN}
     shown = lambda values, name: values.get(name, "the default")
     return [f"--{name} is {shown(said[-1], name)} there, now {shown(now, name)}"
-            for name in (sorted({*said[-1], *now} - skipped) if said else ())
+            for name in sorted({*said[-1], *now} - skipped)
             if shown(said[-1], name) != shown(now, name)]
 
 
 def refuse_other_flags(flags: dict[str, str]):
     """Raise InputError if the log in the folder is of a run, finished or not, with other flags."""
     log = folder_of(flags) / "train.log"
-    commands = commands_of(read_text(log)) if log.is_file() else []
-    if not commands:
+    text = read_text(log) if log.is_file() else ""
+    if not (commands := commands_of(text)):
         return
     try:
         there = as_dict(shlex.split(commands[-1][0]))
@@ -378,7 +380,7 @@ def refuse_other_flags(flags: dict[str, str]):
     differing = [f"{name} is {shown(there, name)} there, now {shown(flags, name)}"
                  for name in dict.fromkeys((*flags, *there))
                  if name not in UNCOMPARED and there.get(name) != flags.get(name)]
-    differing = differing or changed_since(flags, flags_said(last_start(read_text(log))))
+    differing = differing or changed_since(flags, flags_said(last_start(text)))
     if differing:
         raise InputError(f"{flags['--output_dir']} holds a run with other flags: "
                          f"{', '.join(differing)}; delete it, or choose another --output")

@@ -153,8 +153,9 @@ def compared(of: Sized, there: Sized) -> Iterator[tuple[str, str, str]]:
     same_mixer = of.mixer == there.mixer
     may_differ = MAY_DIFFER | (set() if same_mixer else OF_MIXER) \
         | (set() if same_mixer and of.model == there.model else OF_SIZE)
-    for name in [name for name in of.flags if name not in may_differ]:
-        yield f"--{name}", show(of.flags[name]), show(there.flags[name])
+    for name, value in of.flags.items():
+        if name not in may_differ:
+            yield f"--{name}", show(value), show(there.flags[name])
     said = {name for run in (of, there) for line in run.said for name in line}
     said -= may_differ | OF_MIXER | OF_SIZE | FILLED_IN  # of the model: compared above
     for name in sorted(said) if of.said and there.said else ():
