@@ -53,7 +53,7 @@ class Run:
     name: str  # folder/run
     flags: dict[str, str] = field(default_factory=dict)
     mixers: str = ""
-    text: str = ""  # that it was trained and validated on: losses compare within one text
+    text: str = ""  # that it was validated on, and trained where no other is named
     length: int | None = None  # T, the tokens of a row
     steps: int | None = None  # those of the plan
     curve: list[tuple[int, float, float]] = field(default_factory=list)  # (step, seconds, loss)
@@ -120,7 +120,8 @@ def read_log(name: str, log: str) -> Run:
         run.mixers = describe_mixers(
             mixers.split(), *last(r"^afno layers of form state: (.*)", log))
     for shards in last(r"^data: data/(\w+)/", log):
-        run.text = TEXTS.get(shards, "")
+        (text,) = last(r"^data: .*validation: data/(\w+)/", log) or (shards,)
+        run.text = TEXTS.get(text, "") + f", trained on data/{shards}" * (text != shards)
     for machine in last(r"(?:\d x|on) (?:NVIDIA )?(H\d+|CPU)", log):
         run.machine = machine
     steps = r"^step:(\d+)/\d+ val_loss:([\d.]+) train_time:([\d.]+)s"

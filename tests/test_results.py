@@ -325,5 +325,8 @@ def test_new_log_names_its_text_and_a_preset_hides_its_flags():
     )))
     assert (run.text, run.length, run.loss) == ("**web English**", 2048, 4.1)
     assert "| 4.1000 | **web English** |" in results.run_row(run, "")
+    both = results.read_log("f/run", "data: data/all/train_*.bin, 180,000,000 tokens; "
+                            "validation: data/web/web_val.bin")
+    assert both.text == "**web English**, trained on data/all"  # losses compare by what validates
     spelled = results.Run("f/other", flags={"n_head": "6", "swiglu": "1"})
     assert results.differences([spelled, spelled, run]) == ["", "", "n_head 3 preset fineweb"]
