@@ -9,7 +9,8 @@
 A CHECKPOINT is a file state_step*.pt of the trainer, or a run's folder, whose newest one counts.
 Two measures score the first --tokens targets of --bin (the first checkpoint's validation shards).
 With --text they score those of each source, made of installed packages (package_text.py). Both
-score the same targets, so all differences are paired.
+score the same targets, so all differences are paired. First one batch of each model is scored
+twice, the second time with other tokens after a cut in each row: a model that leaks is refused.
 
 stream      rows of --rows tokens as they stand: the trainer's own validation
 documents   a token is predicted from its own document alone, from token 50256 on. A document
@@ -125,6 +126,14 @@ def joined(parts: list[Pieces]) -> Pieces:
 
 
 @torch.no_grad()
+def losses_of_batch(model: trainer.GPT, idx: np.ndarray, targets: np.ndarray,
+                    runtime: Runtime) -> np.ndarray:
+    """Return every target's loss, float32, of inputs and targets (B, T); those of -1 are 0."""
+    idx, targets = (to_device(torch.from_numpy(part), runtime.device) for part in (idx, targets))
+    with runtime.autocast():
+        return model.lm_head.loss(model.hidden(idx), targets)[1].float().cpu().numpy()
+
+
 def losses_of(model: trainer.GPT, tokens: np.ndarray, pieces: Pieces, T: int,
               runtime: Runtime, batch_tokens: int) -> np.ndarray:
     """Return every target's loss, (N,) float32, in pieces of at most T tokens.
@@ -146,13 +155,27 @@ def losses_of(model: trainer.GPT, tokens: np.ndarray, pieces: Pieces, T: int,
             start[: len(batch)] = pieces.start[batch]
             counts = np.arange(width) < length[:, None]
             place = (start[:, None] + np.arange(width)) * counts
-            idx, targets = (torch.from_numpy(part) for part in (
-                np.where(counts, tokens[place], 0), np.where(counts, tokens[place + 1], -1)))
-            with runtime.autocast():
-                hidden = model.hidden(to_device(idx, runtime.device))
-                found = model.lm_head.loss(hidden, to_device(targets, runtime.device))[1]
-            losses[place[counts]] = found.float().cpu().numpy()[counts]
+            found = losses_of_batch(model, np.where(counts, tokens[place], 0),
+                                    np.where(counts, tokens[place + 1], -1), runtime)
+            losses[place[counts]] = found[counts]
     return losses
+
+
+def refuse_leaks(model: trainer.GPT, text: "Text", runtime: Runtime, batch_tokens: int, path: Path):
+    """Raise InputError where a loss depends on a token after its input.
+
+    One batch of rows is scored twice for the same targets, the second time with other tokens after
+    a cut in each row. Up to the cuts losses must be the same, bit for bit.
+    """
+    T, V, random = min(text.T, text.count), model.config.vocab_size, np.random.default_rng()
+    rows = max(1, min(batch_tokens, text.count) // T)
+    x, y = (text.tokens[first : first + rows * T].reshape(rows, T) for first in (0, 1))
+    after = np.arange(T) > random.integers(0, T, (rows, 1))
+    other = np.where(after, (x + random.integers(1, V, x.shape)) % V, x)
+    before, now = (losses_of_batch(model, idx, y, runtime).view(np.int32) for idx in (x, other))
+    for place in np.flatnonzero(((before != now) & ~after).any(0))[:1]:
+        raise InputError(f"{path}: the model leaks: the loss at place {place} of a row of {T:,} "
+                         "depends on tokens after it")
 
 
 # -----------------------------------------------------------------------------
@@ -435,7 +458,13 @@ def compute(checkpoint: Checkpoint, text: Text, args, runtime: Runtime, results:
     """Put a checkpoint's missing results into `results`."""
     key = checkpoint.key(text.digest, text.count, text.T, str(runtime.dtype))
     batch_tokens, label = args.batch_tokens or BATCH_TOKENS[runtime.device.type], checkpoint.label
-    model = functools.cache(lambda: checkpoint.model(runtime))  # made where it is needed
+
+    @functools.cache
+    def model() -> trainer.GPT:  # made where it is needed
+        made = checkpoint.model(runtime)
+        with reported(f"{label}/causality"):
+            refuse_leaks(made, text, runtime, batch_tokens, checkpoint.path)
+        return made
 
     def losses(measure: str) -> np.ndarray:
         return losses_of(model(), text.tokens, text.pieces[measure], text.T, runtime, batch_tokens)

@@ -320,6 +320,24 @@ def test_command_keeps_what_stands(model, tokens, tmp_path, monkeypatch, capsys)
             main(command)
 
 
+@pytest.mark.parametrize("leak", (
+    lambda x: x + 1e-3 * x.roll(-1, 1),  # the next token's
+    lambda x: x + 1e-3 * x.roll(-40, 1),
+    lambda x: x + x.mean(1, keepdim=True),
+    lambda x: x / x.square().mean((0, 1), keepdim=True).sqrt()))  # a norm over rows and time
+def test_a_model_that_leaks_is_refused(model, tokens, tmp_path, monkeypatch, leak):
+    pattern, leaky = write_text(tmp_path / "data", tokens), tmp_path / "b"
+    command = [str(write_checkpoint(tmp_path / "a", model, pattern)), "--device", "cpu",
+               "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    page, hidden = (tmp_path / "out" / "table.md").read_text(), GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx: leak(hidden(self, idx)))
+    write_checkpoint(leaky, model, pattern)
+    with pytest.raises(InputError, match="b/state_step000007.pt: the model leaks: the loss at pl"):
+        main([command[0], str(leaky), *command[1:]])  # what stands for a is not computed again
+    assert (tmp_path / "out" / "table.md").read_text() == page
+
+
 @pytest.mark.parametrize("damage, message", (
     ("flip", "checksum of .* is wrong"), ("int8", "weight is damaged"),
     ("float16", "weight is damaged"), ("list", "model is damaged"), ("seed", "args.seed is damag"),
