@@ -784,14 +784,19 @@ def find_checkpoint(flags: dict, folder: Path, only_read: bool, sound, say) -> d
 # --eval_only and --generate
 
 
+def position_groups(T: int) -> list[tuple[int, int]]:
+    """Return (begin, end) of the positions 0-63, 64-127, 128-255, ... of a row of T tokens."""
+    bounds = [0, *(64 << i for i in range(T.bit_length()) if 64 << i < T), T]
+    return [*zip(bounds, bounds[1:])]
+
+
 def loss_by_position(total: Tensor, val_tokens: int) -> list[tuple[int, int, float]]:
     """Return (first, last, mean loss) of the positions 0-63, 64-127, 128-255, ... of a window."""
     T = len(total)
     counts = torch.full((T,), val_tokens // T)
     counts[: val_tokens % T] += 1  # the last window may be cut off
-    bounds = [0] + [64 << i for i in range(T.bit_length()) if 64 << i < T] + [T]
     spans = [(a, b - 1, int(counts[a:b].sum()), total[a:b].sum().item())
-             for a, b in zip(bounds, bounds[1:])]
+             for a, b in position_groups(T)]
     return [(first, last, loss / count) for first, last, count, loss in spans if count]
 
 

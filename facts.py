@@ -84,17 +84,17 @@ def data_script(args) -> list[str]:
 def describe_data(args) -> tuple[str, int]:
     """Return where the data are, and the bytes that start.py fetches."""
     train, val = (find_shards(pattern) for pattern in (args.input_bin, args.input_val_bin))
-    size = sum(os.path.getsize(path) for path in train) // 2
+    tokens = sum(os.path.getsize(path) for path in train) // 2
     folder = os.path.dirname(relative(args.input_bin))
     if SCRIPTS["fineweb10B"] not in data_script(args):
-        return (f"{folder}: there, {size / 1e6:,.1f}M tokens" if train and val
+        return (f"{folder}: there, {tokens / 1e6:,.1f}M tokens" if train and val
                 else f"{folder}: not there yet"), 0
     wanted = shards_of(args)
     missing = max(0, wanted - len(train)) + (not val)
     if not missing:
-        return f"{folder}: there, {len(train)} shards for training, {size / 1e6:,.0f}M tokens", 0
-    return f"{folder}: {missing} of {wanted + 1} shards to fetch, {missing * SHARD / 5e8:.1f} GB", \
-        missing * 2 * SHARD
+        return f"{folder}: there, {len(train)} shards for training, {tokens / 1e6:,.0f}M tokens", 0
+    fetched = missing * 2 * SHARD
+    return f"{folder}: {missing} of {wanted + 1} shards to fetch, {fetched / 1e9:.1f} GB", fetched
 
 
 def describe_disk(folder: Path, state: int, fetched: int) -> list[str]:

@@ -252,14 +252,15 @@ def refuse_too_large(make, config, args, device: torch.device, only_read: bool):
         else machine_memory()
     rows = args.val_batch_size if only_read else args.batch_size
     numbers = sum(p.numel() for p in model.parameters())
-    # weights, and but for tables gradients and an average; two residuals a layer in bf16; what
-    # makes the taps
     needs = {
+        # weights; while training also gradients and one average, but for tables
         "--model, --afno_num_experts, --afno_short_conv or --pair_rows":
             4 * (numbers if only_read else 3 * numbers - 2 * numbers_in_tables(model)),
+        # two residuals a layer, in bf16
         "--batch_size, --val_batch_size or --sequence_length": 4 * config.n_embd * max(
             rows * args.sequence_length * (1 if only_read else config.n_layer),
             args.val_batch_size * args.sequence_length),
+        # what makes the taps: hidden units of the MLP at every mode
         "--afno_filter_length or --afno_num_experts":
             sum(4 * module.num_modes * module.mlp.w1[:, :, 0].numel()
                 for module in model.modules() if hasattr(module, "num_modes"))}
@@ -422,7 +423,7 @@ def with_fewer_rows(rows: int, work, say):
 # gradients: few rows of tables, averages over ranks
 
 
-def of_all_ranks(model, world: int):
+def data_parallel(model, world: int):
     """Return the model so wrapped that backward averages gradients over several ranks.
 
     Those of RowTables are left to `average`.
@@ -434,9 +435,8 @@ def of_all_ranks(model, world: int):
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def kept_apart(model):
-    """Return a context in which backward leaves the gradients of of_all_ranks' model to each rank.
-    """
+def no_sync(model):
+    """Return a context in which backward leaves a data_parallel model's gradients to each rank."""
     shared = isinstance(model, DistributedDataParallel)
     return model.no_sync() if shared else contextlib.nullcontext()
 
@@ -539,7 +539,7 @@ def average(gradients: list[Tensor]):
     return end
 
 
-def of_every_rank(function, stacked: Tensor):
+def shared_out(function, stacked: Tensor):
     """Begin function(stacked), (n, ...), each rank its share of the n; return what returns it all.
 
     function takes each of the n alone and keeps their shape. On a GPU the host does not wait.

@@ -367,7 +367,9 @@ def compare_mixtures(batches: list, digits: list, holes: torch.Tensor,
         kept, moved = digits[i] == digits[j], moved_outputs(batches[i], batches[j])
         if (moves := ~kept & ~holes & differ).any() and not moved[moves].any():
             still.append(Leak(None, None, cause="other states and targets move no loss"))
-        wrong |= moved & kept & ~holes if (i - j) % 2 else moved & kept
+        same = moved & kept
+        # of an even and an odd batch, one alone has targets in the holes
+        wrong |= same & ~holes if (i - j) % 2 else same
     if wrong.any():
         first = int(wrong.any(0).nonzero()[0])
         return Leaks([Leak(first, None, cause="head's inputs at other positions")])

@@ -50,10 +50,10 @@ from kernels.loss import (Fp8Linear, cross_entropy_chunk, linear_cross_entropy, 
 from report import report_at_end, report_if_missing
 from runtime import (MANY_TOKENS, MICRO_BATCH, Clock, Diverged, Energy, RowTable, Runtime, average,
                      bytes_of_averages, bytes_to_train, choose_device, choose_dtype, choose_gpus,
-                     choose_micro_batch, compiled_or_not, distinct_rows, drop_gradients, evaluate,
-                     gradients_of, joined_ranks, keep_graphs, kept_apart, launch,
-                     measure_matmul_rate, meet_all, of_all_ranks, of_every_rank, own_card,
-                     peak_memory, ranks, refuse_too_large, row_tables, run, shapes_of, to_host)
+                     choose_micro_batch, compiled_or_not, data_parallel, distinct_rows,
+                     drop_gradients, evaluate, gradients_of, joined_ranks, keep_graphs, launch,
+                     measure_matmul_rate, meet_all, no_sync, own_card, peak_memory, ranks,
+                     refuse_too_large, row_tables, run, shapes_of, shared_out, to_host)
 from test_causality import is_finite, random_tokens, refuse_leaks, refuse_other_targets
 
 LAPS = Laps(START)
@@ -190,7 +190,8 @@ table("optimization",
        "run goes on from where its cooldown began, if it has begun"),
       ("optimizer", "adamw", one_of("adamw", "muon"), "Muon is for the blocks' projections"),
       ("learning_rate", 0.0018, number(0, 1e3, False), "of AdamW and Muon alike"),
-      ("weight_decay", 0.1, number(0, 1e3), "on all weights but places and factors"))
+      ("weight_decay", 0.1, number(0, 1e3),
+       "on all weights but tables of rows, angles, time constants and factors"))
 table("optimization",
       ("warmup_iters", None, integer(0), "steps that rise (256/4768 of num_iterations)"),
       ("warmdown_iters", None, integer(0), "steps that fall (the preset's share, or 1024/4768)"),
@@ -789,7 +790,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
             nesterov = torch._foreach_lerp(gradients, averages, group["momentum"])
             stacked = torch.stack([part.bfloat16() for part in nesterov])
-            updates[shape] = of_every_rank(self.orthogonalize, stacked)
+            updates[shape] = shared_out(self.orthogonalize, stacked)
         for shape, batch in by_shape.items():  # one shape's updates travel while others are made
             matrices, rate = [row[0] for row in batch], group["lr"] * 0.2 * math.sqrt(max(shape))
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
@@ -826,7 +827,7 @@ class RowAdam(torch.optim.Optimizer):
 
 
 def embedding_tables(model: GPT) -> set[nn.Parameter]:
-    """Return the weights of all embeddings: of tokens (the head's, too) and of positions."""
+    """Return all embeddings' weights: tokens' (the head's, too), positions' and RowTables'."""
     return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
@@ -975,7 +976,7 @@ class Run:
             self.prefixes = torch.tensor(prefix_table(config.vocab_size), device=self.device)
         self.exact = bool(args.val_fp32) and runtime.dtype != torch.float32  # the loss that decides
         self.pending, self.checked, spent = None, None, saved or dict.fromkeys(TIMES, 0.0)
-        self.end_average = None  # of the RowTables' gradients over ranks
+        self.end_average = lambda: None  # ends the averaging of tables' gradients over ranks
         if saved:
             load_optimizers(self.optimizers, saved.pop("optimizers"), folder)
             set_random_state(saved["rng"], self.device)
@@ -1041,7 +1042,7 @@ class Run:
         if runtime.compile:
             model.compile()
         to_come = lengths_to_come(self.lengths, self.step, self.args.num_iterations)
-        self.wrapped = of_all_ranks(model, runtime.world)
+        self.wrapped = data_parallel(model, runtime.world)
         self.recompute(self.args.recompute)
         if runtime.compile or self.args.may_shrink:
             self.choose_micro_batch(to_come)
@@ -1101,7 +1102,7 @@ class Run:
         room = torch.empty(0 if made else averages, dtype=torch.uint8, device=self.device)
         try:
             # nothing travels: a rank that fails must not leave the others waiting
-            with kept_apart(self.wrapped):
+            with no_sync(self.wrapped):
                 for length in lengths:
                     whole = random_tokens((step // length, length), self.config.vocab_size)
                     self.model.meet(whole)
@@ -1178,7 +1179,7 @@ class Run:
                 drop_gradients(self.model)
                 return None
             # gradients travel between ranks once a step
-            with kept_apart(self.wrapped) if i < len(batches) - 1 else contextlib.nullcontext():
+            with no_sync(self.wrapped) if i < len(batches) - 1 else contextlib.nullcontext():
                 targets, shares = self.goals(y.view(-1, length))
                 with self.runtime.autocast():
                     _, loss = self.wrapped(x.view(-1, length), targets, False, shares)
@@ -1196,8 +1197,8 @@ class Run:
         for optimizer, full in zip(self.optimizers, self.rates):
             for group, rate in zip(optimizer.param_groups, full):
                 group["lr"] = factor * rate
-            if isinstance(optimizer, RowAdam) and self.end_average:  # the last optimizer: rows
-                self.end_average = self.end_average()  # travel beside the others' steps; None
+            if isinstance(optimizer, RowAdam):  # the last: meanwhile its gradients were averaged
+                self.end_average()
             optimizer.step()
         grad_norm = torch.nn.utils.get_total_norm(gradients_of(model))
         drop_gradients(model)
@@ -1254,7 +1255,7 @@ class Run:
         return not self.checkpoints.busy() and 0 < 60 * self.args.save_minutes <= age
 
     def save(self, wait: bool = False):
-        """Save the state of this step, if it is not; do not wait for the file, or do."""
+        """Save the state of this step unless that is done; with wait, return once it is written."""
         if self.saved_step != self.step:
             self.flush()
             weights = self.model.state_dict()
@@ -1306,7 +1307,7 @@ class Run:
                 self.checkpoints.note(loss, step)
             if self.decides(loss) and self.exact:
                 loss = self.validate_in_fp32()
-            elif self.decides(loss) and self.checked != self.step:  # training may open a path
+            elif self.decides(loss) and self.checked != self.step:  # trained weights may leak
                 refuse_leaks(self.model, [(self.args.val_batch_size, self.T)], self.runtime,
                              self.say, modes=(False,), cuts=32)
             if loss is not None and loss <= self.target and self.reached is None:
@@ -1468,7 +1469,7 @@ def folder_of_preset(flags: dict, device: torch.device, say) -> Path:
 def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
     """Return all flags: defaults < preset < checkpoint < command line."""
     given = saved["args"] if saved else at_length(choose_preset(flags, device, say), flags)
-    values = {**DEFAULTS, **given, "target_val_loss": None, **flags}
+    values = {**DEFAULTS, **given, **flags}
     if saved:
         say_other_preset(flags, saved["args"], say)
     values["dtype"] = choose_dtype(values["dtype"], device, say)
@@ -1476,8 +1477,6 @@ def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
         values["compile"] = int(device.type == "cuda")
     values.update(choose_data(flags, values))
     args = argparse.Namespace(**values)
-    if saved:
-        args.sequence_length = flags.get("sequence_length", saved["config"]["sequence_length"])
     args.to_save = {name: relative(value) if name in DATA_FLAGS else value
                     for name, value in values.items()
                     if name not in (*THIS_COMMAND, "target_val_loss")}

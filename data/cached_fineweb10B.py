@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data.text_to_bin import InputError, owned, read_bin, run_main, warn_once
+from data.text_to_bin import InputError, first_line, owned, read_bin, run_main, warn_once
 
 REPO, OUT, ALL = "kjj0/fineweb10B-gpt2", ROOT / "data" / "fineweb10B", 103
 SUMS = "sha256.txt"  # as sha256sum writes and checks it
@@ -57,9 +57,8 @@ def fetch(name: str, download, sha256=None) -> None:
                 download(repo_id=REPO, filename=name, repo_type="dataset", local_dir=str(folder),
                          force_download=path.exists())
         except Exception as error:  # the hub's client lets those of its HTTP library through
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"{name}: no download from {REPO}, is the network there? "
-                             f"({reason})") from None
+                             f"({first_line(error)})") from None
         if missing:
             read_bin(folder / name)
             if expected and (found := digest_of(folder / name)) != expected:

@@ -52,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt2_afno as trainer  # noqa: E402
 from afno import MATCHES  # noqa: E402
 from checkpoints import (Checkpoints, OtherVersion, demand, demand_checksums,  # noqa: E402
-                         load_weights, of_this_version, refuse_damaged_weights)
+                         load_weights, of_this_version, position_groups, refuse_damaged_weights)
 from data.loader import TokenStream, count_val_tokens, to_device  # noqa: E402
 from data.text_to_bin import (END_OF_TEXT, FOLDER, ROOT, InputError, Kind,  # noqa: E402
                               first_line, owned, relative)
@@ -62,7 +62,6 @@ from runtime import (MOST_TOKENS, Diverged, Runtime, choose_device, run,  # noqa
                      shapes_of)
 
 MEASURES = ("stream", "documents")
-UNITS = dict(stream="rows", documents="documents")  # over which errors are taken
 SHORTEST = 64  # tokens: shorter pieces are padded to it
 CUTS = (32, 128, 512)  # the last lags that are kept
 FIGURES = {  # of filters, and how they are written
@@ -221,10 +220,9 @@ def groups_of(text: "Text", measure: str) -> dict[str, dict[str, np.ndarray]]:
     pieces, T = text.pieces[measure], text.T
     start, inputs = pieces.spread(pieces.start), np.arange(text.count)
     place = inputs - start
-    bounds = [0] + [64 << i for i in range(T.bit_length()) if 64 << i < T] + [T]
     context = dict(stream="row", documents="piece")[measure]
     groups = {f"position in its {context}": {f"{low}-{high - 1}": (place >= low) & (place < high)
-                           for low, high in zip(bounds, bounds[1:])}}
+                           for low, high in position_groups(T)}}
     if len(text.sources) > 1:
         ends = np.cumsum([*text.sources.values()])
         groups["source"] = {name: (inputs >= end - size) & (inputs < end)

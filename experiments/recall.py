@@ -14,9 +14,9 @@ counting    symbols among filler: how often was this one there until now?
 A model of two layers learns a task on fresh rows of all lengths and loads at once. It is tested on
 rows that it has never seen. The load is the number of pairs, triggers, needles, tokens of the
 string, kinds of symbols. The distance, in tokens, is from a question to what it asks for. In
-counting it is to the symbol's first place, 0 at that place. Mixers have the recipe of the trainer,
-the same rows in the same order, and as many steps. They take fewer steps only where all answers are
-right.
+counting it is to the symbol's first place, 0 at that place. Mixers have the trainer's recipe,
+without soft cap, value residual and weight decay. They see the same rows in the same order, in as
+many steps. They take fewer steps only where all answers are right.
 
 Two controls say whether a task measures anything. Attention must answer 99.5% of the questions of
 recall, induction, needle and copying at every length and load. A model whose layers mix no tokens,
@@ -72,8 +72,9 @@ GRIDS = {
     "whole": Grid(8192, 128, (64, 128, 256, 512, 1024, 2048), (4, 8, 16, 32, 64, 128, 256),
                   6000, 65_536, 1.0, 10_000),
 }
-RECIPE = dict(qk_norm=1, attn_short_conv=4, attn_gate=1, half_rotary=1, embedding_norm=1,
-              embedding_residual=1, swiglu=1, afno_silu=1, n_layer=2)
+RECIPE = {name: trainer.RECIPE[name] for name in (
+    "qk_norm", "attn_short_conv", "attn_gate", "half_rotary", "embedding_norm",
+    "embedding_residual", "swiglu", "afno_silu")} | dict(n_layer=2)
 MIXERS = {
     "attention": dict(mixer="attn"),
     "hybrid": dict(mixer="afno", attn_layers=(1,), afno_short_conv=1),

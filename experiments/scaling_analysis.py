@@ -715,7 +715,7 @@ def read_rows(file: Path) -> list[dict]:
 
 def is_whole(row: dict) -> bool:
     """Return whether a row has all that tables and plots take, as numbers where they want them."""
-    kinds = dict.fromkeys(WORDS, str) | {"by_kernel_ms": dict, "by_group_ms": dict}
+    kinds = dict.fromkeys(WORDS, str) | {"by_kernel_ms": dict}
     if not all(isinstance(value, kinds.get(name, (int, float))) for name, value in row.items()):
         return False
     needed = NEEDED.get(row["part"])

@@ -261,7 +261,6 @@ def measure_alone(run: trainer.Run, say):
     """Say what the gradients' way between cards and the optimizers take, one by one, in ms."""
     batches = run.next_batches()
     run.forward_backward(batches, run.T)
-    run.end_average = None
     tables = row_tables(run.model).values()
     gradients = [table.gradient for table in tables]
     whole = torch.zeros(sum(table.weight.numel() for table in tables), device=run.device)

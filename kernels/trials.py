@@ -18,11 +18,11 @@ from kernels import at_once
 # Relative error that a kernel's rounding may make. Below, of fp8 products: the rounding's, and that
 # of their scale, in which rounding errors cancel.
 BOUNDS = dict(convolution=2e-2, token=2e-2, state=2e-2, loss=1e-2)
+FP8_BOUND, FP8_SCALE_BOUND = 8e-2, 2e-2
 # Trials of each, and the module whose kernels they launch
 PARTS = dict(convolution=("short_conv", "short_filter", "long_filter"), token=("token",),
              state=("state",), loss=("loss",))
 MODULES = dict(convolution="convolution", token="token_conv", state="state", loss="softmax")
-FP8_BOUND, FP8_SCALE_BOUND = 8e-2, 2e-2
 # Channels of a filter and of a head, as models have them (AFNO1D's)
 CHANNELS, HEAD = 64, 128
 
@@ -242,7 +242,7 @@ def exactly(device: torch.device):
         yield
 
 
-def first_line(error: Exception) -> str:
+def kind_and_first_line(error: Exception) -> str:
     """Return an exception's kind and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
@@ -262,7 +262,7 @@ def find_fault(what: str, device: torch.device, dtype: torch.dtype, bound: float
                 compile_ahead(what, device, dtype)
         return next(filter(None, map(part, PARTS[what])), None)
     except Exception as error:  # whatever a compiler, a driver or a launch may raise
-        return first_line(error)
+        return kind_and_first_line(error)
 
 
 def try_fp8(device: torch.device, dtype: torch.dtype) -> tuple[str | None, float]:
@@ -302,7 +302,7 @@ def try_fp8(device: torch.device, dtype: torch.dtype) -> tuple[str | None, float
         scales = torch.stack([((a - b) * b).sum().abs() / b.square().sum() for a, b in pairs])
         scale = scales.max().item()
     except Exception as error:  # whatever a library, a driver or a launch may raise
-        return f"does not work here: {first_line(error)}", math.nan
+        return f"does not work here: {kind_and_first_line(error)}", math.nan
     if not (off < FP8_BOUND and scale < FP8_SCALE_BOUND):
         return f"is {off:.1e} off here, its scale {scale:.1e}", off
     return None, off

@@ -436,7 +436,7 @@ def test_sources_are_apart_and_told_apart(model, tokens, sources, tmp_path, caps
 
 
 @pytest.mark.slow
-def test_a_picture_of_every_group(model, tokens, tmp_path, monkeypatch):
+def test_a_picture_of_every_group(tokens, tmp_path, monkeypatch):
     monkeypatch.undo()
     labels, count = ["a@1", "b@2"], 900
     pieces = dict(stream=cut_rows(count, 96), documents=cut_documents(tokens, count, 96))

@@ -602,6 +602,6 @@ def test_a_table_at_constant_tokens_has_one_number_of_them(tmp_path, monkeypatch
 def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", [dict(step=1, tokens=1, val_loss=4.0, train_time_s=1.0)])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(sys, "argv", ["plot_runs.py", str(run.parent if run.is_file() else run)])
+    monkeypatch.setattr(sys, "argv", ["plot_runs.py", str(run)])
     with pytest.raises(InputError, match="curves.png: import of matplotlib halted"):
         plot_runs.main()

@@ -244,13 +244,13 @@ def test_home_is_where_a_tilde_says(data, tmp_path, monkeypatch, encoding):
     assert len(os.listdir(tmp_path / "out")) == 2
 
 
-def test_the_repositorys_path_inside_another_stays(monkeypatch):
+def test_the_repositorys_path_inside_another_stays():
     root = text_to_bin.ROOT
     assert relative(f"{root}/data/x") == "data/x"
     assert relative(f"/backup{root}/data/x") == f"/backup{root}/data/x"
 
 
-def test_generation_takes_the_end_of_text_for_the_token(data, tmp_path, monkeypatch, capsys):
+def test_generation_takes_the_end_of_text_for_the_token(data, tmp_path, monkeypatch):
     main(flags(data, tmp_path / "run", "--num_iterations 1"))
     fed = []
     step = train_gpt2_afno.GPT.step

@@ -176,7 +176,7 @@ def test_a_whole_sequence_fft_is_causal_but_not_bitwise(monkeypatch):
     assert gradient_leaks(model.hidden, table, 72, CONFIG.vocab_size, bound=1e-10) == []
 
 
-def test_a_mixer_that_ignores_its_input_tests_nothing(monkeypatch):
+def test_a_mixer_that_ignores_its_input_tests_nothing():
     """Gradients and changes that are zero everywhere are no proof of causality."""
     still = lambda idx: torch.zeros(*idx.shape, 4)
     leaks = check_causality(still, 8, 300)

@@ -74,7 +74,7 @@ def test_an_empty_answer_is_the_end_of_the_document(model, adapter):
         assert value == pytest.approx(values[-count:].sum().item(), abs=1e-3) and value < 0
 
 
-def test_the_likeliest_answer_is_said_to_be(model, adapter):
+def test_the_likeliest_answer_is_said_to_be(adapter):
     text = adapter.generate("The old king", [], 3)
     assert text and adapter.loglikelihood(requests(("The old king", text)))[0][1]
 
@@ -144,7 +144,7 @@ def test_learned_positions_leave_room_for_what_is_generated():
         adapter.generate_until(requests((context, dict(max_gen_toks=24))))
 
 
-def test_errors_are_one_line(tmp_path, monkeypatch):
+def test_errors_are_one_line(tmp_path):
     pytest.importorskip("safetensors")
     with pytest.raises(InputError, match=f"{tmp_path}: not a folder of report.py --export"):
         harness.load_exported(tmp_path)

@@ -14,7 +14,7 @@ from helpers import RefusingGate
 
 import train_gpt2_afno
 from data.text_to_bin import InputError
-from runtime import RowTable, average, choose_gpus, launch, of_every_rank
+from runtime import RowTable, average, choose_gpus, launch, shared_out
 from test_trainer import (SCRIPT, STOPPED, VOCABULARY, data, flags, losses,  # noqa: F401
                           main, newest, small, wait_for_step)
 
@@ -87,8 +87,7 @@ def test_ranks_started_by_hand_are_as_many_as_asked_for(data, tmp_path, monkeypa
         main(flags(data, tmp_path / "run", "--gpus 4"))
 
 
-def test_ranks_started_by_hand_must_divide_the_micro_batches(data, tmp_path,  # noqa: F811
-                                                             monkeypatch):
+def test_ranks_started_by_hand_must_divide_the_micro_batches():
     """The tokens of a step stay as they are: it used to take a micro-batch more, unsaid."""
     args = train_gpt2_afno.merge_flags(dict(preset="shakespeare"), CPU, None, print)
     with pytest.raises(InputError, match="must be a multiple of the 2 ranks, got 1"):
@@ -144,7 +143,7 @@ def share_on(rank: int, store: str):
     for n, taken in shares.items():
         stacked = torch.randint(-9, 9, (n, 4, 2), generator=torch.Generator().manual_seed(n))
         stacked, given = stacked.bfloat16(), []
-        end = of_every_rank(lambda x: (given.append(len(x)), x * x + 1)[1], stacked)
+        end = shared_out(lambda x: (given.append(len(x)), x * x + 1)[1], stacked)
         assert torch.equal(end(), stacked**2 + 1)  # small whole numbers: exact in bf16
         assert sum(given) == taken[rank], (n, given)
     dist.destroy_process_group()

@@ -196,7 +196,7 @@ def test_another_vocabulary_or_no_checkpoint_costs_the_samples_alone(data, tmp_p
     assert "None: no readable checkpoint in " in written(monkeypatch, tmp_path / "run")[0]
 
 
-def test_the_picture_and_what_to_install_for_it(data, tmp_path, monkeypatch):
+def test_the_picture_and_what_to_install_for_it(tmp_path, monkeypatch):
     monkeypatch.undo()
     run = tmp_path / "run"
     run.mkdir()
@@ -363,7 +363,7 @@ def test_an_exported_model_has_the_checkpoints_logits(data, tmp_path, monkeypatc
     assert found["model"].transformer.wte.weight is found["model"].lm_head.weight
 
 
-def test_errors_are_one_line(data, tmp_path, monkeypatch, capsys):
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
     error = lambda *words: refused(monkeypatch, capsys, *words)
     run = tmp_path / "run"
     assert error(run) == f"error: {run}: no folder of a run\n"

@@ -68,7 +68,7 @@ def test_what_is_read_of_a_run(tmp_path, flags, mixer):
     assert 6 * found.parameters * TOKENS < found.flops < 12 * found.parameters * TOKENS
 
 
-def test_two_sizes_make_tables_and_plots(tmp_path, capsys):
+def test_two_sizes_make_tables_and_plots(tmp_path):
     flags = "--n_head 2 --attn_layers 2"
     runs = [make_run(tmp_path / f"{size}-{seed}", f"--model {size} {flags} --seed {seed}", seconds,
                      loss + seed / 100)

@@ -744,7 +744,7 @@ def test_the_screen_is_of_the_checkpoint_that_is_taken(begin, tmp_path):
     assert "run, at step 40 of 80\n" in begin("", "", *given)[1]
 
 
-def test_the_gate_tries_the_model_of_the_checkpoint(tmp_path, monkeypatch, capsys):
+def test_the_gate_tries_the_model_of_the_checkpoint(tmp_path, monkeypatch):
     saved_at(tmp_path / "run", 60, "--preset shakespeare --device cpu --mixer attn --batch_size 4")
     tried = []
     monkeypatch.setattr(test_causality, "check_trained",

@@ -279,7 +279,7 @@ def test_a_preset_that_changes_nothing_is_said(full_size):
         "depth_scale"]
 
 
-def test_generate_and_eval_only_exclude_each_other(capsys):
+def test_generate_and_eval_only_exclude_each_other():
     with pytest.raises(InputError, match="--generate and --eval_only: choose one"):
         main(["--generate", "x", "--eval_only"])
 
@@ -1224,7 +1224,7 @@ def test_a_checkpoint_with_idle_flags_that_are_gone_and_without_new_ones_loads()
 
 @pytest.mark.parametrize("field, value", (("mixer_scale", 0.7), ("afno_relu", "modulus")))
 @pytest.mark.parametrize("where", ("config", "args"))
-def test_checkpoints_with_what_is_gone_are_refused_by_name(data, tmp_path, field, value, where):
+def test_checkpoints_with_what_is_gone_are_refused_by_name(field, value, where):
     args, config = values_of(f"{SMALL} --input_bin x --input_val_bin x")
     state = dict(args=args.to_save, config=vars(config))
     state[where] = state[where] | {field: value}
