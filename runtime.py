@@ -83,9 +83,9 @@ class Runtime:
         return seed.item()
 
 
-def usual_runtime(device: torch.device) -> Runtime:
-    """Return one process, bf16 on a GPU and fp32 on a CPU, without compilation."""
-    return Runtime(device, torch.bfloat16 if device.type == "cuda" else torch.float32, False)
+def usual_runtime(device: torch.device, compile: bool = False) -> Runtime:
+    """Return one process, bf16 on a GPU and fp32 on a CPU."""
+    return Runtime(device, torch.bfloat16 if device.type == "cuda" else torch.float32, compile)
 
 
 def choose_device(name: str) -> torch.device:

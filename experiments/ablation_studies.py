@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_gpt2_afno as trainer  # noqa: E402
-from data.loader import find_shards  # noqa: E402
-from data.text_to_bin import FOLDER, InputError, Kind, owned  # noqa: E402
+from data.loader import find_shards, length_phases  # noqa: E402
+from data.text_to_bin import FOLDER, InputError, Kind, Parser, number, owned, relative  # noqa: E402
 from experiments import archive  # noqa: E402
 from experiments.plot_runs import (FILLED_IN, Run, commands_of, flags_said,  # noqa: E402
                                    last_start, other_code, plot, read_run, time_to_loss)
@@ -300,7 +300,7 @@ def data_flags(data: str) -> dict[str, str]:
         if not find_shards(pattern):
             raise InputError(f"--data {data}: not a folder of shards, nor how their paths begin: "
                              f"no file {pattern}")
-        found[flag] = trainer.relative(os.path.abspath(pattern))
+        found[flag] = relative(os.path.abspath(pattern))
     return found
 
 
@@ -326,7 +326,7 @@ def flags_of(study: Study, arm: str, seed: int, folder: Path, tokens: float | No
         flags["--warmdown_iters"] = str(steps // 2)
     elif warmdown == "baseline":
         flags["--warmdown_iters"] = str(round(steps * 1024 / 4768))
-    output = trainer.relative(str(folder / f"{arm}-seed{seed}"))
+    output = relative(str(folder / f"{arm}-seed{seed}"))
     return flags | {"--seed": str(seed), "--output_dir": output}
 
 
@@ -336,7 +336,7 @@ def folder_of(flags: dict[str, str]) -> Path:
 
 def damaged(path: Path, what: str) -> InputError:
     """Return the error for a run's file that is not as the trainer wrote it."""
-    return InputError(f"{trainer.relative(str(path))}: {what}; delete the run's folder, or "
+    return InputError(f"{relative(str(path))}: {what}; delete the run's folder, or "
                       "restore the file")
 
 
@@ -589,12 +589,12 @@ PREFIX = Kind(str, bool, "a folder of shards or how their paths begin, not empty
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """Return the study's arguments, and the trainer's flags after `--` and of --data."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = trainer.Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("study", choices=(*STUDIES, *OTHERS))
     add("--data", type=PREFIX, metavar=PREFIX.metavar,
         help="folder of shards, or how their paths begin (the preset's)")
-    add("--tokens", type=trainer.number(0, 1e15, False), metavar="N",
+    add("--tokens", type=number(0, 1e15, False), metavar="N",
         help="of a run (the study's own)")
     add("--seeds", type=seeds, default="1337", metavar="N,N", help="(1337)")
     add("--output", type=FOLDER, default=ROOT / "experiments/studies", metavar="DIR",
@@ -621,7 +621,7 @@ def dry_run(flags: dict[tuple[str, int], dict]) -> int:
             args = trainer.merge_flags(given, torch.device("cpu"), None, lambda text: None)
             config = trainer.GPTConfig(**trainer.model_fields(vars(args)))
             trainer.refuse_untrainable(config, args)
-            trainer.length_phases(args, config.sequence_length, world=1)
+            length_phases(args, config.sequence_length, world=1)
         except InputError as error:
             print(f"error: {arm}: {error}", file=sys.stderr, flush=True)
             status = 1
@@ -671,7 +671,7 @@ def run_study(study: Study, folder: Path, flags: dict[tuple[str, int], dict],
             print(f"error: {name}: not finished, exit status {exit_status}: {last}",
                   file=sys.stderr, flush=True)
             status = 1
-    print(f"{trainer.relative(str(folder))}: {len(runs)} of {len(flags)} runs finished")
+    print(f"{relative(str(folder))}: {len(runs)} of {len(flags)} runs finished")
     return status
 
 

@@ -54,12 +54,12 @@ from afno import MATCHES  # noqa: E402
 from checkpoints import (Checkpoints, OtherVersion, demand, demand_checksums,  # noqa: E402
                          load_weights, of_this_version, position_groups, refuse_damaged_weights)
 from data.loader import TokenStream, count_val_tokens, to_device  # noqa: E402
-from data.text_to_bin import (END_OF_TEXT, FOLDER, ROOT, InputError, Kind,  # noqa: E402
-                              first_line, owned, relative)
+from data.text_to_bin import (END_OF_TEXT, FOLDER, ROOT, InputError, Kind, Parser,  # noqa: E402
+                              first_line, integer, one_of, owned, relative)
 from experiments import archive, package_text  # noqa: E402
 from experiments.plot_runs import name_lines  # noqa: E402
 from runtime import (MOST_TOKENS, Diverged, Runtime, choose_device, run,  # noqa: E402
-                     shapes_of)
+                     shapes_of, usual_runtime)
 
 MEASURES = ("stream", "documents")
 SHORTEST = 64  # tokens: shorter pieces are padded to it
@@ -753,8 +753,8 @@ SOURCES = Kind(
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments; raise InputError where they are wrong."""
-    parser = trainer.Parser(description=__doc__, allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--bin", type=trainer.NAME, metavar="PATTERN", help="shards of the text")
@@ -767,9 +767,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         help="tokens a row [as trained]")
     parser.add_argument("--out", type=FOLDER, metavar="DIR", help="folder for what is found")
     parser.add_argument("--filters", action="store_true", help="look at AFNO's filters, too")
-    parser.add_argument("--device", type=trainer.one_of("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--device", type=one_of("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--compile", type=trainer.SWITCH, default=0, help="as the trainer does")
-    parser.add_argument("--batch_tokens", type=trainer.integer(1, MOST_TOKENS),
+    parser.add_argument("--batch_tokens", type=integer(1, MOST_TOKENS),
                         help="tokens a batch [65536, CPU: 8192]")
     return parser.parse_args(argv)
 
@@ -801,9 +801,7 @@ def main(argv: list[str]) -> int:
         if len(argv) > 1:
             raise InputError(f"{args.checkpoints[0]} is drawn as it stands: name nothing else")
         return draw_again(Path(args.checkpoints[0]))
-    device = choose_device(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    runtime = Runtime(device, dtype, bool(args.compile))
+    runtime = usual_runtime(choose_device(args.device), bool(args.compile))
     checkpoints = [Checkpoint(source) for source in args.checkpoints]
     labels = [checkpoint.label for checkpoint in checkpoints]
     if twice := [label for label in labels if labels.count(label) > 1]:

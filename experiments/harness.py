@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt2_afno as trainer  # noqa: E402
 from checkpoints import demand_like  # noqa: E402
 from data.loader import to_device  # noqa: E402
-from data.text_to_bin import InputError, first_line, gpt2_encoding, to_path  # noqa: E402
+from data.text_to_bin import (InputError, Parser, first_line, gpt2_encoding, integer,  # noqa: E402
+                              to_path)
 from runtime import Runtime, choose_device, run, usual_runtime  # noqa: E402
 
 try:
@@ -172,14 +173,14 @@ def windows(tokens: list[int], T: int) -> list[tuple[list[int], list[int]]]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = trainer.Parser(description=__doc__, allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", type=to_path, metavar="DIR", help="folder of report.py --export")
     add("--tasks", required=True, metavar="NAME,NAME", help="the harness's names")
     add("--include", metavar="FOLDER", help="of yaml files of your own tasks")
-    add("--shots", type=trainer.integer(0, 100), help="examples before each question (the task's)")
-    add("--limit", type=trainer.integer(1), help="questions a task (all)")
+    add("--shots", type=integer(0, 100), help="examples before each question (the task's)")
+    add("--limit", type=integer(1), help="questions a task (all)")
     add("--batch_size", type=trainer.FLAGS["batch_size"].kind, default=32, help="(32)")
     add("--device", type=trainer.FLAGS["device"].kind, default="auto", help="(auto)")
     add("--output", type=Path, metavar="FILE", help="for the results as JSON")

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 import train_gpt2_afno as trainer
-from data.text_to_bin import FOLDER, ROOT, InputError, Kind, owned
+from data.text_to_bin import FOLDER, ROOT, InputError, Kind, Parser, owned, relative
 from experiments import archive
 from experiments.ablation_studies import seeds
 from experiments.evaluate import markdown
@@ -545,9 +545,9 @@ def names(known) -> Kind:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments; raise InputError where they are wrong."""
-    parser = trainer.Parser(prog="ablation_studies.py recall", description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter,
-                            allow_abbrev=False)
+    parser = Parser(prog="ablation_studies.py recall", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
     add = parser.add_argument
     add("--grid", choices=GRIDS, default="small", help="lengths and loads (small)")
     add("--tasks", type=names(TASKS), default=[*TASKS], help="(all)")
@@ -599,5 +599,5 @@ def study(wanted: list[tuple[int, str, str]], folder: Path, grid: Grid, runtime:
     failed = [text for holds, text in controls(rows) if holds is False]
     for text in failed:
         print(f"error: a control fails: {text}", file=sys.stderr)
-    print(f"{trainer.relative(str(folder))}: {len(rows)} models in table.md")
+    print(f"{relative(str(folder))}: {len(rows)} models in table.md")
     return 1 if failed else 0

@@ -38,7 +38,7 @@ from data.text_to_bin import (FOLDER, InputError, Parser, first_line, integer,  
 from experiments import archive  # noqa: E402
 from experiments.recall import append_line, read_lines  # noqa: E402
 from kernels import usable  # noqa: E402
-from runtime import Runtime, measure_matmul_rate, run  # noqa: E402
+from runtime import Runtime, measure_matmul_rate, run, usual_runtime  # noqa: E402
 from test_causality import random_tokens  # noqa: E402
 from train_gpt2_afno import GPT, MODELS, GPTConfig, flops_per_token, make_optimizers  # noqa: E402
 
@@ -222,12 +222,12 @@ def outputs(y: torch.Tensor | list) -> list:
     return y if isinstance(y, list) else [y]
 
 
-def measure_operators(B: int, T: int, only, device, dtype, runtime, part: str, emit):
+def measure_operators(B: int, T: int, only, runtime, part: str, emit):
     """Emit a row for every operator that `only` finds: ms, TB/s, TFLOP/s, and memory in MB.
 
     The row of one that does not run has its error instead.
     """
-    for name, inputs, function, products, layers in operators(B, T, device, dtype):
+    for name, inputs, function, products, layers in operators(B, T, runtime.device, runtime.dtype):
         if not only.search(name):
             continue
         row = dict(part=part, name=name, B=B, T=T)
@@ -244,9 +244,9 @@ def measure_operators(B: int, T: int, only, device, dtype, runtime, part: str, e
                     y = outputs(function(*inputs))
                 torch.autograd.grad(y, inputs, upstream, allow_unused=True)
 
-            row["forward_ms"] = measure(forward, device, graph=True)[0] / layers
+            row["forward_ms"] = measure(forward, runtime.device, graph=True)[0] / layers
             row["ms"], row["range_ms"], memory = (
-                value / layers for value in measure(both, device, graph=True))
+                value / layers for value in measure(both, runtime.device, graph=True))
             if layers == 1:  # the peak of twelve layers is not twelve times that of one
                 row["memory_MB"] = memory
         except RuntimeError as error:  # a backend that does not run here, or too little memory
@@ -267,7 +267,7 @@ def measure_operators(B: int, T: int, only, device, dtype, runtime, part: str, e
 # whole steps
 
 
-def training_step(options: dict, model_name: str, B: int, T: int, device, runtime):
+def training_step(options: dict, model_name: str, B: int, T: int, runtime):
     """Return a model, a function that makes one step on random tokens, and the step's two phases.
 
     The phases are forward and backward, and the optimizers.
@@ -279,13 +279,13 @@ def training_step(options: dict, model_name: str, B: int, T: int, device, runtim
     recompute = options.pop("recompute", False)  # of the trainer, not of the model's configuration
     torch.manual_seed(0)
     config = GPTConfig(n_layer=n_layer, n_embd=n_embd, sequence_length=T, **options)
-    model = GPT(config).to(device)
+    model = GPT(config).to(runtime.device)
     for block in model.transformer.h:
         block.recompute = recompute
     if runtime.compile:
         model.compile()
     optimizers = make_optimizers(model, "muon", 1e-4, 0.1)
-    tokens = random_tokens((B, T + 1), config.vocab_size).to(device)
+    tokens = random_tokens((B, T + 1), config.vocab_size).to(runtime.device)
 
     def backpropagate():
         with runtime.autocast():
@@ -305,10 +305,11 @@ def training_step(options: dict, model_name: str, B: int, T: int, device, runtim
     return model, step, backpropagate, optimize
 
 
-def measure_step(row: dict, options: dict, device, runtime, matmul_rate) -> dict:
+def measure_step(row: dict, options: dict, runtime, matmul_rate) -> dict:
     """Return the row with what a step takes: ms, GiB, tokens/s, MFU and parameters."""
+    device = runtime.device
     model, step, backpropagate, optimize = training_step(
-        options, row["model"], row["B"], row["T"], device, runtime)
+        options, row["model"], row["B"], row["T"], runtime)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     row["ms"], row["range_ms"], _ = measure(step, device, seconds=1.5)
@@ -322,8 +323,7 @@ def measure_step(row: dict, options: dict, device, runtime, matmul_rate) -> dict
     return row
 
 
-def measure_steps(lengths, tokens, model_name, residual_bf16, only, device, runtime, matmul_rate,
-                  emit):
+def measure_steps(lengths, tokens, model_name, residual_bf16, only, runtime, matmul_rate, emit):
     """Emit a row for every length and every model of STEPS that `only` finds.
 
     A model that takes too much memory has its error instead.
@@ -336,11 +336,11 @@ def measure_steps(lengths, tokens, model_name, residual_bf16, only, device, runt
             row = dict(part="step", name=step_name(name, residual_bf16), B=tokens // T, T=T,
                        model=model_name)
             try:
-                emit(measure_step(row, options, device, runtime, matmul_rate))
+                emit(measure_step(row, options, runtime, matmul_rate))
             except torch.OutOfMemoryError as error:
                 emit(dict(row, error=first_line(error)[:200]))
             torch._dynamo.reset()
-            if device.type == "cuda":
+            if runtime.device.type == "cuda":
                 torch.cuda.empty_cache()
 
 
@@ -379,12 +379,13 @@ def kernel_times(step, device) -> dict[str, float]:
     return dict(sorted(kernels.items(), key=lambda item: -item[1]))
 
 
-def measure_profile(T, tokens, model_name, residual_bf16, device, runtime, emit):
+def measure_profile(T, tokens, model_name, residual_bf16, runtime, emit):
     """Emit the time of a step by phase (events) and by kernel (of one step)."""
+    device = runtime.device
     for name in ("attention, 12 heads of 64", "AFNO with attention in 3, 9"):
         options = dict(STEPS[name], residual_bf16=residual_bf16)
         model, step, backpropagate, optimize = training_step(
-            options, model_name, max(tokens // T, 1), T, device, runtime)
+            options, model_name, max(tokens // T, 1), T, runtime)
         x = torch.randn(tokens // T, T, model.config.n_embd, device=device, requires_grad=True)
         targets = random_tokens((tokens // T, T), model.config.vocab_size).to(device)
 
@@ -639,20 +640,19 @@ def measure_floors(tokens: int, device, dtype, emit) -> float:
     return matmul_rate
 
 
-def measure_parts(args: argparse.Namespace, device, runtime: Runtime, emit):
+def measure_parts(args: argparse.Namespace, runtime: Runtime, emit):
     """Measure the floors, then what --parts names; emit the rows."""
-    matmul_rate = measure_floors(args.tokens, device, runtime.dtype, emit)
-    operator = lambda B, T, part: measure_operators(
-        B, T, args.only, device, runtime.dtype, runtime, part, emit)
+    matmul_rate = measure_floors(args.tokens, runtime.device, runtime.dtype, emit)
+    operator = lambda B, T, part: measure_operators(B, T, args.only, runtime, part, emit)
     if "operator" in args.parts:
         for T in args.lengths:
             operator(args.tokens // T, T, "operator")
     if "profile" in args.parts:
         measure_profile(min(1024, args.tokens), args.tokens, args.model, args.residual_bf16,
-                        device, runtime, emit)
+                        runtime, emit)
     if "step" in args.parts:
         measure_steps(args.lengths, args.tokens, args.model, args.residual_bf16, args.only,
-                      device, runtime, matmul_rate, emit)
+                      runtime, matmul_rate, emit)
     if "batch" in args.parts:
         for T in sorted({1024, 8192} & {*args.lengths}):
             for B in (1, 4, 16):
@@ -671,12 +671,11 @@ def analyse(args: argparse.Namespace) -> int:
     """Do what main does, in a folder of this process alone."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # on a CPU this only shows that the script works
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    runtime = Runtime(device, dtype, compile=bool(args.compile) and device.type == "cuda")
+    runtime = usual_runtime(device, bool(args.compile) and device.type == "cuda")
     file = args.output / "rows.jsonl"
     chip = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     where = f"torch {torch.__version__}, {chip}"
-    print(f"{where}; convolution: {usable('convolution', device, dtype)[1]}", flush=True)
+    print(f"{where}; convolution: {usable('convolution', device, runtime.dtype)[1]}", flush=True)
 
     def emit(row: dict):
         row = dict(row, where=where, model=args.model, tokens=args.tokens)
@@ -687,7 +686,7 @@ def analyse(args: argparse.Namespace) -> int:
     read_rows(file)  # before hours of measuring
     if args.parts:
         with contextlib.suppress(KeyboardInterrupt):  # what was measured becomes tables
-            measure_parts(args, device, runtime, emit)
+            measure_parts(args, runtime, emit)
     measured = read_rows(file)
     rows = latest(measured)
     if not rows:

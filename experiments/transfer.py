@@ -35,8 +35,8 @@ from torch import Tensor
 import train_gpt2_afno as trainer
 from checkpoints import demand_checksums, refuse_damaged_weights
 from data.loader import to_device
-from data.text_to_bin import (FOLDER, ROOT, InputError, first_line, owned, read_bin,
-                              relative)
+from data.text_to_bin import (FOLDER, ROOT, InputError, Parser, first_line, integer, owned,
+                              read_bin, relative)
 from experiments import archive, package_text
 from experiments.evaluate import (BATCH_TOKENS, Checkpoint, cut_rows, digest, losses_of,
                                   markdown, mean_and_error)
@@ -401,14 +401,14 @@ def rates(text: str) -> list[float]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments; raise InputError where they are wrong."""
-    parser = trainer.Parser(prog="ablation_studies.py transfer", description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter,
-                            allow_abbrev=False)
+    parser = Parser(prog="ablation_studies.py transfer", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT")
     add("--domains", type=names(DOMAINS), default=[*DOMAINS], help="(all)")
     add("--rates", type=rates, default="0.0003,0.001,0.003", metavar="X,X", help="(%(default)s)")
-    add("--steps", type=trainer.integer(1), default=200, help="(200)")
+    add("--steps", type=integer(1), default=200, help="(200)")
     add("--batch_size", type=trainer.FLAGS["batch_size"].kind, default=16, help="rows (16)")
     add("--seed", type=trainer.FLAGS["seed"].kind, default=1337, help="of the rows (1337)")
     add("--device", type=trainer.FLAGS["device"].kind, default="auto", help="(auto)")

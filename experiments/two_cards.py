@@ -40,10 +40,11 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import train_gpt2_afno as trainer  # noqa: E402
+from data.text_to_bin import ROOT, InputError, Parser, one_of  # noqa: E402
 from runtime import (Clock, Runtime, average, drop_gradients, joined_ranks, own_card,  # noqa: E402
                      ranks, row_tables, run)
 
-SCRIPT = trainer.ROOT / "train_gpt2_afno.py"
+SCRIPT = ROOT / "train_gpt2_afno.py"
 FIRST_50 = "--preset fineweb --num_iterations 50 --warmup_iters 258 --warmdown_iters 0 " \
     "--val_fp32 0 --val_tokens 65536 --val_loss_every 0 --save_every 0"
 WHOLE = "--preset fineweb --val_fp32 0 --val_tokens 65536"
@@ -320,11 +321,11 @@ def parts(args):
 
 def main(argv: list[str]):
     """Run speed, ends or parts; raise InputError where the arguments are wrong."""
-    parser = trainer.Parser(description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("speed", "ends", "parts"))
-    parser.add_argument("--cards", type=trainer.one_of(1, 2, 4), nargs="+", default=[1, 2])
-    parser.add_argument("--rows", type=trainer.one_of(32, 64), default=32,
+    parser.add_argument("--cards", type=one_of(1, 2, 4), nargs="+", default=[1, 2])
+    parser.add_argument("--rows", type=one_of(32, 64), default=32,
                         help="of a micro-batch: more keep the host ahead of a fast card")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", default="runs/cards")
@@ -332,8 +333,8 @@ def main(argv: list[str]):
         parser.add_argument(f"--{name}", default=trainer.FINEWEB[name])
     args = parser.parse_args(argv)
     if 1 not in args.cards:
-        raise trainer.InputError(f"--cards must have 1, which others are compared with, got "
-                                 f"{' '.join(map(str, args.cards))}")
+        raise InputError(f"--cards must have 1, which others are compared with, got "
+                         f"{' '.join(map(str, args.cards))}")
     globals()[args.what](args)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import afno
-from afno import (AFNO1D, FORMS, MATCHES, ROUTINGS, ShortConv, apply_causal_mask_freq, causal_conv,
+from afno import (AFNO1D, FORMS, ROUTINGS, ShortConv, apply_causal_mask_freq, causal_conv,
                   check_arguments, complex_relu, complex_soft_shrink, inverse_rdft,
                   longest_matches, make_operator, mean_rows, newest_matches, plain_short_conv,
                   rmsnorm, taps_at_once, toeplitz, token_conv)

@@ -583,7 +583,7 @@ def test_a_scaling_analysis_owns_its_folder(tmp_path):
 
 
 def test_a_table_at_constant_tokens_has_one_number_of_them(tmp_path, monkeypatch, capsys):
-    def measure_parts(args, device, runtime, emit):
+    def measure_parts(args, runtime, emit):
         for T in args.lengths:
             emit(dict(part="operator", name="FFT", B=args.tokens // T, T=T, ms=1.0 * T))
 
