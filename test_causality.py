@@ -485,21 +485,26 @@ def refuse_other_targets(x: torch.Tensor, y: torch.Tensor, text: torch.Tensor):
 def measure_leaks(model, rows: int, T: int, runtime, seed: int) -> Leaks:
     """Return a leak where evaluate's sums are not those of the logits of hidden() for its text.
 
-    Any text's next tokens do: here a batch of random ones. hidden() itself is checked before.
+    Any text's next tokens do: here random ones, two batches and some of a third. hidden() itself is
+    checked before.
     """
     from runtime import evaluate
 
     alone = dataclasses.replace(runtime, rank=0, world=1)  # ranks may compile for minutes
-    text = random_tokens((rows * T + 1,), model.config.vocab_size, seed)
+    count, text = 2 * rows * T + rows * T // 2 + 1, random_tokens(
+        (3 * rows * T + 1,), model.config.vocab_size, seed)
     stream = types.SimpleNamespace(read=lambda begin, length: text[begin : begin + length])
-    got = evaluate(model, stream, rows * T, rows, T, alone)
+    got = evaluate(model, stream, count, rows, T, alone)
     text, losses = text.to(runtime.device), []
     with runtime.autocast():
-        hidden = model.hidden(text[:-1].view(rows, T)).flatten(0, 1)
-        for part, goal in zip(hidden.split(1024), text[1:].split(1024)):  # few logits at once
-            logits = model.lm_head.logits(part[None])[0].float()
-            losses.append(logits.logsumexp(-1) - logits.gather(1, goal[:, None])[:, 0])
-    wanted = torch.cat(losses).view(rows, T).double().sum(0)
+        for idx, goals in zip(text[:-1].split(rows * T), text[1:].split(rows * T)):
+            hidden = model.hidden(idx.view(rows, T)).flatten(0, 1)
+            for part, goal in zip(hidden.split(1024), goals.split(1024)):  # few logits at once
+                logits = model.lm_head.logits(part[None])[0].float()
+                losses.append(logits.logsumexp(-1) - logits.gather(1, goal[:, None])[:, 0])
+    losses = torch.cat(losses).double()
+    losses[count:] = 0
+    wanted = losses.view(-1, T).sum(0)
     off = ((got - wanted).norm() / wanted.norm()).item()
     bound = 1e-4 if runtime.dtype == torch.float32 else 0.02
     return Leaks([] if off <= bound else [Leak(None, None, cause=(

@@ -1294,6 +1294,10 @@ class Run:
                 self.compile_time += time.perf_counter() - begin
         loss = self.validation_loss(self.runtime)
         if loss is not None:
+            if math.isfinite(loss) and self.decides(loss) and not self.exact \
+                    and self.checked != self.step:  # trained weights may leak: then no loss is said
+                refuse_leaks(self.model, [(self.args.val_batch_size, self.T)], self.runtime,
+                             self.say, modes=(False,), cuts=32)
             self.validated = step = self.step
             self.say(f"step:{step}/{self.total_steps} val_loss:{loss:.4f} "
                      f"train_time:{self.clock.total:.1f}s "
@@ -1307,9 +1311,6 @@ class Run:
                 self.checkpoints.note(loss, step)
             if self.decides(loss) and self.exact:
                 loss = self.validate_in_fp32()
-            elif self.decides(loss) and self.checked != self.step:  # trained weights may leak
-                refuse_leaks(self.model, [(self.args.val_batch_size, self.T)], self.runtime,
-                             self.say, modes=(False,), cuts=32)
             if loss is not None and loss <= self.target and self.reached is None:
                 self.reached, self.checkpoints.keep["cooldown"] = self.clock.total, None
                 self.say(f"target {self.target:g} reached: step {step}, {self.position:,} tokens, "

@@ -500,6 +500,16 @@ STARTS = {  # what it is: (patch, what the check says)
     "evaluate: a state more": (new_evaluate(
         "_, losses = model.lm_head.loss(hidden,",
         "_, losses = model.lm_head.loss(F.pad(hidden, (0, 0, 0, 1))[:, 1:] + hidden,"), "off"),
+    "evaluate: whole batches alone": (new_evaluate(
+        "range(0, val_tokens, runtime", "range(0, val_tokens - B * T + 1, runtime"), "off"),
+    "evaluate: it learns from the batch before": (new_evaluate(
+        "        total += losses.double().sum(0)\n", """        total += losses.double().sum(0)
+        with torch.enable_grad():
+            model(tokens[:-1].view(B, T), targets.view(B, T), False)[1].backward()
+        for p in model.parameters():
+            p.sub_(p.grad, alpha=0.1)
+            p.grad = None
+"""), "off"),
 }
 
 

@@ -324,6 +324,13 @@ def test_a_path_that_training_opens_ends_in_no_loss(data, tmp_path, monkeypatch,
     with pytest.raises(InputError, match=status) if status else contextlib.nullcontext():
         main(flags(data, out, more))
     assert ("train_time_with_compilation_s" in (out / "metrics.jsonl").read_text()) == (not status)
+    if status:  # the same command again: the loss is as unknown as before
+        steps[0] = 0  # what opened it is in no checkpoint
+        assert [row["step"] for row in validations(out)] == ([] if more else [3])
+        main(flags(data, out, f"{more} --resume auto"))
+        assert [row["step"] for row in validations(out)] == ([2] if more else [3, 6])
+        said = (out / "train.log").read_text()
+        assert said.count("causality check of validation") == (1 if more else 2)
 
 
 def test_a_first_file_that_cannot_be_written_locks_nobody_out(data, tmp_path,  # noqa: F811
