@@ -716,8 +716,11 @@ def finished(flags: dict, saved: dict | None, args, folder: Path) -> str | None:
         return None
     if step != steps and loss_of(found[-1]) > (args.target_val_loss or -math.inf):
         return None
-    return f"{relative(str(folder))} is finished: step:{step}/{steps} " \
+    line = f"{relative(str(folder))} is finished: step:{step}/{steps} " \
         f"val_loss:{loss_of(found[-1]):.4f}"
+    changed = [f"--{name}" for name in sorted(flags) if saved and name in args.to_save
+               and args.to_save[name] != saved["args"].get(name)]
+    return line + f" ({', '.join(changed)}: too late; --eval_only validates anew)" * bool(changed)
 
 
 def last_to_extend(saved: dict, flags: dict) -> float:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import Checkpoints, describe_miss, describe_stop
+from checkpoints import Checkpoints, describe_miss, describe_stop, read_log
 from data.cached_fineweb10B import ALL
 from data.loader import find_shards
-from data.text_to_bin import ROOT, in_repository, relative
+from data.text_to_bin import ROOT, VALIDATED_ON, in_repository, relative
 from kernels import usable
 from runtime import GIB, gpu_driver, memory_budget, ranks
 
@@ -234,9 +234,15 @@ def describe_plan(run, defaults: dict):
                 "val_loss is of text that is learned")
     a_step = args.grad_accumulation_steps * run.tokens
     to_come = (run.total_steps - run.step) * a_step / len(run.stream)
-    run.say(f"data: {relative(args.input_bin)}, {len(run.stream):,} tokens, {to_come:.3g} "
-            f"passes to come; validation: {relative(args.input_val_bin)}, "
-            f"{run.val_tokens:,} targets of {len(run.val_stream) - 1:,}")
+    before = VALIDATED_ON.findall(read_log(run.folder)) if run.log and run.log.validations else []
+    line = (f"data: {relative(args.input_bin)}, {len(run.stream):,} tokens, {to_come:.3g} "
+            f"passes to come; validation: {relative(args.input_val_bin)}, {run.val_tokens:,} "
+            f"targets of {len(run.val_stream) - 1:,}, "
+            f"sha256 {run.val_stream.digest(run.val_tokens + 1)}")
+    run.say(line)
+    if before and before[-1] not in VALIDATED_ON.findall(line):
+        run.say(f"warning: earlier losses of this run are of {' '.join(before[-1])}: they do not "
+                "compare with those to come, nor does a target that they reached")
     if to_come > 1 and (run.config.pair_rows or run.config.value_tables):
         run.say("warning: text that is read again is learned by heart by the tables of pairs and "
                 "values (experiments/LOG.md, 2026-11-29): --pair_rows 0 --value_tables 0, or "

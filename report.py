@@ -166,16 +166,27 @@ def targets(record: Record) -> list[tuple[str, str, str]]:
     """Return facts' rows of the losses to reach: those that were typed, and the baseline's."""
     given = {float(target): f" (`--{name}`)" for name in ("target_val_loss", "goal_val_loss")
              for target in record.all(f"flags .* {name} ([^,\n]+)")[-1:]}
-    text = record.last("data: .*; validation: ([^,]+)") or "fineweb"
-    same_text, rows = "fineweb" in text.lower(), []
+    rows = []
     for target in dict.fromkeys([*given, BASELINE["loss"]]):
         found, reached = time_to(record, target), ""
-        if target == BASELINE["loss"] and same_text:
-            reached = f"after {BASELINE['seconds']:,.1f} s of training"
+        if target == BASELINE["loss"] and (unlike := other_measure(record)):
+            found += f", {unlike}"
         elif target == BASELINE["loss"]:
-            found += ", not on FineWeb, as it seems"
+            reached = f"after {BASELINE['seconds']:,.1f} s of training"
         rows.append((f"loss {target:g}{given.get(target, '')}", found, reached))
     return rows
+
+
+def other_measure(record: Record) -> str:
+    """Return why this run's losses do not compare with the baseline's; empty where they do."""
+    text = record.last("data: .*; validation: ([^,]+)") or "fineweb"
+    targets = record.last(r"data: .*; validation: [^,]+, ([\d,]+) targets") or "1,048,576"
+    T = record.last(r"steps: .* tokens \(\d+ x \d+ x (\d+)\)") or "1024"
+    if "fineweb" not in text.lower():
+        return "not on FineWeb, as it seems"
+    return ", ".join([f"of {targets} targets, the baseline's of 1,048,576"]
+                     * (targets != "1,048,576")
+                     + [f"in rows of {T}, the baseline's of 1024"] * (T != "1024"))
 
 
 def facts(record: Record) -> list[tuple[str, str, str]]:
@@ -263,8 +274,10 @@ def write_report(folder: Path, make_samples) -> Path:
                                lambda command: re.sub(r", resumed at step \d+$", "", command))
     commands = [f"python {next(same).replace(', resumed at', '  # resumed at')}"
                 for _, same in starts]  # one that was typed again goes on by itself
+    warnings = [f"- Warning: {line}" for line in dict.fromkeys(record.all("warning: (.*)"))]
     text = "\n\n".join([
         f"# {folder.resolve().name}", state_of(record), "\n".join(table),
+        *["\n".join(warnings)] * bool(warnings),
         f"The baseline is [NoCap-Test]({SOURCE})'s own run, as published in [its log]({LOG}). The "
         "losses compare where both read the same validation text: NoCap-Test's is the first "
         "1,048,576 tokens of FineWeb's.",

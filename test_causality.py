@@ -176,7 +176,7 @@ def check_causality(model, seq_len: int, vocab_size: int, tolerance: float = 0.0
     """Return the leaks of `model`, with their first positions; an empty list if it is causal.
 
     model: maps tokens (rows, seq_len), int64, to outputs (rows, seq_len, ...), or to a tuple that
-    begins with them. What it draws at random, as dropout, looks like a leak: eval(). tolerance: the
+    begins with them. One that draws at random, as dropout does, must be in eval(). tolerance: the
     largest r, the norm of what moves before a cut over that of what moves after it, that is no
     leak. 0 asks for bit-identical outputs; a model that passes whole sequences through an FFT
     needs about 1e-5 in fp32. rows: of a batch; at least 2 are needed to see that rows are apart.
@@ -217,6 +217,9 @@ def check_causality(model, seq_len: int, vocab_size: int, tolerance: float = 0.0
         changed = exchange(bases[base], kept, vocab_size, special, parity, generator)
         leaks += compare(before[base], outputs(changed), kept, tolerance)
     leaks.sort(key=lambda leak: math.inf if leak.position is None else leak.position)
+    if leaks and ((outputs(bases[0]) != before[0]) & before[0].isfinite()).any():
+        leaks.insert(0, Leak(None, None, cause="outputs differ for the same tokens: it draws at "
+                             "random, as dropout does, or keeps a state between calls"))
     return leaks
 
 
@@ -691,8 +694,10 @@ def passed_file(args, config) -> pathlib.Path:
     Its name is a digest of the sources, the model's shape, the flags that change what runs, the
     versions and the device.
     """
-    from runtime import source_digest, source_files
+    from runtime import shapes_of, source_digest, source_files
+    from train_gpt2_afno import GPT
 
+    shapes_of(GPT, config)  # imports what a fork's mixer imports once it is made
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     flags = [getattr(args, name) for name in ("batch_size", "curriculum", "device", "dtype",
                                               "fp8_head", "fp8_mlp")]

@@ -839,14 +839,14 @@ PLACES = ("log_angle", "centre", "log_decay", "log_width", "embedding_mix", "val
 def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: float,
                     rest_lr: float | None = None, betas: tuple[float, float] = (0.9, 0.95),
                     momentum: float = 0.95, table_lr: float = 0.6) -> list[torch.optim.Optimizer]:
-    """Return the optimizers: adamw, one AdamW; muon, Muon for the blocks' projections and AdamW.
+    """Return the optimizers: adamw, one AdamW; muon, Muon for the blocks' matrices and AdamW.
 
     AdamW has the rest, AFNO's MLPs among them: many small matrices, to which Muon brings nothing.
     With rest_lr what is neither Muon's nor an embedding has that learning rate. betas are AdamW's.
     Tables of pairs and of values have RowAdam with table_lr, and no decay: a row is seldom met, and
     then has to learn at once (modded-nanogpt's rate).
     """
-    stacks = {}
+    stacks, tables, rows, groups = {}, embedding_tables(model), row_tables(model), {}
     if name == "muon":
         for block in model.transformer.h:
             for key, p in block.named_parameters():
@@ -854,9 +854,8 @@ def make_optimizers(model: GPT, name: str, learning_rate: float, weight_decay: f
                     stacks[p] = p.size(1)  # query, key and value
                 elif key == "mixer.c_in.weight":  # in the form state value, key and query
                     stacks[p] = getattr(block.mixer, "stacked", len(p))
-                elif key.endswith(".weight"):
+                elif key.endswith(".weight") and p.ndim == 2 and p not in tables:
                     stacks[p] = len(p) // (1 + (key == "mlp.c_fc.weight" and model.config.swiglu))
-    tables, rows, groups = embedding_tables(model), row_tables(model), {}
     for key, p in model.named_parameters():
         if p not in stacks and key not in rows:
             is_place, has_rest_lr = key.endswith(PLACES), rest_lr is not None and p not in tables

@@ -1,6 +1,7 @@
 """Read training rows and validation tokens from .bin shards."""
 import functools
 import glob
+import hashlib
 import itertools
 import math
 import os
@@ -87,6 +88,14 @@ class TokenStream:
             raise InputError(f"{self.where(position + at)}: token {tokens[at]}, "
                              f"the vocabulary has {self.vocab_size}")
         return torch.from_numpy(tokens)
+
+    def digest(self, count: int) -> str:
+        """Return what tells the first `count` tokens from others: the begin of their sha256."""
+        found = hashlib.sha256()
+        for begin in range(0, count, 1 << 20):
+            part = self.read(begin, min(1 << 20, count - begin)).numpy()
+            found.update(part.astype(np.uint16).tobytes())
+        return found.hexdigest()[:8]
 
     def read_shard(self, shard: int, offset: int, count: int) -> np.ndarray:
         """Return tokens of one shard, uint16; raise InputError where it is not what it was."""

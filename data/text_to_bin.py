@@ -48,6 +48,9 @@ MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 END_OF_TEXT = 50256
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 GPT2_DIR = ROOT / "data" / "gpt2"  # vocab.bpe and encoder.json, where tiktoken cannot download them
+# of a train.log's line on the data: how many targets validation has, and of which text
+VALIDATED_ON = re.compile(r"^data: .*; validation: .*, ([\d,]+ targets) of [\d,]+, "
+                          r"(sha256 \w+)$", re.MULTILINE)
 
 
 class InputError(ValueError):
@@ -585,6 +588,8 @@ def refuse_bad_arguments(paths: list[Path], out: Path, val_fraction: float, shar
     for path in paths:
         if path.suffix not in (".txt", ".md", ".jsonl") or not path.is_file():
             raise InputError(f"{path}: not a .txt, .md or .jsonl file")
+        if sum(map(path.samefile, paths)) > 1:
+            raise InputError(f"{path} is named twice: its text could train and validate, too")
     if separator and all(path.suffix == ".jsonl" for path in paths):
         raise InputError("--separator is for .txt and .md, a .jsonl has a document a line")
     for name, value, low, high in (("val_fraction", val_fraction, 1e-6, 1 - 1e-6),

@@ -36,7 +36,7 @@ from data.loader import find_shards, length_phases  # noqa: E402
 from data.text_to_bin import FOLDER, InputError, Kind, Parser, number, owned, relative  # noqa: E402
 from experiments import archive  # noqa: E402
 from experiments.plot_runs import (FILLED_IN, Run, commands_of, flags_said,  # noqa: E402
-                                   last_start, other_code, plot, read_run, time_to_loss)
+                                   last_start, plot, read_run, time_to_loss, unlike)
 from runtime import run  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -541,7 +541,7 @@ def write_report(study: Study, folder: Path, runs: dict[tuple[str, int], Run],
               for arm in study.arms}
     anchor = next(iter(study.arms))
     machines = sorted({from_log(run, MACHINE) for run in runs.values()})
-    if words := other_code([read_text(run.folder / "train.log") for run in runs.values()]):
+    if words := unlike([read_text(run.folder / "train.log") for run in runs.values()]):
         print(f"warning: {words}", file=sys.stderr, flush=True)
     lines = [
         f"# {folder.name}", "",
@@ -637,6 +637,10 @@ def main(argv: list[str]) -> int:
         raise InputError(f"{args.study} has flags of its own: ablation_studies.py {args.study} "
                          "comes first, they follow")
     study, folder = STUDIES[args.study], args.output.resolve() / args.study
+    arms = [as_dict(shlex.split(words)) for words in study.arms.values()]
+    if alike := [name for name in more if len({arm.get(name) for arm in arms}) > 1]:
+        raise InputError(f"{alike[0]} is what arms of {args.study} differ in: leave it out, or make "
+                         "a study of your own")
     # every arm once before the next seed, so that a study cut short can be read
     flags = {(arm, seed): flags_of(study, arm, seed, folder, args.tokens, more)
              for seed in args.seeds for arm in study.arms}

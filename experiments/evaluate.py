@@ -25,10 +25,10 @@ and movement of AFNO's filters, and the loss without the taps beyond some lags.
 The tables go to stdout. With --out they also go to DIR/table.md, and curves to DIR/curves.png,
 which takes matplotlib. DIR/losses.npz keeps the losses as float16 under LABEL/stream and
 LABEL/documents, where place i is the target i + 1 of the text. It keeps taps under LABEL/taps and
-LABEL/initial taps. LABEL is folder@step. What stands there for the same file, text, tokens and rows
-is not computed again. Groups are means of these rounded losses, each off by 0.004 at most. In
-groups of few targets the last decimals mean nothing. A standard error is that of the mean over rows
-or documents: it holds the text's noise, not that of training.
+LABEL/initial taps. LABEL is folder@step. What stands there for the same file, text, tokens, rows
+and code is not computed again. Groups are means of these rounded losses, each off by 0.004 at most.
+In groups of few targets the last decimals mean nothing. A standard error is that of the mean over
+rows or documents: it holds the text's noise, not that of training.
 """
 import argparse
 import contextlib
@@ -59,7 +59,7 @@ from data.text_to_bin import (END_OF_TEXT, FOLDER, ROOT, InputError, Kind, Parse
 from experiments import archive, package_text  # noqa: E402
 from experiments.plot_runs import name_lines  # noqa: E402
 from runtime import (MOST_TOKENS, Diverged, Runtime, choose_device, run,  # noqa: E402
-                     shapes_of, usual_runtime)
+                     shapes_of, source_digest, source_files, usual_runtime)
 
 MEASURES = ("stream", "documents")
 SHORTEST = 64  # tokens: shorter pieces are padded to it
@@ -290,8 +290,8 @@ class Checkpoint:
                              f"({first_line(error)})") from None
 
     def key(self, *more) -> list:
-        """Return what a result depends on: the file and whatever else is named."""
-        return [relative(str(self.path.absolute())), self.path.stat().st_mtime_ns, *more]
+        """Return what a result depends on: the file, the code and whatever else is named."""
+        return [relative(str(self.path.absolute())), self.path.stat().st_mtime_ns, code(), *more]
 
     def layers_with_taps(self) -> list[int]:
         """Return the numbers of the AFNO layers that are made of filters."""
@@ -349,7 +349,7 @@ class Results:
     def put(self, name: str, key: list, arrays: dict[str, np.ndarray], **numbers):
         """Keep a result, in the file where there is one; arrays become float16."""
         if name in self.index and not self.stands(name, key):
-            print(f"{name}: in place of that of another text, row length or checkpoint",
+            print(f"{name}: in place of that of another text, row length, checkpoint or code",
                   file=sys.stderr)
         self.index[name] = dict(key=key, **numbers)
         self.arrays |= {where: values.astype(np.float16) for where, values in arrays.items()}
@@ -359,6 +359,12 @@ class Results:
         with open(part, "wb") as file:
             np.savez_compressed(file, index=json.dumps(self.index), **self.arrays)
         os.replace(part, self.path)
+
+
+@functools.cache
+def code() -> str:
+    """Return what tells this code from other, a fork's mixers included."""
+    return source_digest(source_files())[:12]
 
 
 def digest(tokens: np.ndarray) -> str:

@@ -19,7 +19,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.text_to_bin import InputError, Parser, first_line, run_main  # noqa: E402
+from data.text_to_bin import (VALIDATED_ON, InputError, Parser, first_line,  # noqa: E402
+                              run_main)
 
 X = ("tokens", "seconds")
 FILLED_IN = {"dtype", "val_batch_size", "warmup_iters"}  # by the trainer, where they are not given
@@ -97,18 +98,22 @@ def flags_said(log: str) -> list[dict[str, str]]:
     return [dict(part.split(" ", 1) for part in of_line if " " in part) for of_line in parts]
 
 
-def other_code(logs: list[str]) -> str:
-    """Return a sentence on the sources that were not the same in all runs; empty if there are none.
+def unlike(logs: list[str]) -> str:
+    """Return sentences on sources and validation texts that were not the same in all runs.
 
-    A train.log has the sha256 of each source. Older logs have none, and count as any.
+    A train.log has the sha256 of each. Older logs have none, and count as any.
     """
+    texts = {text for log in logs for text in VALIDATED_ON.findall(last_start(log))}
+    said = ["They were not all validated on one text, or on as many targets: their losses do not "
+            "compare."] * (len(texts) > 1)
     found = [re.findall(r"^sha256: ([0-9a-f]{64}) (.+)$", last_start(log), re.MULTILINE)
              for log in logs]
     codes = [{*lines} for lines in found if lines]
-    if not codes or set.union(*codes) == set.intersection(*codes):
-        return ""
-    files = sorted({name for _, name in set.union(*codes) - set.intersection(*codes)})
-    return f"The runs had different code, in {', '.join(files)}. That may explain differences."
+    if codes and set.union(*codes) != set.intersection(*codes):
+        files = sorted({name for _, name in set.union(*codes) - set.intersection(*codes)})
+        said.insert(0, f"The runs had different code, in {', '.join(files)}. That may explain "
+                    "differences.")
+    return " ".join(said)
 
 
 def time_to_loss(curve: list[tuple[int, float, float]], loss: float) -> tuple[float, float] | None:
@@ -214,7 +219,7 @@ def main():
     args = parser.parse_args()
     runs = [read_run(path) for path in args.runs]
     logs = [run.folder / "train.log" for run in runs]
-    if words := other_code([log.read_text(errors="replace") for log in logs if log.is_file()]):
+    if words := unlike([log.read_text(errors="replace") for log in logs if log.is_file()]):
         print(f"warning: {words}")
     try:
         plot(runs, args.output, (args.x,) if args.x else X)

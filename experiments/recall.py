@@ -39,11 +39,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+if __name__ == "__main__":
+    print("error: python experiments/ablation_studies.py recall runs this", file=sys.stderr)
+    sys.exit(2)
+
 import train_gpt2_afno as trainer
 from data.text_to_bin import FOLDER, ROOT, InputError, Kind, Parser, owned, relative
 from experiments import archive
 from experiments.ablation_studies import seeds
-from experiments.evaluate import markdown
+from experiments.evaluate import code, markdown
 from runtime import Diverged, Runtime, choose_device, gpu_driver, usual_runtime
 
 FILLER, MARKER, FIRST = 0, 1, 2  # tokens; keys begin at FIRST, values at half of the vocabulary
@@ -324,7 +328,7 @@ def measure(task: str, mixer: str, seed: int, grid: Grid, runtime: Runtime) -> d
     seconds = time.perf_counter() - begin
     return dict(task=task, mixer=mixer, seed=seed, setting=setting(grid, mixer), loss=loss,
                 steps=steps, seconds=seconds, parameters=sum(p.numel() for p in model.parameters()),
-                machine=machine(runtime), cells=test(model, task, grid, seed, runtime))
+                machine=machine(runtime), code=code(), cells=test(model, task, grid, seed, runtime))
 
 
 def name_of(task: str, mixer: str, seed: int) -> str:
@@ -487,7 +491,10 @@ def write_report(rows: list[dict], folder: Path, grid: Grid):
         f"most {grid.steps:,} steps of {grid.tokens:,} tokens of all lengths T and loads at once. "
         f"Seeds: {', '.join(map(str, seeds))}. {MADE_BY} from rows.jsonl; experiments/recall.py "
         "says what is asked.", "",
-        f"Machine: {'; '.join(sorted({row['machine'] for row in rows}))}.", "", "## Controls", "",
+        f"Machine: {'; '.join(sorted({row['machine'] for row in rows}))}.", "",
+        *["The models were made with different code. That may explain differences.", ""] * (
+            len({row["code"] for row in rows if "code" in row}) > 1),
+        "## Controls", "",
         *(f"- {VERDICTS[holds]}: {text}." for holds, text in controls(rows)), ""]
     for task in TASKS:
         mixers = {}
@@ -578,11 +585,12 @@ def study(wanted: list[tuple[int, str, str]], folder: Path, grid: Grid, runtime:
     """Train and test each (seed, task, mixer) that is missing; return 1 where a control fails."""
     path = folder / "rows.jsonl"
     rows = read_rows(path, grid)
-    finished = {(row["seed"], row["task"], row["mixer"]) for row in rows}
+    finished = {(row["seed"], row["task"], row["mixer"]): row.get("code") for row in rows}
     for seed, task, mixer in wanted:
         name = name_of(task, mixer, seed)
         if (seed, task, mixer) in finished:
-            print(f"{name}: finished before, skipped", flush=True)
+            other = finished[seed, task, mixer] not in (None, code())
+            print(f"{name}: finished before{', with other code' * other}, skipped", flush=True)
             continue
         row = measure(task, mixer, seed, grid, runtime)
         rows.append(row)

@@ -16,6 +16,8 @@ error, where there are more runs than numbers.
 """
 import argparse
 import csv
+import re
+import shlex
 import sys
 from pathlib import Path
 from statistics import median
@@ -25,8 +27,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.text_to_bin import InputError, Parser, number, run_main  # noqa: E402
-from experiments.plot_runs import other_code, read_run  # noqa: E402
+from experiments.plot_runs import commands_of, read_run, unlike  # noqa: E402
 
+MACHINE = re.compile(r"^torch .*, (\d+ x [^,\n]+)", re.MULTILINE)  # in train.log
 # for so many runs: the second row of the design; the others are its shifts
 SECOND = {12: "++-+++---+-", 24: "+++++-+-++--++--+-+----"}
 
@@ -104,21 +107,47 @@ def fit(X: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return c, np.sqrt(variance * np.diag(np.linalg.inv(X.T @ X)))
 
 
+def refuse_other_runs(folder: Path, logs: dict[str, str]):
+    """Raise InputError where a run's command lacks a flag of its line in design.csv, or has another
+    run's. logs: train.log of each run; one without a command counts as right.
+    """
+    with open(folder / "design.csv", newline="", encoding="utf-8-sig") as file:
+        planned = {row["run"]: shlex.split(row["flags"] or "") for row in csv.DictReader(file)}
+    techniques = set().union(*(pairs(flags) for flags in planned.values()))
+    for run, log in logs.items():
+        given = [pairs(shlex.split(words)) for words, _ in commands_of(log)]
+        if given and (wrong := (given[0] & techniques) ^ pairs(planned[run])):
+            raise InputError(f"{folder / run}: its command and design.csv differ in "
+                             f"{' '.join(min(wrong))}")
+
+
+def pairs(words: list[str]) -> set[tuple[str, ...]]:
+    """Return the flags of a command, each with its values."""
+    at = [i for i, word in enumerate(words) if word.startswith("--")]
+    return {tuple(words[i:j]) for i, j in zip(at, [*at[1:], len(words)])}
+
+
 def effects(folder: Path, slope: float):
     """Print what each technique does to loss and time in a folder of runs."""
     runs, names, has = read_design(folder / "design.csv")
     X = np.column_stack((np.ones(len(runs)), has))
     tokens, loss, time = np.array([last_loss_and_time(folder / run) for run in runs]).T
-    if unlike := [run for run, count in zip(runs, tokens) if count != max(tokens)]:
-        raise InputError(f"{folder / unlike[0]}: not finished, or shorter than other runs")
+    if shorter := [run for run, count in zip(runs, tokens) if count != max(tokens)]:
+        raise InputError(f"{folder / shorter[0]}: not finished, or shorter than other runs")
+    paths = [folder / run / "train.log" for run in runs]
+    logs = [path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+            for path in paths]
+    refuse_other_runs(folder, dict(zip(runs, logs)))
     (effect, error), (seconds, _) = fit(X, loss), fit(X, time)
     print(f"{'technique':<12} {'loss':>8} {'+-':>7} {'time':>6} {'net':>8}")
     for name, e, error, t in zip(names, effect[1:], error[1:], seconds[1:]):
         print(f"{name:<12} {e:+8.4f} {error:7.4f} {100 * t:+5.1f}% {e + slope * t:+8.4f}")
     print(f"errors are of the loss, from {len(X)} runs for {X.shape[1]} numbers")
-    logs = (folder / run / "train.log" for run in runs)
-    if words := other_code([log.read_text(encoding="utf-8") for log in logs if log.is_file()]):
+    if words := unlike(logs):
         print(f"warning: {words}")
+    machines = {machine for log in logs for machine in MACHINE.findall(log)}
+    if len(machines) > 1:
+        print(f"warning: times are of several machines: {'; '.join(sorted(machines))}")
 
 
 def main():

@@ -12,7 +12,8 @@ on one kind of card: a line whose runs are of several kinds has no fit to them.
 
 Of each run it reads metrics.jsonl, and the command, the machine and the flags in train.log. It
 refuses runs whose other flags differ, such as T or rates; runs of one mixer, or one mixer and size,
-that are different models; and a run that is there twice. table.md says where their code differs.
+that are different models; runs validated on different texts; and a run that is there twice.
+table.md says where their code differs.
 Needs matplotlib for sizes.png.
 """
 import argparse
@@ -31,11 +32,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_gpt2_afno as trainer  # noqa: E402
-from data.text_to_bin import (FOLDER, InputError, Parser, number, owned,  # noqa: E402
-                              show)
+from data.text_to_bin import (FOLDER, VALIDATED_ON, InputError, Parser, number,  # noqa: E402
+                              owned, show)
 from experiments import archive  # noqa: E402
 from experiments.plot_runs import (FILLED_IN, commands_of, flags_said,  # noqa: E402
-                                   last_start, other_code, read_run)
+                                   last_start, read_run, unlike)
 from runtime import run, shapes_of  # noqa: E402
 
 MEASURES = {"parameters": "parameters without embeddings", "flops": "FLOPs of training",
@@ -99,8 +100,11 @@ def model_of(log: str) -> tuple[trainer.GPT, dict]:
 
 
 def mixer_of(config: trainer.GPTConfig) -> str:
-    """Return the name of a model's mixture of mixers, one of MIXERS."""
-    attention = [config.mixer_of(layer) == "attn" for layer in range(config.n_layer)]
+    """Return the name of a model's mixture of mixers, one of MIXERS; a fork's has its flag's."""
+    kinds = [config.mixer_of(layer) for layer in range(config.n_layer)]
+    if {*kinds} - {"attn", "afno"}:
+        return " and ".join(sorted({*kinds}))
+    attention = [kind == "attn" for kind in kinds]
     if any(attention):
         return "attention" if all(attention) else "hybrid"
     return "states" if config.afno_state_layers or config.afno_form == "state" else "filters"
@@ -163,6 +167,9 @@ def compared(of: Sized, there: Sized) -> Iterator[tuple[str, str, str]]:
     copies = lambda run: "given" if run.flags["copy_layers"] else "not given"
     yield "--copy_layers", copies(of), copies(there)
     yield "a step's number of tokens", of.step, there.step
+    texts = [VALIDATED_ON.findall(run.log)[-1:] for run in (of, there)]
+    if all(texts):
+        yield "the validation text", *(" ".join(*text) for text in texts)
 
 
 def refuse_unlike(folders: list[Path], runs: list[Sized]):
@@ -197,9 +204,10 @@ def fit(x: list[float], y: list[float]) -> tuple[float, float, float]:
 
 def lines_of(runs: list[Sized]) -> dict[tuple[int, str], list[Sized]]:
     """Return the runs by tokens and mixer, in the order of MIXERS, each by size."""
-    keys = sorted({(of.tokens, MIXERS.index(of.mixer)) for of in runs})
-    return {(tokens, MIXERS[i]): sorted(
-        (of for of in runs if (of.tokens, of.mixer) == (tokens, MIXERS[i])),
+    order = [*MIXERS, *sorted({of.mixer for of in runs} - {*MIXERS})]
+    keys = sorted({(of.tokens, order.index(of.mixer)) for of in runs})
+    return {(tokens, order[i]): sorted(
+        (of for of in runs if (of.tokens, of.mixer) == (tokens, order[i])),
         key=lambda of: (of.parameters, of.seed)) for tokens, i in keys}
 
 
@@ -218,7 +226,7 @@ def table(lines: dict[tuple[int, str], list[Sized]]) -> str:
     rows += [f"| {tokens / 1e6:.1f}M | {mixer} | {of.model} | {of.seed} | {of.parameters:,} | "
              f"{of.flops:.3g} | {of.seconds:.1f} | {of.loss:.4f} | {', '.join(of.machines)} |"
              for (tokens, mixer), found in lines.items() for of in found]
-    if words := other_code([of.log for found in lines.values() for of in found]):
+    if words := unlike([of.log for found in lines.values() for of in found]):
         rows += ["", words]
     return "\n".join(rows) + "\n"
 
@@ -250,10 +258,11 @@ def draw(lines: dict[tuple[int, str], list[Sized]], output: Path):
 
     figure, panels = plt.subplots(1, len(MEASURES), figsize=(14, 4.5), sharey=True)
     budgets = sorted({tokens for tokens, _ in lines})
+    mixers = [*dict.fromkeys((*MIXERS, *(mixer for _, mixer in lines)))]
     for (measure, name), axes in zip(MEASURES.items(), panels):
         for (tokens, mixer), found in lines.items():
             x, y = [getattr(of, measure) for of in found], [of.loss for of in found]
-            color, nth = f"C{MIXERS.index(mixer)}", budgets.index(tokens)
+            color, nth = f"C{mixers.index(mixer)}", budgets.index(tokens)
             if not why_no_fit(found, measure):
                 a, b, _ = fit(x, y)
                 ends = np.array([min(x), max(x)])

@@ -25,12 +25,17 @@ import functools
 import itertools
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if __name__ == "__main__":
+    print("error: python experiments/ablation_studies.py transfer runs this", file=sys.stderr)
+    sys.exit(2)
 
 import train_gpt2_afno as trainer
 from checkpoints import demand_checksums, refuse_damaged_weights

@@ -301,6 +301,15 @@ def test_shards_are_never_overwritten(encoding, tmp_path, folder):
     assert (out / "train_000000.bin").read_bytes() == b"precious" and len(list(out.iterdir())) == 1
 
 
+def test_a_file_named_twice_is_refused(encoding, tmp_path):
+    path, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    path.write_text("text\n\n" * 99)
+    other.symlink_to(path)
+    for second in (path, other):
+        with pytest.raises(InputError, match="a.txt is named twice: its text could train and"):
+            write_shards([path, second], tmp_path / "out")
+
+
 @pytest.mark.parametrize("text", ["", "one document, nothing left for validation"])
 def test_too_little_text(encoding, tmp_path, text):
     (tmp_path / "a.txt").write_text(text)

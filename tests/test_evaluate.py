@@ -304,6 +304,8 @@ def test_command_keeps_what_stands(model, tokens, tmp_path, monkeypatch, capsys)
     assert main(command) == 0 and len(calls) == 6
     write_text(tmp_path / "data", tokens[::-1])  # the same name, another text
     assert main(command) == 0 and len(calls) == 10
+    monkeypatch.setattr(evaluate, "code", lambda: "other")  # a fork has changed its mixer
+    assert main(command) == 0 and len(calls) == 14
     (out / "losses.npz").write_bytes(b"")
     with pytest.raises(InputError, match="losses.npz: not a file of this script"):
         main(command)

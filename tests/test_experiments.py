@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import train_gpt2_afno as trainer
-from data.text_to_bin import InputError, ShardWriter, owned, read_bin, run_main
+from data.text_to_bin import ROOT, InputError, ShardWriter, owned, read_bin, run_main
 from experiments import ablation_studies, plot_runs, scaling_analysis, screening
 from experiments.ablation_studies import STUDIES, Study, main
 from experiments.plot_runs import read_run, time_to_loss
@@ -244,6 +245,20 @@ def test_arms_of_other_code_are_said_in_the_table(pair, tmp_path, capsys):
         assert (words in capsys.readouterr().err) == expected
         assert (words in (tmp_path / "pair/table.md").read_text()) == expected
         log.write_text(log.read_text().replace("1" * 64, "0" * 64))
+
+
+@pytest.mark.parametrize("words", ("--mixer attn", "--seed_of_none 1 --learning_rate 0.002"))
+def test_flags_that_make_arms_alike_are_refused(pair, tmp_path, words):
+    with pytest.raises(InputError, match=f"{words.split()[-2]} is what arms of pair differ in: le"):
+        main(["pair", "--output", str(tmp_path), "--", *words.split()])
+
+
+@pytest.mark.parametrize("script", ("recall", "transfer"))
+def test_what_a_study_runs_says_so_where_it_is_started_alone(script):
+    result = subprocess.run([sys.executable, ROOT / f"experiments/{script}.py", "--help"],
+                            capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: python experiments/ablation_studies.py {script} runs this\n"
 
 
 def test_a_study_owns_its_folder(pair, fake_trainer, tmp_path):
@@ -512,6 +527,20 @@ def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
     (tmp_path / "r01/train.log").write_text((tmp_path / "r02/train.log").read_text())
     screening.effects(tmp_path, 0.175)
     assert "warning" not in capsys.readouterr().out
+    (tmp_path / "r02/train.log").write_text("command: x.py --flag 1 --seed 2\n")
+    with pytest.raises(InputError, match="r02: its command and design.csv differ in --flag"):
+        screening.effects(tmp_path, 0.175)
+    on = [str(i) for i, sign in enumerate(signs["r02"]) if sign == "+"]
+    torch_line = "torch 2.11.0, Python 3.12.3, 1 x {}, 1 thread\n"
+    text = "data: x; validation: y, {} targets of 99, sha256 0a\n"
+    (tmp_path / "r01/train.log").write_text(torch_line.format("CPU") + text.format(9))
+    (tmp_path / "r02/train.log").write_text(
+        "command: x.py --seed 2 " + " ".join(f"--flag {i}" for i in on) + "\n"
+        + torch_line.format("NVIDIA H200") + text.format(8))
+    screening.effects(tmp_path, 0.175)
+    said = capsys.readouterr().out
+    assert "warning: They were not all validated on one text" in said
+    assert "warning: times are of several machines: 1 x CPU; 1 x NVIDIA H200" in said
     np.testing.assert_allclose(found, effects, atol=1e-4)
     for loss, end, rows in ((4.0, 50, 3), (math.nan, 100, 3), (4.0, 100, 2)):
         write_screened(tmp_path, {"r03": loss}, end)

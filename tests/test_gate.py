@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import math
 import re
 import subprocess
 import sys
@@ -761,6 +762,34 @@ def test_another_shape_dtype_or_batch_is_another_pass():
              name(CONFIG, batch_size=3), name(CONFIG, curriculum=((8, 1.0),))]
     assert names[0] == names[1] and len(set(names)) == 5
     assert name(CONFIG, learning_rate=0.1) == names[0]  # a sweep over rates pays once
+
+
+def test_a_mixer_imported_when_it_is_made_is_in_the_pass(monkeypatch, tmp_path):
+    args, seen = train_gpt2_afno.merge_flags(dict(preset="baseline"), CPU, None, print), []
+    monkeypatch.setattr(AFNO1D, "__init__", instead_of_init(seen))
+    monkeypatch.setattr(runtime, "source_files", lambda: seen.append("asked") or [])
+    test_causality.passed_file(args, CONFIG)
+    assert seen[0] == "made" and seen[-1] == "asked"
+
+
+def instead_of_init(seen: list):
+    init = AFNO1D.__init__
+
+    def noted(self, *given, **named):
+        seen.append("made")
+        init(self, *given, **named)
+    return noted
+
+
+def test_what_draws_at_random_is_not_called_a_leak():
+    model, dropout = GPT(CONFIG), torch.nn.Dropout(0.5)
+    model.hidden = lambda idx: dropout(GPT.hidden(model, idx))
+    leaks = check_causality(model.hidden, 24, CONFIG.vocab_size)
+    assert str(leaks[0]).startswith("outputs differ for the same tokens: it draws at random")
+    with pytest.raises(InputError, match="outputs differ for the same tokens"):
+        refuse_leaks(model, [(4, 24)], EXACT, lambda text: None, modes=(False,))
+    broken = lambda idx: torch.full((*idx.shape, 4), math.nan)
+    assert "for the same tokens" not in str(check_causality(broken, 24, 300))
 
 
 def test_the_plans_call(monkeypatch):

@@ -1029,6 +1029,22 @@ def test_muon_takes_value_key_and_query_of_states_apart(channels, share):
             assert relative(h @ part.T, made) < 1e-5
 
 
+def test_muon_has_matrices_alone():
+    """A fork's mixer may hold norms, convolutions and embeddings."""
+    model = tiny(n_head=2)
+    before = {p for p, _ in make_optimizers(model, "muon", 0.01, 0.1)[1].stacks}
+    mixer = model.transformer.h[0].mixer
+    mixer.norm, mixer.conv = torch.nn.LayerNorm(16), torch.nn.Conv1d(16, 16, 3)
+    mixer.table, mixer.more = torch.nn.Embedding(5, 16), torch.nn.Linear(16, 16)
+    adamw, muon = make_optimizers(model, "muon", 0.01, 0.1)
+    assert {p for p, _ in muon.stacks} == before | {mixer.more.weight}
+    rest = {p for group in adamw.param_groups for p in group["params"]}
+    assert rest | {p for p, _ in muon.stacks} == {*model.parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    muon.step()
+
+
 @pytest.mark.parametrize("together", (False, True))
 def test_muon_that_took_them_together_is_of_another_version(together):
     model = tiny(n_head=2, afno_num_blocks=2, afno_state_layers=(0, 1, 2),

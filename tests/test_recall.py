@@ -165,6 +165,14 @@ def test_a_study_runs_then_goes_on_where_it_was_cut(tiny, tmp_path, capsys, monk
         del row["seconds"]
     assert again == rows and table == (folder / "table.md").read_text()
 
+    lines = [json.dumps(row | dict(seconds=1.0)) for row in rows]
+    lines[0] = lines[0].replace(recall.code(), "another")
+    (folder / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert ablation_studies.main(argv) == 1
+    assert "recall-attention-seed1337: finished before, with other code, skipped" in \
+        capsys.readouterr().out
+    assert "The models were made with different code." in (folder / "table.md").read_text()
+
     monkeypatch.setitem(recall.RECIPE, "swiglu", 0)
     with pytest.raises(InputError, match="rows.jsonl holds recall-attention-seed1337 with other "
                                          "settings; delete it, or choose another --output"):

@@ -119,7 +119,21 @@ def test_the_target_is_reached_or_by_how_much_it_is_missed(data, tmp_path, monke
     log.write_text(re.sub(r"(; validation: )[^,]+", r"\1data/fineweb10B/val.bin", log.read_text()))
     assert "it seems" in table["loss 3.3821"]
     text, table = written(monkeypatch, tmp_path / "miss")
-    assert "it seems" not in text and "| after 19,444.5 s of training |" in text
+    assert re.search(r"of \d+ targets, the baseline's of 1,048,576, in rows of 16, the baseline's of "
+                     "1024$", table["loss 3.3821"])
+    said = re.sub(r", \d+ targets", ", 1,048,576 targets", log.read_text())
+    log.write_text(re.sub(r"(tokens \(\d+ x \d+ x) 16", r"\1 1024", said))
+    text, table = written(monkeypatch, tmp_path / "miss")
+    assert "the baseline's of" not in table["loss 3.3821"]
+    assert "| after 19,444.5 s of training |" in text and "Warning" not in text
+
+
+def test_warnings_of_the_log_stand_in_the_report(data, tmp_path, monkeypatch):
+    again = ["--input_val_bin", f"{data}/train_*.bin", "--warmup_iters", "9", "--warmdown_iters",
+             "9"]
+    main([*flags(data, tmp_path / "run"), *again])
+    text, _ = written(monkeypatch, tmp_path / "run")
+    assert re.findall("^- Warning: (.{11})", text, re.MULTILINE) == ["3 shards ar", "the learnin"]
 
 
 @pytest.mark.slow

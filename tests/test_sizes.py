@@ -205,6 +205,30 @@ def test_layers_that_copy_differ_between_sizes_alone(tmp_path):
     sizes.refuse_unlike([tmp_path] * 2, runs)
 
 
+def test_another_validation_text_does_not_compare(tmp_path):
+    line = "data: x, 9 tokens, 1 passes to come; validation: y, {} targets of 99, sha256 {}\n"
+    texts = (("64", "0a"), ("64", "0a"), ("64", "0b"), ("63", "0a"))
+    runs = [sizes.read_sized(make_run(tmp_path / str(i), f"--seed {i}", 1, 1,
+                                      more=line.format(*text))) for i, text in enumerate(texts)]
+    old = sizes.read_sized(make_run(tmp_path / "old", "--seed 9", 1, 1))  # says nothing
+    sizes.refuse_unlike([tmp_path] * 3, [*runs[:2], old])
+    for other in runs[2:]:
+        with pytest.raises(InputError, match="does not compare with .*: the validation text is 6"):
+            sizes.refuse_unlike([tmp_path] * 2, [runs[0], other])
+
+
+def test_a_forks_mixer_has_a_line_of_its_own(tmp_path, monkeypatch):
+    runs = [sizes.read_sized(make_run(tmp_path / "a", "--attn_layers none", 1, 1))]
+    whole = trainer.GPTConfig.mixer_of
+    monkeypatch.setattr(trainer.GPTConfig, "mixer_of", lambda config, layer: {
+        "afno": "mean"}.get(whole(config, layer), "attn"))
+    runs += [sizes.read_sized(make_run(tmp_path / name, f"--attn_layers {layers}", 1, 1))
+             for name, layers in (("b", "none"), ("c", "5,10"))]
+    lines = sizes.lines_of(runs)
+    assert [mixer for _, mixer in lines] == ["filters", "attn and mean", "mean"]
+    sizes.draw(lines, tmp_path / "x.png")
+
+
 def test_other_code_is_said_in_the_table(tmp_path):
     code = lambda digit: f"sha256: {str(digit) * 64} afno.py\n"
     runs = [sizes.read_sized(make_run(tmp_path / f"{i}", f"--seed {i}", 1, 1, more=code(i // 2)))

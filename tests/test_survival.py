@@ -21,7 +21,7 @@ import train_gpt2_afno
 from checkpoints import (Checkpoints, describe_miss, measured_slope, more_steps, preset_folder,
                          read_metrics)
 from data.loader import TokenStream, TrainLoader, passes
-from data.text_to_bin import InputError
+from data.text_to_bin import VALIDATED_ON, InputError
 from runtime import Diverged
 from test_trainer import (STOPPED, VOCABULARY, assert_same, data, flags, losses, main,  # noqa: F401
                           metrics, newest, run_script, script, small, validations, wait_for_step)
@@ -66,6 +66,30 @@ def test_the_same_command_goes_on_and_then_says_that_it_is_finished(data, runs, 
     assert (folder / "train.log").read_bytes() == before and [*runs.iterdir()] == [folder]
     assert main(without_folder(data, "--num_iterations 7")) == 0  # another run
     assert len([*runs.iterdir()]) == 2
+
+
+def test_flags_that_come_too_late_are_named(data, tmp_path, capsys):  # noqa: F811
+    main(flags(data, tmp_path / "run"))
+    capsys.readouterr()
+    more = "--resume auto --learning_rate 0.1 --val_tokens 9 --save_every 2"
+    assert main(flags(data, tmp_path / "run", more)) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith(" (--learning_rate, --val_tokens: too late; --eval_only validates anew)")
+
+
+def test_another_validation_text_is_said_where_a_run_goes_on(data, tmp_path):  # noqa: F811
+    out, warned = tmp_path / "run", "warning: earlier losses of this run are of "
+    main(flags(data, out, "--target_val_loss 50 --val_loss_every 1"))
+    digest = TokenStream(f"{data}/val_*.bin", VOCABULARY, "x").digest
+    log = (out / "train.log").read_text()
+    (targets, text), = VALIDATED_ON.findall(log)
+    assert text == f"sha256 {digest(int(targets.split()[0]) + 1)}"
+    more = "--val_loss_every 1 --resume auto --target_val_loss 0.1"
+    main(flags(data, out, f"{more} --max_seconds 0.001"))
+    log = (out / "train.log").read_text()
+    assert len(VALIDATED_ON.findall(log)) == 2 and warned not in log
+    main(flags(data, out, f"{more} --val_tokens 9"))
+    assert f"{warned}{targets} {text}: they do not compare" in (out / "train.log").read_text()
 
 
 def test_a_run_that_died_between_its_last_checkpoint_and_validation_is_not_finished(
