@@ -811,8 +811,12 @@ def read_checkpoint(flags: dict, args, model: nn.Module, runtime: Runtime, saved
     """
     config, T = model.config, args.sequence_length
     load_weights(model, saved["model"], folder)
+    rows = args.val_batch_size  # as many tokens as where it trained, or what was typed
+    if "val_batch_size" not in flags:
+        rows = max(1, rows * config.sequence_length // T)
     say(f"step {saved['step']}, {runtime.device.type}, {args.dtype}, sequence length {T} "
-        f"(trained at {config.sequence_length})")
+        f"(trained at {config.sequence_length})"
+        + f"; the causality check of {rows} rows comes first" * ("generate" not in flags))
     if "generate" in flags:
         if (off := check_generation(model, min(T, 128), runtime.device)) > 1e-4:
             raise InputError(f"--generate: token by token the model is {off:.1e} off its parallel "
@@ -821,10 +825,10 @@ def read_checkpoint(flags: dict, args, model: nn.Module, runtime: Runtime, saved
     model.check_length(T)
     if runtime.compile:
         model.compile()
-    refuse_leaks(model, [(args.val_batch_size, T)], runtime, say, modes=(False,))
+    refuse_leaks(model, [(rows, T)], runtime, say, modes=(False,))
     val_stream = TokenStream(args.input_val_bin, config.vocab_size, "input_val_bin")
     val_tokens = count_val_tokens(args.val_tokens, val_stream)
-    total = evaluate(model, val_stream, val_tokens, args.val_batch_size, T, runtime)
+    total = evaluate(model, val_stream, val_tokens, rows, T, runtime)
     loss = total.sum().item() / val_tokens
     print(f"step:{saved['step']} sequence_length:{T} val_tokens:{val_tokens} val_loss:{loss:.4f}")
     if not math.isfinite(loss):

@@ -18,7 +18,7 @@ import torch
 from checkpoints import Checkpoints, describe_miss, describe_stop, read_log
 from data.cached_fineweb10B import ALL
 from data.loader import find_shards
-from data.text_to_bin import ROOT, VALIDATED_ON, in_repository, relative
+from data.text_to_bin import ROOT, in_repository, relative, validated_on
 from kernels import usable
 from runtime import GIB, gpu_driver, memory_budget, ranks
 
@@ -234,13 +234,13 @@ def describe_plan(run, defaults: dict):
                 "val_loss is of text that is learned")
     a_step = args.grad_accumulation_steps * run.tokens
     to_come = (run.total_steps - run.step) * a_step / len(run.stream)
-    before = VALIDATED_ON.findall(read_log(run.folder)) if run.log and run.log.validations else []
-    line = (f"data: {relative(args.input_bin)}, {len(run.stream):,} tokens, {to_come:.3g} "
-            f"passes to come; validation: {relative(args.input_val_bin)}, {run.val_tokens:,} "
-            f"targets of {len(run.val_stream) - 1:,}, "
-            f"sha256 {run.val_stream.digest(run.val_tokens + 1)}")
-    run.say(line)
-    if before and before[-1] not in VALIDATED_ON.findall(line):
+    before = validated_on(read_log(run.folder)) if run.log and run.log.validations else []
+    targets, text = (f"{run.val_tokens:,} targets",
+                     f"sha256 {run.val_stream.digest(run.val_tokens + 1)}")
+    run.say(f"data: {relative(args.input_bin)}, {len(run.stream):,} tokens, {to_come:.3g} "
+            f"passes to come; validation: {relative(args.input_val_bin)}, {targets} of "
+            f"{len(run.val_stream) - 1:,}, {text}")
+    if before and before[-1] != (targets, text):
         run.say(f"warning: earlier losses of this run are of {' '.join(before[-1])}: they do not "
                 "compare with those to come, nor does a target that they reached")
     if to_come > 1 and (run.config.pair_rows or run.config.value_tables):

@@ -258,6 +258,8 @@ def write_report(folder: Path, make_samples) -> Path:
 
     make_samples(): Markdown. Where this or the picture fails, the report says why.
     """
+    from experiments.plot_runs import last_start
+
     record, path = Record(folder), folder / "report.md"
 
     def part(make, *arguments) -> str:
@@ -274,7 +276,8 @@ def write_report(folder: Path, make_samples) -> Path:
                                lambda command: re.sub(r", resumed at step \d+$", "", command))
     commands = [f"python {next(same).replace(', resumed at', '  # resumed at')}"
                 for _, same in starts]  # one that was typed again goes on by itself
-    warnings = [f"- Warning: {line}" for line in dict.fromkeys(record.all("warning: (.*)"))]
+    warnings = [f"- Warning: {line}" for line in dict.fromkeys(
+        re.findall("^warning: (.*)", last_start(record.log), re.MULTILINE))]
     text = "\n\n".join([
         f"# {folder.resolve().name}", state_of(record), "\n".join(table),
         *["\n".join(warnings)] * bool(warnings),

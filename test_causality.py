@@ -712,7 +712,7 @@ def main(argv: list[str]) -> int:
     from runtime import Runtime, choose_device, leave_room
 
     imported = time.perf_counter()
-    flags = trainer.parse_flags(argv)
+    flags = trainer.parse_flags(argv, __doc__)
     device = choose_device(flags.get("device", "auto"))
     leave_room(device)
     _, _, args, config = trainer.run_of(flags, device, print)

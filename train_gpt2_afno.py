@@ -1410,12 +1410,12 @@ def train_loop(run: Run) -> int:
 # command line
 
 
-def parse_flags(argv: list[str]) -> dict:
-    """Return the flags that were given, and no others: {name: value}. Raises InputError."""
+def parse_flags(argv: list[str], about: str | None = __doc__) -> dict:
+    """Return {name: value} of the flags that were given; about: of --help. Raise InputError."""
     every = argv == ["--help", "all"]
     presets = "\n".join(f"  {name}: " + " ".join(f"--{flag} {show(value)}"
                         for flag, value in values.items()) for name, values in PRESETS.items())
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     epilog=f"presets:\n{presets}\n\n--help all shows the other flags, too.")
     groups = {}

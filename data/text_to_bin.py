@@ -48,13 +48,21 @@ MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 END_OF_TEXT = 50256
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 GPT2_DIR = ROOT / "data" / "gpt2"  # vocab.bpe and encoder.json, where tiktoken cannot download them
-# of a train.log's line on the data: how many targets validation has, and of which text
-VALIDATED_ON = re.compile(r"^data: .*; validation: .*, ([\d,]+ targets) of [\d,]+, "
-                          r"(sha256 \w+)$", re.MULTILINE)
 
 
 class InputError(ValueError):
     """Say what is wrong with the user's input, in the one line that they get; exit status 2."""
+
+
+def validated_on(log: str) -> list[tuple[str, str]]:
+    """Return (how many targets, sha256 of the text) of the starts in a train.log that validated."""
+    found = []
+    for part in re.split(r"^(?=data: )", log, flags=re.MULTILINE):
+        line = re.match(r"data: .*; validation: .*, ([\d,]+ targets) of [\d,]+, (sha256 \w+)\n",
+                        part)
+        if line and re.search(r"^step:\d+/\d+ val_loss", part, re.MULTILINE):
+            found.append(line.groups())
+    return found
 
 
 def first_line(error: Exception) -> str:
@@ -585,10 +593,13 @@ def end_with_parent():
 def refuse_bad_arguments(paths: list[Path], out: Path, val_fraction: float, shard_tokens: int,
                          encoding: str | None, separator: str):
     """Raise InputError for files or flags that write_shards cannot take, or an `out` in use."""
+    files = set()
     for path in paths:
         if path.suffix not in (".txt", ".md", ".jsonl") or not path.is_file():
             raise InputError(f"{path}: not a .txt, .md or .jsonl file")
-        if sum(map(path.samefile, paths)) > 1:
+        known, file = len(files), path.stat()
+        files.add((file.st_dev, file.st_ino))
+        if len(files) == known:
             raise InputError(f"{path} is named twice: its text could train and validate, too")
     if separator and all(path.suffix == ".jsonl" for path in paths):
         raise InputError("--separator is for .txt and .md, a .jsonl has a document a line")

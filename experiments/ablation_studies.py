@@ -638,9 +638,10 @@ def main(argv: list[str]) -> int:
                          "comes first, they follow")
     study, folder = STUDIES[args.study], args.output.resolve() / args.study
     arms = [as_dict(shlex.split(words)) for words in study.arms.values()]
-    if alike := [name for name in more if len({arm.get(name) for arm in arms}) > 1]:
-        raise InputError(f"{alike[0]} is what arms of {args.study} differ in: leave it out, or make "
-                         "a study of your own")
+    if alike := [name for name in more if name[2:] not in trainer.MICRO_BATCH
+                 and len({arm.get(name) for arm in arms}) > 1]:
+        raise InputError(f"{alike[0]} is what arms of {args.study} differ in: leave it out, or "
+                         "make a study of your own")
     # every arm once before the next seed, so that a study cut short can be read
     flags = {(arm, seed): flags_of(study, arm, seed, folder, args.tokens, more)
              for seed in args.seeds for arm in study.arms}

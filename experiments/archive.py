@@ -206,6 +206,9 @@ def pack(folder: Path, runs: Path = RUNS) -> int:
     name = folder.resolve().name
     if not NAME.fullmatch(name):
         raise ArchiveError(f"{folder}: its name must be <date>-<question>, as 2026-11-26-goals")
+    for path in folder.rglob("*"):
+        if not path.is_file() and (path.is_symlink() or not path.is_dir()):
+            raise ArchiveError(f"{path}: neither a folder nor a file, so it would be left out")
     paths = [path for path in folder.rglob("*")
              if path.is_file() and path.suffix != ".png" and not path.match("state_step*")]
     if not paths:

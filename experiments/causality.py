@@ -1,22 +1,22 @@
 """Show where the response to one changed token goes: figures and picture of causality.md.
 
-    python experiments/causality.py    # prints the table, writes experiments/causality.png
+    python experiments/causality.py    # prints the table, writes runs/causality.png
 
 Every operator at initialisation, T = 1024, 768 channels, white noise in, float64. Token 300 is
 replaced by another one; energy is the sum over channels of the squared change of the output. Needs
 matplotlib.
 """
+import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from afno import FORMS, AFNO1D, spectral_layer  # noqa: E402
+from data.text_to_bin import Parser, run_main  # noqa: E402
 
 T, C, CHANGED = 1024, 768, 300
 
@@ -24,6 +24,14 @@ T, C, CHANGED = 1024, 768, 300
 @torch.no_grad()
 def main():
     """Print the table and write the picture."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "runs/causality.png",
+                        help="(runs/causality.png)")
+    output = parser.parse_args().output
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
     torch.manual_seed(0)
     # most forms take the first C channels, the form state all
     noise = [torch.randn(2, 1, T, width, dtype=torch.float64) for width in (C, 2 * C)]
@@ -68,8 +76,10 @@ def main():
     figure.suptitle(f"Response to a change of token {CHANGED} (dashed); "
                     "shares below 1e-9, zeros too, at -9")
     figure.tight_layout()
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=110)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
+    print(f"{output}: written")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

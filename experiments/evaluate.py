@@ -10,7 +10,7 @@ A CHECKPOINT is a file state_step*.pt of the trainer, or a run's folder, whose n
 Two measures score the first --tokens targets of --bin (the first checkpoint's validation shards).
 With --text they score those of each source, made of installed packages (package_text.py). Both
 score the same targets, so all differences are paired. First one batch of each model is scored
-twice, the second time with other tokens after a cut in each row: a model that leaks is refused.
+again with other tokens after some 32 cuts: a model that leaks there is refused.
 
 stream      rows of --rows tokens as they stand: the trainer's own validation
 documents   a token is predicted from its own document alone, from token 50256 on. A document
@@ -37,6 +37,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import zipfile
@@ -62,6 +63,7 @@ from runtime import (MOST_TOKENS, Diverged, Runtime, choose_device, run,  # noqa
                      shapes_of, source_digest, source_files, usual_runtime)
 
 MEASURES = ("stream", "documents")
+LEAST_CUTS = 32  # after which other tokens come, to see leaks
 SHORTEST = 64  # tokens: shorter pieces are padded to it
 CUTS = (32, 128, 512)  # the last lags that are kept
 FIGURES = {  # of filters, and how they are written
@@ -163,18 +165,25 @@ def losses_of(model: trainer.GPT, tokens: np.ndarray, pieces: Pieces, T: int,
 def refuse_leaks(model: trainer.GPT, text: "Text", runtime: Runtime, batch_tokens: int, path: Path):
     """Raise InputError where a loss depends on a token after its input.
 
-    One batch of rows is scored twice for the same targets, the second time with other tokens after
-    a cut in each row. Up to the cuts losses must be the same, bit for bit.
+    One batch of rows is scored again for the same targets, with other tokens after a cut in each
+    row. Up to the cuts losses must be the same, bit for bit. That is repeated for 32 cuts spread
+    over the row, or fewer where they would take an eighth of the evaluation, but four times.
     """
     T, V, random = min(text.T, text.count), model.config.vocab_size, np.random.default_rng()
     rows = max(1, min(batch_tokens, text.count) // T)
     x, y = (text.tokens[first : first + rows * T].reshape(rows, T) for first in (0, 1))
-    after = np.arange(T) > random.integers(0, T, (rows, 1))
-    other = np.where(after, (x + random.integers(1, V, x.shape)) % V, x)
-    before, now = (losses_of_batch(model, idx, y, runtime).view(np.int32) for idx in (x, other))
-    for place in np.flatnonzero(((before != now) & ~after).any(0))[:1]:
-        raise InputError(f"{path}: the model leaks: the loss at place {place} of a row of {T:,} "
-                         "depends on tokens after it")
+    times = min(-(-LEAST_CUTS // rows), max(4, max(text.count // 8, 65_536) // (rows * T)))
+    borders = np.linspace(0, T, rows * times + 1).astype(int)
+    cuts = random.permutation(random.integers(borders[:-1], np.maximum(borders[1:],
+                                                                       borders[:-1] + 1)))
+    before = losses_of_batch(model, x, y, runtime).view(np.int32)
+    for last in cuts.reshape(times, rows, 1):
+        after = np.arange(T) > last
+        other = np.where(after, (x + random.integers(1, V, x.shape)) % V, x)
+        moved = losses_of_batch(model, other, y, runtime).view(np.int32) != before
+        for place in np.flatnonzero((moved & ~after).any(0))[:1]:
+            raise InputError(f"{path}: the model leaks: the loss at place {place} of a row of "
+                             f"{T:,} depends on tokens after it")
 
 
 # -----------------------------------------------------------------------------
@@ -281,7 +290,7 @@ class Checkpoint:
             self.config = trainer.GPTConfig(**self.state["config"])
             self.shapes = shapes_of(trainer.GPT, self.config)  # the model, on the device meta
             refuse_damaged_weights(self.state["model"], self.shapes)
-            folder = self.path.absolute().parent.name.replace("|", "_")  # cells of tables end at |
+            folder = re.sub(r"[|\s]+", "_", self.path.absolute().parent.name)  # a cell of a table
             self.label = f"{folder}@{self.state['step']}"
         except OtherVersion:
             raise
@@ -356,15 +365,22 @@ class Results:
         if self.path is None:
             return
         part = self.path.with_suffix(".part")
-        with open(part, "wb") as file:
-            np.savez_compressed(file, index=json.dumps(self.index), **self.arrays)
-        os.replace(part, self.path)
+        try:
+            with open(part, "wb") as file:
+                np.savez_compressed(file, index=json.dumps(self.index), **self.arrays)
+            os.replace(part, self.path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise InputError(f"--out: cannot write {self.path}: {error.strerror}") from None
 
 
 @functools.cache
 def code() -> str:
-    """Return what tells this code from other, a fork's mixers included."""
-    return source_digest(source_files())[:12]
+    """Return what tells the code that a result depends on from other, a fork's mixers included."""
+    said = ("report.py", "facts.py", "start.py")  # words alone
+    here = [path for name in ("evaluate", "package_text", "recall", "transfer")
+            for path in [ROOT / f"experiments/{name}.py"]]
+    return source_digest([*here, *(path for path in source_files() if path.name not in said)])[:12]
 
 
 def digest(tokens: np.ndarray) -> str:

@@ -26,7 +26,7 @@ TAKEN = ("device", "dtype", "seed", "max_new_tokens")  # beside the model's
 
 def main(argv: list[str]) -> int:
     """Time both methods and return the exit status."""
-    given = parse_flags(argv)
+    given = parse_flags(argv, __doc__)
     if idle := [name for name in given if FLAGS[name].group != "model" and name not in TAKEN]:
         raise InputError(f"--{idle[0]} has no effect here: this does not train, it takes the "
                          f"model's flags, --preset, --{', --'.join(TAKEN)}")

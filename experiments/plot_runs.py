@@ -19,8 +19,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.text_to_bin import (VALIDATED_ON, InputError, Parser, first_line,  # noqa: E402
-                              run_main)
+from data.text_to_bin import (InputError, Parser, first_line, run_main,  # noqa: E402
+                              validated_on)
 
 X = ("tokens", "seconds")
 FILLED_IN = {"dtype", "val_batch_size", "warmup_iters"}  # by the trainer, where they are not given
@@ -103,7 +103,7 @@ def unlike(logs: list[str]) -> str:
 
     A train.log has the sha256 of each. Older logs have none, and count as any.
     """
-    texts = {text for log in logs for text in VALIDATED_ON.findall(last_start(log))}
+    texts = {text for log in logs for text in validated_on(last_start(log))}
     said = ["They were not all validated on one text, or on as many targets: their losses do not "
             "compare."] * (len(texts) > 1)
     found = [re.findall(r"^sha256: ([0-9a-f]{64}) (.+)$", last_start(log), re.MULTILINE)

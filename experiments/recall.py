@@ -376,8 +376,11 @@ def read_lines(path: Path, *names: str) -> list[dict]:
 
 def append_line(path: Path, row: dict):
     """Append a result to what read_lines reads."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def read_rows(path: Path, grid: Grid) -> list[dict]:

@@ -34,8 +34,8 @@ ROWS = (  # of THE table: the letter of the glossary, what it is, its runs
     ("C0", "no attention", (f"{GOALS}/c0-92", f"{GOALS}/c0-92-s2", f"{LONG}/c0-92-s3")),
     ("B", "control", (f"{LONG}/b-400",)),
     ("C", "hybrid", (f"{LONG}/c-400",)),
-    ("B", "control, today's preset", (f"{WEB}/b", f"{PRUNE}/b-s4")),
-    ("C", "hybrid, today's preset", (f"{WEB}/c", f"{PRUNE}/c-s4")),
+    ("B", "control, today's recipe", (f"{WEB}/b", f"{PRUNE}/b-s4")),
+    ("C", "hybrid, today's recipe", (f"{WEB}/c", f"{PRUNE}/c-s4")),
 )
 LOGS = ("train.log", "stdout.txt", "metrics.jsonl")
 NOT_SAID = {  # flags that the table of all runs says in other words, or that change nothing

@@ -26,8 +26,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.text_to_bin import InputError, Parser, number, run_main  # noqa: E402
-from experiments.plot_runs import commands_of, read_run, unlike  # noqa: E402
+from data.text_to_bin import InputError, Parser, number, relative, run_main  # noqa: E402
+from experiments.plot_runs import commands_of, last_start, read_run, unlike  # noqa: E402
 
 MACHINE = re.compile(r"^torch .*, (\d+ x [^,\n]+)", re.MULTILINE)  # in train.log
 # for so many runs: the second row of the design; the others are its shifts
@@ -115,14 +115,16 @@ def refuse_other_runs(folder: Path, logs: dict[str, str]):
         planned = {row["run"]: shlex.split(row["flags"] or "") for row in csv.DictReader(file)}
     techniques = set().union(*(pairs(flags) for flags in planned.values()))
     for run, log in logs.items():
-        given = [pairs(shlex.split(words)) for words, _ in commands_of(log)]
+        given = [pairs(shlex.split(words)) for words, _ in commands_of(last_start(log))]
         if given and (wrong := (given[0] & techniques) ^ pairs(planned[run])):
             raise InputError(f"{folder / run}: its command and design.csv differ in "
                              f"{' '.join(min(wrong))}")
 
 
 def pairs(words: list[str]) -> set[tuple[str, ...]]:
-    """Return the flags of a command, each with its values."""
+    """Return the flags of a command, each with its values, as a train.log has them."""
+    words = [relative(part) for word in words
+             for part in (word.split("=", 1) if word.startswith("--") else [word])]
     at = [i for i, word in enumerate(words) if word.startswith("--")]
     return {tuple(words[i:j]) for i, j in zip(at, [*at[1:], len(words)])}
 

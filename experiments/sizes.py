@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_gpt2_afno as trainer  # noqa: E402
-from data.text_to_bin import (FOLDER, VALIDATED_ON, InputError, Parser, number,  # noqa: E402
-                              owned, show)
+from data.text_to_bin import (FOLDER, InputError, Parser, number, owned,  # noqa: E402
+                              show, validated_on)
 from experiments import archive  # noqa: E402
 from experiments.plot_runs import (FILLED_IN, commands_of, flags_said,  # noqa: E402
                                    last_start, read_run, unlike)
@@ -167,7 +167,7 @@ def compared(of: Sized, there: Sized) -> Iterator[tuple[str, str, str]]:
     copies = lambda run: "given" if run.flags["copy_layers"] else "not given"
     yield "--copy_layers", copies(of), copies(there)
     yield "a step's number of tokens", of.step, there.step
-    texts = [VALIDATED_ON.findall(run.log)[-1:] for run in (of, there)]
+    texts = [validated_on(run.log)[-1:] for run in (of, there)]
     if all(texts):
         yield "the validation text", *(" ".join(*text) for text in texts)
 

@@ -41,8 +41,8 @@ import torch.distributed as dist  # noqa: E402
 
 import train_gpt2_afno as trainer  # noqa: E402
 from data.text_to_bin import ROOT, InputError, Parser, one_of  # noqa: E402
-from runtime import (Clock, Runtime, average, drop_gradients, joined_ranks, own_card,  # noqa: E402
-                     ranks, row_tables, run)
+from runtime import (Clock, Runtime, average, choose_device, drop_gradients,  # noqa: E402
+                     joined_ranks, own_card, ranks, row_tables, run)
 
 SCRIPT = ROOT / "train_gpt2_afno.py"
 FIRST_50 = "--preset fineweb --num_iterations 50 --warmup_iters 258 --warmdown_iters 0 " \
@@ -335,6 +335,7 @@ def main(argv: list[str]):
     if 1 not in args.cards:
         raise InputError(f"--cards must have 1, which others are compared with, got "
                          f"{' '.join(map(str, args.cards))}")
+    choose_device(args.device)  # where there is no GPU, it says so
     globals()[args.what](args)
 
 

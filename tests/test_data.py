@@ -306,7 +306,7 @@ def test_a_file_named_twice_is_refused(encoding, tmp_path):
     path.write_text("text\n\n" * 99)
     other.symlink_to(path)
     for second in (path, other):
-        with pytest.raises(InputError, match="a.txt is named twice: its text could train and"):
+        with pytest.raises(InputError, match=r"[ab]\.txt is named twice: its text could tr"):
             write_shards([path, second], tmp_path / "out")
 
 

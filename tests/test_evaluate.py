@@ -326,6 +326,7 @@ def test_command_keeps_what_stands(model, tokens, tmp_path, monkeypatch, capsys)
     lambda x: x + 1e-3 * x.roll(-1, 1),  # the next token's
     lambda x: x + 1e-3 * x.roll(-40, 1),
     lambda x: x + x.mean(1, keepdim=True),
+    lambda x: torch.where(torch.arange(x.size(1))[:, None] % 4 == 3, x.roll(-1, 1), x),
     lambda x: x / x.square().mean((0, 1), keepdim=True).sqrt()))  # a norm over rows and time
 def test_a_model_that_leaks_is_refused(model, tokens, tmp_path, monkeypatch, leak):
     pattern, leaky = write_text(tmp_path / "data", tokens), tmp_path / "b"

@@ -2,6 +2,7 @@
 
 Reading of metrics, skipped and refused runs, failures, tables and pictures, every arm's flags.
 """
+import dataclasses
 import json
 import math
 import os
@@ -16,7 +17,8 @@ import pytest
 import torch
 
 import train_gpt2_afno as trainer
-from data.text_to_bin import ROOT, InputError, ShardWriter, owned, read_bin, run_main
+from data.text_to_bin import (ROOT, InputError, ShardWriter, owned, read_bin, run_main,
+                              validated_on)
 from experiments import ablation_studies, plot_runs, scaling_analysis, screening
 from experiments.ablation_studies import STUDIES, Study, main
 from experiments.plot_runs import read_run, time_to_loss
@@ -251,6 +253,22 @@ def test_arms_of_other_code_are_said_in_the_table(pair, tmp_path, capsys):
 def test_flags_that_make_arms_alike_are_refused(pair, tmp_path, words):
     with pytest.raises(InputError, match=f"{words.split()[-2]} is what arms of pair differ in: le"):
         main(["pair", "--output", str(tmp_path), "--", *words.split()])
+
+
+def test_a_micro_batch_may_be_as_small_as_memory_asks(pair, monkeypatch, tmp_path, capsys):
+    arms = {"one": "--mixer afno", "two": "--mixer attn --grad_accumulation_steps 8"}
+    monkeypatch.setitem(STUDIES, "pair", dataclasses.replace(STUDIES["pair"], arms=arms))
+    assert main(["pair", "--output", str(tmp_path), "--dry_run", "--", "--grad_accumulation_steps",
+                 "2"]) == 0
+    assert capsys.readouterr().out.count("--grad_accumulation_steps 2") == 2
+
+
+def test_what_a_log_was_validated_on_is_of_starts_that_validated():
+    start = "commit: x\ndata: x; validation: y, {} targets of 99, sha256 {}\n"
+    log = start.format(8, "0a") + "step:3/9 val_loss:4.0\n" + start.format(7, "0b")
+    assert validated_on(log) == [("8 targets", "sha256 0a")]
+    assert validated_on(log + "step:6/9 val_loss:4.0\n")[1:] == [("7 targets", "sha256 0b")]
+    assert plot_runs.unlike([log]) == ""
 
 
 @pytest.mark.parametrize("script", ("recall", "transfer"))
@@ -532,10 +550,11 @@ def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
         screening.effects(tmp_path, 0.175)
     on = [str(i) for i, sign in enumerate(signs["r02"]) if sign == "+"]
     torch_line = "torch 2.11.0, Python 3.12.3, 1 x {}, 1 thread\n"
-    text = "data: x; validation: y, {} targets of 99, sha256 0a\n"
+    text = "data: x; validation: y, {} targets of 99, sha256 0a\nstep:1/1 val_loss:4\n"
+    gone = "commit: a\ncommand: x.py --flag 7\ncommit: a\n"  # a start that left no run
     (tmp_path / "r01/train.log").write_text(torch_line.format("CPU") + text.format(9))
     (tmp_path / "r02/train.log").write_text(
-        "command: x.py --seed 2 " + " ".join(f"--flag {i}" for i in on) + "\n"
+        f"{gone}command: x.py --seed 2 " + " ".join(f"--flag={i}" for i in on) + "\n"
         + torch_line.format("NVIDIA H200") + text.format(8))
     screening.effects(tmp_path, 0.175)
     said = capsys.readouterr().out

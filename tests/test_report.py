@@ -119,8 +119,8 @@ def test_the_target_is_reached_or_by_how_much_it_is_missed(data, tmp_path, monke
     log.write_text(re.sub(r"(; validation: )[^,]+", r"\1data/fineweb10B/val.bin", log.read_text()))
     assert "it seems" in table["loss 3.3821"]
     text, table = written(monkeypatch, tmp_path / "miss")
-    assert re.search(r"of \d+ targets, the baseline's of 1,048,576, in rows of 16, the baseline's of "
-                     "1024$", table["loss 3.3821"])
+    assert re.search(r"of \d+ targets, the baseline's of 1,048,576, in rows of 16, the baseline's "
+                     "of 1024$", table["loss 3.3821"])
     said = re.sub(r", \d+ targets", ", 1,048,576 targets", log.read_text())
     log.write_text(re.sub(r"(tokens \(\d+ x \d+ x) 16", r"\1 1024", said))
     text, table = written(monkeypatch, tmp_path / "miss")
@@ -134,6 +134,10 @@ def test_warnings_of_the_log_stand_in_the_report(data, tmp_path, monkeypatch):
     main([*flags(data, tmp_path / "run"), *again])
     text, _ = written(monkeypatch, tmp_path / "run")
     assert re.findall("^- Warning: (.{11})", text, re.MULTILINE) == ["3 shards ar", "the learnin"]
+    log = tmp_path / "run/train.log"  # the same of a start that left no run
+    whole = re.sub("^command: .*", "command: x.py --seed 1", log.read_text(), flags=re.MULTILINE)
+    log.write_text(whole + re.sub("^warning.*\n", "", whole, flags=re.MULTILINE))
+    assert "Warning" not in written(monkeypatch, tmp_path / "run")[0]
 
 
 @pytest.mark.slow

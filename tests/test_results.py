@@ -148,6 +148,18 @@ def test_archive_round_trip_and_what_it_refuses(packed, tmp_path):
         archive.restore("2026-01-03-other", tmp_path / "out", packed)
 
 
+def test_what_a_pack_would_leave_out_is_refused(packed, tmp_path):
+    folder, elsewhere = tmp_path / "2026-12-09-link", tmp_path / "elsewhere"
+    for path in (folder, elsewhere):
+        path.mkdir()
+        (path / "train.log").write_text("x\n")
+    (folder / "run").symlink_to(elsewhere)
+    before = (packed / "archive/MANIFEST").read_text()
+    with pytest.raises(archive.ArchiveError, match="link/run: neither a folder nor a file, so it "):
+        archive.pack(folder, packed)
+    assert (packed / "archive/MANIFEST").read_text() == before
+
+
 def test_verify_finds_a_changed_log_source_and_manifest(packed):
     log = archive.keep("2026-01-02-question/run", packed)
     manifest, old = packed / "archive/MANIFEST", log.read_bytes()

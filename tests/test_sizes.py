@@ -206,7 +206,8 @@ def test_layers_that_copy_differ_between_sizes_alone(tmp_path):
 
 
 def test_another_validation_text_does_not_compare(tmp_path):
-    line = "data: x, 9 tokens, 1 passes to come; validation: y, {} targets of 99, sha256 {}\n"
+    line = "data: x, 9 tokens, 1 passes to come; validation: y, {} targets of 99, sha256 {}\n" \
+        "step:10/10 val_loss:1\n"
     texts = (("64", "0a"), ("64", "0a"), ("64", "0b"), ("63", "0a"))
     runs = [sizes.read_sized(make_run(tmp_path / str(i), f"--seed {i}", 1, 1,
                                       more=line.format(*text))) for i, text in enumerate(texts)]

@@ -21,7 +21,7 @@ import train_gpt2_afno
 from checkpoints import (Checkpoints, describe_miss, measured_slope, more_steps, preset_folder,
                          read_metrics)
 from data.loader import TokenStream, TrainLoader, passes
-from data.text_to_bin import VALIDATED_ON, InputError
+from data.text_to_bin import InputError, validated_on
 from runtime import Diverged
 from test_trainer import (STOPPED, VOCABULARY, assert_same, data, flags, losses, main,  # noqa: F401
                           metrics, newest, run_script, script, small, validations, wait_for_step)
@@ -82,12 +82,12 @@ def test_another_validation_text_is_said_where_a_run_goes_on(data, tmp_path):  #
     main(flags(data, out, "--target_val_loss 50 --val_loss_every 1"))
     digest = TokenStream(f"{data}/val_*.bin", VOCABULARY, "x").digest
     log = (out / "train.log").read_text()
-    (targets, text), = VALIDATED_ON.findall(log)
+    (targets, text), = validated_on(log)
     assert text == f"sha256 {digest(int(targets.split()[0]) + 1)}"
     more = "--val_loss_every 1 --resume auto --target_val_loss 0.1"
     main(flags(data, out, f"{more} --max_seconds 0.001"))
     log = (out / "train.log").read_text()
-    assert len(VALIDATED_ON.findall(log)) == 2 and warned not in log
+    assert warned not in log and len(validated_on(log)) == 1  # that start validated nothing
     main(flags(data, out, f"{more} --val_tokens 9"))
     assert f"{warned}{targets} {text}: they do not compare" in (out / "train.log").read_text()
 
