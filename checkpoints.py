@@ -811,9 +811,9 @@ def read_checkpoint(flags: dict, args, model: nn.Module, runtime: Runtime, saved
     """
     config, T = model.config, args.sequence_length
     load_weights(model, saved["model"], folder)
-    rows = args.val_batch_size  # as many tokens as where it trained, or what was typed
-    if "val_batch_size" not in flags:
-        rows = max(1, rows * config.sequence_length // T)
+    rows = args.val_batch_size
+    if "val_batch_size" not in flags:  # as many tokens as where it trained, but two rows
+        rows = min(rows, max(2, rows * config.sequence_length // T))
     say(f"step {saved['step']}, {runtime.device.type}, {args.dtype}, sequence length {T} "
         f"(trained at {config.sequence_length})"
         + f"; the causality check of {rows} rows comes first" * ("generate" not in flags))

@@ -77,6 +77,20 @@ def test_flags_that_come_too_late_are_named(data, tmp_path, capsys):  # noqa: F8
     assert line.endswith(" (--learning_rate, --val_tokens: too late; --eval_only validates anew)")
 
 
+@pytest.mark.parametrize("more, shape", (
+    ("", (5, 16)), ("--sequence_length 32", (2, 32)), ("--sequence_length 64", (2, 64)),
+    ("--sequence_length 8", (5, 8)), ("--sequence_length 32 --val_batch_size 4", (4, 32))))
+def test_longer_rows_are_evaluated_in_smaller_batches(data, tmp_path, monkeypatch,  # noqa: F811
+                                                      capsys, more, shape):
+    main(flags(data, tmp_path / "run"))
+    checked = []
+    monkeypatch.setattr("checkpoints.refuse_leaks", lambda model, shapes, *_, **__: checked.extend(
+        shapes))
+    main(["--output_dir", str(tmp_path / "run"), "--eval_only", "--device", "cpu", *more.split()])
+    assert checked == [shape]
+    assert f"the causality check of {shape[0]} rows comes first" in capsys.readouterr().err
+
+
 def test_another_validation_text_is_said_where_a_run_goes_on(data, tmp_path):  # noqa: F811
     out, warned = tmp_path / "run", "warning: earlier losses of this run are of "
     main(flags(data, out, "--target_val_loss 50 --val_loss_every 1"))
