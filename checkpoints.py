@@ -719,7 +719,7 @@ def finished(flags: dict, saved: dict | None, args, folder: Path) -> str | None:
     line = f"{relative(str(folder))} is finished: step:{step}/{steps} " \
         f"val_loss:{loss_of(found[-1]):.4f}"
     changed = [f"--{name}" for name in sorted(flags) if saved and name in args.to_save
-               and args.to_save[name] != saved["args"].get(name)]
+               and args.to_save[name] != saved["args"].get(name, args.to_save[name])]
     return line + f" ({', '.join(changed)}: too late; --eval_only validates anew)" * bool(changed)
 
 
@@ -803,6 +803,13 @@ def loss_by_position(total: Tensor, val_tokens: int) -> list[tuple[int, int, flo
     return [(first, last, loss / count) for first, last, count, loss in spans if count]
 
 
+def rows_to_read(flags: dict, args, trained: int) -> int:
+    """Return --val_batch_size as typed, or rows of as many tokens as trained, two at least."""
+    rows = args.val_batch_size
+    return rows if "val_batch_size" in flags else min(
+        rows, max(2, rows * trained // args.sequence_length))
+
+
 def read_checkpoint(flags: dict, args, model: nn.Module, runtime: Runtime, saved: dict,
                     folder: Path, say):
     """Generate from a checkpoint, or print its validation loss, also by position.
@@ -812,8 +819,6 @@ def read_checkpoint(flags: dict, args, model: nn.Module, runtime: Runtime, saved
     config, T = model.config, args.sequence_length
     load_weights(model, saved["model"], folder)
     rows = args.val_batch_size
-    if "val_batch_size" not in flags:  # as many tokens as where it trained, but two rows
-        rows = min(rows, max(2, rows * config.sequence_length // T))
     say(f"step {saved['step']}, {runtime.device.type}, {args.dtype}, sequence length {T} "
         f"(trained at {config.sequence_length})"
         + f"; the causality check of {rows} rows comes first" * ("generate" not in flags))

@@ -37,7 +37,7 @@ from checkpoints import (TIMES, Checkpoints, RunLog, at_length, choose_folder, c
                          energy_used, fall_steps, find_checkpoint, finished, load_optimizers,
                          load_weights, not_finite, of_this_version, preset_folder, random_state,
                          read_checkpoint, read_log, refuse_damaged_tensors, refuse_damaged_values,
-                         refuse_used, saved_flags, set_random_state)
+                         refuse_used, rows_to_read, saved_flags, set_random_state)
 from data.loader import (DATA_FLAGS, TokenStream, TrainLoader, choose_data, count_val_tokens,
                          find_shards, length_at, length_phases, lengths_to_come, passes, to_device)
 from data.text_to_bin import (ROOT, InputError, Kind, Parser, handled, integer, number, one_of,
@@ -1469,7 +1469,7 @@ def folder_of_preset(flags: dict, device: torch.device, say) -> Path:
 def merge_flags(flags: dict, device: torch.device, saved: dict | None, say):
     """Return all flags: defaults < preset < checkpoint < command line."""
     given = saved["args"] if saved else at_length(choose_preset(flags, device, say), flags)
-    values = {**DEFAULTS, **given, **flags}
+    values = {**DEFAULTS, **given, "target_val_loss": None, **flags}
     if saved:
         say_other_preset(flags, saved["args"], say)
     values["dtype"] = choose_dtype(values["dtype"], device, say)
@@ -1506,6 +1506,7 @@ def config_of(flags: dict, args, saved: dict | None, folder: Path, only_read: bo
     asked = GPTConfig(**{**saved["config"], **model_fields(flags)})
     if only_read:
         asked.sequence_length = config.sequence_length
+        args.val_batch_size = rows_to_read(flags, args, config.sequence_length)
     there, here = asdict(config), asdict(asked)
     there["optimizer"], here["optimizer"] = saved["args"]["optimizer"], args.optimizer
     if differing := [name for name in there if there[name] != here[name]]:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from afno import FORMS, AFNO1D, spectral_layer  # noqa: E402
-from data.text_to_bin import Parser, run_main  # noqa: E402
+from data.text_to_bin import InputError, Parser, first_line, run_main  # noqa: E402
 
 T, C, CHANGED = 1024, 768, 300
 
@@ -28,10 +28,12 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "runs/causality.png",
                         help="(runs/causality.png)")
     output = parser.parse_args().output
-    import matplotlib
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    try:
+        import matplotlib
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise InputError(f"{output}: {first_line(error)}") from None
     torch.manual_seed(0)
     # most forms take the first C channels, the form state all
     noise = [torch.randn(2, 1, T, width, dtype=torch.float64) for width in (C, 2 * C)]

@@ -10,7 +10,8 @@ A CHECKPOINT is a file state_step*.pt of the trainer, or a run's folder, whose n
 Two measures score the first --tokens targets of --bin (the first checkpoint's validation shards).
 With --text they score those of each source, made of installed packages (package_text.py). Both
 score the same targets, so all differences are paired. First one batch of each model is scored
-again with other tokens after some 32 cuts: a model that leaks there is refused.
+again with other tokens after a cut in each row, for 32 cuts or more, of long rows for 4 at least. A
+model that leaks there is refused.
 
 stream      rows of --rows tokens as they stand: the trainer's own validation
 documents   a token is predicted from its own document alone, from token 50256 on. A document
@@ -166,8 +167,9 @@ def refuse_leaks(model: trainer.GPT, text: "Text", runtime: Runtime, batch_token
     """Raise InputError where a loss depends on a token after its input.
 
     One batch of rows is scored again for the same targets, with other tokens after a cut in each
-    row. Up to the cuts losses must be the same, bit for bit. That is repeated for 32 cuts spread
-    over the row, or fewer where they would take an eighth of the evaluation, but four times.
+    row. Up to the cuts losses must be the same, bit for bit. This is repeated until there were 32
+    cuts, spread over the row. It stops earlier where it would take more than an eighth of the
+    evaluation, but not before four times.
     """
     T, V, random = min(text.T, text.count), model.config.vocab_size, np.random.default_rng()
     rows = max(1, min(batch_tokens, text.count) // T)

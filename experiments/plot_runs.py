@@ -91,6 +91,12 @@ def last_start(log: str) -> str:
     return "".join(starts[fresh[-1]:]) if fresh else log
 
 
+def machines_of(log: str) -> tuple[str, ...]:
+    """Return the kinds of machine that a train.log names, such as 1 x NVIDIA H200."""
+    return tuple(sorted({*re.findall(r"^torch .*, (\d+ x [^,\n]+)", last_start(log),
+                                     re.MULTILINE)}))
+
+
 def flags_said(log: str) -> list[dict[str, str]]:
     """Return the flags that differ from --help's defaults, one dict for each start in a log."""
     lines = re.findall(r"^flags that differ from --help's defaults: (.*)$", log, re.MULTILINE)

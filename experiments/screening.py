@@ -16,7 +16,6 @@ error, where there are more runs than numbers.
 """
 import argparse
 import csv
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -27,9 +26,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.text_to_bin import InputError, Parser, number, relative, run_main  # noqa: E402
-from experiments.plot_runs import commands_of, last_start, read_run, unlike  # noqa: E402
+from experiments.plot_runs import (commands_of, last_start, machines_of,  # noqa: E402
+                                   read_run, unlike)
 
-MACHINE = re.compile(r"^torch .*, (\d+ x [^,\n]+)", re.MULTILINE)  # in train.log
 # for so many runs: the second row of the design; the others are its shifts
 SECOND = {12: "++-+++---+-", 24: "+++++-+-++--++--+-+----"}
 
@@ -108,8 +107,10 @@ def fit(X: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def refuse_other_runs(folder: Path, logs: dict[str, str]):
-    """Raise InputError where a run's command lacks a flag of its line in design.csv, or has another
-    run's. logs: train.log of each run; one without a command counts as right.
+    """Raise InputError where a run's command has not the flags of its line in design.csv.
+
+    It may have others, but none of another run's line. logs: train.log of each run; one without a
+    command counts as right.
     """
     with open(folder / "design.csv", newline="", encoding="utf-8-sig") as file:
         planned = {row["run"]: shlex.split(row["flags"] or "") for row in csv.DictReader(file)}
@@ -147,7 +148,7 @@ def effects(folder: Path, slope: float):
     print(f"errors are of the loss, from {len(X)} runs for {X.shape[1]} numbers")
     if words := unlike(logs):
         print(f"warning: {words}")
-    machines = {machine for log in logs for machine in MACHINE.findall(log)}
+    machines = {machine for log in logs for machine in machines_of(log)}
     if len(machines) > 1:
         print(f"warning: times are of several machines: {'; '.join(sorted(machines))}")
 

@@ -36,7 +36,7 @@ from data.text_to_bin import (FOLDER, InputError, Parser, number, owned,  # noqa
                               show, validated_on)
 from experiments import archive  # noqa: E402
 from experiments.plot_runs import (FILLED_IN, commands_of, flags_said,  # noqa: E402
-                                   last_start, read_run, unlike)
+                                   last_start, machines_of, read_run, unlike)
 from runtime import run, shapes_of  # noqa: E402
 
 MEASURES = {"parameters": "parameters without embeddings", "flops": "FLOPs of training",
@@ -100,7 +100,7 @@ def model_of(log: str) -> tuple[trainer.GPT, dict]:
 
 
 def mixer_of(config: trainer.GPTConfig) -> str:
-    """Return the name of a model's mixture of mixers, one of MIXERS; a fork's has its flag's."""
+    """Return one of MIXERS, or for a fork's mixer the kinds of its layers, as `attn and mean`."""
     kinds = [config.mixer_of(layer) for layer in range(config.n_layer)]
     if {*kinds} - {"attn", "afno"}:
         return " and ".join(sorted({*kinds}))
@@ -108,14 +108,6 @@ def mixer_of(config: trainer.GPTConfig) -> str:
     if any(attention):
         return "attention" if all(attention) else "hybrid"
     return "states" if config.afno_state_layers or config.afno_form == "state" else "filters"
-
-
-def machines_of(log: str) -> tuple[str, ...]:
-    """Return the kinds of machine that a log names, such as 1 x NVIDIA H200."""
-    found = re.findall(r"^torch .*, (\d+ x [^,\n]+)", log, re.MULTILINE)
-    if not found:
-        raise InputError("train.log has no line with the machine")
-    return tuple(sorted(set(found)))
 
 
 def without_embeddings(model: trainer.GPT) -> int:
@@ -130,6 +122,8 @@ def read_sized(folder: Path) -> Sized:
         found = read_run(folder)
         log = last_start((folder / "train.log").read_text(encoding="utf-8"))
         (model, flags), machines = model_of(log), machines_of(log)
+        if not machines:
+            raise InputError("train.log has no line with the machine")
         last = next((row for row in reversed(found.rows) if "val_loss" in row), {})
         if last.get("step") != flags["num_iterations"] + flags["extend"]:
             raise InputError("not a finished run")

@@ -341,6 +341,28 @@ def test_a_model_that_leaks_is_refused(model, tokens, tmp_path, monkeypatch, lea
     assert (tmp_path / "out" / "table.md").read_text() == page
 
 
+def test_a_leak_at_few_places_is_seen_in_one_row(model, tokens, tmp_path, monkeypatch):
+    pattern, hidden = write_text(tmp_path / "data", tokens), GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx: torch.where(
+        (torch.arange(idx.size(1)) // 12 == 3)[:, None], hidden(self, idx).roll(-1, 1),
+        hidden(self, idx)))
+    path = write_checkpoint(tmp_path / "a", model, pattern)
+    with pytest.raises(InputError, match="the model leaks: the loss at place (3[6-9]|4[0-7]) "):
+        main([str(path), "--device", "cpu", "--batch_tokens", "96"])
+
+
+def test_a_full_disk_and_odd_names(model, tokens, tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path / "a |b\nc", model, write_text(tmp_path / "data", tokens))
+    command = [str(path), "--device", "cpu", "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="--out: cannot write "):
+        patch.setattr(evaluate.os, "replace", lambda *_: exec("raise OSError(28, 'No space')"))
+        main(command)
+    assert not list((tmp_path / "out").glob("*.part"))
+    assert main(command) == 0
+    assert "| a_b_c@7 |" in (tmp_path / "out/table.md").read_text()
+    assert evaluate.read_groups((tmp_path / "out/table.md").read_text())
+
+
 @pytest.mark.parametrize("damage, message", (
     ("flip", "checksum of .* is wrong"), ("int8", "weight is damaged"),
     ("float16", "weight is damaged"), ("list", "model is damaged"), ("seed", "args.seed is damag"),

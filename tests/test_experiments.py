@@ -551,7 +551,8 @@ def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
     on = [str(i) for i, sign in enumerate(signs["r02"]) if sign == "+"]
     torch_line = "torch 2.11.0, Python 3.12.3, 1 x {}, 1 thread\n"
     text = "data: x; validation: y, {} targets of 99, sha256 0a\nstep:1/1 val_loss:4\n"
-    gone = "commit: a\ncommand: x.py --flag 7\ncommit: a\n"  # a start that left no run
+    gone = "commit: a\ncommand: x.py --flag 7\n" + torch_line.format("H100") + text.format(3) \
+        + "commit: a\n"  # a start that left no run
     (tmp_path / "r01/train.log").write_text(torch_line.format("CPU") + text.format(9))
     (tmp_path / "r02/train.log").write_text(
         f"{gone}command: x.py --seed 2 " + " ".join(f"--flag={i}" for i in on) + "\n"

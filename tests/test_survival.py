@@ -83,11 +83,13 @@ def test_flags_that_come_too_late_are_named(data, tmp_path, capsys):  # noqa: F8
 def test_longer_rows_are_evaluated_in_smaller_batches(data, tmp_path, monkeypatch,  # noqa: F811
                                                       capsys, more, shape):
     main(flags(data, tmp_path / "run"))
-    checked = []
+    checked, counted = [], []
+    monkeypatch.setattr(train_gpt2_afno, "refuse_too_large", lambda make, config, args, *_: (
+        counted.append(args.val_batch_size)))
     monkeypatch.setattr("checkpoints.refuse_leaks", lambda model, shapes, *_, **__: checked.extend(
         shapes))
     main(["--output_dir", str(tmp_path / "run"), "--eval_only", "--device", "cpu", *more.split()])
-    assert checked == [shape]
+    assert checked == [shape] and counted == [shape[0]]  # also where memory is estimated
     assert f"the causality check of {shape[0]} rows comes first" in capsys.readouterr().err
 
 
@@ -369,6 +371,22 @@ def test_a_path_that_training_opens_ends_in_no_loss(data, tmp_path, monkeypatch,
         assert [row["step"] for row in validations(out)] == ([2] if more else [3, 6])
         said = (out / "train.log").read_text()
         assert said.count("causality check of validation") == (1 if more else 2)
+
+
+def test_a_loss_that_is_no_number_is_a_divergence_not_a_leak(data, tmp_path,  # noqa: F811
+                                                             monkeypatch):
+    def broken(self, idx):
+        return hidden(self, idx) * (math.nan if done[0] > 4 and not torch.is_grad_enabled() else 1)
+
+    def counted(self, *given):
+        done[0] += 1
+        return update(self, *given)
+
+    done, hidden, update = [0], train_gpt2_afno.GPT.hidden, Run.update
+    monkeypatch.setattr(train_gpt2_afno.GPT, "hidden", broken)
+    monkeypatch.setattr(Run, "update", counted)
+    with pytest.raises(Diverged, match="validation loss nan"):
+        main(flags(data, tmp_path / "run"))
 
 
 def test_a_first_file_that_cannot_be_written_locks_nobody_out(data, tmp_path,  # noqa: F811

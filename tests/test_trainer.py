@@ -279,6 +279,12 @@ def test_a_preset_that_changes_nothing_is_said(full_size):
         "depth_scale"]
 
 
+def test_a_target_of_an_old_checkpoint_is_not_kept():
+    args, config = values_of(f"{SMALL} --input_bin x --input_val_bin x")
+    saved = dict(args=args.to_save | dict(target_val_loss=50.0), config=vars(config))
+    assert train_gpt2_afno.merge_flags({}, CPU, saved, print).target_val_loss is None
+
+
 def test_generate_and_eval_only_exclude_each_other():
     with pytest.raises(InputError, match="--generate and --eval_only: choose one"):
         main(["--generate", "x", "--eval_only"])
