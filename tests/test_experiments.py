@@ -19,7 +19,8 @@ import torch
 import train_gpt2_afno as trainer
 from data.text_to_bin import (ROOT, InputError, ShardWriter, owned, read_bin, run_main,
                               validated_on)
-from experiments import ablation_studies, plot_runs, scaling_analysis, screening
+from experiments import (ablation_studies, plot_runs, recall, scaling_analysis, screening,
+                         two_cards)
 from experiments.ablation_studies import STUDIES, Study, main
 from experiments.plot_runs import read_run, time_to_loss
 
@@ -269,6 +270,23 @@ def test_what_a_log_was_validated_on_is_of_starts_that_validated():
     assert validated_on(log) == [("8 targets", "sha256 0a")]
     assert validated_on(log + "step:6/9 val_loss:4.0\n")[1:] == [("7 targets", "sha256 0b")]
     assert plot_runs.unlike([log]) == ""
+
+
+def test_a_screening_compares_flags_as_logs_have_them():
+    words = ["x.py", "--input_bin", f"{ROOT}/data/x", "--lr=0.1", "--layers", "1", "2", "--on"]
+    assert screening.pairs(words) == {
+        ("--input_bin", "data/x"), ("--lr", "0.1"), ("--layers", "1", "2"), ("--on",)}
+
+
+def test_a_result_that_cannot_be_written_names_its_file(tmp_path):
+    with pytest.raises(InputError, match=f"cannot write {tmp_path}/no/rows.jsonl: No such file"):
+        recall.append_line(tmp_path / "no/rows.jsonl", {})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are cards")
+def test_two_cards_says_that_there_is_none(tmp_path):
+    with pytest.raises(InputError, match="--device cuda: this torch sees no CUDA device"):
+        two_cards.main(["parts", "--output", str(tmp_path)])
 
 
 @pytest.mark.parametrize("script", ("recall", "transfer"))
