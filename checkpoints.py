@@ -816,9 +816,9 @@ def read_checkpoint(flags: dict, args, model: nn.Module, runtime: Runtime, saved
 
     model: of the checkpoint's config, on its device.
     """
-    config, T = model.config, args.sequence_length
+    config = model.config
     load_weights(model, saved["model"], folder)
-    rows = args.val_batch_size
+    rows, T = args.val_batch_size, args.sequence_length
     say(f"step {saved['step']}, {runtime.device.type}, {args.dtype}, sequence length {T} "
         f"(trained at {config.sequence_length})"
         + f"; the causality check of {rows} rows comes first" * ("generate" not in flags))

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import weakref
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,6 +27,14 @@ def choose_data(flags: dict, values: dict) -> dict:
         raise InputError("--input_bin and --input_val_bin go together, one is missing")
     return {name: os.path.abspath(to_path(values[name]) if name in flags else ROOT / values[name])
             for name in DATA_FLAGS}
+
+
+def digest_of(parts: Iterable[np.ndarray]) -> str:
+    """Return what tells a text, in parts, from others: how the sha256 of its tokens begins."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.astype(np.uint16).tobytes())
+    return found.hexdigest()[:8]
 
 
 def find_shards(pattern: str) -> list[str]:
@@ -90,12 +99,9 @@ class TokenStream:
         return torch.from_numpy(tokens)
 
     def digest(self, count: int) -> str:
-        """Return what tells the first `count` tokens from others: the begin of their sha256."""
-        found = hashlib.sha256()
-        for begin in range(0, count, 1 << 20):
-            part = self.read(begin, min(1 << 20, count - begin)).numpy()
-            found.update(part.astype(np.uint16).tobytes())
-        return found.hexdigest()[:8]
+        """Return digest_of the first `count` tokens, of which few are held at once."""
+        return digest_of(self.read(begin, min(1 << 20, count - begin)).numpy()
+                         for begin in range(0, count, 1 << 20))
 
     def read_shard(self, shard: int, offset: int, count: int) -> np.ndarray:
         """Return tokens of one shard, uint16; raise InputError where it is not what it was."""

@@ -206,10 +206,11 @@ def pack(folder: Path, runs: Path = RUNS) -> int:
     name = folder.resolve().name
     if not NAME.fullmatch(name):
         raise ArchiveError(f"{folder}: its name must be <date>-<question>, as 2026-11-26-goals")
-    for path in folder.rglob("*"):
+    found = [*folder.rglob("*")]
+    for path in found:
         if not path.is_file() and (path.is_symlink() or not path.is_dir()):
             raise ArchiveError(f"{path}: neither a folder nor a file, so it would be left out")
-    paths = [path for path in folder.rglob("*")
+    paths = [path for path in found
              if path.is_file() and path.suffix != ".png" and not path.match("state_step*")]
     if not paths:
         raise ArchiveError(f"{folder}: no folder with files to pack")

@@ -34,7 +34,6 @@ rows or documents: it holds the text's noise, not that of training.
 import argparse
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import os
@@ -55,7 +54,7 @@ import train_gpt2_afno as trainer  # noqa: E402
 from afno import MATCHES  # noqa: E402
 from checkpoints import (Checkpoints, OtherVersion, demand, demand_checksums,  # noqa: E402
                          load_weights, of_this_version, position_groups, refuse_damaged_weights)
-from data.loader import TokenStream, count_val_tokens, to_device  # noqa: E402
+from data.loader import TokenStream, count_val_tokens, digest_of, to_device  # noqa: E402
 from data.text_to_bin import (END_OF_TEXT, FOLDER, ROOT, InputError, Kind, Parser,  # noqa: E402
                               first_line, integer, one_of, owned, relative)
 from experiments import archive, package_text  # noqa: E402
@@ -176,15 +175,15 @@ def refuse_leaks(model: trainer.GPT, text: "Text", runtime: Runtime, batch_token
     x, y = (text.tokens[first : first + rows * T].reshape(rows, T) for first in (0, 1))
     times = min(-(-LEAST_CUTS // rows), max(4, max(text.count // 8, 65_536) // (rows * T)))
     borders = np.linspace(0, T, rows * times + 1).astype(int)
-    cuts = random.permutation(random.integers(borders[:-1], np.maximum(borders[1:],
-                                                                       borders[:-1] + 1)))
+    low, high = borders[:-1], np.maximum(borders[1:], borders[:-1] + 1)
+    cuts = random.permutation(random.integers(low, high))
     before = losses_of_batch(model, x, y, runtime).view(np.int32)
     for last in cuts.reshape(times, rows, 1):
         after = np.arange(T) > last
         other = np.where(after, (x + random.integers(1, V, x.shape)) % V, x)
         moved = losses_of_batch(model, other, y, runtime).view(np.int32) != before
-        for place in np.flatnonzero((moved & ~after).any(0))[:1]:
-            raise InputError(f"{path}: the model leaks: the loss at place {place} of a row of "
+        if (places := np.flatnonzero((moved & ~after).any(0))).size:
+            raise InputError(f"{path}: the model leaks: the loss at place {places[0]} of a row of "
                              f"{T:,} depends on tokens after it")
 
 
@@ -380,14 +379,9 @@ class Results:
 def code() -> str:
     """Return what tells the code that a result depends on from other, a fork's mixers included."""
     said = ("report.py", "facts.py", "start.py")  # words alone
-    here = [path for name in ("evaluate", "package_text", "recall", "transfer")
-            for path in [ROOT / f"experiments/{name}.py"]]
+    here = [ROOT / f"experiments/{name}.py"
+            for name in ("evaluate", "package_text", "recall", "transfer")]
     return source_digest([*here, *(path for path in source_files() if path.name not in said)])[:12]
-
-
-def digest(tokens: np.ndarray) -> str:
-    """Return what tells a text from others, of the same name, too."""
-    return hashlib.sha256(tokens.astype(np.uint16).tobytes()).hexdigest()[:8]
 
 
 @dataclass
@@ -407,7 +401,7 @@ class Text:
 
     @functools.cached_property
     def digest(self) -> str:
-        return digest(self.tokens)
+        return digest_of([self.tokens])
 
     def after_an_end(self) -> np.ndarray:
         """Return whether a target's row holds an earlier document's tokens before it, (N,)."""

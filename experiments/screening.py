@@ -64,8 +64,9 @@ def refuse_twice(path: Path, names: list[str]):
         raise InputError(f"{path}: the name {twice[0]} stands twice")
 
 
-def read_design(path: Path) -> tuple[list[str], list[str], np.ndarray]:
-    """Return runs, techniques, and 1 where a run (row) has a technique (column), else 0."""
+def read_design(path: Path) -> tuple[dict[str, str], list[str], np.ndarray]:
+    """Return runs with their flags, techniques, and 1 where a run (row) has one (column), else 0.
+    """
     with open(path, newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
         head, *rows = [row for row in csv.reader(file) if row] or [[]]
     if len(head) < 3 or (head[0], head[-1]) != ("run", "flags") or not rows:
@@ -78,7 +79,8 @@ def read_design(path: Path) -> tuple[list[str], list[str], np.ndarray]:
     names, techniques = [row[0] for row in rows], head[1:-1]
     refuse_twice(path, names)
     refuse_twice(path, techniques)
-    return names, techniques, np.array([[sign == "+" for sign in row[1:-1]] for row in rows], float)
+    flags = {row[0]: row[-1] for row in rows}
+    return flags, techniques, np.array([[sign == "+" for sign in row[1:-1]] for row in rows], float)
 
 
 def last_loss_and_time(folder: Path) -> tuple[int, float, float]:
@@ -106,18 +108,17 @@ def fit(X: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return c, np.sqrt(variance * np.diag(np.linalg.inv(X.T @ X)))
 
 
-def refuse_other_runs(folder: Path, logs: dict[str, str]):
+def refuse_other_runs(folder: Path, flags: dict[str, str], logs: dict[str, str]):
     """Raise InputError where a run's command has not the flags of its line in design.csv.
 
-    It may have others, but none of another run's line. logs: train.log of each run; one without a
-    command counts as right.
+    It may have others, but none of another run's line. flags: those lines'. logs: train.log of each
+    run; one without a command counts as right.
     """
-    with open(folder / "design.csv", newline="", encoding="utf-8-sig") as file:
-        planned = {row["run"]: shlex.split(row["flags"] or "") for row in csv.DictReader(file)}
-    techniques = set().union(*(pairs(flags) for flags in planned.values()))
+    planned = {run: pairs(shlex.split(words)) for run, words in flags.items()}
+    techniques = set().union(*planned.values())
     for run, log in logs.items():
         given = [pairs(shlex.split(words)) for words, _ in commands_of(last_start(log))]
-        if given and (wrong := (given[0] & techniques) ^ pairs(planned[run])):
+        if given and (wrong := (given[0] & techniques) ^ planned[run]):
             raise InputError(f"{folder / run}: its command and design.csv differ in "
                              f"{' '.join(min(wrong))}")
 
@@ -140,7 +141,7 @@ def effects(folder: Path, slope: float):
     paths = [folder / run / "train.log" for run in runs]
     logs = [path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
             for path in paths]
-    refuse_other_runs(folder, dict(zip(runs, logs)))
+    refuse_other_runs(folder, runs, dict(zip(runs, logs)))
     (effect, error), (seconds, _) = fit(X, loss), fit(X, time)
     print(f"{'technique':<12} {'loss':>8} {'+-':>7} {'time':>6} {'net':>8}")
     for name, e, error, t in zip(names, effect[1:], error[1:], seconds[1:]):

@@ -39,12 +39,12 @@ if __name__ == "__main__":
 
 import train_gpt2_afno as trainer
 from checkpoints import demand_checksums, refuse_damaged_weights
-from data.loader import to_device
+from data.loader import digest_of, to_device
 from data.text_to_bin import (FOLDER, ROOT, InputError, Parser, first_line, integer, owned,
                               read_bin, relative)
 from experiments import archive, package_text
-from experiments.evaluate import (BATCH_TOKENS, Checkpoint, cut_rows, digest, losses_of,
-                                  markdown, mean_and_error)
+from experiments.evaluate import (BATCH_TOKENS, Checkpoint, cut_rows, losses_of, markdown,
+                                  mean_and_error)
 from experiments.recall import append_line, names, read_lines
 from runtime import Diverged, Runtime, choose_device, usual_runtime
 
@@ -218,7 +218,7 @@ class Study:
                 raise InputError(f"--domains {domain}: no token is left to judge, all of "
                                  f"{len(counts):,} stand in the training part, too")
             tokens = np.concatenate((train, judged))
-            self.texts[domain] = [digest(tokens), int(counts.sum())]
+            self.texts[domain] = [digest_of([tokens]), int(counts.sum())]
             for label, checkpoint in self.checkpoints.items():
                 if tokens.max() >= checkpoint.config.vocab_size:
                     raise InputError(f"{label}: a vocabulary of {checkpoint.config.vocab_size}, "
