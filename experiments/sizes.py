@@ -235,12 +235,15 @@ def cell(found: list[Sized], measure: str) -> str:
 
 def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
     """Return the table of fits: what e times as much of each measure is worth, in nats."""
-    rows = [f"{SLOPES}, +- its standard error, which two runs do not have.", "",
-            f"| tokens | mixer | runs | {' | '.join(MEASURES.values())} |",
-            "|" + " --- |" * (3 + len(MEASURES))]
+    rows = [f"{SLOPES}, +- its standard error, which two runs do not have. Lines bend: compare "
+            "mixers over the same sizes.", "",
+            f"| tokens | mixer | sizes | runs | {' | '.join(MEASURES.values())} |",
+            "|" + " --- |" * (4 + len(MEASURES))]
     for (tokens, mixer), found in lines.items():
         cells = [cell(found, measure) for measure in MEASURES]
-        rows.append(f"| {tokens / 1e6:.1f}M | {mixer} | {len(found)} | {' | '.join(cells)} |")
+        models = ", ".join(dict.fromkeys(of.model for of in found))
+        rows.append(f"| {tokens / 1e6:.1f}M | {mixer} | {models} | {len(found)} | "
+                    f"{' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 

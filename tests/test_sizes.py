@@ -76,8 +76,9 @@ def test_two_sizes_make_tables_and_plots(tmp_path):
     assert sizes.main([*map(str, runs), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out/table.md").read_text()
     assert text.count("| hybrid |") == 4 and text.index("| d6 |") < text.index("| d12 |")
-    slope = (tmp_path / "out/slopes.md").read_text().splitlines()[-1].split(" | ")[-1]
-    assert slope.startswith(f"{0.5 / math.log(2):.4f} +- ")
+    *_, models, number, _, _, slope = (
+        tmp_path / "out/slopes.md").read_text().splitlines()[-1].split(" | ")
+    assert (models, number) == ("d6, d12", "4") and slope.startswith(f"{0.5 / math.log(2):.4f} +- ")
     assert sizes.main([str(runs[0]), "--output", str(tmp_path / "one")]) == 0
     assert "one size" in (tmp_path / "one/slopes.md").read_text()
     pytest.importorskip("matplotlib")
