@@ -11,9 +11,11 @@ models of this size.
 A text is GPT-2's tokens after token 50256, with which documents begin in training. The model sees
 at most as many tokens as a row had in training, the last ones. Generation takes the likeliest
 token; with learned positions the context is cut so that the new tokens fit into a row, too. An
-empty continuation is scored as the document's end; the harness's own models stop at one.
+empty continuation is scored as the document's end; the harness's own models stop at one. A model whose
+outputs depend on later tokens is refused: it would read its answers.
 """
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -29,12 +31,14 @@ from data.loader import to_device  # noqa: E402
 from data.text_to_bin import (InputError, Parser, first_line, gpt2_encoding, integer,  # noqa: E402
                               to_path)
 from runtime import Runtime, choose_device, run, usual_runtime  # noqa: E402
+from test_causality import refuse_leaks  # noqa: E402
 
 try:
     from lm_eval.api.model import LM
 except ImportError:  # main says so
     LM = object
 
+CHECKED_ROWS = 4  # of the causality check, at most
 MOST_NEW = 256  # tokens that are generated where a task names no number
 
 
@@ -217,6 +221,8 @@ def main(argv: list[str]) -> int:
     device = choose_device(args.device)
     runtime = usual_runtime(device)
     adapter = Adapter(load_exported(args.model), runtime, args.batch_size)
+    refuse_leaks(adapter.model, [(min(args.batch_size, CHECKED_ROWS), adapter.T)], runtime,
+                 functools.partial(print, flush=True), modes=(False,))
     found = simple_evaluate(adapter, tasks=tasks, num_fewshot=args.shots, limit=args.limit,
                             task_manager=manager)
     print(make_table(found))

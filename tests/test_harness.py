@@ -201,6 +201,17 @@ def test_an_evaluation_that_fails_leaves_no_output(tmp_path, fake_harness):
         harness.main([*argv, str(tmp_path)])
 
 
+def test_a_model_that_leaks_is_refused(model, tmp_path, fake_harness, monkeypatch):
+    save_model = pytest.importorskip("safetensors.torch").save_model
+    (tmp_path / "config.json").write_text(json.dumps(dict(model=vars(model.config))))
+    save_model(model, str(tmp_path / "model.safetensors"))
+    hidden = type(model).hidden
+    monkeypatch.setattr(type(model), "hidden", lambda self, idx:  # of the next place
+                        hidden(self, idx) + 1e-4 * hidden(self, idx).roll(-1, 1))
+    with pytest.raises(InputError, match="^causality check: the model leaks, refusing to go on"):
+        harness.main([str(tmp_path), "--tasks", "x", "--device", "cpu"])
+
+
 @pytest.mark.slow
 def test_a_task_of_three_lines(model, adapter, tmp_path, monkeypatch, capsys):
     """What the harness reports is what the model's own losses say."""
