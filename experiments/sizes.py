@@ -6,9 +6,11 @@
 
 Writes table.md, slopes.md and sizes.png, with a plot for each measure, to --output. Runs of one
 mixer on as many tokens make a line: loss = a - b ln(x), by least squares, with the standard error
-of b. Seeds count as runs of their own. Parameters are those without embeddings, tables and head.
-FLOPs are flops_per_token's, times the tokens of the run. Seconds are of training alone, and compare
-on one kind of card: a line whose runs are of several kinds has no fit to them.
+of b. Seeds count as runs of their own. As lines bend, slopes.md also has the slope from each size
+to the next, between means over seeds. Parameters are those without embeddings, tables and head.
+FLOPs are flops_per_token's, times the tokens of the run. Seconds are the tokens over the median
+speed of the steps, so what else the card did at times does not count. They compare on one kind of
+card: a line whose runs are of several kinds has no fit to them.
 
 Of each run it reads metrics.jsonl, and the command, the machine and the flags in train.log. It
 refuses runs whose other flags differ, such as T or rates; runs of one mixer, or one mixer and size,
@@ -21,6 +23,7 @@ import itertools
 import math
 import re
 import shlex
+import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +43,7 @@ from experiments.plot_runs import (FILLED_IN, commands_of, flags_said,  # noqa: 
 from runtime import run, shapes_of  # noqa: E402
 
 MEASURES = {"parameters": "parameters without embeddings", "flops": "FLOPs of training",
-            "seconds": "training seconds"}
+            "seconds": "training seconds at the median speed"}
 MIXERS = ("attention", "hybrid", "states", "filters")
 # Flags that make mixer, size, length of the run and place of its files
 OF_MIXER = {"afno_short_conv"}  # these agree within a mixer
@@ -127,18 +130,23 @@ def read_sized(folder: Path) -> Sized:
         last = next((row for row in reversed(found.rows) if "val_loss" in row), {})
         if last.get("step") != flags["num_iterations"] + flags["extend"]:
             raise InputError("not a finished run")
-        tokens, seconds, loss = (last[name] for name in ("tokens", "train_time_s", "val_loss"))
-        if not all(map(number(0, 1e18, include_low=False).accepts, (tokens, seconds, loss))):
-            raise InputError(f"its tokens are {tokens!r}, its seconds are {seconds!r}, its loss is "
-                             f"{loss!r}: each must be a finite number above 0")
+        tokens, loss, above_0 = last["tokens"], last["val_loss"], number(0, 1e18, include_low=False)
+        if not all(map(above_0.accepts, (tokens, loss))):
+            raise InputError(f"its tokens are {tokens!r}, its loss is {loss!r}: each must be a "
+                             "finite number above 0")
+        speeds = [*filter(above_0.accepts, (row.get("tokens_per_s") for row in found.rows
+                                            if "train_loss" in row))]
+        if not speeds:
+            raise InputError("no step of training has tokens_per_s, a finite number above 0")
     except (InputError, OSError, ValueError) as error:
         raise InputError(f"{folder}: {error}") from None
     config, steps = model.config, re.findall(r"^steps: \d+ of (\S+) tokens", log, re.MULTILINE)
     flags |= {name: getattr(config, name) for name in OF_MIXER | OF_SIZE}
     return Sized(flags["model"], mixer_of(config), flags["seed"], tokens,
                  without_embeddings(model),
-                 tokens * trainer.flops_per_token(model, config.sequence_length), seconds, loss,
-                 machines, flags, flags_said(log), (steps or ["?"])[-1], log)
+                 tokens * trainer.flops_per_token(model, config.sequence_length),
+                 tokens / statistics.median(speeds), loss, machines, flags, flags_said(log),
+                 (steps or ["?"])[-1], log)
 
 
 def show_said(run: Sized, name: str) -> str:
@@ -233,17 +241,33 @@ def cell(found: list[Sized], measure: str) -> str:
     return f"{slope:.4f}" + (f" +- {error:.4f}" if len(found) > 2 else "")
 
 
+def between(one: list[Sized], other: list[Sized], measure: str) -> str:
+    """Return the slope from the runs of a size to those of the next, between their means."""
+    if words := why_no_fit(one + other, measure):
+        return words
+    x, y = ([statistics.mean(getattr(of, name) for of in found) for found in (one, other)]
+            for name in (measure, "loss"))
+    return f"{fit(x, y)[1]:.4f}"
+
+
 def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
-    """Return the table of fits: what e times as much of each measure is worth, in nats."""
-    rows = [f"{SLOPES}, +- its standard error, which two runs do not have. Lines bend: compare "
-            "mixers over the same sizes.", "",
-            f"| tokens | mixer | sizes | runs | {' | '.join(MEASURES.values())} |",
-            "|" + " --- |" * (4 + len(MEASURES))]
+    """Return the tables of fits, and from size to size: what e times as much is worth, in nats."""
+    head = lambda what: ["", f"| tokens | mixer | {what} | {' | '.join(MEASURES.values())} |",
+                         "|" + " --- |" * (4 + len(MEASURES))]
+    row = lambda *cells: f"| {' | '.join(map(str, cells))} |"
+    fits, pairs = head("sizes | runs"), head("size | next")
     for (tokens, mixer), found in lines.items():
-        cells = [cell(found, measure) for measure in MEASURES]
-        models = ", ".join(dict.fromkeys(of.model for of in found))
-        rows.append(f"| {tokens / 1e6:.1f}M | {mixer} | {models} | {len(found)} | "
-                    f"{' | '.join(cells)} |")
+        begin = f"{tokens / 1e6:.1f}M", mixer
+        sizes = [[*group] for _, group in itertools.groupby(found, lambda of: of.model)]
+        fits.append(row(*begin, ", ".join(group[0].model for group in sizes), len(found),
+                        *(cell(found, measure) for measure in MEASURES)))
+        pairs += [row(*begin, one[0].model, other[0].model,
+                      *(between(one, other, measure) for measure in MEASURES))
+                  for one, other in itertools.pairwise(sizes)]
+    rows = [f"{SLOPES}, +- its standard error, which two runs do not have.", *fits]
+    if len(pairs) > 3:
+        rows += ["", "From a size to the next, between means over seeds. Mixers compare where "
+                 "their sizes are the same.", *pairs]
     return "\n".join(rows) + "\n"
 
 
