@@ -304,7 +304,7 @@ FORMS = ("filter", "hilbert", "state", "dyadic", "reference")
 class AFNO1D(nn.Module):
     """Mix tokens, (B, T, hidden_size) to the same, any T >= 1; causal but for `reference`.
 
-        value = short_conv(W_in h)      with silu: silu(short_conv(W_in h))
+        value = silu(short_conv(W_in h))      without silu: short_conv(W_in h)
         y     = W_out rmsnorm(operator(value) + token_taps(value) + direct value)
 
     The form `state` differs: W_in also makes what is written and what is read, heads are normed one
@@ -322,7 +322,7 @@ class AFNO1D(nn.Module):
         form: the operator, one of FORMS.
         num_experts: sets of the MLP's weights that a Router mixes; >= 1 (reference: 1).
         routing: by what they are mixed, one of ROUTINGS.
-        short_conv: taps of the short convolution; >= 1, where 1 mixes no tokens.
+        short_conv: taps of the short convolution; >= 1, where 1 mixes no tokens (4 help `state`).
         silu: whether SiLU follows it, in all forms but state.
         token_taps: taps that each token makes for itself, in all forms but state; 0 to 64.
     Parameters are float32 or float64; autocast makes the rest bf16.
@@ -331,7 +331,7 @@ class AFNO1D(nn.Module):
     def __init__(self, hidden_size: int, num_blocks: int = 4, sparsity_threshold: float = 0.01,
                  hard_thresholding_fraction: float = 1.0, filter_length: int = 1024,
                  form: str = "filter", num_experts: int = 1, routing: str = "frequency",
-                 short_conv: int = 4, silu: bool = False, token_taps: int = 0):
+                 short_conv: int = 1, silu: bool = True, token_taps: int = 0):
         super().__init__()
         check_arguments(hidden_size, num_blocks, sparsity_threshold, hard_thresholding_fraction,
                         filter_length, form, num_experts, routing, short_conv, silu, token_taps)

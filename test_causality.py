@@ -802,7 +802,7 @@ def test_experts_are_causal():
 
 def test_hybrids_are_causal():
     assert_causal(mixer="afno", attn_layers=(1,))
-    assert_causal(mixer="afno", afno_state_layers=(1,), afno_silu=1)
+    assert_causal(mixer="afno", afno_state_layers=(1,), afno_short_conv=4)
     assert_causal(mixer="afno", attn_layers=(1,), afno_state_layers=(2,), value_residual=1,
                   half_rotary=1)
 

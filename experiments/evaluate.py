@@ -20,8 +20,8 @@ documents   a token is predicted from its own document alone, from token 50256 o
 
 Losses are also told apart by position, by source, and by whether a document ended before in the
 row. They are told apart by the longest earlier match of the tokens up to the target, too. A hit is
-where the token after the most recent match is the right next one. --filters adds the lengths, rank
-and movement of AFNO's filters, and the loss without the taps beyond some lags.
+where the token after the most recent match is the right next one. --filters adds the lengths, rank,
+movement and frequency response of AFNO's filters, and the loss without the taps beyond some lags.
 
 The tables go to stdout. With --out they also go to DIR/table.md, and curves to DIR/curves.png,
 which takes matplotlib. DIR/losses.npz keeps the losses as float16 under LABEL/stream and
@@ -71,6 +71,7 @@ FIGURES = {  # of filters, and how they are written
     **{f"energy beyond {last}": "{:.2%}" for last in CUTS},
     "median frequency": "{:.3f}",
     "rank": "{:.2f}", "correlation": "{:.3f}", "moved": "{:.2f}", "cosine to initial": "{:.3f}"}
+OCTAVES = [0.0, *(0.5**n for n in range(9, 0, -1))]  # borders in cycles a token, up to a half
 HEAD = "+- is the standard error over rows (stream) or documents."
 BATCH_TOKENS = dict(cuda=65536, cpu=8192)
 TOKENS_A_SOURCE = 262_144  # at most, of --text
@@ -579,6 +580,19 @@ def filter_figures(taps: np.ndarray, initial: np.ndarray) -> list[float]:
             float((taps * initial).sum() / (before * after))]
 
 
+def response_by_octave(taps: np.ndarray) -> list[float]:
+    """Return the mean power of the response in each octave of OCTAVES, of taps (filters, lags).
+
+    It is of filters scaled to the same energy, and 1 where all frequencies pass. An octave without
+    a frequency of twice as many points as lags has nan.
+    """
+    unit = taps / np.maximum(np.linalg.norm(taps, axis=1, keepdims=True), 1e-30)
+    power = (np.abs(np.fft.rfft(unit.astype(np.float64), 2 * unit.shape[1])) ** 2).mean(0)
+    octave = np.searchsorted(OCTAVES[1:-1], np.fft.rfftfreq(2 * unit.shape[1]), "right")
+    return [float(power[octave == n].mean()) if (octave == n).any() else math.nan
+            for n in range(len(OCTAVES) - 1)]
+
+
 # -----------------------------------------------------------------------------
 # tables
 
@@ -655,7 +669,7 @@ def tables_of_groups(labels: list[str], text: Text, results: Results, measure: s
 
 def tables_of_filters(checkpoints: list[Checkpoint], results: Results) -> str:
     """Return figures of every layer's filters, and how far the loss rises when taps are cut."""
-    page, cuts = ["## filters"], []
+    page, cuts, octaves = ["## filters"], [], [f"to 1/{1 / border:.0f}" for border in OCTAVES[1:]]
     for checkpoint in checkpoints:
         label = checkpoint.label
         if f"{label}/taps" not in results.arrays:
@@ -670,6 +684,12 @@ def tables_of_filters(checkpoints: list[Checkpoint], results: Results) -> str:
         rows = [[name, *map(str.format, FIGURES.values(), row)]
                 for name, row in zip(names, figures)]
         page.append(markdown([f"{label}, layer", *FIGURES], rows))
+        responses = [*map(response_by_octave, final),
+                     *(response_by_octave(np.concatenate(taps)) for taps in (final, initial))]
+        page.append(markdown(
+            [f"{label}, response in cycles a token", *octaves],
+            [[name, *(f"{power:.3f}" if power == power else "" for power in row)]
+             for name, row in zip(names, responses)]))
         found = [results.index.get(cut_name(label, last), {}) for last in CUTS]
         cuts.append([label, results.index[f"{label}/stream"]["mean"]])
         for cut in found:

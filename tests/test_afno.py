@@ -440,7 +440,7 @@ def test_a_large_threshold_silences_the_convolution():
 # the mixer
 
 
-def naive_forward(mixer: AFNO1D, x, silu: bool = False, token_taps: int = 0):
+def naive_forward(mixer: AFNO1D, x, silu: bool = True, token_taps: int = 0):
     """The docstring's lines with the convolution as a sum."""
     C = x.size(-1)
     z = toeplitz_sum(x @ mixer.c_in.weight.T, mixer.short_conv.taps.T)
@@ -495,12 +495,13 @@ def test_the_mixer_is_its_formula(form, B, T, num_blocks, size, K, dtype, contig
     assert_agrees(mixer, x, naive_forward(mixer, x, silu, token_taps), dtype)
 
 
+@pytest.mark.parametrize("silu", (False, True))
 @pytest.mark.parametrize("short_conv", (1, 4, 7))
-def test_without_short_convolution_and_with_others(short_conv):
-    mixer = random_mixer(50, "filter", short_conv=short_conv)
+def test_without_short_convolution_and_with_others(short_conv, silu):
+    mixer = random_mixer(50, "filter", short_conv=short_conv, silu=silu)
     x = torch.randn(2, 60, 24, dtype=torch.float64)
     assert mixer.c_in.out_features == 24
-    assert_agrees(mixer, x, naive_forward(mixer, x), torch.float64)
+    assert_agrees(mixer, x, naive_forward(mixer, x, silu), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -524,8 +525,8 @@ def test_a_longer_input_changes_no_prefix(form):
         assert relative(mixer(x[:, :T].float()), single[:, :T]) < 1e-5
 
 
-VARIANTS = ({}, dict(num_experts=2), dict(num_experts=3, routing="position"), dict(silu=True),
-            dict(token_taps=5))
+VARIANTS = ({}, dict(num_experts=2), dict(num_experts=3, routing="position"),
+            dict(short_conv=4), dict(short_conv=4, silu=False), dict(token_taps=5))
 
 
 def generated(mixer, x):

@@ -15,9 +15,9 @@ import train_gpt2_afno as trainer
 from data.loader import TokenStream
 from data.text_to_bin import InputError, ShardWriter, owned
 from experiments import evaluate
-from experiments.evaluate import (CUTS, FIGURES, Text, cut_documents, cut_rows, cut_taps,
+from experiments.evaluate import (CUTS, FIGURES, OCTAVES, Text, cut_documents, cut_rows, cut_taps,
                                   filter_figures, groups_of, longest_matches, losses_of, main,
-                                  mean_and_error, taps_of)
+                                  mean_and_error, response_by_octave, taps_of)
 from runtime import Runtime
 from train_gpt2_afno import GPT, GPTConfig
 
@@ -217,6 +217,16 @@ def test_figures_of_known_filters():
         taps = step ** np.arange(600)[None]
         figures = dict(zip(FIGURES, filter_figures(taps, taps)))
         assert least <= figures["median frequency"] <= most
+
+
+def test_the_response_is_told_by_octave():
+    assert response_by_octave(np.eye(3, 1024)) == pytest.approx([1] * 9)  # every frequency passes
+    short = response_by_octave(np.eye(3, 32))  # with points of a 64th of a cycle
+    assert short[1:4] == pytest.approx([math.nan] * 3, nan_ok=True) and short[4:] == [1] * 5
+    for octave, frequency in enumerate((1 / 700, 1 / 400, 1 / 200, 0.01, 0.02, 0.04, 0.08, 0.2, 0.4)):
+        found = response_by_octave(2 * np.cos(2 * np.pi * frequency * np.arange(4096))[None])
+        share = 2 * (OCTAVES[octave + 1] - OCTAVES[octave])  # of all frequencies
+        assert found[octave] * share == pytest.approx(1, abs=0.1)  # nearly all power is there
 
 
 def test_cut_taps_are_those_of_a_shorter_sum(model, tokens):

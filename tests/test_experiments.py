@@ -199,7 +199,7 @@ def test_a_study_runs_then_skips_and_refuses_other_flags(data, pair, tmp_path, c
     final = [read_run(folder / f"{arm}-seed1337").curve[-1][2] for arm in ("one", "two")]
     assert one[1:4] == [f"{final[0]:.4f}", "one seed", "+0.0000"]
     assert two[3] == f"{final[1] - final[0]:+.4f}"
-    assert one[5] == "7,162,528" and one[7] == "64" and two[5] == "7,219,328" and float(one[8]) > 0
+    assert one[5] == "7,160,992" and one[7] == "64" and two[5] == "7,219,328" and float(one[8]) > 0
     header = next(line for line in table.splitlines() if line.startswith("| arm"))
     assert len(header.split(" | ")) == len(one) == len(two) and "Machine: torch " in table
     for words in (f"--input_bin '{data}/*train_*.bin'", "--mixer attn --learning_rate 0.003 ",
