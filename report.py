@@ -350,6 +350,8 @@ def export(folder: Path, out: Path) -> int:
         raise InputError(f"--export: {first_line(error)}: pip install safetensors") from None
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--export {out}: must be a new folder, or an empty one")
+    if Path.cwd().is_relative_to(out.resolve()):  # it is replaced as a whole
+        raise InputError(f"--export {out}: must not be the folder that you are in")
     record, (model, state) = Record(folder), load_checkpoint(folder)
     loss, dtype = record.loss_at(state["step"]) or (None, None)
     config = dict(model=asdict(model.config), step=state["step"], tokens=state["position"],

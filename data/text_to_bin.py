@@ -132,8 +132,9 @@ def lock(folder: Path, name: str):
 def owned(folder: Path, name: str, marks: dict[str, str] | None = None):
     """Hold `folder`, called `name` in messages, for this process alone; make it if need be.
 
-    marks: {file: what is in it where this script wrote it}. What was made is removed at the end
-    where nothing has come into it. Raises InputError, also where a file lacks its mark.
+    marks: {file: what is in it where this script wrote it}, or "" for a file without words, which
+    is the script's where one with its words is there. What was made is removed at the end where
+    nothing has come into it. Raises InputError, also where a file is of something else.
     """
     try:
         made = not folder.exists()
@@ -142,9 +143,11 @@ def owned(folder: Path, name: str, marks: dict[str, str] | None = None):
     except OSError as error:
         raise InputError(f"{name} is not writable: {error.strerror}") from None
     try:
+        beside = any(mark and (folder / part).exists() for part, mark in (marks or {}).items())
         for part, mark in (marks or {}).items():
             path = folder / part
-            if path.is_dir() or path.exists() and mark not in path.read_text("utf-8", "replace"):
+            if path.is_dir() or path.exists() and not (
+                    mark in path.read_text("utf-8", "replace") if mark else beside):
                 raise InputError(f"{name} has a {part} of something else: name another folder")
         yield
     finally:
@@ -634,8 +637,8 @@ def appears_whole(out: Path):
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise InputError(f"{out} already holds shards, which another process has made "
-                             "meanwhile") from None
+            raise InputError(f"{out} already holds shards, or other files: another process has "
+                             "made it meanwhile") from None
         raise
 
 

@@ -9,9 +9,9 @@
 A CHECKPOINT is a file state_step*.pt of the trainer, or a run's folder, whose newest one counts.
 Two measures score the first --tokens targets of --bin (the first checkpoint's validation shards).
 With --text they score those of each source, made of installed packages (package_text.py). Both
-score the same targets, so all differences are paired. First one batch of each model is scored
-again with other tokens after a cut in each row, for 32 cuts or more, of long rows for 4 at least. A
-model that leaks there is refused.
+score the same targets, so all differences are paired. First a batch of each width is scored again
+with other tokens after a cut in each row. A width has 32 cuts or more, long rows at least four. A
+model that leaks there is refused. test_causality.py tries every cut.
 
 stream      rows of --rows tokens as they stand: the trainer's own validation
 documents   a token is predicted from its own document alone, from token 50256 on. A document
@@ -64,6 +64,7 @@ from runtime import (MOST_TOKENS, Diverged, Runtime, choose_device, run,  # noqa
 
 MEASURES = ("stream", "documents")
 LEAST_CUTS = 32  # after which other tokens come, to see leaks
+BLOCK = 64  # tokens: kernels and convolutions cut rows at multiples of it
 SHORTEST = 64  # tokens: shorter pieces are padded to it
 CUTS = (32, 128, 512)  # the last lags that are kept
 FIGURES = {  # of filters, and how they are written
@@ -136,6 +137,11 @@ def losses_of_batch(model: trainer.GPT, idx: np.ndarray, targets: np.ndarray,
         return model.lm_head.loss(model.hidden(idx), targets)[1].float().cpu().numpy()
 
 
+def widths_of(pieces: Pieces, T: int) -> np.ndarray:
+    """Return the width to which each piece is filled up: a power of two, or T."""
+    return np.maximum(SHORTEST, 1 << np.ceil(np.log2(pieces.length)).astype(int)).clip(max=T)
+
+
 def losses_of(model: trainer.GPT, tokens: np.ndarray, pieces: Pieces, T: int,
               runtime: Runtime, batch_tokens: int) -> np.ndarray:
     """Return every target's loss, (N,) float32, in pieces of at most T tokens.
@@ -145,7 +151,7 @@ def losses_of(model: trainer.GPT, tokens: np.ndarray, pieces: Pieces, T: int,
     """
     count = int(pieces.length.sum())
     losses = np.zeros(count, np.float32)
-    widths = np.maximum(SHORTEST, 1 << np.ceil(np.log2(pieces.length)).astype(int)).clip(max=T)
+    widths = widths_of(pieces, T)
     for width in np.unique(widths)[::-1]:  # what needs most memory first
         chosen, most = np.flatnonzero(widths == width), max(1, batch_tokens // int(width))
         for first in range(0, len(chosen), most):
@@ -163,29 +169,42 @@ def losses_of(model: trainer.GPT, tokens: np.ndarray, pieces: Pieces, T: int,
     return losses
 
 
-def refuse_leaks(model: trainer.GPT, text: "Text", runtime: Runtime, batch_tokens: int, path: Path):
-    """Raise InputError where a loss depends on a token after its input.
+def choose_cuts(T: int, number: int, random: np.random.Generator) -> np.ndarray:
+    """Return `number` places of a row of T in random order, the last ones whose tokens stay.
 
-    One batch of rows is scored again for the same targets, with other tokens after a cut in each
-    row. Up to the cuts losses must be the same, bit for bit. This is repeated until there were 32
-    cuts, spread over the row. It stops earlier where it would take more than an eighth of the
-    evaluation, but not before four times.
+    Half of them at most are the ends of blocks of 64 tokens, where convolutions are cut. The others
+    are spread over the row.
     """
-    T, V, random = min(text.T, text.count), model.config.vocab_size, np.random.default_rng()
-    rows = max(1, min(batch_tokens, text.count) // T)
-    x, y = (text.tokens[first : first + rows * T].reshape(rows, T) for first in (0, 1))
-    times = min(-(-LEAST_CUTS // rows), max(4, max(text.count // 8, 65_536) // (rows * T)))
-    borders = np.linspace(0, T, rows * times + 1).astype(int)
+    ends = random.permutation(np.arange(BLOCK - 1, T - 1, BLOCK))[: number // 2]
+    borders = np.linspace(0, T, number - len(ends) + 1).astype(int)
     low, high = borders[:-1], np.maximum(borders[1:], borders[:-1] + 1)
-    cuts = random.permutation(random.integers(low, high))
-    before = losses_of_batch(model, x, y, runtime).view(np.int32)
-    for last in cuts.reshape(times, rows, 1):
-        after = np.arange(T) > last
-        other = np.where(after, (x + random.integers(1, V, x.shape)) % V, x)
-        moved = losses_of_batch(model, other, y, runtime).view(np.int32) != before
-        if (places := np.flatnonzero((moved & ~after).any(0))).size:
-            raise InputError(f"{path}: the model leaks: the loss at place {places[0]} of a row of "
-                             f"{T:,} depends on tokens after it")
+    return random.permutation(np.concatenate((ends, random.integers(low, high))))
+
+
+def refuse_leaks(model: trainer.GPT, text: "Text", runtime: Runtime, batch_tokens: int, path: Path):
+    """Raise InputError where a loss depends on a token after its input, in rows of any width.
+
+    Of each width that is scored, one batch of rows is scored again for the same targets, with other
+    tokens after a cut in each row. Up to the cuts losses must be the same, bit for bit. Rows of
+    --rows tokens have as many cuts as an eighth of the evaluation allows, at least 32. They have
+    fewer where rows are so long that 32 would take more, at least four. Shorter rows have 32.
+    """
+    random = np.random.default_rng()
+    for T in text.widths():
+        rows = max(1, min(batch_tokens, text.count) // T)
+        allowed = max(4, max(text.count // 8, 65_536) // (rows * T))
+        needed = -(-LEAST_CUTS // rows)
+        times = min(-(-T // rows), allowed if T == text.widths()[-1] else min(needed, allowed))
+        x, y = (text.tokens[first : first + rows * T].reshape(rows, T) for first in (0, 1))
+        before = losses_of_batch(model, x, y, runtime).view(np.int32)
+        for last in choose_cuts(T, rows * times, random).reshape(times, rows, 1):
+            after = np.arange(T) > last
+            other = np.where(after, (x + random.integers(1, model.config.vocab_size, x.shape))
+                             % model.config.vocab_size, x)
+            moved = losses_of_batch(model, other, y, runtime).view(np.int32) != before
+            if (places := np.flatnonzero((moved & ~after).any(0))).size:
+                raise InputError(f"{path}: the model leaks: the loss at place {places[0]} of a row "
+                                 f"of {T:,} depends on tokens after it")
 
 
 # -----------------------------------------------------------------------------
@@ -279,6 +298,7 @@ class Checkpoint:
 
     def __init__(self, source: str):
         self.path = Path(source)
+        refuse_no_file(self.path)
         if self.path.is_dir():
             found = Checkpoints(self.path).paths()
             if not found:
@@ -340,12 +360,23 @@ class Results:
                     self.arrays = {name: file[name] for name in file.files}
                 self.index = json.loads(str(self.arrays.pop("index")))
                 for name, result in self.index.items():
-                    if not result["key"] or (name.endswith(MEASURES) and name not in self.arrays):
-                        raise ValueError(f"{name} is missing")
-            except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError,
+                    if not self.is_whole(name, result):
+                        raise ValueError(f"{name} is damaged")
+            except (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError,
                     zipfile.BadZipFile, zlib.error) as error:
                 raise InputError(f"{self.path}: not a file of this script ({first_line(error)}); "
                                  "remove it, or name another --out") from None
+
+    def is_whole(self, name: str, result: dict) -> bool:
+        """Return whether a result of the file has its key, its arrays and its mean."""
+        if name.endswith("/taps") and name in self.arrays:
+            initial = self.arrays[name.removesuffix("taps") + "initial taps"]
+            return bool(result["key"]) and initial.shape == self.arrays[name].shape
+        if not name.endswith(MEASURES):
+            return bool(result["key"])
+        losses, count = self.arrays[name], result["key"][4]  # of Checkpoint.key in compute
+        off = abs(losses.mean(dtype=np.float64) - result["mean"])
+        return losses.shape == (count,) and off < 0.01 * max(result["mean"], 1)
 
     def stands(self, name: str, key: list) -> bool:
         """Return whether the result of this name is of this key."""
@@ -399,6 +430,12 @@ class Text:
     def count(self) -> int:
         """Return the number of targets."""
         return len(self.tokens) - 1
+
+    def widths(self) -> list[int]:
+        """Return the widths of rows that are scored, rising; the text has as many tokens."""
+        found = {int(width) for pieces in self.pieces.values()
+                 for width in np.unique(widths_of(pieces, self.T))}
+        return sorted({min(width, self.count) for width in found})
 
     @functools.cached_property
     def digest(self) -> str:
@@ -460,6 +497,10 @@ def read_sources(args, first: Checkpoint, T: int) -> Text:
                          "GPT-2's")
     found = {source: package_text.tokens_of(source, args.tokens or TOKENS_A_SOURCE)
              for source in args.text}
+    for source, part in found.items():
+        if part.max() >= first.config.vocab_size:
+            raise InputError(f"--text {source}: token {part.max()} is in it, {first.label} has "
+                             f"{first.config.vocab_size}")
     sizes = {source: len(tokens) for source, tokens in found.items()}
     for source, size in sizes.items():
         if size < (args.tokens or 0):
@@ -725,7 +766,7 @@ def read_groups(page: str) -> list[tuple[str, str, list[str], dict[str, list[str
     """Return the tables of groups of a report(): measure, what tells groups apart, header, rows.
 
     Rows are cells by group, hits after misses; groups that are sums of others are left out. Raise
-    ValueError where the page is cut off.
+    ValueError where the page is cut off, or a cell is no number.
     """
     tables = []
     for section in f"\n{page}".split("\n## "):
@@ -739,6 +780,10 @@ def read_groups(page: str) -> list[tuple[str, str, list[str], dict[str, list[str
             header, _, *rows = lines
             if {len(row) for row in rows} != {len(header)}:
                 raise ValueError(f"{measure}, by {header[0]}")
+            for row in rows:
+                numbers = [float(cell.rstrip("%") or 0) for cell in row[1:]]
+                if min((x for x, name in zip(numbers, header[1:]) if name == "+-"), default=0) < 0:
+                    raise ValueError(f"{measure}, by {header[0]}: an error below 0")
             rows = sorted((row for row in rows if not row[0].startswith("all ")),
                           key=lambda row: "hit" in row[0])
             tables.append((measure, header[0], header, {row[0]: row for row in rows}))
@@ -812,8 +857,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def refuse_no_file(path: Path):
+    """Raise InputError where a path is there that is neither file nor folder: a pipe would wait."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: no ordinary file")
+
+
 def draw_again(table: Path) -> int:
     """Draw curves.png beside a table.md of an earlier run; return the exit status."""
+    refuse_no_file(table)
     try:
         page = table.read_text(encoding="utf-8")
         found = read_groups(page)
@@ -846,7 +898,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"CHECKPOINT: two are called {twice[0]}, after folder and step")
     refuse_unlike(checkpoints, args)
     with contextlib.nullcontext() if args.out is None else \
-            owned(args.out, f"--out {args.out}", {"table.md": HEAD}):
+            owned(args.out, f"--out {args.out}", {"table.md": HEAD, "curves.png": ""}):
         print(evaluated(checkpoints, args, runtime))
     return 0
 

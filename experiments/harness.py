@@ -39,6 +39,7 @@ except ImportError:  # main says so
     LM = object
 
 CHECKED_ROWS = 4  # of the causality check, at most
+RESULTS = {"results", "versions", "n-samples"}  # of the harness's, kept in --output
 MOST_NEW = 256  # tokens that are generated where a task names no number
 
 
@@ -192,14 +193,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def refuse_unwritable(path: Path):
-    """Raise InputError where no file can be written there; leave none."""
+    """Raise InputError where no file can be written there, or one of something else is there."""
     new = not path.exists()
     try:
+        if not new and not is_results(path.read_text(encoding="utf-8", errors="replace")):
+            raise InputError(f"--output {path}: is there, and not of this script: name another")
         path.open("a").close()
         if new:
             path.unlink()
     except OSError as error:
         raise InputError(f"--output {path}: {error.strerror}") from None
+
+
+def is_results(text: str) -> bool:
+    """Return whether a file's text is empty or what --output holds."""
+    try:
+        return not text or {*json.loads(text)} == RESULTS
+    except (ValueError, TypeError):
+        return False
 
 
 def main(argv: list[str]) -> int:
@@ -223,11 +234,15 @@ def main(argv: list[str]) -> int:
     adapter = Adapter(load_exported(args.model), runtime, args.batch_size)
     refuse_leaks(adapter.model, [(min(args.batch_size, CHECKED_ROWS), adapter.T)], runtime,
                  functools.partial(print, flush=True), modes=(False,))
-    found = simple_evaluate(adapter, tasks=tasks, num_fewshot=args.shots, limit=args.limit,
-                            task_manager=manager)
+    try:
+        found = simple_evaluate(adapter, tasks=tasks, num_fewshot=args.shots, limit=args.limit,
+                                task_manager=manager)
+    except OSError as error:  # a task's texts are downloaded
+        raise InputError(f"--tasks {args.tasks}: {first_line(error)}; is the network there?"
+                         ) from None
     print(make_table(found))
     if args.output is not None:
-        results = {name: found[name] for name in ("results", "versions", "n-samples")}
+        results = {name: found[name] for name in sorted(RESULTS)}
         args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 

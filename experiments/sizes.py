@@ -312,7 +312,8 @@ def main(argv: list[str]) -> int:
     runs = [read_sized(folder) for folder in args.runs]
     refuse_unlike(args.runs, runs)
     lines = lines_of(runs)
-    with owned(args.output, "--output", {"table.md": HEAD, "slopes.md": SLOPES}):
+    with owned(args.output, "--output", {"table.md": HEAD, "slopes.md": SLOPES,
+                                             "sizes.png": ""}):
         for name, text in (("table.md", table(lines)), ("slopes.md", slopes(lines))):
             archive.write(args.output / name, text.encode())
             print(text)

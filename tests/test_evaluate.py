@@ -2,6 +2,7 @@
 import io
 import json
 import math
+import os
 import re
 import shlex
 import zipfile
@@ -223,7 +224,8 @@ def test_the_response_is_told_by_octave():
     assert response_by_octave(np.eye(3, 1024)) == pytest.approx([1] * 9)  # every frequency passes
     short = response_by_octave(np.eye(3, 32))  # with points of a 64th of a cycle
     assert short[1:4] == pytest.approx([math.nan] * 3, nan_ok=True) and short[4:] == [1] * 5
-    for octave, frequency in enumerate((1 / 700, 1 / 400, 1 / 200, 0.01, 0.02, 0.04, 0.08, 0.2, 0.4)):
+    for octave, frequency in enumerate((
+            1 / 700, 1 / 400, 1 / 200, 0.01, 0.02, 0.04, 0.08, 0.2, 0.4)):
         found = response_by_octave(2 * np.cos(2 * np.pi * frequency * np.arange(4096))[None])
         share = 2 * (OCTAVES[octave + 1] - OCTAVES[octave])  # of all frequencies
         assert found[octave] * share == pytest.approx(1, abs=0.1)  # nearly all power is there
@@ -316,6 +318,16 @@ def test_command_keeps_what_stands(model, tokens, tmp_path, monkeypatch, capsys)
     assert main(command) == 0 and len(calls) == 10
     monkeypatch.setattr(evaluate, "code", lambda: "other")  # a fork has changed its mixer
     assert main(command) == 0 and len(calls) == 14
+    with np.load(out / "losses.npz") as file:
+        kept = dict(file)
+    index = json.loads(str(kept["index"]))
+    for more in (dict(index=json.dumps({**index, "a@7/stream": {
+            **index["a@7/stream"], "mean": index["a@7/stream"]["mean"] + 1}})),
+                 dict(index=json.dumps({**index, "a@7/stream": {"key": ["x"]}})),
+                 {"a@7/documents": kept["a@7/documents"][:-1]}):
+        np.savez(out / "losses.npz", **kept | more)
+        with pytest.raises(InputError, match="losses.npz: not a file of this script"):
+            main(command)
     (out / "losses.npz").write_bytes(b"")
     with pytest.raises(InputError, match="losses.npz: not a file of this script"):
         main(command)
@@ -337,6 +349,8 @@ def test_command_keeps_what_stands(model, tokens, tmp_path, monkeypatch, capsys)
     lambda x: x + 1e-3 * x.roll(-40, 1),
     lambda x: x + x.mean(1, keepdim=True),
     lambda x: torch.where(torch.arange(x.size(1))[:, None] % 4 == 3, x.roll(-1, 1), x),
+    lambda x: torch.where(torch.arange(x.size(1))[:, None] == 63, x.roll(-1, 1), x),  # its end
+    lambda x: x.roll(-1, 1) if x.size(1) < 96 else x,  # in short rows alone, as documents have them
     lambda x: x / x.square().mean((0, 1), keepdim=True).sqrt()))  # a norm over rows and time
 def test_a_model_that_leaks_is_refused(model, tokens, tmp_path, monkeypatch, leak):
     pattern, leaky = write_text(tmp_path / "data", tokens), tmp_path / "b"
@@ -416,7 +430,11 @@ def test_a_folder_of_something_else_is_left_alone(model, tokens, tmp_path):
     with pytest.raises(InputError, match="--out .* has a table.md of something else"):
         main(command)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["table.md"]
-    (tmp_path / "out/table.md").unlink()
+    (tmp_path / "out/table.md").rename(tmp_path / "out/curves.png")  # a picture with no table of ours
+    with pytest.raises(InputError, match="--out .* has a curves.png of something else"):
+        main(command)
+    assert (tmp_path / "out/curves.png").read_text() == "mine"
+    (tmp_path / "out/curves.png").unlink()
     assert main(command) == 0 and main(command) == 0
     assert "| a_b@7 |" in (tmp_path / "out/table.md").read_text()
 
@@ -436,6 +454,20 @@ def test_a_page_that_is_cut_off_is_not_drawn(model, tokens, tmp_path, monkeypatc
             main([str(table)])
         refused += 1
     assert refused > 5
+    row = page.index(b"| 0-63 |")
+    end = page.index(b"\n", row)
+    cells = page[row:end].split(b" | ")
+    for column, number in ((1, b"many"), (2, b"5.8x"), (3, b"0.06 3"), (4, b"-0.1"), (5, b"x")):
+        damaged = b" | ".join([*cells[:column], number, *cells[column + 1 :]])
+        table.write_bytes(page[:row] + damaged + page[end:])
+        with pytest.raises(InputError, match="table.md: damaged or cut off"):
+            main([str(table)])
+    os.mkfifo(tmp_path / "pipe.md")
+    for name in ("pipe.md", "pipe"):
+        (tmp_path / "pipe.md").rename(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name}: no ordinary file"):
+            main([str(tmp_path / name)])
+        (tmp_path / name).rename(tmp_path / "pipe.md")
     table.write_bytes(page)
     with pytest.raises(InputError, match="table.md is drawn as it stands: name nothing else"):
         main(["--filters", str(table)])
@@ -465,6 +497,9 @@ def test_sources_are_apart_and_told_apart(model, tokens, sources, tmp_path, caps
     assert "a@7/stream: " in capsys.readouterr().err
     with pytest.raises(InputError, match="--text: must be all, or of code, .*, got poems"):
         main([*command, "--text", "poems"])
+    sources["plays"][100] = 50
+    with pytest.raises(InputError, match="--text plays: token 50 is in it, a@7 has 50$"):
+        main(command)
     monkeypatch.setattr(evaluate, "END_OF_TEXT", 50256)
     with pytest.raises(InputError, match="--text: the 50 tokens of a@7 are not GPT-2's"):
         main(command)

@@ -192,11 +192,17 @@ def test_an_evaluation_that_fails_leaves_no_output(tmp_path, fake_harness):
     pytest.importorskip("safetensors")
     argv = [str(tmp_path / "gone"), "--tasks", "x", "--device", "cpu", "--output"]
     old, new = tmp_path / "old.json", tmp_path / "new.json"
-    old.write_text("before")
+    before = json.dumps(dict.fromkeys(("results", "versions", "n-samples")))
+    old.write_text(before)
     for path in (old, new):
         with pytest.raises(InputError, match="gone: not a folder of report.py --export"):
             harness.main([*argv, str(path)])
-    assert old.read_text() == "before" and not new.exists()
+    assert old.read_text() == before and not new.exists()
+    for text in ("# mine", "{}", "[1]", "3"):
+        old.write_text(text)
+        with pytest.raises(InputError, match="old.json: is there, and not of this script"):
+            harness.main([*argv, str(old)])
+        assert old.read_text() == text
     with pytest.raises(InputError, match="--output .*: Is a directory"):
         harness.main([*argv, str(tmp_path)])
 

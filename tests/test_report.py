@@ -399,6 +399,13 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
     (run / "metrics.jsonl").touch()
     assert error(run, "--export", out).endswith(": no checkpoint there\n")
     assert error(run, "--export", run).endswith("run: must be a new folder, or an empty one\n")
+    with monkeypatch.context() as patch:
+        (tmp_path / "here").mkdir()
+        patch.chdir(tmp_path / "here")
+        for name in (".", ""):
+            assert error(run, "--export", name) == \
+                "error: --export .: must not be the folder that you are in\n"
+        (tmp_path / "here").rmdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
