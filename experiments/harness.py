@@ -11,8 +11,8 @@ models of this size.
 A text is GPT-2's tokens after token 50256, with which documents begin in training. The model sees
 at most as many tokens as a row had in training, the last ones. Generation takes the likeliest
 token; with learned positions the context is cut so that the new tokens fit into a row, too. An
-empty continuation is scored as the document's end; the harness's own models stop at one. A model whose
-outputs depend on later tokens is refused: it would read its answers.
+empty continuation is scored as the document's end; the harness's own models stop at one. A model
+whose outputs depend on later tokens is refused: it would read its answers.
 """
 import argparse
 import functools

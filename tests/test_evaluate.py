@@ -430,7 +430,7 @@ def test_a_folder_of_something_else_is_left_alone(model, tokens, tmp_path):
     with pytest.raises(InputError, match="--out .* has a table.md of something else"):
         main(command)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["table.md"]
-    (tmp_path / "out/table.md").rename(tmp_path / "out/curves.png")  # a picture with no table of ours
+    (tmp_path / "out/table.md").rename(tmp_path / "out/curves.png")  # without a table
     with pytest.raises(InputError, match="--out .* has a curves.png of something else"):
         main(command)
     assert (tmp_path / "out/curves.png").read_text() == "mine"

@@ -123,7 +123,8 @@ AGAIN = "command: train_gpt2_afno.py --output_dir runs/x --resume auto --extend 
 @pytest.mark.parametrize("change, message", (
     (dict(step=9), "not a finished run"),
     (dict(more=AGAIN, step=20), "not a finished run"),  # stopped before it was as long as asked for
-    (dict(loss=math.nan), "its loss is nan"), (dict(seconds=math.inf), "no step of training has tokens_per_s"),
+    (dict(loss=math.nan), "its loss is nan"),
+    (dict(seconds=math.inf), "no step of training has tokens_per_s"),
     (dict(tokens=0), "its tokens are 0, .*: each must be a finite number above 0"),
     (dict(tokens="many"), "not a row of metrics"), (dict(loss="4.5"), "not a row of metrics"),
     (dict(more="model: x, 3 parameters, mixers afno, 1 heads\n"), "not those of the model"),
