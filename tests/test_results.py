@@ -1,4 +1,5 @@
 """Check that every file of every run can be restored and that the tables are up to date."""
+import errno
 import hashlib
 import json
 import lzma
@@ -158,6 +159,26 @@ def test_what_a_pack_would_leave_out_is_refused(packed, tmp_path):
     with pytest.raises(archive.ArchiveError, match="link/run: neither a folder nor a file, so it "):
         archive.pack(folder, packed)
     assert (packed / "archive/MANIFEST").read_text() == before
+
+
+@pytest.mark.parametrize("locked", ("run", "source"))
+def test_a_folder_that_cannot_be_read_is_refused(packed, tmp_path, monkeypatch, locked):
+    folder, scandir = tmp_path / "2026-01-03-locked", os.scandir
+    for parent in (folder, packed / "2026-01-02-question"):
+        archive.write(parent / "run/source/a.txt", b"a")
+    before = everything(packed)
+
+    def refusing(path):
+        if Path(path).name == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    for act in (lambda: archive.pack(folder, packed), lambda: archive.verify(packed)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", refusing)  # root reads all
+            with pytest.raises(archive.ArchiveError, match=f"/{locked}: Permission denied, so it "):
+                act()
+        assert everything(packed) == before
 
 
 def test_verify_finds_a_changed_log_source_and_manifest(packed):
