@@ -29,6 +29,8 @@ from data.text_to_bin import InputError, Parser, number, relative, run_main  # n
 from experiments.plot_runs import (commands_of, last_start, machines_of,  # noqa: E402
                                    read_run, unlike)
 
+Flags = list[tuple[str, ...]]  # each with its values
+
 # for so many runs: the second row of the design; the others are its shifts
 SECOND = {12: "++-+++---+-", 24: "+++++-+-++--++--+-+----"}
 
@@ -43,28 +45,47 @@ def design(techniques: int) -> list[str]:
     return [row[:techniques] for row in rows]
 
 
+def read_techniques(path: Path) -> dict[str, str]:
+    """Return the flags of each technique in a file by its name.
+
+    Raises InputError, also where a name or a flag stands twice: of two techniques with one flag, a
+    run would have the last alone.
+    """
+    techniques, line_of = {}, {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        where, (name, *flags) = f"{path}: line {number}", line.strip().split(maxsplit=1)
+        if not flags or not flags[0].startswith("--"):
+            raise InputError(f"{where} must be a name, then flags")
+        for word in (name, *(flag for flag, *_ in pairs(flags[0], where))):
+            if word in line_of:
+                raise InputError(f"{where}: {word} stands twice, first in line {line_of[word]}")
+            line_of[word] = number
+        techniques[name] = flags[0]
+    if not techniques:
+        raise InputError(f"{path}: there is no technique")
+    return techniques
+
+
 def plan(path: Path):
     """Print design.csv for the techniques in a file."""
-    lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
-    if not lines or any(len(line) < 2 for line in lines):
-        raise InputError(f"{path}: " + ("each line must be a name, then flags" if lines
-                                        else "there is no technique"))
-    refuse_twice(path, [name for name, _ in lines])
-    runs = design(len(lines))
+    techniques = read_techniques(path)
+    runs = design(len(techniques))
     out = csv.writer(sys.stdout, lineterminator="\n")
-    out.writerow(["run", *(name for name, _ in lines), "flags"])
+    out.writerow(["run", *techniques, "flags"])
     for number, signs in enumerate(runs, 1):
-        flags = " ".join(flags for sign, (_, flags) in zip(signs, lines) if sign == "+")
+        flags = " ".join(flags for sign, flags in zip(signs, techniques.values()) if sign == "+")
         out.writerow([f"r{number:02d}", *signs, flags])
 
 
-def refuse_twice(path: Path, names: list[str]):
-    """Raise InputError where a name stands twice."""
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"{path}: the name {twice[0]} stands twice")
+def refuse_twice(where: str, words: list[str]):
+    """Raise InputError where a name or a flag stands twice."""
+    if twice := [word for word in words if words.count(word) > 1]:
+        raise InputError(f"{where}: {twice[0]} stands twice")
 
 
-def read_design(path: Path) -> tuple[dict[str, str], list[str], np.ndarray]:
+def read_design(path: Path) -> tuple[dict[str, Flags], list[str], np.ndarray]:
     """Return runs with their flags, techniques, and 1 where a run (row) has one (column), else 0.
     """
     with open(path, newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
@@ -76,10 +97,12 @@ def read_design(path: Path) -> tuple[dict[str, str], list[str], np.ndarray]:
         if len(row) != len(head) or not row[0] or not {*row[1:-1]} <= {"+", "-"}:
             raise InputError(f"{path}: {row[0] or 'a run without a name'} must have a + or a - for "
                              f"each of {len(head) - 2} techniques, then flags")
-    names, techniques = [row[0] for row in rows], head[1:-1]
-    refuse_twice(path, names)
+    techniques, flags = head[1:-1], {}
+    refuse_twice(path, [row[0] for row in rows])
     refuse_twice(path, techniques)
-    flags = {row[0]: row[-1] for row in rows}
+    for run, *_, words in rows:
+        flags[run] = pairs(words, f"{path}: {run}")
+        refuse_twice(f"{path}: {run}", [flag for flag, *_ in flags[run]])
     return flags, techniques, np.array([[sign == "+" for sign in row[1:-1]] for row in rows], float)
 
 
@@ -108,27 +131,35 @@ def fit(X: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return c, np.sqrt(variance * np.diag(np.linalg.inv(X.T @ X)))
 
 
-def refuse_other_runs(folder: Path, flags: dict[str, str], logs: dict[str, str]):
+def refuse_other_runs(folder: Path, flags: dict[str, Flags], logs: dict[str, str]):
     """Raise InputError where a run's command has not the flags of its line in design.csv.
 
     It may have others, but none of another run's line. flags: those lines'. logs: train.log of each
     run; one without a command counts as right.
     """
-    planned = {run: pairs(shlex.split(words)) for run, words in flags.items()}
-    techniques = set().union(*planned.values())
+    techniques = set().union(*flags.values())
     for run, log in logs.items():
-        given = [pairs(shlex.split(words)) for words, _ in commands_of(last_start(log))]
-        if given and (wrong := (given[0] & techniques) ^ planned[run]):
-            raise InputError(f"{folder / run}: its command and design.csv differ in "
-                             f"{' '.join(min(wrong))}")
+        if commands := commands_of(last_start(log)):
+            found = pairs(commands[0][0], f"{folder / run / 'train.log'}")
+            given = {flag[0]: flag for flag in found}.values()  # the last counts, as it did there
+            if wrong := (techniques & {*given}) ^ {*flags[run]}:
+                raise InputError(f"{folder / run}: its command and design.csv differ in "
+                                 f"{' '.join(min(wrong))}")
 
 
-def pairs(words: list[str]) -> set[tuple[str, ...]]:
-    """Return the flags of a command, each with its values, as a train.log has them."""
+def pairs(text: str, where: str) -> Flags:
+    """Return the flags in a text, each with its values, as a train.log has them.
+
+    Raises InputError, which begins with where, for a quote that does not end.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"{where}: {error} in {text!r}") from None
     words = [relative(part) for word in words
              for part in (word.split("=", 1) if word.startswith("--") else [word])]
     at = [i for i, word in enumerate(words) if word.startswith("--")]
-    return {tuple(words[i:j]) for i, j in zip(at, [*at[1:], len(words)])}
+    return [tuple(words[i:j]) for i, j in zip(at, [*at[1:], len(words)])]
 
 
 def effects(folder: Path, slope: float):

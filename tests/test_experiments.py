@@ -273,9 +273,9 @@ def test_what_a_log_was_validated_on_is_of_starts_that_validated():
 
 
 def test_a_screening_compares_flags_as_logs_have_them():
-    words = ["x.py", "--input_bin", f"{ROOT}/data/x", "--lr=0.1", "--layers", "1", "2", "--on"]
-    assert screening.pairs(words) == {
-        ("--input_bin", "data/x"), ("--lr", "0.1"), ("--layers", "1", "2"), ("--on",)}
+    words = f"x.py --input_bin {ROOT}/data/x --lr=0.1 --layers 1 '2' --on"
+    assert screening.pairs(words, "train.log") == [
+        ("--input_bin", "data/x"), ("--lr", "0.1"), ("--layers", "1", "2"), ("--on",)]
 
 
 def test_a_result_that_cannot_be_written_names_its_file(tmp_path):
@@ -543,7 +543,7 @@ def write_screened(folder: Path, losses: dict[str, float], end: int = 100):
 
 
 def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
-    (tmp_path / "techniques.txt").write_text("".join(f"t{i} --flag {i}\n" for i in range(5)))
+    (tmp_path / "techniques.txt").write_text("".join(f"t{i} --flag{i} 1\n" for i in range(5)))
     screening.plan(tmp_path / "techniques.txt")
     design = capsys.readouterr().out
     (tmp_path / "design.csv").write_text(design)
@@ -563,17 +563,17 @@ def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
     (tmp_path / "r01/train.log").write_text((tmp_path / "r02/train.log").read_text())
     screening.effects(tmp_path, 0.175)
     assert "warning" not in capsys.readouterr().out
-    (tmp_path / "r02/train.log").write_text("command: x.py --flag 1 --seed 2\n")
+    (tmp_path / "r02/train.log").write_text("command: x.py --flag1 1 --seed 2\n")
     with pytest.raises(InputError, match="r02: its command and design.csv differ in --flag"):
         screening.effects(tmp_path, 0.175)
-    on = [str(i) for i, sign in enumerate(signs["r02"]) if sign == "+"]
+    on = [i for i, sign in enumerate(signs["r02"]) if sign == "+"]
     torch_line = "torch 2.11.0, Python 3.12.3, 1 x {}, 1 thread\n"
     text = "data: x; validation: y, {} targets of 99, sha256 0a\nstep:1/1 val_loss:4\n"
-    gone = "commit: a\ncommand: x.py --flag 7\n" + torch_line.format("H100") + text.format(3) \
+    gone = "commit: a\ncommand: x.py --flag7 1\n" + torch_line.format("H100") + text.format(3) \
         + "commit: a\n"  # a start that left no run
     (tmp_path / "r01/train.log").write_text(torch_line.format("CPU") + text.format(9))
     (tmp_path / "r02/train.log").write_text(
-        f"{gone}command: x.py --seed 2 " + " ".join(f"--flag={i}" for i in on) + "\n"
+        f"{gone}command: x.py --seed 2 " + " ".join(f"--flag{i}=1" for i in on) + "\n"
         + torch_line.format("NVIDIA H200") + text.format(8))
     screening.effects(tmp_path, 0.175)
     said = capsys.readouterr().out
@@ -591,12 +591,14 @@ def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
 @pytest.mark.parametrize("old, new, message", (
     ("r02,+", "r02,x", "r02 must have a \\+ or a - for each of 2 techniques"),
     ("r02,+", "r02,", "r02 must have a"), ("r02,+,", "r02,", "r02 must have a"),
-    ("\nr02,", "\n,", "a run without a name"), ("r02,", "r03,", "the name r03 stands twice"),
-    ("run,t0,t1", "run,t0,t0", "the name t0 stands twice"),
+    ("\nr02,", "\n,", "a run without a name"), ("r02,", "r03,", "r03 stands twice"),
+    ("run,t0,t1", "run,t0,t0", "t0 stands twice"),
+    ("--flag0 1 --flag1 1", "--flag0 1 --flag0 2", "r01: --flag0 stands twice"),
+    ("--flag0 1 --flag1 1", "--flag0 '1", "r01: No closing quotation in \"--flag0 '1\""),
     ("run,", "walk,", "its first line must be"),
     (None, "", "its first line must be"), (None, "run,t0,flags\n", ".* and there must be runs")))
 def test_a_design_that_is_not_whole_is_refused(tmp_path, capsys, old, new, message):
-    (tmp_path / "techniques.txt").write_text("t0 --flag 0\nt1 --flag 1\n")
+    (tmp_path / "techniques.txt").write_text("t0 --flag0 1\nt1 --flag1 1\n")
     screening.plan(tmp_path / "techniques.txt")
     text = capsys.readouterr().out
     signs = {line.split(",")[0]: line.split(",")[1] for line in text.splitlines()}
@@ -607,17 +609,22 @@ def test_a_design_that_is_not_whole_is_refused(tmp_path, capsys, old, new, messa
 
 
 @pytest.mark.parametrize("text, message", (
-    ("", "there is no technique"), ("\n \n", "there is no"), ("t0\n", "each line must be a name"),
-    ("t0 --flag 0\nt0 --flag 1\n", "the name t0 stands twice")))
+    ("", ": there is no technique"), ("\n \n", ": there is no technique"),
+    ("\nt0\n", ": line 2 must be a name, then flags"), ("t0 x --flag 0\n", ": line 1 must be"),
+    ("t0 --a 0\nt0 --b 1\n", ": line 2: t0 stands twice, first in line 1"),
+    ("t0 --a 0\n\nt1 --b 0 --a=1\n", ": line 3: --a stands twice, first in line 1"),
+    ("t0 --b 0\nt1 --a 0 --a 0\n", ": line 2: --a stands twice, first in line 2"),
+    ("t0 --a 0\nt1 --b '0\n", ": line 2: No closing quotation in \"--b '0\""),
+    ("t0 --a 0\\\n", ": line 1: No escaped character in '--a 0")))
 def test_a_list_of_techniques_that_is_not_whole_is_refused(tmp_path, capsys, text, message):
     (tmp_path / "techniques.txt").write_text(text)
-    with pytest.raises(InputError, match=f"techniques.txt: {message}"):
+    with pytest.raises(InputError, match=f"^[^\n]*/techniques.txt{message}[^\n]*$"):
         screening.plan(tmp_path / "techniques.txt")
     assert capsys.readouterr().out == ""
 
 
 def test_too_many_techniques_leave_no_file(tmp_path, capsys):
-    (tmp_path / "techniques.txt").write_text("".join(f"t{i} --flag {i}\n" for i in range(24)))
+    (tmp_path / "techniques.txt").write_text("".join(f"t{i} --flag{i} 1\n" for i in range(24)))
     with pytest.raises(InputError, match="at most 23 techniques, got 24"):
         screening.plan(tmp_path / "techniques.txt")
     assert capsys.readouterr().out == ""
