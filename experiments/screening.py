@@ -16,6 +16,7 @@ error, where there are more runs than numbers.
 """
 import argparse
 import csv
+import itertools
 import shlex
 import sys
 from pathlib import Path
@@ -45,6 +46,14 @@ def design(techniques: int) -> list[str]:
     return [row[:techniques] for row in rows]
 
 
+def text_of(path: Path) -> str:
+    """Return a file's text; raise InputError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # as spreadsheets write it
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file in UTF-8") from None
+
+
 def read_techniques(path: Path) -> dict[str, str]:
     """Return the flags of each technique in a file by its name.
 
@@ -52,7 +61,7 @@ def read_techniques(path: Path) -> dict[str, str]:
     run would have the last alone.
     """
     techniques, line_of = {}, {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(text_of(path).splitlines(), 1):
         if not line.strip():
             continue
         where, (name, *flags) = f"{path}: line {number}", line.strip().split(maxsplit=1)
@@ -88,8 +97,11 @@ def refuse_twice(where: str, words: list[str]):
 def read_design(path: Path) -> tuple[dict[str, Flags], list[str], np.ndarray]:
     """Return runs with their flags, techniques, and 1 where a run (row) has one (column), else 0.
     """
-    with open(path, newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
-        head, *rows = [row for row in csv.reader(file) if row] or [[]]
+    try:
+        lines = csv.reader(text_of(path).splitlines(keepends=True))
+        head, *rows = [row for row in lines if row] or [[]]
+    except csv.Error as error:
+        raise InputError(f"{path}: line {lines.line_num}: {error}") from None
     if len(head) < 3 or (head[0], head[-1]) != ("run", "flags") or not rows:
         raise InputError(f"{path}: its first line must be run, techniques, flags, as plan writes "
                          "it, and there must be runs")
@@ -109,15 +121,21 @@ def read_design(path: Path) -> tuple[dict[str, Flags], list[str], np.ndarray]:
 def last_loss_and_time(folder: Path) -> tuple[int, float, float]:
     """Return a run's tokens, last validation loss, and logarithm of its median seconds a token.
 
-    Raises InputError where it is not finished.
+    Raises InputError where it is not finished, or one of these is no finite number. A clock that
+    was set back made single speeds negative.
     """
-    found = read_run(folder)
-    speeds = [row["tokens_per_s"] for row in found.rows if "train_loss" in row]
+    found, finite = read_run(folder), number(-1e18, 1e18)
+    above_0 = number(0, 1e18, include_low=False)
+    speeds = [row.get("tokens_per_s") for row in found.rows if "train_loss" in row]
     if found.summary is None or not found.curve or not speeds:
         raise InputError(f"{folder}: not a finished run")
+    if not all(map(finite.accepts, speeds)) or not above_0.accepts(median(speeds)):
+        raise InputError(f"{found.file}: tokens_per_s of the steps of training must be finite "
+                         "numbers, and their median above 0")
     tokens, _, loss = found.curve[-1]
-    if not np.isfinite(loss):
-        raise InputError(f"{folder}: its loss is {loss}")
+    if not all(map(above_0.accepts, (tokens, loss))):
+        raise InputError(f"{found.file}: its tokens are {tokens}, its loss is {loss}: each must "
+                         "be a finite number above 0")
     return tokens, loss, -np.log(median(speeds))
 
 
@@ -166,9 +184,14 @@ def effects(folder: Path, slope: float):
     """Print what each technique does to loss and time in a folder of runs."""
     runs, names, has = read_design(folder / "design.csv")
     X = np.column_stack((np.ones(len(runs)), has))
-    tokens, loss, time = np.array([last_loss_and_time(folder / run) for run in runs]).T
+    found = [last_loss_and_time(folder / run) for run in runs]
+    tokens, loss, time = np.array(found).T
     if shorter := [run for run, count in zip(runs, tokens) if count != max(tokens)]:
         raise InputError(f"{folder / shorter[0]}: not finished, or shorter than other runs")
+    for (run, values), (other, there) in itertools.combinations(zip(runs, found), 2):
+        if values == there:
+            raise InputError(f"{folder / run} and {folder / other} are one run, or copies of it: "
+                             f"both have the loss {values[1]} and the same speed")
     paths = [folder / run / "train.log" for run in runs]
     logs = [path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
             for path in paths]
@@ -192,12 +215,7 @@ def main():
     parser.add_argument("path", type=Path)
     parser.add_argument("--slope", type=number(0, 1e3), default=0.175)
     args = parser.parse_args()
-    try:
-        plan(args.path) if args.command == "plan" else effects(args.path, args.slope)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"{args.path}: {error}") from None
+    plan(args.path) if args.command == "plan" else effects(args.path, args.slope)
 
 
 if __name__ == "__main__":

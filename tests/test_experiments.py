@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -534,10 +535,10 @@ def test_bad_input_is_one_clear_line(pair, argv, message):
 
 
 def write_screened(folder: Path, losses: dict[str, float], end: int = 100):
-    """Write a run for each name, with a summary."""
-    for name, loss in losses.items():
+    """Write a run for each name, with a speed of its own and a summary."""
+    for speed, (name, loss) in enumerate(losses.items(), 10):
         write_run(folder / name, [
-            dict(step=50, tokens=50, train_loss=4.0, tokens_per_s=10.0, train_time_s=5.0),
+            dict(step=50, tokens=50, train_loss=4.0, tokens_per_s=speed, train_time_s=5.0),
             dict(step=end, tokens=end, val_loss=loss, train_time_s=10.0),
             dict(step=end, wall_clock_time_to_target_loss=None)])
 
@@ -584,8 +585,63 @@ def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
         write_screened(tmp_path, {"r03": loss}, end)
         path = tmp_path / "r03/metrics.jsonl"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:rows]))
-        with pytest.raises(InputError, match="r03: (its loss is nan|not (a )?finished)"):
+        with pytest.raises(InputError, match="r03.*: (.*its loss is nan: |not (a )?finished)"):
             screening.effects(tmp_path, 0.175)
+
+
+@pytest.fixture
+def screened(tmp_path) -> Path:
+    """Return a folder with the design of one technique and its two finished runs."""
+    (tmp_path / "design.csv").write_text("run,t0,flags\nr1,+,--flag0 1\nr2,-,\n")
+    write_screened(tmp_path, {"r1": 4.0, "r2": 4.1})
+    return tmp_path
+
+
+@pytest.mark.parametrize("old, new, message", (
+    *(("11", speed, "tokens_per_s of the steps of training must be finite numbers, and") for speed
+      in ('"x"', "null", "0", "-5", "NaN", "1e999", "true", "[]", "1" + "0" * 400)),
+    ('"tokens_per_s": 11, ', "", "tokens_per_s of the steps"),
+    ("4.1", "-1", "its tokens are 100, its loss is -1: each must be"),
+    ('100, "val', 'NaN, "val', "its tokens are nan, its loss is 4.1: each must be")))
+def test_a_run_without_a_finite_loss_or_speed_is_refused(screened, old, new, message):
+    path = screened / "r2/metrics.jsonl"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(InputError, match=f"^{path}: {message}[^\n]*$"):
+        screening.effects(screened, 0.175)
+
+
+def test_a_speed_of_a_clock_that_was_set_back_does_not_count(screened, capsys):
+    path, said = screened / "r2/metrics.jsonl", []
+    step, *others = path.read_text().splitlines(keepends=True)
+    for steps in ([step], [step, step.replace("11", "-2e10"), step]):
+        path.write_text("".join([*steps, *others]))
+        screening.effects(screened, 0.175)
+        said.append(capsys.readouterr().out)
+    assert said[-1] == said[-2]
+
+
+@pytest.mark.parametrize("file, text, message", (
+    ("design.csv", b"run,t0,flags\nr1,+," + b"x" * 200_000, "line 2: field larger than"),
+    ("design.csv", b"run,t0,flags\nr1,+,\xff\n", "not a text file in UTF-8"),
+    ("r2/train.log", b"command: x.py --flag0 '1\n", "No closing quotation in \"--flag0 '1\"")))
+def test_a_damaged_file_of_a_screening_is_named(screened, file, text, message):
+    (screened / file).write_bytes(text)
+    with pytest.raises(InputError, match=f"^{screened / file}: {message}[^\n]*$"):
+        screening.effects(screened, 0.175)
+
+
+def test_of_a_flag_twice_in_a_command_the_last_counts(screened):
+    for last, refused in (("1", True), ("0", False)):
+        (screened / "r2/train.log").write_text(f"command: x.py --flag0 3 --flag0 {last}\n")
+        with pytest.raises(InputError, match="r2: its command") if refused else nullcontext():
+            screening.effects(screened, 0.175)
+
+
+def test_a_copy_of_a_run_is_refused(screened):
+    (screened / "r2/metrics.jsonl").write_bytes((screened / "r1/metrics.jsonl").read_bytes())
+    with pytest.raises(InputError, match="r1 and .*r2 are one run, or copies of it: both have the"):
+        screening.effects(screened, 0.175)
 
 
 @pytest.mark.parametrize("old, new, message", (
@@ -615,9 +671,10 @@ def test_a_design_that_is_not_whole_is_refused(tmp_path, capsys, old, new, messa
     ("t0 --a 0\n\nt1 --b 0 --a=1\n", ": line 3: --a stands twice, first in line 1"),
     ("t0 --b 0\nt1 --a 0 --a 0\n", ": line 2: --a stands twice, first in line 2"),
     ("t0 --a 0\nt1 --b '0\n", ": line 2: No closing quotation in \"--b '0\""),
+    ("t0 --a 0\xff\n", ": not a text file in UTF-8"),
     ("t0 --a 0\\\n", ": line 1: No escaped character in '--a 0")))
 def test_a_list_of_techniques_that_is_not_whole_is_refused(tmp_path, capsys, text, message):
-    (tmp_path / "techniques.txt").write_text(text)
+    (tmp_path / "techniques.txt").write_text(text, encoding="latin-1")
     with pytest.raises(InputError, match=f"^[^\n]*/techniques.txt{message}[^\n]*$"):
         screening.plan(tmp_path / "techniques.txt")
     assert capsys.readouterr().out == ""
