@@ -925,6 +925,7 @@ def test_numbers_of_text_to_bin(tmp_path, monkeypatch, capsys, options, message)
     ("generation_speed", "--preset shakespeare --attn_layers 1 --max_new_tokens 256",
      "--max_new_tokens must be <"),
     ("generation_speed", "--preset shakespeare --model d48 --device cpu", "--model, --afno_num"),
+    ("results", "--foo", "unrecognized arguments: --foo"),
     ("plot_runs", "x --x 3", "--x: invalid choice: '3'"),
 ])
 def test_numbers_of_the_experiments(tmp_path, monkeypatch, capsys, script, options, message):
