@@ -144,11 +144,19 @@ def test_plot_runs_makes_pictures_and_one_line_errors(tmp_path, monkeypatch, cap
         assert re.fullmatch(f"error: {re.escape(error)}.*\n", capsys.readouterr().err)
 
 
-def test_a_loss_that_is_no_number_is_refused_also_in_the_last_line(tmp_path):
-    for loss in ("text", None, [8.0]):
-        run = write_run(tmp_path, [dict(step=1, tokens=1, val_loss=loss, train_time_s=1.0)])
+@pytest.mark.parametrize("name", ("tokens", "val_loss", "train_time_s"))
+def test_what_is_no_number_is_refused_also_in_the_last_line(tmp_path, name):
+    for value in ("text", None, [8.0], True, 10**400, -(10**400), 1.7e308, -1.7e308):
+        row = dict(step=1, tokens=1, val_loss=4.0, train_time_s=1.0) | {name: value}
         with pytest.raises(InputError, match="metrics.jsonl: line 1 is not a row of metrics"):
-            read_run(run)
+            read_run(write_run(tmp_path, [row]))
+
+
+@pytest.mark.parametrize("make", (os.mkfifo, os.mkdir, lambda path: path.symlink_to(os.devnull)))
+def test_what_is_no_ordinary_file_is_refused(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match="metrics.jsonl: no ordinary file"):
+        read_run(tmp_path)
 
 
 def test_losses_that_are_not_finite_are_left_out(tmp_path, capsys):
@@ -165,13 +173,13 @@ def test_losses_that_are_not_finite_are_left_out(tmp_path, capsys):
 
 def test_a_legend_has_every_name_as_it_is(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
-    names, texts = ["p$x_$", "_private", "plain"], []
+    names, texts = ["p$x_$", "_private", "plain", os.fsdecode(b"b\xff")], []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **options: texts.extend(
         figure.axes[-1].get_legend().get_texts()))
     plot_runs.plot([read_run(write_run(tmp_path / name, [
         dict(step=1, tokens=1, val_loss=4.0, train_time_s=1.0)])) for name in names],
         tmp_path / "curves.png")
-    assert [text.get_text() for text in texts] == names
+    assert [text.get_text() for text in texts] == [*names[:-1], "b?"]
     assert not any(text.get_parse_math() for text in texts)
 
 
