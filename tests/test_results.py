@@ -99,9 +99,6 @@ def test_pages_are_up_to_date():
         assert page == path.read_text(), f"{path.name}: run python experiments/results.py"
 
 
-CHOSEN = f"{results.GOALS}/b-92"  # its train.log is read for THE table
-
-
 @pytest.mark.parametrize("damage, message", (
     (lambda log: log[:1000], "no line with its machine"), (lambda log: b"", "no line with its"),
     (lambda log: log[:log.index(b"step:1400/")], "no line with its speed"),
@@ -115,7 +112,7 @@ def test_a_log_that_is_not_whole_is_named(tmp_path, monkeypatch, damage, message
         for name in names:
             (tmp_path / name).mkdir(parents=True)
             (tmp_path / name / "train.log").symlink_to(archive.RUNS / name / "train.log")
-    path = tmp_path / CHOSEN / "train.log"
+    path = tmp_path / results.GOALS / "b-92/train.log"
     archive.write(path, damage(path.read_bytes()))
     monkeypatch.setattr(archive, "RUNS", tmp_path)
     with pytest.raises(InputError, match=f"^{path}: damaged, or cut off \\({message}[^\n]*$"):
@@ -124,7 +121,8 @@ def test_a_log_that_is_not_whole_is_named(tmp_path, monkeypatch, damage, message
 
 @pytest.mark.parametrize("file, data, message", (
     ("train.log", b"\xff", "'utf-8' codec"), ("train.log", b"command: x.py '", "No closing"),
-    ("stdout.txt", b"command: x.py '", "No closing"), ("metrics.jsonl", b'{"val_loss"', "Expecting"),
+    ("stdout.txt", b"command: x.py '", "No closing"),
+    ("metrics.jsonl", b'{"val_loss"', "Expecting"),
     ("metrics.jsonl", b"5", "argument of type 'int'"),
     ("metrics.jsonl", b'{"val_loss": 4}', "'tokens'")))
 def test_an_archived_log_that_cannot_be_read_is_named(monkeypatch, file, data, message):
