@@ -198,6 +198,18 @@ def refuse_name(file: str):
         raise ArchiveError(f"{file!r}: its name must be of printable characters")
 
 
+def below(folder: Path) -> list[Path]:
+    """Return all that is below a folder; raise ArchiveError where one cannot be read.
+
+    Path.rglob would leave it out and say nothing.
+    """
+    def refuse(error: OSError):
+        raise ArchiveError(f"{error.filename}: {error.strerror}, so it would be left out")
+
+    walk = os.walk(folder, onerror=refuse) if folder.is_dir() else ()
+    return [Path(parent, name) for parent, folders, files in walk for name in (*folders, *files)]
+
+
 def pack(folder: Path, runs: Path = RUNS) -> int:
     """Add a folder of runs as a new archive, without checkpoints and plots; return how many files.
 
@@ -206,7 +218,7 @@ def pack(folder: Path, runs: Path = RUNS) -> int:
     name = folder.resolve().name
     if not NAME.fullmatch(name):
         raise ArchiveError(f"{folder}: its name must be <date>-<question>, as 2026-11-26-goals")
-    found = [*folder.rglob("*")]
+    found = below(folder)
     for path in found:
         if not path.is_file() and (path.is_symlink() or not path.is_dir()):
             raise ArchiveError(f"{path}: neither a folder nor a file, so it would be left out")
@@ -270,7 +282,7 @@ def verify(runs: Path = RUNS) -> int:
     if lost := manifest.keys() - found:
         raise ArchiveError(f"no archive has {min(lost)}, which MANIFEST has")
     folders = [runs / name for name in archives(runs)]
-    readable = [path for folder in folders for path in folder.rglob("*")
+    readable = [path for folder in folders for path in below(folder)
                 if path.is_file() and path.suffix != ".png"]
     for path in readable:
         file = path.relative_to(runs).as_posix()

@@ -10,6 +10,7 @@ Needs matplotlib.
 """
 import argparse
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ def read_run(path: Path) -> Run:
     """
     run = Run(path / "metrics.jsonl" if path.is_dir() else path, [], [], None)
     try:
+        if run.file.exists() and not run.file.is_file():  # a pipe would wait for ever
+            raise InputError(f"{run.file}: no ordinary file")
         lines = run.file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise InputError(f"{run.file}: {error.strerror}") from None
@@ -71,9 +74,13 @@ def read_run(path: Path) -> Run:
 
 
 def point(row: dict, loss: str) -> tuple[int, float, float]:
-    """Return (tokens, training seconds, loss) of a row; raise TypeError where one is no number."""
+    """Return (tokens, training seconds, loss) of a row; raise TypeError where one is no number.
+
+    So is a finite one that is too large for arithmetic in float64.
+    """
     found = row["tokens"], row["train_time_s"], row[loss]
-    if not all(type(value) in (int, float) for value in found):
+    if not all(type(value) in (int, float) and not 1e300 < abs(value) < math.inf
+               for value in found):
         raise TypeError
     return found
 
@@ -156,9 +163,12 @@ def labels(runs: list[Run]) -> list[str]:
 
 
 def name_lines(legend, names: list[str]):
-    """Name the lines of a legend, in their order. Labels of lines would read _ and $ as signs."""
+    """Name the lines of a legend, in their order. Labels of lines would read _ and $ as signs.
+
+    A folder's name need not be UTF-8: there is a ? for what is not.
+    """
     for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set(text=name, parse_math=False)
+        text.set(text=name.encode(errors="replace").decode(), parse_math=False)
 
 
 def finite_rows(run: Run) -> list[np.ndarray]:

@@ -6,6 +6,7 @@
 THE table is read from the readable logs under runs/ alone, that of all runs from the archives.
 """
 import argparse
+import contextlib
 import json
 import re
 import shlex
@@ -21,7 +22,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from data.text_to_bin import run_main  # noqa: E402
+from data.text_to_bin import InputError, Parser, first_line, run_main  # noqa: E402
 from experiments import archive  # noqa: E402
 from experiments.plot_runs import time_to_loss  # noqa: E402
 
@@ -45,6 +46,7 @@ NOT_SAID = {  # flags that the table of all runs says in other words, or that ch
 TEXTS = {  # of a run, by the folder that its shards are in
     "mixed": "mixed English", "all": "mixed English", "web": "**web English**",
     "shakespeare": "Shakespeare"}
+MARKS = "<!-- table -->\n", "<!-- /table -->"  # around the table of a page
 
 
 @dataclass
@@ -76,6 +78,15 @@ class Run:
 
 
 # reading
+
+@contextlib.contextmanager
+def named(file: str | Path):
+    """Raise InputError naming a file where what is in it cannot be read."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: damaged, or cut off ({first_line(error)})") from None
+
 
 def last(pattern: str, log: str) -> tuple[str, ...]:
     """Return the groups of a pattern's last match in a log, none where there is no match."""
@@ -153,17 +164,34 @@ def add_metrics(run: Run, metrics: str):
         run.speed = run.seconds = run.with_compilation = None
 
 
+def read_whole(name: str) -> Run:
+    """Return the run of a readable log; raise InputError naming the log where it is not whole."""
+    path = archive.RUNS / name / "train.log"
+    with named(path):
+        run = read_log(name, path.read_text(encoding="utf-8"))
+        for value in ("machine", "text", "steps", "curve", "speed"):
+            if not getattr(run, value):
+                raise ValueError(f"no line with its {value}")
+        if run.curve[-1][0] != run.steps:
+            raise ValueError(f"last validated at step {run.curve[-1][0]} of {run.steps}")
+    return run
+
+
 def archived_runs(folder: str) -> list[Run]:
     """Return all runs of an archive, by name."""
     texts: dict[str, dict[str, str]] = {}
     for file, data in archive.members(folder):
         name, _, last_part = file.rpartition("/")
         if last_part in LOGS:
-            texts.setdefault(name, {})[last_part] = archive.split_log(data)[1].decode()
+            with named(file):
+                texts.setdefault(name, {})[last_part] = archive.split_log(data)[1].decode()
     runs = []
     for name, logs in sorted(texts.items()):
-        run = read_log(name, logs.get("train.log") or logs.get("stdout.txt", ""))
-        add_metrics(run, logs.get("metrics.jsonl", ""))
+        log = "train.log" if logs.get("train.log") else "stdout.txt"
+        with named(f"{name}/{log}"):
+            run = read_log(name, logs.get(log, ""))
+        with named(f"{name}/metrics.jsonl"):
+            add_metrics(run, logs.get("metrics.jsonl", ""))
         runs.append(run)
     return runs
 
@@ -223,8 +251,7 @@ def compare(letter: str, groups: list[tuple[str, list[Run]]], runs: list[Run], p
 
 def main_table(root: str) -> str:
     """Return THE table; links are relative to the folder from which runs/ is root + 'runs/'."""
-    groups = [(letter, [read_log(name, (archive.RUNS / name / "train.log").read_text())
-                        for name in names]) for letter, _, names in ROWS]
+    groups = [(letter, [*map(read_whole, names)]) for letter, _, names in ROWS]
     lines = ["| | on text | tokens | val loss | training s | tokens/s | peak GiB | faster than A "
              "| faster than B | machine | seeds | logs |", "|---" * 12 + "|"]
     for (letter, what, names), (_, runs) in zip(ROWS, groups):
@@ -309,30 +336,35 @@ def all_runs() -> str:
 
 # pages
 
-def renewed(page: str, table: str) -> str:
-    """Return a page with a new table between its marks; without marks the page stays as it is."""
-    return re.sub(r"(<!-- table -->\n).*?(<!-- /table -->)",
-                  lambda match: f"{match[1]}{table}\n{match[2]}", page, count=1, flags=re.DOTALL)
+def renewed(path: Path, table: str) -> str:
+    """Return a page with a new table between its marks; raise InputError where it lacks them."""
+    with named(path):
+        page = path.read_text(encoding="utf-8")
+    before, begin, rest = page.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not end or any(page.count(mark) > 1 for mark in MARKS):
+        raise InputError(f"{path}: must have the lines {MARKS[0].strip()} and {MARKS[1]}, in this "
+                         "order, once each")
+    return f"{before}{begin}{table}\n{end}{after}"
 
 
 def pages() -> dict[Path, str]:
     """Return every generated page as it should be."""
     tables = {HERE.parent / "README.md": main_table("experiments/"),
               HERE / "README.md": main_table(""), HERE / "benchmark_results.md": all_runs()}
-    return {path: renewed(path.read_text(), table) for path, table in tables.items()}
+    return {path: renewed(path, table) for path, table in tables.items()}
 
 
 def main():
     """Write the pages, or with --check say which are out of date."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only check; write nothing")
     check = parser.parse_args().check
     old = {path: page for path, page in pages().items() if page != path.read_text()}
     for path, page in old.items():
         print(f"{path.relative_to(HERE.parent)}: {'out of date' if check else 'written'}")
         if not check:
-            path.write_text(page)
+            archive.write(path, page.encode())
     if check and old:
         raise SystemExit(1)
 

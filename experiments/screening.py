@@ -16,6 +16,7 @@ error, where there are more runs than numbers.
 """
 import argparse
 import csv
+import itertools
 import shlex
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.text_to_bin import InputError, Parser, number, relative, run_main  # noqa: E402
 from experiments.plot_runs import (commands_of, last_start, machines_of,  # noqa: E402
                                    read_run, unlike)
+
+Flags = list[tuple[str, ...]]  # each with its values
 
 # for so many runs: the second row of the design; the others are its shifts
 SECOND = {12: "++-+++---+-", 24: "+++++-+-++--++--+-+----"}
@@ -43,32 +46,62 @@ def design(techniques: int) -> list[str]:
     return [row[:techniques] for row in rows]
 
 
+def text_of(path: Path) -> str:
+    """Return a file's text; raise InputError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # as spreadsheets write it
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file in UTF-8") from None
+
+
+def read_techniques(path: Path) -> dict[str, str]:
+    """Return the flags of each technique in a file by its name.
+
+    Raises InputError, also where a name or a flag stands twice: of two techniques with one flag, a
+    run would have the last alone.
+    """
+    techniques, line_of = {}, {}
+    for number, line in enumerate(text_of(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        where, (name, *flags) = f"{path}: line {number}", line.strip().split(maxsplit=1)
+        if not flags or not flags[0].startswith("--"):
+            raise InputError(f"{where} must be a name, then flags")
+        for word in (name, *(flag for flag, *_ in pairs(flags[0], where))):
+            if word in line_of:
+                raise InputError(f"{where}: {word} stands twice, first in line {line_of[word]}")
+            line_of[word] = number
+        techniques[name] = flags[0]
+    if not techniques:
+        raise InputError(f"{path}: there is no technique")
+    return techniques
+
+
 def plan(path: Path):
     """Print design.csv for the techniques in a file."""
-    lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
-    if not lines or any(len(line) < 2 for line in lines):
-        raise InputError(f"{path}: " + ("each line must be a name, then flags" if lines
-                                        else "there is no technique"))
-    refuse_twice(path, [name for name, _ in lines])
-    runs = design(len(lines))
+    techniques = read_techniques(path)
+    runs = design(len(techniques))
     out = csv.writer(sys.stdout, lineterminator="\n")
-    out.writerow(["run", *(name for name, _ in lines), "flags"])
+    out.writerow(["run", *techniques, "flags"])
     for number, signs in enumerate(runs, 1):
-        flags = " ".join(flags for sign, (_, flags) in zip(signs, lines) if sign == "+")
+        flags = " ".join(flags for sign, flags in zip(signs, techniques.values()) if sign == "+")
         out.writerow([f"r{number:02d}", *signs, flags])
 
 
-def refuse_twice(path: Path, names: list[str]):
-    """Raise InputError where a name stands twice."""
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"{path}: the name {twice[0]} stands twice")
+def refuse_twice(where: str, words: list[str]):
+    """Raise InputError where a name or a flag stands twice."""
+    if twice := [word for word in words if words.count(word) > 1]:
+        raise InputError(f"{where}: {twice[0]} stands twice")
 
 
-def read_design(path: Path) -> tuple[dict[str, str], list[str], np.ndarray]:
+def read_design(path: Path) -> tuple[dict[str, Flags], list[str], np.ndarray]:
     """Return runs with their flags, techniques, and 1 where a run (row) has one (column), else 0.
     """
-    with open(path, newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
-        head, *rows = [row for row in csv.reader(file) if row] or [[]]
+    try:
+        lines = csv.reader(text_of(path).splitlines(keepends=True))
+        head, *rows = [row for row in lines if row] or [[]]
+    except csv.Error as error:
+        raise InputError(f"{path}: line {lines.line_num}: {error}") from None
     if len(head) < 3 or (head[0], head[-1]) != ("run", "flags") or not rows:
         raise InputError(f"{path}: its first line must be run, techniques, flags, as plan writes "
                          "it, and there must be runs")
@@ -76,25 +109,33 @@ def read_design(path: Path) -> tuple[dict[str, str], list[str], np.ndarray]:
         if len(row) != len(head) or not row[0] or not {*row[1:-1]} <= {"+", "-"}:
             raise InputError(f"{path}: {row[0] or 'a run without a name'} must have a + or a - for "
                              f"each of {len(head) - 2} techniques, then flags")
-    names, techniques = [row[0] for row in rows], head[1:-1]
-    refuse_twice(path, names)
+    techniques, flags = head[1:-1], {}
+    refuse_twice(path, [row[0] for row in rows])
     refuse_twice(path, techniques)
-    flags = {row[0]: row[-1] for row in rows}
+    for run, *_, words in rows:
+        flags[run] = pairs(words, f"{path}: {run}")
+        refuse_twice(f"{path}: {run}", [flag for flag, *_ in flags[run]])
     return flags, techniques, np.array([[sign == "+" for sign in row[1:-1]] for row in rows], float)
 
 
 def last_loss_and_time(folder: Path) -> tuple[int, float, float]:
     """Return a run's tokens, last validation loss, and logarithm of its median seconds a token.
 
-    Raises InputError where it is not finished.
+    Raises InputError where it is not finished, or one of these is no finite number. A clock that
+    was set back made single speeds negative.
     """
-    found = read_run(folder)
-    speeds = [row["tokens_per_s"] for row in found.rows if "train_loss" in row]
+    found, finite = read_run(folder), number(-1e18, 1e18)
+    above_0 = number(0, 1e18, include_low=False)
+    speeds = [row.get("tokens_per_s") for row in found.rows if "train_loss" in row]
     if found.summary is None or not found.curve or not speeds:
         raise InputError(f"{folder}: not a finished run")
+    if not all(map(finite.accepts, speeds)) or not above_0.accepts(median(speeds)):
+        raise InputError(f"{found.file}: tokens_per_s of the steps of training must be finite "
+                         "numbers, and their median above 0")
     tokens, _, loss = found.curve[-1]
-    if not np.isfinite(loss):
-        raise InputError(f"{folder}: its loss is {loss}")
+    if not all(map(above_0.accepts, (tokens, loss))):
+        raise InputError(f"{found.file}: its tokens are {tokens}, its loss is {loss}: each must "
+                         "be a finite number above 0")
     return tokens, loss, -np.log(median(speeds))
 
 
@@ -108,36 +149,49 @@ def fit(X: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return c, np.sqrt(variance * np.diag(np.linalg.inv(X.T @ X)))
 
 
-def refuse_other_runs(folder: Path, flags: dict[str, str], logs: dict[str, str]):
+def refuse_other_runs(folder: Path, flags: dict[str, Flags], logs: dict[str, str]):
     """Raise InputError where a run's command has not the flags of its line in design.csv.
 
     It may have others, but none of another run's line. flags: those lines'. logs: train.log of each
     run; one without a command counts as right.
     """
-    planned = {run: pairs(shlex.split(words)) for run, words in flags.items()}
-    techniques = set().union(*planned.values())
+    techniques = set().union(*flags.values())
     for run, log in logs.items():
-        given = [pairs(shlex.split(words)) for words, _ in commands_of(last_start(log))]
-        if given and (wrong := (given[0] & techniques) ^ planned[run]):
-            raise InputError(f"{folder / run}: its command and design.csv differ in "
-                             f"{' '.join(min(wrong))}")
+        if commands := commands_of(last_start(log)):
+            found = pairs(commands[0][0], f"{folder / run / 'train.log'}")
+            given = {flag[0]: flag for flag in found}.values()  # the last counts, as it did there
+            if wrong := (techniques & {*given}) ^ {*flags[run]}:
+                raise InputError(f"{folder / run}: its command and design.csv differ in "
+                                 f"{' '.join(min(wrong))}")
 
 
-def pairs(words: list[str]) -> set[tuple[str, ...]]:
-    """Return the flags of a command, each with its values, as a train.log has them."""
+def pairs(text: str, where: str) -> Flags:
+    """Return the flags in a text, each with its values, as a train.log has them.
+
+    Raises InputError, which begins with where, for a quote that does not end.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"{where}: {error} in {text!r}") from None
     words = [relative(part) for word in words
              for part in (word.split("=", 1) if word.startswith("--") else [word])]
     at = [i for i, word in enumerate(words) if word.startswith("--")]
-    return {tuple(words[i:j]) for i, j in zip(at, [*at[1:], len(words)])}
+    return [tuple(words[i:j]) for i, j in zip(at, [*at[1:], len(words)])]
 
 
 def effects(folder: Path, slope: float):
     """Print what each technique does to loss and time in a folder of runs."""
     runs, names, has = read_design(folder / "design.csv")
     X = np.column_stack((np.ones(len(runs)), has))
-    tokens, loss, time = np.array([last_loss_and_time(folder / run) for run in runs]).T
+    found = [last_loss_and_time(folder / run) for run in runs]
+    tokens, loss, time = np.array(found).T
     if shorter := [run for run, count in zip(runs, tokens) if count != max(tokens)]:
         raise InputError(f"{folder / shorter[0]}: not finished, or shorter than other runs")
+    for (run, values), (other, there) in itertools.combinations(zip(runs, found), 2):
+        if values == there:
+            raise InputError(f"{folder / run} and {folder / other} are one run, or copies of it: "
+                             f"both have the loss {values[1]} and the same speed")
     paths = [folder / run / "train.log" for run in runs]
     logs = [path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
             for path in paths]
@@ -161,12 +215,7 @@ def main():
     parser.add_argument("path", type=Path)
     parser.add_argument("--slope", type=number(0, 1e3), default=0.175)
     args = parser.parse_args()
-    try:
-        plan(args.path) if args.command == "plan" else effects(args.path, args.slope)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"{args.path}: {error}") from None
+    plan(args.path) if args.command == "plan" else effects(args.path, args.slope)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -143,11 +144,19 @@ def test_plot_runs_makes_pictures_and_one_line_errors(tmp_path, monkeypatch, cap
         assert re.fullmatch(f"error: {re.escape(error)}.*\n", capsys.readouterr().err)
 
 
-def test_a_loss_that_is_no_number_is_refused_also_in_the_last_line(tmp_path):
-    for loss in ("text", None, [8.0]):
-        run = write_run(tmp_path, [dict(step=1, tokens=1, val_loss=loss, train_time_s=1.0)])
+@pytest.mark.parametrize("name", ("tokens", "val_loss", "train_time_s"))
+def test_what_is_no_number_is_refused_also_in_the_last_line(tmp_path, name):
+    for value in ("text", None, [8.0], True, 10**400, -(10**400), 1.7e308, -1.7e308):
+        row = dict(step=1, tokens=1, val_loss=4.0, train_time_s=1.0) | {name: value}
         with pytest.raises(InputError, match="metrics.jsonl: line 1 is not a row of metrics"):
-            read_run(run)
+            read_run(write_run(tmp_path, [row]))
+
+
+@pytest.mark.parametrize("make", (os.mkfifo, os.mkdir, lambda path: path.symlink_to(os.devnull)))
+def test_what_is_no_ordinary_file_is_refused(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match="metrics.jsonl: no ordinary file"):
+        read_run(tmp_path)
 
 
 def test_losses_that_are_not_finite_are_left_out(tmp_path, capsys):
@@ -164,13 +173,13 @@ def test_losses_that_are_not_finite_are_left_out(tmp_path, capsys):
 
 def test_a_legend_has_every_name_as_it_is(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
-    names, texts = ["p$x_$", "_private", "plain"], []
+    names, texts = ["p$x_$", "_private", "plain", os.fsdecode(b"b\xff")], []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **options: texts.extend(
         figure.axes[-1].get_legend().get_texts()))
     plot_runs.plot([read_run(write_run(tmp_path / name, [
         dict(step=1, tokens=1, val_loss=4.0, train_time_s=1.0)])) for name in names],
         tmp_path / "curves.png")
-    assert [text.get_text() for text in texts] == names
+    assert [text.get_text() for text in texts] == [*names[:-1], "b?"]
     assert not any(text.get_parse_math() for text in texts)
 
 
@@ -273,9 +282,9 @@ def test_what_a_log_was_validated_on_is_of_starts_that_validated():
 
 
 def test_a_screening_compares_flags_as_logs_have_them():
-    words = ["x.py", "--input_bin", f"{ROOT}/data/x", "--lr=0.1", "--layers", "1", "2", "--on"]
-    assert screening.pairs(words) == {
-        ("--input_bin", "data/x"), ("--lr", "0.1"), ("--layers", "1", "2"), ("--on",)}
+    words = f"x.py --input_bin {ROOT}/data/x --lr=0.1 --layers 1 '2' --on"
+    assert screening.pairs(words, "train.log") == [
+        ("--input_bin", "data/x"), ("--lr", "0.1"), ("--layers", "1", "2"), ("--on",)]
 
 
 def test_a_result_that_cannot_be_written_names_its_file(tmp_path):
@@ -534,16 +543,16 @@ def test_bad_input_is_one_clear_line(pair, argv, message):
 
 
 def write_screened(folder: Path, losses: dict[str, float], end: int = 100):
-    """Write a run for each name, with a summary."""
-    for name, loss in losses.items():
+    """Write a run for each name, with a speed of its own and a summary."""
+    for speed, (name, loss) in enumerate(losses.items(), 10):
         write_run(folder / name, [
-            dict(step=50, tokens=50, train_loss=4.0, tokens_per_s=10.0, train_time_s=5.0),
+            dict(step=50, tokens=50, train_loss=4.0, tokens_per_s=speed, train_time_s=5.0),
             dict(step=end, tokens=end, val_loss=loss, train_time_s=10.0),
             dict(step=end, wall_clock_time_to_target_loss=None)])
 
 
 def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
-    (tmp_path / "techniques.txt").write_text("".join(f"t{i} --flag {i}\n" for i in range(5)))
+    (tmp_path / "techniques.txt").write_text("".join(f"t{i} --flag{i} 1\n" for i in range(5)))
     screening.plan(tmp_path / "techniques.txt")
     design = capsys.readouterr().out
     (tmp_path / "design.csv").write_text(design)
@@ -563,17 +572,17 @@ def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
     (tmp_path / "r01/train.log").write_text((tmp_path / "r02/train.log").read_text())
     screening.effects(tmp_path, 0.175)
     assert "warning" not in capsys.readouterr().out
-    (tmp_path / "r02/train.log").write_text("command: x.py --flag 1 --seed 2\n")
+    (tmp_path / "r02/train.log").write_text("command: x.py --flag1 1 --seed 2\n")
     with pytest.raises(InputError, match="r02: its command and design.csv differ in --flag"):
         screening.effects(tmp_path, 0.175)
-    on = [str(i) for i, sign in enumerate(signs["r02"]) if sign == "+"]
+    on = [i for i, sign in enumerate(signs["r02"]) if sign == "+"]
     torch_line = "torch 2.11.0, Python 3.12.3, 1 x {}, 1 thread\n"
     text = "data: x; validation: y, {} targets of 99, sha256 0a\nstep:1/1 val_loss:4\n"
-    gone = "commit: a\ncommand: x.py --flag 7\n" + torch_line.format("H100") + text.format(3) \
+    gone = "commit: a\ncommand: x.py --flag7 1\n" + torch_line.format("H100") + text.format(3) \
         + "commit: a\n"  # a start that left no run
     (tmp_path / "r01/train.log").write_text(torch_line.format("CPU") + text.format(9))
     (tmp_path / "r02/train.log").write_text(
-        f"{gone}command: x.py --seed 2 " + " ".join(f"--flag={i}" for i in on) + "\n"
+        f"{gone}command: x.py --seed 2 " + " ".join(f"--flag{i}=1" for i in on) + "\n"
         + torch_line.format("NVIDIA H200") + text.format(8))
     screening.effects(tmp_path, 0.175)
     said = capsys.readouterr().out
@@ -584,19 +593,76 @@ def test_effects_are_of_finished_runs_alone(tmp_path, capsys):
         write_screened(tmp_path, {"r03": loss}, end)
         path = tmp_path / "r03/metrics.jsonl"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:rows]))
-        with pytest.raises(InputError, match="r03: (its loss is nan|not (a )?finished)"):
+        with pytest.raises(InputError, match="r03.*: (.*its loss is nan: |not (a )?finished)"):
             screening.effects(tmp_path, 0.175)
+
+
+@pytest.fixture
+def screened(tmp_path) -> Path:
+    """Return a folder with the design of one technique and its two finished runs."""
+    (tmp_path / "design.csv").write_text("run,t0,flags\nr1,+,--flag0 1\nr2,-,\n")
+    write_screened(tmp_path, {"r1": 4.0, "r2": 4.1})
+    return tmp_path
+
+
+@pytest.mark.parametrize("old, new, message", (
+    *(("11", speed, "tokens_per_s of the steps of training must be finite numbers, and") for speed
+      in ('"x"', "null", "0", "-5", "NaN", "1e999", "true", "[]", "1" + "0" * 400)),
+    ('"tokens_per_s": 11, ', "", "tokens_per_s of the steps"),
+    ("4.1", "-1", "its tokens are 100, its loss is -1: each must be"),
+    ('100, "val', 'NaN, "val', "its tokens are nan, its loss is 4.1: each must be")))
+def test_a_run_without_a_finite_loss_or_speed_is_refused(screened, old, new, message):
+    path = screened / "r2/metrics.jsonl"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(InputError, match=f"^{path}: {message}[^\n]*$"):
+        screening.effects(screened, 0.175)
+
+
+def test_a_speed_of_a_clock_that_was_set_back_does_not_count(screened, capsys):
+    path, said = screened / "r2/metrics.jsonl", []
+    step, *others = path.read_text().splitlines(keepends=True)
+    for steps in ([step], [step, step.replace("11", "-2e10"), step]):
+        path.write_text("".join([*steps, *others]))
+        screening.effects(screened, 0.175)
+        said.append(capsys.readouterr().out)
+    assert said[-1] == said[-2]
+
+
+@pytest.mark.parametrize("file, text, message", (
+    ("design.csv", b"run,t0,flags\nr1,+," + b"x" * 200_000, "line 2: field larger than"),
+    ("design.csv", b"run,t0,flags\nr1,+,\xff\n", "not a text file in UTF-8"),
+    ("r2/train.log", b"command: x.py --flag0 '1\n", "No closing quotation in \"--flag0 '1\"")))
+def test_a_damaged_file_of_a_screening_is_named(screened, file, text, message):
+    (screened / file).write_bytes(text)
+    with pytest.raises(InputError, match=f"^{screened / file}: {message}[^\n]*$"):
+        screening.effects(screened, 0.175)
+
+
+def test_of_a_flag_twice_in_a_command_the_last_counts(screened):
+    for last, refused in (("1", True), ("0", False)):
+        (screened / "r2/train.log").write_text(f"command: x.py --flag0 3 --flag0 {last}\n")
+        with pytest.raises(InputError, match="r2: its command") if refused else nullcontext():
+            screening.effects(screened, 0.175)
+
+
+def test_a_copy_of_a_run_is_refused(screened):
+    (screened / "r2/metrics.jsonl").write_bytes((screened / "r1/metrics.jsonl").read_bytes())
+    with pytest.raises(InputError, match="r1 and .*r2 are one run, or copies of it: both have the"):
+        screening.effects(screened, 0.175)
 
 
 @pytest.mark.parametrize("old, new, message", (
     ("r02,+", "r02,x", "r02 must have a \\+ or a - for each of 2 techniques"),
     ("r02,+", "r02,", "r02 must have a"), ("r02,+,", "r02,", "r02 must have a"),
-    ("\nr02,", "\n,", "a run without a name"), ("r02,", "r03,", "the name r03 stands twice"),
-    ("run,t0,t1", "run,t0,t0", "the name t0 stands twice"),
+    ("\nr02,", "\n,", "a run without a name"), ("r02,", "r03,", "r03 stands twice"),
+    ("run,t0,t1", "run,t0,t0", "t0 stands twice"),
+    ("--flag0 1 --flag1 1", "--flag0 1 --flag0 2", "r01: --flag0 stands twice"),
+    ("--flag0 1 --flag1 1", "--flag0 '1", "r01: No closing quotation in \"--flag0 '1\""),
     ("run,", "walk,", "its first line must be"),
     (None, "", "its first line must be"), (None, "run,t0,flags\n", ".* and there must be runs")))
 def test_a_design_that_is_not_whole_is_refused(tmp_path, capsys, old, new, message):
-    (tmp_path / "techniques.txt").write_text("t0 --flag 0\nt1 --flag 1\n")
+    (tmp_path / "techniques.txt").write_text("t0 --flag0 1\nt1 --flag1 1\n")
     screening.plan(tmp_path / "techniques.txt")
     text = capsys.readouterr().out
     signs = {line.split(",")[0]: line.split(",")[1] for line in text.splitlines()}
@@ -607,17 +673,23 @@ def test_a_design_that_is_not_whole_is_refused(tmp_path, capsys, old, new, messa
 
 
 @pytest.mark.parametrize("text, message", (
-    ("", "there is no technique"), ("\n \n", "there is no"), ("t0\n", "each line must be a name"),
-    ("t0 --flag 0\nt0 --flag 1\n", "the name t0 stands twice")))
+    ("", ": there is no technique"), ("\n \n", ": there is no technique"),
+    ("\nt0\n", ": line 2 must be a name, then flags"), ("t0 x --flag 0\n", ": line 1 must be"),
+    ("t0 --a 0\nt0 --b 1\n", ": line 2: t0 stands twice, first in line 1"),
+    ("t0 --a 0\n\nt1 --b 0 --a=1\n", ": line 3: --a stands twice, first in line 1"),
+    ("t0 --b 0\nt1 --a 0 --a 0\n", ": line 2: --a stands twice, first in line 2"),
+    ("t0 --a 0\nt1 --b '0\n", ": line 2: No closing quotation in \"--b '0\""),
+    ("t0 --a 0\xff\n", ": not a text file in UTF-8"),
+    ("t0 --a 0\\\n", ": line 1: No escaped character in '--a 0")))
 def test_a_list_of_techniques_that_is_not_whole_is_refused(tmp_path, capsys, text, message):
-    (tmp_path / "techniques.txt").write_text(text)
-    with pytest.raises(InputError, match=f"techniques.txt: {message}"):
+    (tmp_path / "techniques.txt").write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=f"^[^\n]*/techniques.txt{message}[^\n]*$"):
         screening.plan(tmp_path / "techniques.txt")
     assert capsys.readouterr().out == ""
 
 
 def test_too_many_techniques_leave_no_file(tmp_path, capsys):
-    (tmp_path / "techniques.txt").write_text("".join(f"t{i} --flag {i}\n" for i in range(24)))
+    (tmp_path / "techniques.txt").write_text("".join(f"t{i} --flag{i} 1\n" for i in range(24)))
     with pytest.raises(InputError, match="at most 23 techniques, got 24"):
         screening.plan(tmp_path / "techniques.txt")
     assert capsys.readouterr().out == ""

@@ -916,7 +916,7 @@ def test_numbers_of_text_to_bin(tmp_path, monkeypatch, capsys, options, message)
     ("two_cards", "speed --cards 2", "--cards must have 1, which"),
     ("screening", "effects x --slope nan", "--slope: must be a number >= 0 and <= 1000, got nan"),
     ("screening", "effects x --slope 1e9", "--slope: must be a number"),
-    ("screening", "effects nothing", "nothing: "),
+    ("screening", "effects nothing", "nothing/design.csv: No such file or directory"),
     ("evaluate", "x --rows 1000000000", "--rows: must be an integer >= 2 and <= 1,048,576"),
     ("evaluate", "x --tokens 1000000000000", "--tokens: must be an integer >= 1"),
     ("evaluate", "x --batch_tokens 1000000000", "--batch_tokens: must be an integer >= 1"),
@@ -925,6 +925,7 @@ def test_numbers_of_text_to_bin(tmp_path, monkeypatch, capsys, options, message)
     ("generation_speed", "--preset shakespeare --attn_layers 1 --max_new_tokens 256",
      "--max_new_tokens must be <"),
     ("generation_speed", "--preset shakespeare --model d48 --device cpu", "--model, --afno_num"),
+    ("results", "--foo", "unrecognized arguments: --foo"),
     ("plot_runs", "x --x 3", "--x: invalid choice: '3'"),
 ])
 def test_numbers_of_the_experiments(tmp_path, monkeypatch, capsys, script, options, message):

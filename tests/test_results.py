@@ -1,9 +1,11 @@
 """Check that every file of every run can be restored and that the tables are up to date."""
+import errno
 import hashlib
 import json
 import lzma
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,88 @@ def test_pages_are_up_to_date():
         assert page == path.read_text(), f"{path.name}: run python experiments/results.py"
 
 
+@pytest.mark.parametrize("damage, message", (
+    (lambda log: log[:1000], "no line with its machine"), (lambda log: b"", "no line with its"),
+    (lambda log: log[:log.index(b"step:1400/")], "no line with its speed"),
+    (lambda log: log + b"steps: 2800 of 65,536 tokens (1 x 64 x 1024)\n",
+     "last validated at step 1400 of 2800"),
+    (lambda log: log + b"\xff", "'utf-8' codec can't decode"),
+    (lambda log: log.replace(b"/val_*.bin'", b"/val_*.bin"), "No closing quotation"),
+    (lambda log: log + b"step:1400/1400 val_loss:3.4.4 train_time:1.0s\n", "could not convert")))
+def test_a_log_that_is_not_whole_is_named(tmp_path, monkeypatch, damage, message):
+    for _, _, names in results.ROWS:
+        for name in names:
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "train.log").symlink_to(archive.RUNS / name / "train.log")
+    path = tmp_path / results.GOALS / "b-92/train.log"
+    archive.write(path, damage(path.read_bytes()))
+    monkeypatch.setattr(archive, "RUNS", tmp_path)
+    with pytest.raises(InputError, match=f"^{path}: damaged, or cut off \\({message}[^\n]*$"):
+        results.main_table("")
+
+
+@pytest.mark.parametrize("file, data, message", (
+    ("train.log", b"\xff", "'utf-8' codec"), ("train.log", b"command: x.py '", "No closing"),
+    ("stdout.txt", b"command: x.py '", "No closing"),
+    ("metrics.jsonl", b'{"val_loss"', "Expecting"),
+    ("metrics.jsonl", b"5", "argument of type 'int'"),
+    ("metrics.jsonl", b'{"val_loss": 4}', "'tokens'")))
+def test_an_archived_log_that_cannot_be_read_is_named(monkeypatch, file, data, message):
+    monkeypatch.setattr(archive, "members", lambda folder: iter([(f"{folder}/run/{file}", data)]))
+    with pytest.raises(InputError, match=f"^x/run/{file}: damaged, or cut off \\({message}"):
+        results.archived_runs("x")
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch) -> Path:
+    """Return a folder with the three pages, whose tables are out of date."""
+    for name in ("README.md", "experiments/README.md", "experiments/benchmark_results.md"):
+        archive.write(tmp_path / name, b"Head\n<!-- table -->\nold\n<!-- /table -->\nEnd\n")
+    monkeypatch.setattr(results, "HERE", tmp_path / "experiments")
+    monkeypatch.setattr(results, "main_table", lambda root: "new \\1")
+    monkeypatch.setattr(results, "all_runs", lambda: "new \\1")
+    return tmp_path
+
+
+def run_results(monkeypatch, *words: str):
+    monkeypatch.setattr(sys, "argv", ["results.py", *words])
+    results.main()
+
+
+def test_pages_are_checked_and_written(site, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    before = everything(site)
+    with pytest.raises(SystemExit, match="1"):
+        run_results(monkeypatch, "--check")
+    assert everything(site) == before
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        run_results(monkeypatch)
+    assert {path: data for path, data in everything(site).items() if path in before} == before
+    run_results(monkeypatch)
+    for path in before:
+        assert path.read_text() == "Head\n<!-- table -->\nnew \\1\n<!-- /table -->\nEnd\n"
+    run_results(monkeypatch, "--check")
+
+
+@pytest.mark.parametrize("old, new", (
+    ("<!-- /table -->\n", ""), ("<!-- table -->\n", ""), ("End\n", "<!-- table -->\n"),
+    ("End\n", "<!-- /table -->\n"), ("<!-- table -->", "<!-- table --> |"),
+    ("<!-- table -->\nold\n<!-- /table -->\n", "<!-- /table -->\n<!-- table -->\n"),
+    ("Head", "\xff")))
+@pytest.mark.parametrize("words", ((), ("--check",)))
+def test_a_page_without_both_marks_is_refused(site, monkeypatch, words, old, new):
+    path = site / "README.md"
+    path.write_text(path.read_text().replace(old, new), encoding="latin-1")
+    before = everything(site)
+    message = "damaged" if old == "Head" else "must have the lines <!-- table --> and <!-- /table"
+    with pytest.raises(InputError, match=f"^{path}: {message}[^\n]*$"):
+        run_results(monkeypatch, *words)
+    assert everything(site) == before
+
+
 def test_tree_is_small_and_has_no_old_code():
     made_here = {"__pycache__", "studies"}  # by Python and by ablation_studies.py, not in git
     paths = [path for path in HERE.rglob("*") if path.is_file()
@@ -158,6 +242,26 @@ def test_what_a_pack_would_leave_out_is_refused(packed, tmp_path):
     with pytest.raises(archive.ArchiveError, match="link/run: neither a folder nor a file, so it "):
         archive.pack(folder, packed)
     assert (packed / "archive/MANIFEST").read_text() == before
+
+
+@pytest.mark.parametrize("locked", ("run", "source"))
+def test_a_folder_that_cannot_be_read_is_refused(packed, tmp_path, monkeypatch, locked):
+    folder, scandir = tmp_path / "2026-01-03-locked", os.scandir
+    for parent in (folder, packed / "2026-01-02-question"):
+        archive.write(parent / "run/source/a.txt", b"a")
+    before = everything(packed)
+
+    def refusing(path):
+        if Path(path).name == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    for act in (lambda: archive.pack(folder, packed), lambda: archive.verify(packed)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", refusing)  # root reads all
+            with pytest.raises(archive.ArchiveError, match=f"/{locked}: Permission denied, so it "):
+                act()
+        assert everything(packed) == before
 
 
 def test_verify_finds_a_changed_log_source_and_manifest(packed):
