@@ -121,8 +121,8 @@ def read_design(path: Path) -> tuple[dict[str, Flags], list[str], np.ndarray]:
 def last_loss_and_time(folder: Path) -> tuple[int, float, float]:
     """Return a run's tokens, last validation loss, and logarithm of its median seconds a token.
 
-    Raises InputError where it is not finished, or one of these is no finite number. A clock that
-    was set back made single speeds negative.
+    Raises InputError where it is not finished, or one of these is no finite number. Single speeds
+    may be negative: a patch of old trials logged the last step before a state too late.
     """
     found, finite = read_run(folder), number(-1e18, 1e18)
     above_0 = number(0, 1e18, include_low=False)
