@@ -18,6 +18,9 @@ counting it is to the symbol's first place, 0 at that place. Mixers have the tra
 without soft cap, value residual and weight decay. They see the same rows in the same order, in as
 many steps. They take fewer steps only where all answers are right.
 
+A model whose outputs depend on later tokens is refused before it is trained: it would read its
+answers.
+
 Two controls say whether a task measures anything. Attention must answer 99.5% of the questions of
 recall, induction, needle and copying at every length and load. A model whose layers mix no tokens,
 filters of one tap, must stay at chance everywhere, within four standard errors. Whatever it answers
@@ -49,6 +52,7 @@ from experiments import archive
 from experiments.ablation_studies import seeds
 from experiments.evaluate import code, markdown
 from runtime import Diverged, Runtime, choose_device, gpu_driver, usual_runtime
+from test_causality import refuse_leaks
 
 FILLER, MARKER, FIRST = 0, 1, 2  # tokens; keys begin at FIRST, values at half of the vocabulary
 
@@ -92,6 +96,7 @@ MARGIN = 4  # standard errors: what counts as no better than chance
 MADE_BY = "Made by experiments/ablation_studies.py recall"  # in table.md
 VERDICTS = {True: "holds", False: "**FAILS**", None: "not known"}
 LEARNT = 0.005  # nats: a mean loss below is that of right answers alone
+CHECKED_ROWS, CUTS = 4, 32  # of the causality check, which takes a second or two
 
 
 # -----------------------------------------------------------------------------
@@ -314,12 +319,26 @@ def test(model: trainer.GPT, task: str, grid: Grid, seed: int, runtime: Runtime)
     return cells
 
 
+def refuse_leaky(name: str, model: trainer.GPT, shapes: list[tuple[int, int]], runtime: Runtime):
+    """Raise InputError with the model's name where an output depends on a token after it.
+
+    shapes: (rows, T) of the batches to try.
+    """
+    say = lambda text: print(f"{name}: {text}", flush=True)
+    try:
+        refuse_leaks(model, shapes, runtime, say, modes=(False,), cuts=CUTS)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
 def measure(task: str, mixer: str, seed: int, grid: Grid, runtime: Runtime) -> dict:
     """Train and test one model; return its line of rows.jsonl.
 
-    Raise Diverged where the loss is not finite.
+    Raise InputError where the model leaks, Diverged where the loss is not finite.
     """
     model = make_model(grid, mixer, seed).to(runtime.device)
+    lengths = sorted({min(grid.lengths), max(grid.lengths)})
+    refuse_leaky(name_of(task, mixer, seed), model, [(CHECKED_ROWS, T) for T in lengths], runtime)
     begin = time.perf_counter()
     most = math.ceil(grid.steps / 3) if mixer == "none" else grid.steps
     loss, steps = train(model, task, replace(grid, steps=most), seed, runtime)

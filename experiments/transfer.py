@@ -14,7 +14,7 @@ law      licence texts of installed packages; the last tenth is judged
 
 Many licences are copies of each other, and some code is. So no token is judged that lies in a run
 of 16 tokens which the training part holds, too. Standard errors are those of differences of losses
-on the same tokens, over rows.
+on the same tokens, over rows. A checkpoint whose outputs depend on later tokens is refused.
 
 Then operators are exchanged between the models that were tuned on different domains: what is a
 filter of one domain worth in another? In --output are rows.jsonl, with a line for every result, and
@@ -45,7 +45,7 @@ from data.text_to_bin import (FOLDER, ROOT, InputError, Parser, first_line, inte
 from experiments import archive, package_text
 from experiments.evaluate import (BATCH_TOKENS, Checkpoint, cut_rows, losses_of, markdown,
                                   mean_and_error)
-from experiments.recall import append_line, names, read_lines
+from experiments.recall import CHECKED_ROWS, append_line, names, read_lines, refuse_leaky
 from runtime import Diverged, Runtime, choose_device, usual_runtime
 
 JUDGED = "Losses on the part of a domain's text that was not trained on"  # in table.md
@@ -223,6 +223,7 @@ class Study:
                 if tokens.max() >= checkpoint.config.vocab_size:
                     raise InputError(f"{label}: a vocabulary of {checkpoint.config.vocab_size}, "
                                      f"the text of --domains {domain} has GPT-2's tokens")
+        self.checked = set()  # labels of checkpoints that do not leak
         self.share = share_of_operators([*self.checkpoints.values()])
         self.setting = dict(steps=args.steps, batch_size=args.batch_size, seed=args.seed)
         self.path = self.folder / "rows.jsonl"
@@ -255,13 +256,22 @@ class Study:
                   f"{row['loss']:.4f}, {time.perf_counter() - begin:.0f} s", flush=True)
         return self.rows[self.key(row)]
 
+    def model(self, label: str) -> trainer.GPT:
+        """Return a checkpoint's model; the first time, raise InputError where it leaks."""
+        model = self.checkpoints[label].model(self.runtime)
+        if label not in self.checked:
+            rows = min(CHECKED_ROWS, self.args.batch_size)
+            refuse_leaky(label, model, [(rows, model.config.sequence_length)], self.runtime)
+            self.checked.add(label)
+        return model
+
     def weights(self, label: str, domain: str, rate: float) -> Path:
         return self.folder / f"{label}-{domain}-{rate}.pt"
 
     @functools.cache
     def judged(self, label: str, domain: str, rate: float | None = None) -> np.ndarray:
         """Return the losses of the checkpoint as it is, or tuned with all weights at a rate."""
-        model = self.checkpoints[label].model(self.runtime)
+        model = self.model(label)
         if rate is not None:
             model.load_state_dict(self.read(label, domain, rate))
         return judge(model, domain, self.runtime)
@@ -277,7 +287,7 @@ class Study:
         Its error is that of the difference from the checkpoint as it is.
         """
         def make() -> dict:
-            model = self.checkpoints[label].model(self.runtime)
+            model = self.model(label)
             masks = part_of(model, part, operator_of(model, self.share))
             tune(model, masks, domain, rate, self.args, self.runtime)
             if part == "all":
@@ -308,7 +318,7 @@ class Study:
         other_rate = None if other == START else self.best(label, other, "all")["rate"]
 
         def make() -> dict:
-            model = self.checkpoints[label].model(self.runtime)
+            model = self.model(label)
             start = {name: p.detach().clone() for name, p in model.state_dict().items()}
             model.load_state_dict(self.read(label, domain, rate))
             state = start if other == START else self.read(label, other, other_rate)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import afno
 from data.text_to_bin import InputError, owned
 from experiments import ablation_studies, recall
 from experiments.recall import FILLER, GRIDS, MARKER, MIXERS, TASKS, Draw, Grid, main
@@ -177,6 +178,18 @@ def test_a_study_runs_then_goes_on_where_it_was_cut(tiny, tmp_path, capsys, monk
     with pytest.raises(InputError, match="rows.jsonl holds recall-attention-seed1337 with other "
                                          "settings; delete it, or choose another --output"):
         ablation_studies.main(argv)
+
+
+@pytest.mark.parametrize("lengths", ((16, 32), (16,), (32,)))
+def test_a_model_that_leaks_is_not_trained(tiny, tmp_path, monkeypatch, lengths):
+    conv = afno.causal_conv
+    monkeypatch.setattr(afno, "causal_conv", lambda u, taps: conv(u, taps) + (
+        0.05 * u.roll(-1, 1) if u.size(1) in lengths else 0))
+    monkeypatch.setattr(recall, "train", None)
+    with pytest.raises(InputError, match="^recall-filters-seed1: causality check: the model leaks"):
+        main(["--tasks", "recall", "--mixers", "filters", "--seeds", "1", "--device", "cpu",
+              "--output", str(tmp_path)])
+    assert not (tmp_path / "recall/table.md").exists()
 
 
 def test_controls_name_their_worst_cell():

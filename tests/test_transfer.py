@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import afno
 import train_gpt2_afno as trainer
 from data.text_to_bin import InputError
 from experiments import ablation_studies, transfer
@@ -29,6 +30,15 @@ def texts(monkeypatch):
 def make(**options) -> GPT:
     torch.manual_seed(0)
     return GPT(GPTConfig(**SHAPE | options))
+
+
+def save(folder, seed: int = 1, **options):
+    """Write a checkpoint of step 7 into a folder of its own."""
+    model = make(**options)
+    folder.mkdir(exist_ok=True)
+    torch.save(dict(model=model.state_dict(), optimizers=[], step=7, position=0, rng={},
+                    config=trainer.asdict(model.config), args=dict(seed=seed)),
+               folder / "state_step000007.pt")
 
 
 def moved(model: GPT, before: dict) -> dict[str, torch.Tensor]:
@@ -91,11 +101,7 @@ def test_an_exchange_moves_the_operator_alone(options):
 def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(transfer, "plot", lambda *arguments: None)  # it takes a second
     for name, options in (("c", HYBRID), ("b", ATTENTION)):
-        model = make(**options)
-        (tmp_path / name).mkdir()
-        torch.save(dict(model=model.state_dict(), optimizers=[], step=7, position=0, rng={},
-                        config=trainer.asdict(model.config), args=dict(seed=1)),
-                   tmp_path / name / "state_step000007.pt")
+        save(tmp_path / name, **options)
     argv = ["transfer", str(tmp_path / "c"), str(tmp_path / "b"), "--domains", "code,law",
             "--rates", "0.01,0.001", "--steps", "4", "--batch_size", "2", "--device", "cpu",
             "--output", str(tmp_path / "out")]
@@ -104,6 +110,7 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
     rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
     # of two checkpoints and two domains: before, three parts at two rates, two exchanges
     assert len(rows) == 2 * 2 * (1 + 3 * 2 + 2)
+    assert said.count("c@7: causality check") == said.count("b@7: causality check") == 1
     loss = {(row["label"], row["domain"], row["part"], row["rate"], row["operator_of"]):
             row["loss"] for row in rows}
     best = min(loss["c@7", "code", "all", rate, "code"] for rate in (0.01, 0.001))
@@ -121,10 +128,7 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
     assert ablation_studies.main(fewer) == 0
     assert ablation_studies.main(argv) == 0
     capsys.readouterr()
-    model = make(**ATTENTION)  # another file of the same name
-    torch.save(dict(model=model.state_dict(), optimizers=[], step=7, position=0, rng={},
-                    config=trainer.asdict(model.config), args=dict(seed=2)),
-               tmp_path / "b/state_step000007.pt")
+    save(tmp_path / "b", seed=2, **ATTENTION)  # another file of the same name
     assert ablation_studies.main(argv) == 0
     again = capsys.readouterr().out
     assert again.count("b@7, ") == 2 * (1 + 3 * 2 + 2) and "c@7, " not in again
@@ -159,6 +163,16 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
         np.full(99, 50), np.zeros(99, int), np.ones(98, bool)))
     with pytest.raises(InputError, match="c@7: a vocabulary of 50, the text of --domains code"):
         ablation_studies.main([*argv[:-1], str(tmp_path / "y")])
+
+
+def test_a_checkpoint_that_leaks_has_no_result(tmp_path, monkeypatch):
+    conv = afno.causal_conv
+    monkeypatch.setattr(afno, "causal_conv",
+                        lambda u, taps: conv(u, taps) + 0.05 * u.roll(-1, 1))
+    save(tmp_path / "c", **HYBRID)
+    with pytest.raises(InputError, match="^c@7: causality check: the model leaks"):
+        transfer.main([str(tmp_path / "c"), "--device", "cpu", "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out/table.md").exists()
 
 
 def test_what_stands_in_the_training_part_is_not_judged():
