@@ -47,7 +47,8 @@ if __name__ == "__main__":
     sys.exit(2)
 
 import train_gpt2_afno as trainer
-from data.text_to_bin import FOLDER, ROOT, InputError, Kind, Parser, owned, relative
+from data.text_to_bin import (FOLDER, ROOT, InputError, Kind, Parser, integer, number, owned,
+                              relative)
 from experiments import archive
 from experiments.ablation_studies import seeds
 from experiments.evaluate import code, markdown
@@ -366,28 +367,30 @@ def machine(runtime: Runtime) -> str:
     return f"torch {torch.__version__}, {chip}"
 
 
-def read_lines(path: Path, *names: str) -> list[dict]:
-    """Return the results in a file, one a line; raise InputError where one lacks one of the names.
+def read_lines(path: Path, is_whole) -> list[dict]:
+    """Return the results in a file, one a line; raise InputError where is_whole(one) is not true.
 
     A last line that a kill has cut off is dropped, also from the file.
     """
     if not path.exists():
         return []
-    foreign = InputError(f"{path}: not a file of this study; delete it, or choose another --output")
+    way_out = "delete it, or choose another --output"
+    foreign = InputError(f"{path}: not a file of this study; {way_out}")
     try:
         *lines, last = path.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines]
-    except ValueError:
+    except (ValueError, RecursionError):
         raise foreign from None
     try:
         rows += [json.loads(last)] if last else []
         lines += [last] if last else []
-    except ValueError:
+    except (ValueError, RecursionError):
         if not last.startswith("{"):
             raise foreign from None
         print(f"{path}: the last line was cut off and is dropped", file=sys.stderr)
-    if not all(isinstance(row, dict) and row.keys() >= {*names} for row in rows):
-        raise foreign
+    for number, row in enumerate(rows, 1):
+        if not (isinstance(row, dict) and is_whole(row)):
+            raise InputError(f"{path}: line {number} is not a result of this study; {way_out}")
     if last:
         archive.write(path, "".join(f"{line}\n" for line in lines).encode())
     return rows
@@ -406,16 +409,48 @@ def read_rows(path: Path, grid: Grid) -> list[dict]:
     """Return the lines of models that are finished; raise InputError for those of another grid.
 
     Rows of counting from before 2026-11-30 are of another one: distance 0 was counted as 1 there.
+    A model that stands twice would count twice: it is refused, too.
     """
-    rows = read_lines(path, "task", "mixer", "seed", "setting", "steps", "machine", "cells")
+    rows, found = read_lines(path, is_whole), set()
     for row in rows:
-        old = row["task"] == COUNTED and any(
-            min(begin for begin, *_ in cell["by_distance"]) > 0 for cell in row["cells"])
-        if old or row["mixer"] not in MIXERS or row["setting"] != setting(grid, row["mixer"]):
-            name = name_of(row["task"], row["mixer"], row["seed"])
+        name = name_of(row["task"], row["mixer"], row["seed"])
+        old = row["task"] == COUNTED and any(cell["by_distance"][0][0] > 0 for cell in row["cells"])
+        if old or row["setting"] != setting(grid, row["mixer"]) \
+                or [*map(cell_key, row["cells"])] != grid.cells():
             raise InputError(f"{path} holds {name} with other settings; delete it, or choose "
                              "another --output")
+        if name in found:
+            raise InputError(f"{path} holds {name} twice; delete one of its lines, or choose "
+                             "another --output")
+        found.add(name)
     return rows
+
+
+def is_whole(row: dict) -> bool:
+    """Return whether a row has all that the study takes of it; `code` is of newer rows alone."""
+    cells = row.get("cells")
+    return (row.get("task") in [*TASKS] and row.get("mixer") in [*MIXERS] and "setting" in row
+            and trainer.FLAGS["seed"].kind.accepts(row.get("seed"))
+            and integer(1).accepts(row.get("steps")) and isinstance(row.get("machine"), str)
+            and isinstance(row.get("code", ""), str)
+            and isinstance(cells, list) and len(cells) > 0 and all(map(is_whole_cell, cells)))
+
+
+def is_whole_cell(cell) -> bool:
+    """Return whether a cell has its numbers, and its answers by distance sum to all of them."""
+    kinds = dict(T=integer(1), load=integer(1), answers=integer(1), right=integer(0),
+                 chance=number(0, 1))
+    if not isinstance(cell, dict) or not all(
+            kind.accepts(cell.get(name)) for name, kind in kinds.items()):
+        return False
+    parts = cell.get("by_distance")
+    if not isinstance(parts, list) or not all(
+            isinstance(part, list) and len(part) == 3 and all(map(integer(0).accepts, part))
+            and part[1] <= part[2] > 0 for part in parts):
+        return False
+    begins = [begin for begin, _, _ in parts]
+    sums = [sum(part[place] for part in parts) for place in (1, 2)]
+    return begins == sorted({*begins}) and sums == [cell["right"], cell["answers"]]
 
 
 # -----------------------------------------------------------------------------

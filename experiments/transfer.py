@@ -40,8 +40,8 @@ if __name__ == "__main__":
 import train_gpt2_afno as trainer
 from checkpoints import demand_checksums, refuse_damaged_weights
 from data.loader import digest_of, to_device
-from data.text_to_bin import (FOLDER, ROOT, InputError, Parser, first_line, integer, owned,
-                              read_bin, relative)
+from data.text_to_bin import (FOLDER, ROOT, InputError, Parser, first_line, integer, number,
+                              owned, read_bin, relative)
 from experiments import archive, package_text
 from experiments.evaluate import (BATCH_TOKENS, Checkpoint, cut_rows, losses_of, markdown,
                                   mean_and_error)
@@ -202,6 +202,28 @@ def tune(model: trainer.GPT, masks: Masks, domain: str, rate: float, args, runti
         raise Diverged(f"{domain}, rate {rate}: the loss is {loss.item()}")
 
 
+def is_whole(row: dict) -> bool:
+    """Return whether a row has all that the study takes of it.
+
+    An error is nan where a single row of text was judged.
+    """
+    domain, part, operator_of = (row.get(name) for name in ("domain", "part", "operator_of"))
+    size = number(0, 1e18).accepts
+    error = lambda value: size(value) or type(value) is float and math.isnan(value)
+    if (part, operator_of) == ("none", START):
+        needed = {}
+    elif part in PARTS and operator_of == domain:
+        needed = dict(error=error, trained=number(0, 1).accepts)
+    elif part == "all" and operator_of in (*DOMAINS, START):
+        needed = dict(error=error, difference=number(-1e18, 1e18).accepts)
+    else:
+        return False
+    needed |= dict(label=lambda value: isinstance(value, str), domain=[*DOMAINS].__contains__,
+                   rate=size, loss=size)
+    return row.keys() >= {"setting", "made_of"} and all(
+        accepts(row.get(name)) for name, accepts in needed.items())
+
+
 class Study:
     """Hold what is asked and what is found; every result is a line of rows.jsonl."""
 
@@ -227,8 +249,7 @@ class Study:
         self.share = share_of_operators([*self.checkpoints.values()])
         self.setting = dict(steps=args.steps, batch_size=args.batch_size, seed=args.seed)
         self.path = self.folder / "rows.jsonl"
-        needed = ("label", "domain", "part", "rate", "operator_of", "setting", "loss", "made_of")
-        self.rows = {self.key(row): row for row in read_lines(self.path, *needed)}
+        self.rows = {self.key(row): row for row in read_lines(self.path, is_whole)}
         if others := [row for row in self.rows.values() if row["setting"] != self.setting]:
             raise InputError(f"{self.path} holds results with {others[0]['setting']}, now "
                              f"{self.setting}; delete it, or choose another --output")
@@ -242,7 +263,7 @@ class Study:
         """Return a result that stands, or make it: make() returns its numbers.
 
         It stands where file, share of the operator, texts and other_rate, that of an operator from
-        another domain, are as they were.
+        another domain, are as they were. Raise Diverged where new numbers are not finite.
         """
         row = dict(label=label, domain=domain, part=part, rate=rate, operator_of=operator_of)
         made_of = [*self.checkpoints[label].key(), self.share, self.texts[domain],
@@ -250,6 +271,8 @@ class Study:
         if self.rows.get(self.key(row), {}).get("made_of") != made_of:
             begin = time.perf_counter()
             row |= dict(setting=self.setting, made_of=made_of, **make())
+            if not is_whole(row):
+                raise Diverged(f"{label}, {domain}, {part}, rate {rate}: the loss is {row['loss']}")
             self.rows[self.key(row)] = row
             append_line(self.path, row)
             print(f"{label}, {domain}, {part}, rate {rate}, operator of {operator_of}: "

@@ -634,12 +634,31 @@ def test_rows_of_another_model_card_or_number_of_tokens_make_no_common_table():
 
 @pytest.mark.parametrize("row", (
     dict(part="step"), dict(part="step", name="a", where="CPU", B=1, T=1),
-    dict(part="other", name="a", where="CPU", B=1, T=1, ms=1.0),
-    dict(part="operator", name="a", where="CPU", B=1, T="1", ms=1.0)))
+    dict(part="other", name="a", where="CPU", B=1, T=1, ms=1.0), *(
+        dict(part="operator", name="a", where="CPU", B=1, T=1, ms=1.0) | values for values in (
+            dict(T="1"), dict(T=0), dict(T=1.5), dict(B=True), dict(B=0), dict(part=["operator"]),
+            dict(ms=0), dict(ms=-1.0), dict(ms=10**400), dict(ms=1e18), dict(ms=math.nan),
+            dict(ms=True), dict(ms=None), dict(error=5), dict(memory_MB=-1), dict(range_ms=math.nan),
+            dict(TFLOP_per_s=0), dict(forward_ms=0))), *(
+        dict(part="profile", name="a", where="CPU", B=1, T=1, by_kernel_ms=value) for value in (
+            5, ["a"], {"a": "b"}, {"a": 0}, {"a": -1.0, "b": 2.0}, {"a": math.nan},
+            {"a": 10**400}))))
 def test_rows_that_make_no_tables_are_refused(tmp_path, row):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(InputError, match="rows.jsonl: .*not a .*; delete it, or choose another"):
         scaling_analysis.main(["--parts", "none", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("row", (
+    dict(part="floor", ms=1.0), dict(part="operator", B=1, T=1, error="too little memory"),
+    dict(part="batch", B=1, T=1, ms=1, range_ms=0.0, TFLOP_per_s=math.nan, memory_MB=math.nan),
+    dict(part="profile", B=1, T=1, by_kernel_ms={"a": 1.0}),
+    dict(part="profile", B=1, T=1, by_kernel_ms={})))  # where the profiler sees no kernel
+def test_rows_as_they_are_measured_make_tables(tmp_path, monkeypatch, row):
+    monkeypatch.setattr(scaling_analysis, "plot", lambda *_: None)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(dict(name="a name", where="CPU") | row))
+    assert scaling_analysis.main(["--parts", "none", "--output", str(tmp_path)]) == 0
+    assert "a name" in (tmp_path / "tables.md").read_text()
 
 
 def test_a_scaling_analysis_owns_its_folder(tmp_path):

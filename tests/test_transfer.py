@@ -10,7 +10,7 @@ import train_gpt2_afno as trainer
 from data.text_to_bin import InputError
 from experiments import ablation_studies, transfer
 from experiments.transfer import PARTS, count, exchange, operator_of, part_of, tune
-from runtime import Runtime
+from runtime import Diverged, Runtime
 from train_gpt2_afno import GPT, GPTConfig
 
 CPU = Runtime(torch.device("cpu"), torch.float32, compile=False)
@@ -155,7 +155,7 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
         ablation_studies.main([*argv, "--seed", "3"])
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/rows.jsonl").write_text('{"setting": 1}\n')
-    with pytest.raises(InputError, match="rows.jsonl: not a file of this study"):
+    with pytest.raises(InputError, match="rows.jsonl: line 1 is not a result of this study"):
         ablation_studies.main([*argv[:-1], str(tmp_path / "foreign")])
     with pytest.raises(InputError, match="one must have AFNO layers"):
         ablation_studies.main([*argv[:1], argv[2], *argv[3:-1], str(tmp_path / "x")])
@@ -171,6 +171,50 @@ def test_a_checkpoint_that_leaks_has_no_result(tmp_path, monkeypatch):
                         lambda u, taps: conv(u, taps) + 0.05 * u.roll(-1, 1))
     save(tmp_path / "c", **HYBRID)
     with pytest.raises(InputError, match="^c@7: causality check: the model leaks"):
+        transfer.main([str(tmp_path / "c"), "--device", "cpu", "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out/table.md").exists()
+
+
+ROW = dict(label="c@7", domain="code", rate=0.01, setting={}, made_of=[], loss=3.0)
+BEFORE, TUNED, EXCHANGED = (ROW | more for more in (
+    dict(part="none", rate=0.0, operator_of="start"),
+    dict(part="rest", operator_of="code", error=0.1, trained=0.5),
+    dict(part="all", operator_of="law", error=0.1, difference=-0.5)))
+
+
+@pytest.mark.parametrize("row, values", (
+    *((BEFORE, values) for values in (
+        dict(loss="x"), dict(loss=float("nan")), dict(loss=-1), dict(loss=10**400),
+        dict(label=["a"]), dict(domain="poems"), dict(domain=["code"]), dict(rate="0"),
+        dict(operator_of="law"), dict(operator_of=[1]))),
+    *((TUNED, values) for values in (
+        dict(trained=None), dict(trained=1.5), dict(error=None), dict(error="x"), dict(error=-1),
+        dict(part="half"), dict(part=["all"]), dict(loss=True), dict(rate=float("inf")))),
+    *((EXCHANGED, values) for values in (
+        dict(difference=None), dict(difference=float("nan")), dict(error=float("inf")),
+        dict(part="rest"), dict(operator_of="code"), dict(operator_of="poems")))))
+def test_rows_that_make_no_tables_are_refused(tmp_path, row, values):
+    save(tmp_path / "c", **HYBRID)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "rows.jsonl").write_text(f"{json.dumps(EXCHANGED)}\n{json.dumps(row | values)}\n")
+    (out / "table.md").write_text(transfer.JUDGED)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(InputError, match="rows.jsonl: line 2 is not a result .*; delete it, or "):
+        transfer.main([str(tmp_path / "c"), "--device", "cpu", "--output", str(out)])
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("row", (BEFORE, TUNED, EXCHANGED, TUNED | dict(error=float("nan"))))
+def test_rows_as_they_are_made_are_read(row):
+    assert transfer.is_whole(row) and not transfer.is_whole(
+        {name: value for name, value in row.items() if name != "made_of"})
+
+
+def test_a_loss_that_is_not_finite_is_no_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "judge", lambda *_: np.full(42, np.inf))
+    save(tmp_path / "c", **HYBRID)
+    with pytest.raises(Diverged, match="c@7, code, none, rate 0.0: the loss is inf"):
         transfer.main([str(tmp_path / "c"), "--device", "cpu", "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out/table.md").exists()
 
