@@ -396,11 +396,11 @@ def read_lines(path: Path, is_whole) -> list[dict]:
     return rows
 
 
-def append_line(path: Path, row: dict):
-    """Append a result to what read_lines reads."""
+def append_lines(path: Path, *rows: dict):
+    """Append results to what read_lines reads; without any, only see that this can be done."""
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("".join(f"{json.dumps(row)}\n" for row in rows))
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
@@ -649,9 +649,10 @@ def study(wanted: list[tuple[int, str, str]], folder: Path, grid: Grid, runtime:
             other = finished[seed, task, mixer] not in (None, code())
             print(f"{name}: finished before{', with other code' * other}, skipped", flush=True)
             continue
+        append_lines(path)  # it can be written: said before minutes of training
         row = measure(task, mixer, seed, grid, runtime)
         rows.append(row)
-        append_line(path, row)
+        append_lines(path, row)
         accuracy = share([(cell["right"], cell["answers"]) for cell in row["cells"]])
         print(f"{name}: {accuracy:.1%} right, {row['steps']} steps, {row['seconds']:.0f} s",
               flush=True)

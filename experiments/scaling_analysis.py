@@ -37,7 +37,7 @@ import afno  # noqa: E402
 from data.text_to_bin import (FOLDER, InputError, Parser, first_line, integer,  # noqa: E402
                               one_of, owned)
 from experiments import archive  # noqa: E402
-from experiments.recall import append_line, read_lines  # noqa: E402
+from experiments.recall import append_lines, read_lines  # noqa: E402
 from kernels import usable  # noqa: E402
 from runtime import Runtime, measure_matmul_rate, run, usual_runtime  # noqa: E402
 from test_causality import random_tokens  # noqa: E402
@@ -682,12 +682,13 @@ def analyse(args: argparse.Namespace) -> int:
 
     def emit(row: dict):
         row = dict(row, where=where, model=args.model, tokens=args.tokens)
-        append_line(file, row)
+        append_lines(file, row)
         print({key: round(value, 4) if isinstance(value, float) else value
                for key, value in row.items() if key not in HIDDEN}, flush=True)
 
     read_lines(file, is_whole)  # before hours of measuring
     if args.parts:
+        append_lines(file)
         with contextlib.suppress(KeyboardInterrupt):  # what was measured becomes tables
             measure_parts(args, runtime, emit)
     measured = read_lines(file, is_whole)

@@ -45,7 +45,7 @@ from data.text_to_bin import (FOLDER, ROOT, InputError, Parser, first_line, inte
 from experiments import archive, package_text
 from experiments.evaluate import (BATCH_TOKENS, Checkpoint, cut_rows, losses_of, markdown,
                                   mean_and_error)
-from experiments.recall import CHECKED_ROWS, append_line, names, read_lines, refuse_leaky
+from experiments.recall import CHECKED_ROWS, append_lines, names, read_lines, refuse_leaky
 from runtime import Diverged, Runtime, choose_device, usual_runtime
 
 JUDGED = "Losses on the part of a domain's text that was not trained on"  # in table.md
@@ -269,12 +269,13 @@ class Study:
         made_of = [*self.checkpoints[label].key(), self.share, self.texts[domain],
                    self.texts.get(operator_of), other_rate]
         if self.rows.get(self.key(row), {}).get("made_of") != made_of:
+            append_lines(self.path)  # it can be written: said before minutes of work
             begin = time.perf_counter()
             row |= dict(setting=self.setting, made_of=made_of, **make())
             if not is_whole(row):
                 raise Diverged(f"{label}, {domain}, {part}, rate {rate}: the loss is {row['loss']}")
             self.rows[self.key(row)] = row
-            append_line(self.path, row)
+            append_lines(self.path, row)
             print(f"{label}, {domain}, {part}, rate {rate}, operator of {operator_of}: "
                   f"{row['loss']:.4f}, {time.perf_counter() - begin:.0f} s", flush=True)
         return self.rows[self.key(row)]

@@ -269,8 +269,7 @@ def whole_row(task: str = "counting", mixer: str = "none", seed: int = 1) -> dic
 def test_rows_without_code_are_read(tmp_path):
     path, rows = tmp_path / "rows.jsonl", [whole_row(), whole_row(seed=2), whole_row("recall")]
     del rows[0]["code"]  # of before 2026-11-30
-    for row in rows:
-        recall.append_line(path, row)
+    recall.append_lines(path, *rows)
     assert recall.read_rows(path, TINY) == rows
 
 
@@ -278,7 +277,7 @@ def test_counting_of_before_first_places_were_apart_is_refused(tmp_path):
     row, path = whole_row(), tmp_path / "rows.jsonl"
     row["cells"][0]["by_distance"][0][0] = 1
     row["cells"][0]["by_distance"][1][0] = 2
-    recall.append_line(path, row)
+    recall.append_lines(path, row)
     with pytest.raises(InputError, match="holds counting-none-seed1 with other settings"):
         recall.read_rows(path, TINY)
 
@@ -305,8 +304,7 @@ def of_cell(**values) -> dict:
 def test_rows_that_make_no_tables_are_refused(tiny, tmp_path, values):
     path = tmp_path / "recall/rows.jsonl"
     path.parent.mkdir()
-    for row in (whole_row(seed=3), whole_row() | values):
-        recall.append_line(path, row)
+    recall.append_lines(path, whole_row(seed=3), whole_row() | values)
     before = path.read_bytes()
     with pytest.raises(InputError, match="rows.jsonl: line 2 is not a result .*; delete it, or "):
         main(["--output", str(tmp_path)])
@@ -319,8 +317,7 @@ def test_rows_that_make_no_tables_are_refused(tiny, tmp_path, values):
     (lambda cells: cells, "twice")))
 def test_what_would_count_twice_or_is_missing_is_refused(tmp_path, others, message):
     path, row = tmp_path / "rows.jsonl", whole_row()
-    recall.append_line(path, row)
-    recall.append_line(path, row | dict(cells=others(row["cells"])))
+    recall.append_lines(path, row, row | dict(cells=others(row["cells"])))
     with pytest.raises(InputError, match=f"rows.jsonl holds counting-none-seed1 {message}; "):
         recall.read_rows(path, TINY)
 
@@ -337,6 +334,14 @@ def test_a_file_of_something_else_is_refused_and_kept(tiny, tmp_path, text):
         main(["--output", str(tmp_path)])
     assert "delete it, or choose another" in str(caught.value)
     assert (tmp_path / "recall/rows.jsonl").read_bytes() == text
+
+
+def test_nothing_is_trained_where_rows_cannot_be_kept(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(recall, "measure", None)
+    (tmp_path / "recall").mkdir()
+    (tmp_path / "recall/rows.jsonl").symlink_to(tmp_path / "gone/rows.jsonl")
+    with pytest.raises(InputError, match="cannot write .*/recall/rows.jsonl: No such file"):
+        main(["--device", "cpu", "--output", str(tmp_path)])
 
 
 def test_a_last_line_without_newline_counts_where_it_is_whole(tmp_path, capsys):

@@ -211,6 +211,14 @@ def test_rows_as_they_are_made_are_read(row):
         {name: value for name, value in row.items() if name != "made_of"})
 
 
+def test_nothing_is_judged_where_rows_cannot_be_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "judge", None)
+    save(tmp_path / "c", **HYBRID)
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "gone/rows.jsonl")
+    with pytest.raises(InputError, match="cannot write .*/rows.jsonl: No such file"):
+        transfer.main([str(tmp_path / "c"), "--device", "cpu", "--output", str(tmp_path)])
+
+
 def test_a_loss_that_is_not_finite_is_no_result(tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "judge", lambda *_: np.full(42, np.inf))
     save(tmp_path / "c", **HYBRID)
