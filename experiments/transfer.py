@@ -142,13 +142,17 @@ def stands_in(tokens: np.ndarray, other: np.ndarray) -> np.ndarray:
 def text_of(domain: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return a domain's tokens for training, those for judging, and which targets count.
 
-    The targets are the tokens for judging but the first one.
+    The targets are the tokens for judging but the first one. Raise InputError where there are none.
     """
-    if domain == "plays":
-        judged = package_text.tokens_of("plays", MOST_TOKENS)
-        train = read_bin(package_text.PLAYS.with_name("train_000000.bin")).astype(np.int64)
-    else:
+    try:
         tokens = package_text.tokens_of(DOMAINS[domain], MOST_TOKENS)
+    except InputError as error:  # which names evaluate.py's flag
+        raise InputError(str(error).replace(f"--text {DOMAINS[domain]}", f"--domains {domain}")) \
+            from None
+    if domain == "plays":
+        train = read_bin(package_text.PLAYS.with_name("train_000000.bin")).astype(np.int64)
+        judged = tokens
+    else:
         train, judged = np.split(tokens, [len(tokens) * 9 // 10])
     return train, judged, ~stands_in(judged, train)[1:]
 

@@ -8,8 +8,8 @@ import torch
 import afno
 import train_gpt2_afno as trainer
 from data.text_to_bin import InputError
-from experiments import ablation_studies, transfer
-from experiments.transfer import PARTS, count, exchange, operator_of, part_of, tune
+from experiments import ablation_studies, package_text, transfer
+from experiments.transfer import PARTS, count, exchange, operator_of, part_of, text_of, tune
 from runtime import Diverged, Runtime
 from train_gpt2_afno import GPT, GPTConfig
 
@@ -169,6 +169,7 @@ def test_a_checkpoint_that_leaks_has_no_result(tmp_path, monkeypatch):
     conv = afno.causal_conv
     monkeypatch.setattr(afno, "causal_conv",
                         lambda u, taps: conv(u, taps) + 0.05 * u.roll(-1, 1))
+    monkeypatch.setattr(transfer, "judge", None)
     save(tmp_path / "c", **HYBRID)
     with pytest.raises(InputError, match="^c@7: causality check: the model leaks"):
         transfer.main([str(tmp_path / "c"), "--device", "cpu", "--output", str(tmp_path / "out")])
@@ -225,6 +226,17 @@ def test_a_loss_that_is_not_finite_is_no_result(tmp_path, monkeypatch):
     with pytest.raises(Diverged, match="c@7, code, none, rate 0.0: the loss is inf"):
         transfer.main([str(tmp_path / "c"), "--device", "cpu", "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out/table.md").exists()
+
+
+@pytest.mark.parametrize("domain, message", (
+    ("plays", "there are none yet, run python data/shakespeare.py"),
+    ("law", "no installed package has any"), ("code", "no installed package has any")))
+def test_a_text_that_is_missing_is_told_by_the_flag_of_this_study(tmp_path, monkeypatch, domain,
+                                                                  message):
+    monkeypatch.setattr(package_text, "PLAYS", tmp_path / "val_000000.bin")
+    monkeypatch.setattr(package_text, "documents", lambda source: [])
+    with pytest.raises(InputError, match=f"^--domains {domain}: {message}$"):
+        text_of.__wrapped__(domain)
 
 
 def test_what_stands_in_the_training_part_is_not_judged():
