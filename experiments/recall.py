@@ -18,6 +18,9 @@ counting it is to the symbol's first place, 0 at that place. Mixers have the tra
 without soft cap, value residual and weight decay. They see the same rows in the same order, in as
 many steps. They take fewer steps only where all answers are right.
 
+A model whose outputs depend on later tokens is refused before it is trained: it would read its
+answers.
+
 Two controls say whether a task measures anything. Attention must answer 99.5% of the questions of
 recall, induction, needle and copying at every length and load. A model whose layers mix no tokens,
 filters of one tap, must stay at chance everywhere, within four standard errors. Whatever it answers
@@ -44,11 +47,13 @@ if __name__ == "__main__":
     sys.exit(2)
 
 import train_gpt2_afno as trainer
-from data.text_to_bin import FOLDER, ROOT, InputError, Kind, Parser, owned, relative
+from data.text_to_bin import (FOLDER, ROOT, InputError, Kind, Parser, integer, number, owned,
+                              relative)
 from experiments import archive
 from experiments.ablation_studies import seeds
 from experiments.evaluate import code, markdown
 from runtime import Diverged, Runtime, choose_device, gpu_driver, usual_runtime
+from test_causality import refuse_leaks
 
 FILLER, MARKER, FIRST = 0, 1, 2  # tokens; keys begin at FIRST, values at half of the vocabulary
 
@@ -92,6 +97,7 @@ MARGIN = 4  # standard errors: what counts as no better than chance
 MADE_BY = "Made by experiments/ablation_studies.py recall"  # in table.md
 VERDICTS = {True: "holds", False: "**FAILS**", None: "not known"}
 LEARNT = 0.005  # nats: a mean loss below is that of right answers alone
+CHECKED_ROWS, CUTS = 4, 32  # of the causality check, which takes a second or two
 
 
 # -----------------------------------------------------------------------------
@@ -314,12 +320,26 @@ def test(model: trainer.GPT, task: str, grid: Grid, seed: int, runtime: Runtime)
     return cells
 
 
+def refuse_leaky(name: str, model: trainer.GPT, shapes: list[tuple[int, int]], runtime: Runtime):
+    """Raise InputError with the model's name where an output depends on a token after it.
+
+    shapes: (rows, T) of the batches to try.
+    """
+    say = lambda text: print(f"{name}: {text}", flush=True)
+    try:
+        refuse_leaks(model, shapes, runtime, say, modes=(False,), cuts=CUTS)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
 def measure(task: str, mixer: str, seed: int, grid: Grid, runtime: Runtime) -> dict:
     """Train and test one model; return its line of rows.jsonl.
 
-    Raise Diverged where the loss is not finite.
+    Raise InputError where the model leaks, Diverged where the loss is not finite.
     """
     model = make_model(grid, mixer, seed).to(runtime.device)
+    lengths = sorted({min(grid.lengths), max(grid.lengths)})
+    refuse_leaky(name_of(task, mixer, seed), model, [(CHECKED_ROWS, T) for T in lengths], runtime)
     begin = time.perf_counter()
     most = math.ceil(grid.steps / 3) if mixer == "none" else grid.steps
     loss, steps = train(model, task, replace(grid, steps=most), seed, runtime)
@@ -347,38 +367,40 @@ def machine(runtime: Runtime) -> str:
     return f"torch {torch.__version__}, {chip}"
 
 
-def read_lines(path: Path, *names: str) -> list[dict]:
-    """Return the results in a file, one a line; raise InputError where one lacks one of the names.
+def read_lines(path: Path, is_whole) -> list[dict]:
+    """Return the results in a file, one a line; raise InputError where is_whole(one) is not true.
 
     A last line that a kill has cut off is dropped, also from the file.
     """
     if not path.exists():
         return []
-    foreign = InputError(f"{path}: not a file of this study; delete it, or choose another --output")
+    way_out = "delete it, or choose another --output"
+    foreign = InputError(f"{path}: not a file of this study; {way_out}")
     try:
         *lines, last = path.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines]
-    except ValueError:
+    except (ValueError, RecursionError):
         raise foreign from None
     try:
         rows += [json.loads(last)] if last else []
         lines += [last] if last else []
-    except ValueError:
+    except (ValueError, RecursionError):
         if not last.startswith("{"):
             raise foreign from None
         print(f"{path}: the last line was cut off and is dropped", file=sys.stderr)
-    if not all(isinstance(row, dict) and row.keys() >= {*names} for row in rows):
-        raise foreign
+    for number, row in enumerate(rows, 1):
+        if not (isinstance(row, dict) and is_whole(row)):
+            raise InputError(f"{path}: line {number} is not a result of this study; {way_out}")
     if last:
         archive.write(path, "".join(f"{line}\n" for line in lines).encode())
     return rows
 
 
-def append_line(path: Path, row: dict):
-    """Append a result to what read_lines reads."""
+def append_lines(path: Path, *rows: dict):
+    """Append results to what read_lines reads; without any, only see that this can be done."""
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("".join(f"{json.dumps(row)}\n" for row in rows))
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
@@ -387,16 +409,48 @@ def read_rows(path: Path, grid: Grid) -> list[dict]:
     """Return the lines of models that are finished; raise InputError for those of another grid.
 
     Rows of counting from before 2026-11-30 are of another one: distance 0 was counted as 1 there.
+    A model that stands twice would count twice: it is refused, too.
     """
-    rows = read_lines(path, "task", "mixer", "seed", "setting", "steps", "machine", "cells")
+    rows, found = read_lines(path, is_whole), set()
     for row in rows:
-        old = row["task"] == COUNTED and any(
-            min(begin for begin, *_ in cell["by_distance"]) > 0 for cell in row["cells"])
-        if old or row["mixer"] not in MIXERS or row["setting"] != setting(grid, row["mixer"]):
-            name = name_of(row["task"], row["mixer"], row["seed"])
+        name = name_of(row["task"], row["mixer"], row["seed"])
+        old = row["task"] == COUNTED and any(cell["by_distance"][0][0] > 0 for cell in row["cells"])
+        if old or row["setting"] != setting(grid, row["mixer"]) \
+                or [*map(cell_key, row["cells"])] != grid.cells():
             raise InputError(f"{path} holds {name} with other settings; delete it, or choose "
                              "another --output")
+        if name in found:
+            raise InputError(f"{path} holds {name} twice; delete one of its lines, or choose "
+                             "another --output")
+        found.add(name)
     return rows
+
+
+def is_whole(row: dict) -> bool:
+    """Return whether a row has all that the study takes of it; `code` is of newer rows alone."""
+    cells = row.get("cells")
+    return (row.get("task") in [*TASKS] and row.get("mixer") in [*MIXERS] and "setting" in row
+            and trainer.FLAGS["seed"].kind.accepts(row.get("seed"))
+            and integer(1).accepts(row.get("steps")) and isinstance(row.get("machine"), str)
+            and isinstance(row.get("code", ""), str)
+            and isinstance(cells, list) and len(cells) > 0 and all(map(is_whole_cell, cells)))
+
+
+def is_whole_cell(cell) -> bool:
+    """Return whether a cell has its numbers, and its answers by distance sum to all of them."""
+    kinds = dict(T=integer(1), load=integer(1), answers=integer(1), right=integer(0),
+                 chance=number(0, 1))
+    if not isinstance(cell, dict) or not all(
+            kind.accepts(cell.get(name)) for name, kind in kinds.items()):
+        return False
+    parts = cell.get("by_distance")
+    if not isinstance(parts, list) or not all(
+            isinstance(part, list) and len(part) == 3 and all(map(integer(0).accepts, part))
+            and part[1] <= part[2] > 0 for part in parts):
+        return False
+    begins = [begin for begin, _, _ in parts]
+    sums = [sum(part[place] for part in parts) for place in (1, 2)]
+    return begins == sorted({*begins}) and sums == [cell["right"], cell["answers"]]
 
 
 # -----------------------------------------------------------------------------
@@ -595,9 +649,10 @@ def study(wanted: list[tuple[int, str, str]], folder: Path, grid: Grid, runtime:
             other = finished[seed, task, mixer] not in (None, code())
             print(f"{name}: finished before{', with other code' * other}, skipped", flush=True)
             continue
+        append_lines(path)  # it can be written: said before minutes of training
         row = measure(task, mixer, seed, grid, runtime)
         rows.append(row)
-        append_line(path, row)
+        append_lines(path, row)
         accuracy = share([(cell["right"], cell["answers"]) for cell in row["cells"]])
         print(f"{name}: {accuracy:.1%} right, {row['steps']} steps, {row['seconds']:.0f} s",
               flush=True)

@@ -19,6 +19,7 @@ card, torch, --model and --tokens are in them.
 import argparse
 import contextlib
 import functools
+import itertools
 import math
 import re
 import statistics
@@ -36,7 +37,7 @@ import afno  # noqa: E402
 from data.text_to_bin import (FOLDER, InputError, Parser, first_line, integer,  # noqa: E402
                               one_of, owned)
 from experiments import archive  # noqa: E402
-from experiments.recall import append_line, read_lines  # noqa: E402
+from experiments.recall import append_lines, read_lines  # noqa: E402
 from kernels import usable  # noqa: E402
 from runtime import Runtime, measure_matmul_rate, run, usual_runtime  # noqa: E402
 from test_causality import random_tokens  # noqa: E402
@@ -45,7 +46,9 @@ from train_gpt2_afno import GPT, MODELS, GPTConfig, flops_per_token, make_optimi
 PARTS = ("operator", "batch", "step", "profile")
 HIDDEN = ("by_kernel_ms", "where", "model", "tokens")  # in rows.jsonl alone
 MADE_BY = "Made by experiments/scaling_analysis.py"  # in tables.md
-WORDS = ("part", "name", "where", "model", "error")  # what a row has beside numbers
+WORDS = ("part", "name", "where", "model", "error")  # what a row has beside numbers above 0
+COUNTS = ("B", "T", "tokens", "parameters")  # integers
+OR_ZERO, OR_NAN = ("range_ms", "memory_MB"), ("TFLOP_per_s", "memory_MB")  # as they are measured
 NEEDED = {  # of a row; of one with an error the first two alone
     "floor": (), "operator": ("B", "T", "ms"), "batch": ("B", "T", "ms"),
     "step": ("B", "T", "ms", "mfu", "parameters", "tokens_per_s"),
@@ -374,7 +377,7 @@ def kernel_times(step, device) -> dict[str, float]:
     kernels = {}
     for event in profiler.key_averages():
         time_us = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if time_us and (not cuda or str(event.device_type).endswith("CUDA")):
+        if time_us > 0 and (not cuda or str(event.device_type).endswith("CUDA")):
             kernels[event.key[:110]] = kernels.get(event.key[:110], 0) + time_us / 1000
     return dict(sorted(kernels.items(), key=lambda item: -item[1]))
 
@@ -679,15 +682,16 @@ def analyse(args: argparse.Namespace) -> int:
 
     def emit(row: dict):
         row = dict(row, where=where, model=args.model, tokens=args.tokens)
-        append_line(file, row)
+        append_lines(file, row)
         print({key: round(value, 4) if isinstance(value, float) else value
                for key, value in row.items() if key not in HIDDEN}, flush=True)
 
-    read_rows(file)  # before hours of measuring
+    read_lines(file, is_whole)  # before hours of measuring
     if args.parts:
+        append_lines(file)
         with contextlib.suppress(KeyboardInterrupt):  # what was measured becomes tables
             measure_parts(args, runtime, emit)
-    measured = read_rows(file)
+    measured = read_lines(file, is_whole)
     rows = latest(measured)
     if not rows:
         raise InputError(f"{file}: no rows; measure some of --parts {', '.join(PARTS)} first")
@@ -702,23 +706,23 @@ def analyse(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_rows(file: Path) -> list[dict]:
-    """Return the rows measured before; raise InputError where no tables can be made of one."""
-    rows = read_lines(file, "part", "name", "where")
-    for number, row in enumerate(rows, 1):
-        if not is_whole(row):
-            raise InputError(f"{file}: line {number} is not a row of this script; delete it, or "
-                             "choose another --output")
-    return rows
-
-
 def is_whole(row: dict) -> bool:
     """Return whether a row has all that tables and plots take, as numbers where they want them."""
-    kinds = dict.fromkeys(WORDS, str) | {"by_kernel_ms": dict}
-    if not all(isinstance(value, kinds.get(name, (int, float))) for name, value in row.items()):
-        return False
-    needed = NEEDED.get(row["part"])
-    return needed is not None and row.keys() >= {*needed[: 2 if "error" in row else None]}
+    needed = NEEDED.get(row.get("part")) if all(itertools.starmap(is_good, row.items())) else None
+    return needed is not None and row.keys() >= {
+        "name", "where", *needed[: 2 if "error" in row else None]}
+
+
+def is_good(name: str, value) -> bool:
+    """Return whether a row may have such a value under this name."""
+    if name in WORDS:
+        return isinstance(value, str)
+    if name == "by_kernel_ms":
+        return isinstance(value, dict) and all(is_good("ms", ms) for ms in value.values())
+    if name in COUNTS:
+        return integer(1, 10**18).accepts(value)
+    return type(value) in (int, float) and (
+        0 < value < 1e18 or value == 0 and name in OR_ZERO or value != value and name in OR_NAN)
 
 
 def alike(rows: list[dict]) -> list[dict]:

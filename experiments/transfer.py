@@ -14,7 +14,7 @@ law      licence texts of installed packages; the last tenth is judged
 
 Many licences are copies of each other, and some code is. So no token is judged that lies in a run
 of 16 tokens which the training part holds, too. Standard errors are those of differences of losses
-on the same tokens, over rows.
+on the same tokens, over rows. A checkpoint whose outputs depend on later tokens is refused.
 
 Then operators are exchanged between the models that were tuned on different domains: what is a
 filter of one domain worth in another? In --output are rows.jsonl, with a line for every result, and
@@ -40,12 +40,12 @@ if __name__ == "__main__":
 import train_gpt2_afno as trainer
 from checkpoints import demand_checksums, refuse_damaged_weights
 from data.loader import digest_of, to_device
-from data.text_to_bin import (FOLDER, ROOT, InputError, Parser, first_line, integer, owned,
-                              read_bin, relative)
+from data.text_to_bin import (FOLDER, ROOT, InputError, Parser, first_line, integer, number,
+                              owned, read_bin, relative)
 from experiments import archive, package_text
 from experiments.evaluate import (BATCH_TOKENS, Checkpoint, cut_rows, losses_of, markdown,
                                   mean_and_error)
-from experiments.recall import append_line, names, read_lines
+from experiments.recall import CHECKED_ROWS, append_lines, names, read_lines, refuse_leaky
 from runtime import Diverged, Runtime, choose_device, usual_runtime
 
 JUDGED = "Losses on the part of a domain's text that was not trained on"  # in table.md
@@ -142,13 +142,17 @@ def stands_in(tokens: np.ndarray, other: np.ndarray) -> np.ndarray:
 def text_of(domain: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return a domain's tokens for training, those for judging, and which targets count.
 
-    The targets are the tokens for judging but the first one.
+    The targets are the tokens for judging but the first one. Raise InputError where there are none.
     """
-    if domain == "plays":
-        judged = package_text.tokens_of("plays", MOST_TOKENS)
-        train = read_bin(package_text.PLAYS.with_name("train_000000.bin")).astype(np.int64)
-    else:
+    try:
         tokens = package_text.tokens_of(DOMAINS[domain], MOST_TOKENS)
+    except InputError as error:  # which names evaluate.py's flag
+        raise InputError(str(error).replace(f"--text {DOMAINS[domain]}", f"--domains {domain}")) \
+            from None
+    if domain == "plays":
+        train = read_bin(package_text.PLAYS.with_name("train_000000.bin")).astype(np.int64)
+        judged = tokens
+    else:
         train, judged = np.split(tokens, [len(tokens) * 9 // 10])
     return train, judged, ~stands_in(judged, train)[1:]
 
@@ -202,6 +206,28 @@ def tune(model: trainer.GPT, masks: Masks, domain: str, rate: float, args, runti
         raise Diverged(f"{domain}, rate {rate}: the loss is {loss.item()}")
 
 
+def is_whole(row: dict) -> bool:
+    """Return whether a row has all that the study takes of it.
+
+    An error is nan where a single row of text was judged.
+    """
+    domain, part, operator_of = (row.get(name) for name in ("domain", "part", "operator_of"))
+    size = number(0, 1e18).accepts
+    error = lambda value: size(value) or type(value) is float and math.isnan(value)
+    if (part, operator_of) == ("none", START):
+        needed = {}
+    elif part in PARTS and operator_of == domain:
+        needed = dict(error=error, trained=number(0, 1).accepts)
+    elif part == "all" and operator_of in (*DOMAINS, START):
+        needed = dict(error=error, difference=number(-1e18, 1e18).accepts)
+    else:
+        return False
+    needed |= dict(label=lambda value: isinstance(value, str), domain=[*DOMAINS].__contains__,
+                   rate=size, loss=size)
+    return row.keys() >= {"setting", "made_of"} and all(
+        accepts(row.get(name)) for name, accepts in needed.items())
+
+
 class Study:
     """Hold what is asked and what is found; every result is a line of rows.jsonl."""
 
@@ -223,11 +249,11 @@ class Study:
                 if tokens.max() >= checkpoint.config.vocab_size:
                     raise InputError(f"{label}: a vocabulary of {checkpoint.config.vocab_size}, "
                                      f"the text of --domains {domain} has GPT-2's tokens")
+        self.checked = set()  # labels of checkpoints that do not leak
         self.share = share_of_operators([*self.checkpoints.values()])
         self.setting = dict(steps=args.steps, batch_size=args.batch_size, seed=args.seed)
         self.path = self.folder / "rows.jsonl"
-        needed = ("label", "domain", "part", "rate", "operator_of", "setting", "loss", "made_of")
-        self.rows = {self.key(row): row for row in read_lines(self.path, *needed)}
+        self.rows = {self.key(row): row for row in read_lines(self.path, is_whole)}
         if others := [row for row in self.rows.values() if row["setting"] != self.setting]:
             raise InputError(f"{self.path} holds results with {others[0]['setting']}, now "
                              f"{self.setting}; delete it, or choose another --output")
@@ -241,19 +267,31 @@ class Study:
         """Return a result that stands, or make it: make() returns its numbers.
 
         It stands where file, share of the operator, texts and other_rate, that of an operator from
-        another domain, are as they were.
+        another domain, are as they were. Raise Diverged where new numbers are not finite.
         """
         row = dict(label=label, domain=domain, part=part, rate=rate, operator_of=operator_of)
         made_of = [*self.checkpoints[label].key(), self.share, self.texts[domain],
                    self.texts.get(operator_of), other_rate]
         if self.rows.get(self.key(row), {}).get("made_of") != made_of:
+            append_lines(self.path)  # it can be written: said before minutes of work
             begin = time.perf_counter()
             row |= dict(setting=self.setting, made_of=made_of, **make())
+            if not is_whole(row):
+                raise Diverged(f"{label}, {domain}, {part}, rate {rate}: the loss is {row['loss']}")
             self.rows[self.key(row)] = row
-            append_line(self.path, row)
+            append_lines(self.path, row)
             print(f"{label}, {domain}, {part}, rate {rate}, operator of {operator_of}: "
                   f"{row['loss']:.4f}, {time.perf_counter() - begin:.0f} s", flush=True)
         return self.rows[self.key(row)]
+
+    def model(self, label: str) -> trainer.GPT:
+        """Return a checkpoint's model; the first time, raise InputError where it leaks."""
+        model = self.checkpoints[label].model(self.runtime)
+        if label not in self.checked:
+            rows = min(CHECKED_ROWS, self.args.batch_size)
+            refuse_leaky(label, model, [(rows, model.config.sequence_length)], self.runtime)
+            self.checked.add(label)
+        return model
 
     def weights(self, label: str, domain: str, rate: float) -> Path:
         return self.folder / f"{label}-{domain}-{rate}.pt"
@@ -261,7 +299,7 @@ class Study:
     @functools.cache
     def judged(self, label: str, domain: str, rate: float | None = None) -> np.ndarray:
         """Return the losses of the checkpoint as it is, or tuned with all weights at a rate."""
-        model = self.checkpoints[label].model(self.runtime)
+        model = self.model(label)
         if rate is not None:
             model.load_state_dict(self.read(label, domain, rate))
         return judge(model, domain, self.runtime)
@@ -277,7 +315,7 @@ class Study:
         Its error is that of the difference from the checkpoint as it is.
         """
         def make() -> dict:
-            model = self.checkpoints[label].model(self.runtime)
+            model = self.model(label)
             masks = part_of(model, part, operator_of(model, self.share))
             tune(model, masks, domain, rate, self.args, self.runtime)
             if part == "all":
@@ -308,7 +346,7 @@ class Study:
         other_rate = None if other == START else self.best(label, other, "all")["rate"]
 
         def make() -> dict:
-            model = self.checkpoints[label].model(self.runtime)
+            model = self.model(label)
             start = {name: p.detach().clone() for name, p in model.state_dict().items()}
             model.load_state_dict(self.read(label, domain, rate))
             state = start if other == START else self.read(label, other, other_rate)

@@ -289,7 +289,7 @@ def test_a_screening_compares_flags_as_logs_have_them():
 
 def test_a_result_that_cannot_be_written_names_its_file(tmp_path):
     with pytest.raises(InputError, match=f"cannot write {tmp_path}/no/rows.jsonl: No such file"):
-        recall.append_line(tmp_path / "no/rows.jsonl", {})
+        recall.append_lines(tmp_path / "no/rows.jsonl")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are cards")
@@ -706,12 +706,31 @@ def test_rows_of_another_model_card_or_number_of_tokens_make_no_common_table():
 
 @pytest.mark.parametrize("row", (
     dict(part="step"), dict(part="step", name="a", where="CPU", B=1, T=1),
-    dict(part="other", name="a", where="CPU", B=1, T=1, ms=1.0),
-    dict(part="operator", name="a", where="CPU", B=1, T="1", ms=1.0)))
+    dict(part="other", name="a", where="CPU", B=1, T=1, ms=1.0), *(
+        dict(part="operator", name="a", where="CPU", B=1, T=1, ms=1.0) | values for values in (
+            dict(T="1"), dict(T=0), dict(T=1.5), dict(B=True), dict(B=0), dict(part=["operator"]),
+            dict(ms=0), dict(ms=-1.0), dict(ms=10**400), dict(ms=1e18), dict(ms=math.nan),
+            dict(ms=True), dict(ms=None), dict(error=5), dict(memory_MB=-1),
+            dict(range_ms=math.nan), dict(TFLOP_per_s=0), dict(forward_ms=0))), *(
+        dict(part="profile", name="a", where="CPU", B=1, T=1, by_kernel_ms=value) for value in (
+            5, ["a"], {"a": "b"}, {"a": 0}, {"a": -1.0, "b": 2.0}, {"a": math.nan},
+            {"a": 10**400}))))
 def test_rows_that_make_no_tables_are_refused(tmp_path, row):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(InputError, match="rows.jsonl: .*not a .*; delete it, or choose another"):
         scaling_analysis.main(["--parts", "none", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("row", (
+    dict(part="floor", ms=1.0), dict(part="operator", B=1, T=1, error="too little memory"),
+    dict(part="batch", B=1, T=1, ms=1, range_ms=0.0, TFLOP_per_s=math.nan, memory_MB=math.nan),
+    dict(part="profile", B=1, T=1, by_kernel_ms={"a": 1.0}),
+    dict(part="profile", B=1, T=1, by_kernel_ms={})))  # where the profiler sees no kernel
+def test_rows_as_they_are_measured_make_tables(tmp_path, monkeypatch, row):
+    monkeypatch.setattr(scaling_analysis, "plot", lambda *_: None)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(dict(name="a name", where="CPU") | row))
+    assert scaling_analysis.main(["--parts", "none", "--output", str(tmp_path)]) == 0
+    assert "a name" in (tmp_path / "tables.md").read_text()
 
 
 def test_a_scaling_analysis_owns_its_folder(tmp_path):
@@ -736,6 +755,13 @@ def test_a_table_at_constant_tokens_has_one_number_of_them(tmp_path, monkeypatch
     line = "left out, of another card, torch, model or number of tokens: 2 rows"
     assert said == [[], [line]]
     assert "| ms, T = | 256 | 1024 | exponent |" in (tmp_path / "tables.md").read_text()
+
+
+def test_nothing_is_measured_where_rows_cannot_be_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling_analysis, "measure_parts", None)
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "gone/rows.jsonl")
+    with pytest.raises(InputError, match="cannot write .*/rows.jsonl: No such file"):
+        scaling_analysis.main(["--output", str(tmp_path)])
 
 
 def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import afno
 from data.text_to_bin import InputError, owned
 from experiments import ablation_studies, recall
 from experiments.recall import FILLER, GRIDS, MARKER, MIXERS, TASKS, Draw, Grid, main
@@ -179,6 +180,18 @@ def test_a_study_runs_then_goes_on_where_it_was_cut(tiny, tmp_path, capsys, monk
         ablation_studies.main(argv)
 
 
+@pytest.mark.parametrize("lengths", ((16, 32), (16,), (32,)))
+def test_a_model_that_leaks_is_not_trained(tiny, tmp_path, monkeypatch, lengths):
+    conv = afno.causal_conv
+    monkeypatch.setattr(afno, "causal_conv", lambda u, taps: conv(u, taps) + (
+        0.05 * u.roll(-1, 1) if u.size(1) in lengths else 0))
+    monkeypatch.setattr(recall, "train", None)
+    with pytest.raises(InputError, match="^recall-filters-seed1: causality check: the model leaks"):
+        main(["--tasks", "recall", "--mixers", "filters", "--seeds", "1", "--device", "cpu",
+              "--output", str(tmp_path)])
+    assert not (tmp_path / "recall/table.md").exists()
+
+
 def test_controls_name_their_worst_cell():
     def row(task, mixer, right):
         cells = [dict(T=64, load=load, answers=1000, right=number, chance=0.02, by_distance=[])
@@ -245,21 +258,73 @@ def test_bad_input_is_one_clear_line(argv, message):
     assert "\n" not in str(caught.value)
 
 
+def whole_row(task: str = "counting", mixer: str = "none", seed: int = 1) -> dict:
+    """Return a line of rows.jsonl as the study writes it, without what it does not read."""
+    cells = [dict(T=T, load=load, answers=10, right=4, chance=0.25,
+                  by_distance=[[0, 1, 2], [1, 0, 3], [4, 3, 5]]) for T, load in TINY.cells()]
+    return dict(task=task, mixer=mixer, seed=seed, steps=1, machine="CPU", code="0a",
+                setting=recall.setting(TINY, mixer), cells=cells)
+
+
+def test_rows_without_code_are_read(tmp_path):
+    path, rows = tmp_path / "rows.jsonl", [whole_row(), whole_row(seed=2), whole_row("recall")]
+    del rows[0]["code"]  # of before 2026-11-30
+    recall.append_lines(path, *rows)
+    assert recall.read_rows(path, TINY) == rows
+
+
 def test_counting_of_before_first_places_were_apart_is_refused(tmp_path):
-    row = dict(task="counting", mixer="none", seed=1, steps=1, machine="CPU",
-               setting=recall.setting(TINY, "none"),
-               cells=[dict(by_distance=[[0, 1, 2], [1, 1, 2]])])
-    path = tmp_path / "rows.jsonl"
-    recall.append_line(path, row)
-    assert recall.read_rows(path, TINY) == [row]
-    row["cells"][0]["by_distance"].pop(0)
-    recall.append_line(path, row)
+    row, path = whole_row(), tmp_path / "rows.jsonl"
+    row["cells"][0]["by_distance"][0][0] = 1
+    row["cells"][0]["by_distance"][1][0] = 2
+    recall.append_lines(path, row)
     with pytest.raises(InputError, match="holds counting-none-seed1 with other settings"):
         recall.read_rows(path, TINY)
 
 
+def of_cell(**values) -> dict:
+    """Return a row's cells with other values in the second one, None for no value."""
+    cells = whole_row()["cells"]
+    cells[1] = {name: value for name, value in (cells[1] | values).items() if value is not None}
+    return dict(cells=cells)
+
+
+@pytest.mark.parametrize("values", (
+    dict(task="poems"), dict(task=["recall"]), dict(mixer=[1]), dict(mixer="x"), dict(seed=[1]),
+    dict(seed="1"), dict(seed=-1), dict(seed=True), dict(steps="1"), dict(machine=5),
+    dict(code=[1]), dict(cells=5), dict(cells=[]), dict(cells=[5]), dict(cells={"T": 1}),
+    *(of_cell(**{name: None}) for name in whole_row()["cells"][0]),
+    of_cell(T="16"), of_cell(load=0), of_cell(right="x"), of_cell(right=-1), of_cell(right=11),
+    of_cell(right=4.0), of_cell(answers=0), of_cell(answers=0, right=0, by_distance=[]),
+    of_cell(answers=10**400), of_cell(chance=1.5), of_cell(chance=float("nan")),
+    of_cell(by_distance=5), of_cell(by_distance=[5]), of_cell(by_distance=[[0, 4]]),
+    of_cell(by_distance=[[0, 4, "x"]]), of_cell(by_distance=[[0, 4, 9]]),
+    of_cell(by_distance=[[0, 3, 10]]), of_cell(by_distance=[[0, 4, 3], [1, 0, 7]]),
+    of_cell(by_distance=[[1, 2, 5], [1, 2, 5]])))
+def test_rows_that_make_no_tables_are_refused(tiny, tmp_path, values):
+    path = tmp_path / "recall/rows.jsonl"
+    path.parent.mkdir()
+    recall.append_lines(path, whole_row(seed=3), whole_row() | values)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="rows.jsonl: line 2 is not a result .*; delete it, or "):
+        main(["--output", str(tmp_path)])
+    assert path.read_bytes() == before and [*path.parent.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("others, message", (
+    (lambda cells: cells[1:], "with other settings"),
+    (lambda cells: cells[:1] + cells, "with other settings"),
+    (lambda cells: cells, "twice")))
+def test_what_would_count_twice_or_is_missing_is_refused(tmp_path, others, message):
+    path, row = tmp_path / "rows.jsonl", whole_row()
+    recall.append_lines(path, row, row | dict(cells=others(row["cells"])))
+    with pytest.raises(InputError, match=f"rows.jsonl holds counting-none-seed1 {message}; "):
+        recall.read_rows(path, TINY)
+
+
 @pytest.mark.parametrize("text", (
-    b"{}\n", b"[]", b"notes of mine, no newline", b"\xff\xfe\n", b'{"setting": 1}\n',
+    b"{}\n", b"[]", b"5\n", 9**5 * b"[" + b"\n", 9**5 * b'{"a":' + b"\n",
+    b"notes of mine, no newline", b"\xff\xfe\n", b'{"setting": 1}\n',
     b'{"task": "recall", "mixer": "x", "seed": 1, "setting": {}, "steps": 1, "machine": "CPU", '
     b'"cells": []}\n'))
 def test_a_file_of_something_else_is_refused_and_kept(tiny, tmp_path, text):
@@ -271,13 +336,22 @@ def test_a_file_of_something_else_is_refused_and_kept(tiny, tmp_path, text):
     assert (tmp_path / "recall/rows.jsonl").read_bytes() == text
 
 
+def test_nothing_is_trained_where_rows_cannot_be_kept(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(recall, "measure", None)
+    (tmp_path / "recall").mkdir()
+    (tmp_path / "recall/rows.jsonl").symlink_to(tmp_path / "gone/rows.jsonl")
+    with pytest.raises(InputError, match="cannot write .*/recall/rows.jsonl: No such file"):
+        main(["--device", "cpu", "--output", str(tmp_path)])
+
+
 def test_a_last_line_without_newline_counts_where_it_is_whole(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"name": 1}\n{"name": 2}')
-    assert recall.read_lines(path, "name") == [{"name": 1}, {"name": 2}]
+    has_name = lambda row: "name" in row
+    assert recall.read_lines(path, has_name) == [{"name": 1}, {"name": 2}]
     assert path.read_text() == '{"name": 1}\n{"name": 2}\n' and not capsys.readouterr().err
     path.write_text('{"name": 1}\n{"name": ')
-    assert recall.read_lines(path, "name") == [{"name": 1}]
+    assert recall.read_lines(path, has_name) == [{"name": 1}]
     assert path.read_text() == '{"name": 1}\n'
     assert "the last line was cut off and is dropped" in capsys.readouterr().err
 

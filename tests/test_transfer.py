@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+import afno
 import train_gpt2_afno as trainer
 from data.text_to_bin import InputError
-from experiments import ablation_studies, transfer
-from experiments.transfer import PARTS, count, exchange, operator_of, part_of, tune
-from runtime import Runtime
+from experiments import ablation_studies, package_text, transfer
+from experiments.transfer import PARTS, count, exchange, operator_of, part_of, text_of, tune
+from runtime import Diverged, Runtime
 from train_gpt2_afno import GPT, GPTConfig
 
 CPU = Runtime(torch.device("cpu"), torch.float32, compile=False)
@@ -29,6 +30,15 @@ def texts(monkeypatch):
 def make(**options) -> GPT:
     torch.manual_seed(0)
     return GPT(GPTConfig(**SHAPE | options))
+
+
+def save(folder, seed: int = 1, **options):
+    """Write a checkpoint of step 7 into a folder of its own."""
+    model = make(**options)
+    folder.mkdir(exist_ok=True)
+    torch.save(dict(model=model.state_dict(), optimizers=[], step=7, position=0, rng={},
+                    config=trainer.asdict(model.config), args=dict(seed=seed)),
+               folder / "state_step000007.pt")
 
 
 def moved(model: GPT, before: dict) -> dict[str, torch.Tensor]:
@@ -91,11 +101,7 @@ def test_an_exchange_moves_the_operator_alone(options):
 def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(transfer, "plot", lambda *arguments: None)  # it takes a second
     for name, options in (("c", HYBRID), ("b", ATTENTION)):
-        model = make(**options)
-        (tmp_path / name).mkdir()
-        torch.save(dict(model=model.state_dict(), optimizers=[], step=7, position=0, rng={},
-                        config=trainer.asdict(model.config), args=dict(seed=1)),
-                   tmp_path / name / "state_step000007.pt")
+        save(tmp_path / name, **options)
     argv = ["transfer", str(tmp_path / "c"), str(tmp_path / "b"), "--domains", "code,law",
             "--rates", "0.01,0.001", "--steps", "4", "--batch_size", "2", "--device", "cpu",
             "--output", str(tmp_path / "out")]
@@ -104,6 +110,7 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
     rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
     # of two checkpoints and two domains: before, three parts at two rates, two exchanges
     assert len(rows) == 2 * 2 * (1 + 3 * 2 + 2)
+    assert said.count("c@7: causality check") == said.count("b@7: causality check") == 1
     loss = {(row["label"], row["domain"], row["part"], row["rate"], row["operator_of"]):
             row["loss"] for row in rows}
     best = min(loss["c@7", "code", "all", rate, "code"] for rate in (0.01, 0.001))
@@ -121,10 +128,7 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
     assert ablation_studies.main(fewer) == 0
     assert ablation_studies.main(argv) == 0
     capsys.readouterr()
-    model = make(**ATTENTION)  # another file of the same name
-    torch.save(dict(model=model.state_dict(), optimizers=[], step=7, position=0, rng={},
-                    config=trainer.asdict(model.config), args=dict(seed=2)),
-               tmp_path / "b/state_step000007.pt")
+    save(tmp_path / "b", seed=2, **ATTENTION)  # another file of the same name
     assert ablation_studies.main(argv) == 0
     again = capsys.readouterr().out
     assert again.count("b@7, ") == 2 * (1 + 3 * 2 + 2) and "c@7, " not in again
@@ -151,7 +155,7 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
         ablation_studies.main([*argv, "--seed", "3"])
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/rows.jsonl").write_text('{"setting": 1}\n')
-    with pytest.raises(InputError, match="rows.jsonl: not a file of this study"):
+    with pytest.raises(InputError, match="rows.jsonl: line 1 is not a result of this study"):
         ablation_studies.main([*argv[:-1], str(tmp_path / "foreign")])
     with pytest.raises(InputError, match="one must have AFNO layers"):
         ablation_studies.main([*argv[:1], argv[2], *argv[3:-1], str(tmp_path / "x")])
@@ -159,6 +163,80 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
         np.full(99, 50), np.zeros(99, int), np.ones(98, bool)))
     with pytest.raises(InputError, match="c@7: a vocabulary of 50, the text of --domains code"):
         ablation_studies.main([*argv[:-1], str(tmp_path / "y")])
+
+
+def test_a_checkpoint_that_leaks_has_no_result(tmp_path, monkeypatch):
+    conv = afno.causal_conv
+    monkeypatch.setattr(afno, "causal_conv",
+                        lambda u, taps: conv(u, taps) + 0.05 * u.roll(-1, 1))
+    monkeypatch.setattr(transfer, "judge", None)
+    save(tmp_path / "c", **HYBRID)
+    with pytest.raises(InputError, match="^c@7: causality check: the model leaks"):
+        transfer.main([str(tmp_path / "c"), "--device", "cpu", "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out/table.md").exists()
+
+
+ROW = dict(label="c@7", domain="code", rate=0.01, setting={}, made_of=[], loss=3.0)
+BEFORE, TUNED, EXCHANGED = (ROW | more for more in (
+    dict(part="none", rate=0.0, operator_of="start"),
+    dict(part="rest", operator_of="code", error=0.1, trained=0.5),
+    dict(part="all", operator_of="law", error=0.1, difference=-0.5)))
+
+
+@pytest.mark.parametrize("row, values", (
+    *((BEFORE, values) for values in (
+        dict(loss="x"), dict(loss=float("nan")), dict(loss=-1), dict(loss=10**400),
+        dict(label=["a"]), dict(domain="poems"), dict(domain=["code"]), dict(rate="0"),
+        dict(operator_of="law"), dict(operator_of=[1]))),
+    *((TUNED, values) for values in (
+        dict(trained=None), dict(trained=1.5), dict(error=None), dict(error="x"), dict(error=-1),
+        dict(part="half"), dict(part=["all"]), dict(loss=True), dict(rate=float("inf")))),
+    *((EXCHANGED, values) for values in (
+        dict(difference=None), dict(difference=float("nan")), dict(error=float("inf")),
+        dict(part="rest"), dict(operator_of="code"), dict(operator_of="poems")))))
+def test_rows_that_make_no_tables_are_refused(tmp_path, row, values):
+    save(tmp_path / "c", **HYBRID)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "rows.jsonl").write_text(f"{json.dumps(EXCHANGED)}\n{json.dumps(row | values)}\n")
+    (out / "table.md").write_text(transfer.JUDGED)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(InputError, match="rows.jsonl: line 2 is not a result .*; delete it, or "):
+        transfer.main([str(tmp_path / "c"), "--device", "cpu", "--output", str(out)])
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("row", (BEFORE, TUNED, EXCHANGED, TUNED | dict(error=float("nan"))))
+def test_rows_as_they_are_made_are_read(row):
+    assert transfer.is_whole(row) and not transfer.is_whole(
+        {name: value for name, value in row.items() if name != "made_of"})
+
+
+def test_nothing_is_judged_where_rows_cannot_be_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "judge", None)
+    save(tmp_path / "c", **HYBRID)
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "gone/rows.jsonl")
+    with pytest.raises(InputError, match="cannot write .*/rows.jsonl: No such file"):
+        transfer.main([str(tmp_path / "c"), "--device", "cpu", "--output", str(tmp_path)])
+
+
+def test_a_loss_that_is_not_finite_is_no_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "judge", lambda *_: np.full(42, np.inf))
+    save(tmp_path / "c", **HYBRID)
+    with pytest.raises(Diverged, match="c@7, code, none, rate 0.0: the loss is inf"):
+        transfer.main([str(tmp_path / "c"), "--device", "cpu", "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out/table.md").exists()
+
+
+@pytest.mark.parametrize("domain, message", (
+    ("plays", "there are none yet, run python data/shakespeare.py"),
+    ("law", "no installed package has any"), ("code", "no installed package has any")))
+def test_a_text_that_is_missing_is_told_by_the_flag_of_this_study(tmp_path, monkeypatch, domain,
+                                                                  message):
+    monkeypatch.setattr(package_text, "PLAYS", tmp_path / "val_000000.bin")
+    monkeypatch.setattr(package_text, "documents", lambda source: [])
+    with pytest.raises(InputError, match=f"^--domains {domain}: {message}$"):
+        text_of.__wrapped__(domain)
 
 
 def test_what_stands_in_the_training_part_is_not_judged():
