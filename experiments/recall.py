@@ -634,7 +634,7 @@ def main(argv: list[str]) -> int:
         return 0
     runtime = usual_runtime(choose_device(args.device))
     folder = args.output.resolve() / ("recall" if args.grid == "small" else f"recall-{args.grid}")
-    with owned(folder, "--output", {"table.md": MADE_BY}):
+    with owned(folder, "--output", {"table.md": MADE_BY, "curves.png": ""}):
         return study(wanted, folder, GRIDS[args.grid], runtime)
 
 

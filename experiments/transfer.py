@@ -465,7 +465,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     device = choose_device(args.device)
     runtime = usual_runtime(device)
-    with owned(args.output, "--output", {"table.md": JUDGED}):
+    with owned(args.output, "--output", {"table.md": JUDGED, "gains.png": ""}):
         study = Study(args, runtime)
         page = tables(study)
         archive.write(study.folder / "table.md", f"{page}\n".encode())
