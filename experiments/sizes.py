@@ -5,9 +5,10 @@
     python experiments/sizes.py experiments/studies/sizes*/*-seed* --output experiments/sizes
 
 Writes table.md, slopes.md and sizes.png, with a plot for each measure, to --output. Runs of one
-mixer on as many tokens make a line: loss = a - b ln(x), by least squares, with the standard error
-of b. Seeds count as runs of their own. As lines bend, slopes.md also has the slope from each size
-to the next, between means over seeds. Parameters are those without embeddings, tables and head.
+mixer on as many tokens make a line, with the fit loss = a - b ln(x), by least squares, and the
+standard error of b. Seeds count as runs of their own. As lines bend, slopes.md also has the slope
+from each size to the next, between means over seeds, which sizes.png joins. Parameters are those
+without embeddings, tables and head.
 FLOPs are flops_per_token's, times the tokens of the run. Seconds are the tokens over the median
 speed of the steps, so what else the card did at times does not count. They compare on one kind of
 card: a line whose runs are of several kinds has no fit to them.
@@ -241,12 +242,21 @@ def cell(found: list[Sized], measure: str) -> str:
     return f"{slope:.4f}" + (f" +- {error:.4f}" if len(found) > 2 else "")
 
 
+def by_size(found: list[Sized]) -> list[list[Sized]]:
+    """Return the runs of a line by size, from the smallest on."""
+    return [[*group] for _, group in itertools.groupby(found, lambda of: of.model)]
+
+
+def mean(found: list[Sized], name: str) -> float:
+    """Return the mean of a measure, or of the loss, over runs."""
+    return statistics.mean(getattr(of, name) for of in found)
+
+
 def between(one: list[Sized], other: list[Sized], measure: str) -> str:
     """Return the slope from the runs of a size to those of the next, between their means."""
     if words := why_no_fit(one + other, measure):
         return words
-    x, y = ([statistics.mean(getattr(of, name) for of in found) for found in (one, other)]
-            for name in (measure, "loss"))
+    x, y = ([mean(found, name) for found in (one, other)] for name in (measure, "loss"))
     return f"{fit(x, y)[1]:.4f}"
 
 
@@ -258,7 +268,7 @@ def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
     fits, pairs = head("sizes | runs"), head("size | next")
     for (tokens, mixer), found in lines.items():
         begin = f"{tokens / 1e6:.1f}M", mixer
-        sizes = [[*group] for _, group in itertools.groupby(found, lambda of: of.model)]
+        sizes = by_size(found)
         fits.append(row(*begin, ", ".join(group[0].model for group in sizes), len(found),
                         *(cell(found, measure) for measure in MEASURES)))
         pairs += [row(*begin, one[0].model, other[0].model,
@@ -272,7 +282,7 @@ def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
 
 
 def draw(lines: dict[tuple[int, str], list[Sized]], output: Path):
-    """Draw loss against each measure: points are runs, lines are fits; a line style a budget."""
+    """Draw loss against each measure: points are runs, lines join means; a line style a budget."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -280,18 +290,17 @@ def draw(lines: dict[tuple[int, str], list[Sized]], output: Path):
     figure, panels = plt.subplots(1, len(MEASURES), figsize=(14, 4.5), sharey=True)
     budgets = sorted({tokens for tokens, _ in lines})
     mixers = [*dict.fromkeys((*MIXERS, *(mixer for _, mixer in lines)))]
-    for (measure, name), axes in zip(MEASURES.items(), panels):
+    for (measure, words), axes in zip(MEASURES.items(), panels):
         for (tokens, mixer), found in lines.items():
             x, y = [getattr(of, measure) for of in found], [of.loss for of in found]
             color, nth = f"C{mixers.index(mixer)}", budgets.index(tokens)
             if not why_no_fit(found, measure):
-                a, b, _ = fit(x, y)
-                ends = np.array([min(x), max(x)])
-                axes.plot(ends, a - b * np.log(ends), color=color, linewidth=1,
-                          linestyle=("-", "--", ":")[nth % 3])
+                axes.plot(*([mean(group, name) for group in by_size(found)]
+                            for name in (measure, "loss")),
+                          color=color, linewidth=1, linestyle=("-", "--", ":")[nth % 3])
             axes.plot(x, y, color=color, marker="os^"[nth % 3], linestyle="", markersize=5,
                       label=f"{mixer}, {tokens / 1e6:.0f}M tokens")
-        axes.set(xscale="log", xlabel=name)
+        axes.set(xscale="log", xlabel=words)
         axes.tick_params(axis="x", which="both", labelsize=7)
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("validation loss")
