@@ -10,7 +10,7 @@ A CHECKPOINT is a file state_step*.pt of the trainer, or a run's folder, whose n
 Two measures score the first --tokens targets of --bin (the first checkpoint's validation shards).
 With --text they score those of each source, made of installed packages (package_text.py). Both
 score the same targets, so all differences are paired. First a batch of each width is scored again
-with other tokens after a cut in each row. A width has 32 cuts or more, long rows at least four. A
+with other tokens after a cut in each row. A width has 32 cuts or more, long rows four or more. A
 model that leaks there is refused. test_causality.py tries every cut.
 
 stream      rows of --rows tokens as they stand: the trainer's own validation
@@ -186,15 +186,15 @@ def refuse_leaks(model: trainer.GPT, text: "Text", runtime: Runtime, batch_token
 
     Of each width that is scored, one batch of rows is scored again for the same targets, with other
     tokens after a cut in each row. Up to the cuts losses must be the same, bit for bit. Rows of
-    --rows tokens have as many cuts as an eighth of the evaluation allows, at least 32. They have
-    fewer where rows are so long that 32 would take more, at least four. Shorter rows have 32.
+    --rows tokens take an eighth of the evaluation, or four batches where that is more. Shorter rows
+    have 32 cuts, or four batches where that is less.
     """
-    random = np.random.default_rng()
-    for T in text.widths():
+    random, widths = np.random.default_rng(), text.widths()
+    for T in widths:
         rows = max(1, min(batch_tokens, text.count) // T)
-        allowed = max(4, max(text.count // 8, 65_536) // (rows * T))
-        needed = -(-LEAST_CUTS // rows)
-        times = min(-(-T // rows), allowed if T == text.widths()[-1] else min(needed, allowed))
+        times = max(4, max(text.count // 8, 65_536) // (rows * T)) if T == widths[-1] \
+            else min(4, -(-LEAST_CUTS // rows))
+        times = min(times, -(-T // rows))
         x, y = (text.tokens[first : first + rows * T].reshape(rows, T) for first in (0, 1))
         before = losses_of_batch(model, x, y, runtime).view(np.int32)
         for last in choose_cuts(T, rows * times, random).reshape(times, rows, 1):
