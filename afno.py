@@ -212,7 +212,7 @@ def plain_conv(u: Tensor, taps: Tensor) -> Tensor:
 class ShortConv(nn.Module):
     """Convolve (B, T, C) with a few taps a channel, at first the identity; with silu then SiLU."""
 
-    def __init__(self, channels: int, length: int = 4, silu: bool = False):
+    def __init__(self, channels: int, length: int, silu: bool = False):
         super().__init__()
         self.silu = silu
         self.taps = nn.Parameter(torch.zeros(length, channels))
@@ -322,7 +322,7 @@ class AFNO1D(nn.Module):
         form: the operator, one of FORMS.
         num_experts: sets of the MLP's weights that a Router mixes; >= 1 (reference: 1).
         routing: by what they are mixed, one of ROUTINGS.
-        short_conv: taps of the short convolution; >= 1, where 1 mixes no tokens (4 help `state`).
+        short_conv: taps of the short convolution; >= 1, where 1 mixes no tokens; `state` wants 4.
         silu: whether SiLU follows it, in all forms but state.
         token_taps: taps that each token makes for itself, in all forms but state; 0 to 64.
     Parameters are float32 or float64; autocast makes the rest bf16.

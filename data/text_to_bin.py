@@ -132,9 +132,9 @@ def lock(folder: Path, name: str):
 def owned(folder: Path, name: str, marks: dict[str, str] | None = None):
     """Hold `folder`, called `name` in messages, for this process alone; make it if need be.
 
-    marks: {file: what is in it where this script wrote it}, or "" for a file without words, which
-    is the script's where one with its words is there. What was made is removed at the end where
-    nothing has come into it. Raises InputError, also where a file is of something else.
+    marks: {file: words that this script puts into it}. A picture has "": it is the script's where a
+    file with its words is beside it. What was made is removed at the end where nothing has come
+    into it. Raises InputError, also where a file is of something else.
     """
     try:
         made = not folder.exists()

@@ -204,7 +204,7 @@ def below(folder: Path) -> list[Path]:
     Path.rglob would leave it out and say nothing.
     """
     def refuse(error: OSError):
-        raise ArchiveError(f"{error.filename}: {error.strerror}, so it would be left out")
+        raise ArchiveError(f"{error.filename}: cannot be read ({error.strerror})")
 
     walk = os.walk(folder, onerror=refuse) if folder.is_dir() else ()
     return [Path(parent, name) for parent, folders, files in walk for name in (*folders, *files)]

@@ -10,8 +10,8 @@ A CHECKPOINT is a file state_step*.pt of the trainer, or a run's folder, whose n
 Two measures score the first --tokens targets of --bin (the first checkpoint's validation shards).
 With --text they score those of each source, made of installed packages (package_text.py). Both
 score the same targets, so all differences are paired. First a batch of each width is scored again
-with other tokens after a cut in each row. A width has 32 cuts or more, long rows four or more. A
-model that leaks there is refused. test_causality.py tries every cut.
+with other tokens after a cut in each row: 32 cuts of a width, fewer where rows are long. A model
+that leaks there is refused. test_causality.py tries every cut.
 
 stream      rows of --rows tokens as they stand: the trainer's own validation
 documents   a token is predicted from its own document alone, from token 50256 on. A document
@@ -58,12 +58,12 @@ from data.loader import TokenStream, count_val_tokens, digest_of, to_device  # n
 from data.text_to_bin import (END_OF_TEXT, FOLDER, ROOT, InputError, Kind, Parser,  # noqa: E402
                               first_line, integer, one_of, owned, relative)
 from experiments import archive, package_text  # noqa: E402
-from experiments.plot_runs import name_lines  # noqa: E402
+from experiments.plot_runs import name_lines, refuse_no_file  # noqa: E402
 from runtime import (MOST_TOKENS, Diverged, Runtime, choose_device, run,  # noqa: E402
                      shapes_of, source_digest, source_files, usual_runtime)
 
 MEASURES = ("stream", "documents")
-LEAST_CUTS = 32  # after which other tokens come, to see leaks
+MOST_CUTS = 32  # after which other tokens come, to see leaks in rows of a width
 BLOCK = 64  # tokens: kernels and convolutions cut rows at multiples of it
 SHORTEST = 64  # tokens: shorter pieces are padded to it
 CUTS = (32, 128, 512)  # the last lags that are kept
@@ -170,13 +170,13 @@ def losses_of(model: trainer.GPT, tokens: np.ndarray, pieces: Pieces, T: int,
 
 
 def choose_cuts(T: int, number: int, random: np.random.Generator) -> np.ndarray:
-    """Return `number` places of a row of T in random order, the last ones whose tokens stay.
+    """Return `number` places of a row of T in random order: the last ones whose tokens stay.
 
     Half of them at most are the ends of blocks of 64 tokens, where convolutions are cut. The others
     are spread over the row.
     """
     ends = random.permutation(np.arange(BLOCK - 1, T - 1, BLOCK))[: number // 2]
-    borders = np.linspace(0, T, number - len(ends) + 1).astype(int)
+    borders = np.linspace(0, T - 1, number - len(ends) + 1).astype(int)
     low, high = borders[:-1], np.maximum(borders[1:], borders[:-1] + 1)
     return random.permutation(np.concatenate((ends, random.integers(low, high))))
 
@@ -185,17 +185,16 @@ def refuse_leaks(model: trainer.GPT, text: "Text", runtime: Runtime, batch_token
     """Raise InputError where a loss depends on a token after its input, in rows of any width.
 
     Of each width that is scored, one batch of rows is scored again for the same targets, with other
-    tokens after a cut in each row. Up to the cuts losses must be the same, bit for bit. Rows of
-    --rows tokens take an eighth of the evaluation, or four batches where that is more. Shorter rows
-    have 32 cuts, or four batches where that is less.
+    tokens after a cut in each row. Up to the cuts losses must be the same, bit for bit. A batch has
+    32 rows at most, so 32 cuts. Where it has fewer, the widest rows are scored more often: until
+    there were 32 cuts, or four and 65,536 tokens.
     """
     random, widths = np.random.default_rng(), text.widths()
     for T in widths:
-        rows = max(1, min(batch_tokens, text.count) // T)
-        times = max(4, max(text.count // 8, 65_536) // (rows * T)) if T == widths[-1] \
-            else min(4, -(-LEAST_CUTS // rows))
-        times = min(times, -(-T // rows))
-        x, y = (text.tokens[first : first + rows * T].reshape(rows, T) for first in (0, 1))
+        rows = max(1, min(batch_tokens // T, MOST_CUTS))
+        needed, allowed = -(-MOST_CUTS // rows), max(4, 65_536 // (rows * T))
+        times = min(needed, allowed) if T == widths[-1] else 1
+        x, y = (np.resize(text.tokens[first:][: text.count], (rows, T)) for first in (0, 1))
         before = losses_of_batch(model, x, y, runtime).view(np.int32)
         for last in choose_cuts(T, rows * times, random).reshape(times, rows, 1):
             after = np.arange(T) > last
@@ -374,9 +373,9 @@ class Results:
             return bool(result["key"]) and initial.shape == self.arrays[name].shape
         if not name.endswith(MEASURES):
             return bool(result["key"])
-        losses, count = self.arrays[name], result["key"][4]  # of Checkpoint.key in compute
-        off = abs(losses.mean(dtype=np.float64) - result["mean"])
-        return losses.shape == (count,) and off < 0.01 * max(result["mean"], 1)
+        losses, mean = self.arrays[name], result["mean"]
+        off = abs(losses.mean(dtype=np.float64) - mean)
+        return losses.shape == (result["count"],) and off < 0.01 * max(mean, 1)
 
     def stands(self, name: str, key: list) -> bool:
         """Return whether the result of this name is of this key."""
@@ -432,10 +431,9 @@ class Text:
         return len(self.tokens) - 1
 
     def widths(self) -> list[int]:
-        """Return the widths of rows that are scored, rising; the text has as many tokens."""
-        found = {int(width) for pieces in self.pieces.values()
-                 for width in np.unique(widths_of(pieces, self.T))}
-        return sorted({min(width, self.count) for width in found})
+        """Return the widths of rows that are scored, rising."""
+        return sorted({int(width) for pieces in self.pieces.values()
+                       for width in np.unique(widths_of(pieces, self.T))})
 
     @functools.cached_property
     def digest(self) -> str:
@@ -534,7 +532,8 @@ def compute(checkpoint: Checkpoint, text: Text, args, runtime: Runtime, results:
                 found = losses(measure)
                 if not np.isfinite(found).all():
                     raise Diverged(f"{checkpoint.path}: its losses are not finite")
-                results.put(name, key, {name: found}, mean=float(found.mean(dtype=np.float64)))
+                results.put(name, key, {name: found}, count=text.count,
+                            mean=float(found.mean(dtype=np.float64)))
     if not args.filters:
         return
     name = f"{label}/taps"
@@ -624,8 +623,8 @@ def filter_figures(taps: np.ndarray, initial: np.ndarray) -> list[float]:
 def response_by_octave(taps: np.ndarray) -> list[float]:
     """Return the mean power of the response in each octave of OCTAVES, of taps (filters, lags).
 
-    It is of filters scaled to the same energy, and 1 where all frequencies pass. An octave without
-    a frequency of twice as many points as lags has nan.
+    It is of filters scaled to the same energy, and 1 where all frequencies pass. An octave in which
+    an FFT of twice as many points as lags has no point is nan.
     """
     unit = taps / np.maximum(np.linalg.norm(taps, axis=1, keepdims=True), 1e-30)
     power = (np.abs(np.fft.rfft(unit.astype(np.float64), 2 * unit.shape[1])) ** 2).mean(0)
@@ -855,12 +854,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch_tokens", type=integer(1, MOST_TOKENS),
                         help="tokens a batch [65536, CPU: 8192]")
     return parser.parse_args(argv)
-
-
-def refuse_no_file(path: Path):
-    """Raise InputError where a path is there that is neither file nor folder: a pipe would wait."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise InputError(f"{path}: no ordinary file")
 
 
 def draw_again(table: Path) -> int:

@@ -15,7 +15,6 @@ empty continuation is scored as the document's end; the harness's own models sto
 whose outputs depend on later tokens is refused: it would read its answers.
 """
 import argparse
-import functools
 import json
 import sys
 from pathlib import Path
@@ -30,15 +29,15 @@ from checkpoints import demand_like  # noqa: E402
 from data.loader import to_device  # noqa: E402
 from data.text_to_bin import (InputError, Parser, first_line, gpt2_encoding, integer,  # noqa: E402
                               to_path)
+from experiments.plot_runs import refuse_no_file  # noqa: E402
+from experiments.recall import refuse_leaky  # noqa: E402
 from runtime import Runtime, choose_device, run, usual_runtime  # noqa: E402
-from test_causality import refuse_leaks  # noqa: E402
 
 try:
     from lm_eval.api.model import LM
 except ImportError:  # main says so
     LM = object
 
-CHECKED_ROWS = 4  # of the causality check, at most
 RESULTS = {"results", "versions", "n-samples"}  # of the harness's, kept in --output
 MOST_NEW = 256  # tokens that are generated where a task names no number
 
@@ -194,6 +193,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def refuse_unwritable(path: Path):
     """Raise InputError where no file can be written there, or one of something else is there."""
+    refuse_no_file(path)
     new = not path.exists()
     try:
         if not new and not is_results(path.read_text(encoding="utf-8", errors="replace")):
@@ -209,7 +209,7 @@ def is_results(text: str) -> bool:
     """Return whether a file's text is empty or what --output holds."""
     try:
         return not text or {*json.loads(text)} == RESULTS
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return False
 
 
@@ -232,8 +232,7 @@ def main(argv: list[str]) -> int:
     device = choose_device(args.device)
     runtime = usual_runtime(device)
     adapter = Adapter(load_exported(args.model), runtime, args.batch_size)
-    refuse_leaks(adapter.model, [(min(args.batch_size, CHECKED_ROWS), adapter.T)], runtime,
-                 functools.partial(print, flush=True), modes=(False,))
+    refuse_leaky(str(args.model), adapter.model, sorted({min(64, adapter.T), adapter.T}), runtime)
     try:
         found = simple_evaluate(adapter, tasks=tasks, num_fewshot=args.shots, limit=args.limit,
                                 task_manager=manager)

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.text_to_bin import (InputError, Parser, first_line, run_main,  # noqa: E402
+from data.text_to_bin import (InputError, Parser, first_line, number, run_main,  # noqa: E402
                               validated_on)
 
 X = ("tokens", "seconds")
@@ -42,6 +43,12 @@ class Run:
         return self.file.resolve().parent
 
 
+def refuse_no_file(path: Path):
+    """Raise InputError where a path is neither file nor folder: a pipe would wait for ever."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: no ordinary file")
+
+
 def read_run(path: Path) -> Run:
     """Read a run's folder or its metrics.jsonl; raise InputError naming the file.
 
@@ -49,14 +56,13 @@ def read_run(path: Path) -> Run:
     """
     run = Run(path / "metrics.jsonl" if path.is_dir() else path, [], [], None)
     try:
-        if run.file.exists() and not run.file.is_file():  # a pipe would wait for ever
-            raise InputError(f"{run.file}: no ordinary file")
+        refuse_no_file(run.file)
         lines = run.file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise InputError(f"{run.file}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{run.file}: not a text file, a metrics.jsonl is wanted") from None
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         try:
             row = dict(json.loads(line))
             if "train_loss" in row:
@@ -68,15 +74,28 @@ def read_run(path: Path) -> Run:
             run.rows.append(row)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             # the last line of a run that was killed, or is still writing, may be cut off
-            if number < len(lines) or not isinstance(error, ValueError):
-                raise InputError(f"{run.file}: line {number} is not a row of metrics") from None
+            if place < len(lines) or not isinstance(error, ValueError):
+                raise InputError(f"{run.file}: line {place} is not a row of metrics") from None
     return run
+
+
+def median_speed(run: Run) -> float:
+    """Return the median tokens/s of a run's steps, which what else the machine did hardly moves.
+
+    Steps without a finite number above 0 do not count: a patch of old trials logged the last step
+    before a state too late. Raise InputError where no step has one.
+    """
+    found = [row.get("tokens_per_s") for row in run.rows if "train_loss" in row]
+    speeds = [*filter(number(0, 1e18, include_low=False).accepts, found)]
+    if not speeds:
+        raise InputError(f"{run.file}: no step of training has tokens_per_s, a finite number > 0")
+    return statistics.median(speeds)
 
 
 def point(row: dict, loss: str) -> tuple[int, float, float]:
     """Return (tokens, training seconds, loss) of a row; raise TypeError where one is no number.
 
-    So is a finite one that is too large for arithmetic in float64.
+    A number beyond 1e300 counts as none, as float64 could not add it up.
     """
     found = row["tokens"], row["train_time_s"], row[loss]
     if not all(type(value) in (int, float) and not 1e300 < abs(value) < math.inf

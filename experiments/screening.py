@@ -20,7 +20,6 @@ import itertools
 import shlex
 import sys
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.text_to_bin import InputError, Parser, number, relative, run_main  # noqa: E402
 from experiments.plot_runs import (commands_of, last_start, machines_of,  # noqa: E402
-                                   read_run, unlike)
+                                   median_speed, read_run, unlike)
 
 Flags = list[tuple[str, ...]]  # each with its values
 
@@ -121,22 +120,16 @@ def read_design(path: Path) -> tuple[dict[str, Flags], list[str], np.ndarray]:
 def last_loss_and_time(folder: Path) -> tuple[int, float, float]:
     """Return a run's tokens, last validation loss, and logarithm of its median seconds a token.
 
-    Raises InputError where it is not finished, or one of these is no finite number. Single speeds
-    may be negative: a patch of old trials logged the last step before a state too late.
+    Raises InputError where it is not finished, or one of these is no finite number.
     """
-    found, finite = read_run(folder), number(-1e18, 1e18)
-    above_0 = number(0, 1e18, include_low=False)
-    speeds = [row.get("tokens_per_s") for row in found.rows if "train_loss" in row]
-    if found.summary is None or not found.curve or not speeds:
+    found, above_0 = read_run(folder), number(0, 1e18, include_low=False)
+    if found.summary is None or not found.curve:
         raise InputError(f"{folder}: not a finished run")
-    if not all(map(finite.accepts, speeds)) or not above_0.accepts(median(speeds)):
-        raise InputError(f"{found.file}: tokens_per_s of the steps of training must be finite "
-                         "numbers, and their median above 0")
     tokens, _, loss = found.curve[-1]
     if not all(map(above_0.accepts, (tokens, loss))):
         raise InputError(f"{found.file}: its tokens are {tokens}, its loss is {loss}: each must "
                          "be a finite number above 0")
-    return tokens, loss, -np.log(median(speeds))
+    return tokens, loss, -np.log(median_speed(found))
 
 
 def fit(X: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

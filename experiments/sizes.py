@@ -8,10 +8,10 @@ Writes table.md, slopes.md and sizes.png, with a plot for each measure, to --out
 mixer on as many tokens make a line, with the fit loss = a - b ln(x), by least squares, and the
 standard error of b. Seeds count as runs of their own. As lines bend, slopes.md also has the slope
 from each size to the next, between means over seeds, which sizes.png joins. Parameters are those
-without embeddings, tables and head.
-FLOPs are flops_per_token's, times the tokens of the run. Seconds are the tokens over the median
-speed of the steps, so what else the card did at times does not count. They compare on one kind of
-card: a line whose runs are of several kinds has no fit to them.
+without embeddings, tables and head. FLOPs are flops_per_token's, times the tokens of the run.
+Seconds are the tokens over the median speed of the steps, so what else the card did at times does
+not count; of a run with a curriculum they are wrong. They compare on one kind of card: a line whose
+runs are of several kinds has no fit to them.
 
 Of each run it reads metrics.jsonl, and the command, the machine and the flags in train.log. It
 refuses runs whose other flags differ, such as T or rates; runs of one mixer, or one mixer and size,
@@ -39,8 +39,9 @@ import train_gpt2_afno as trainer  # noqa: E402
 from data.text_to_bin import (FOLDER, InputError, Parser, number, owned,  # noqa: E402
                               show, validated_on)
 from experiments import archive  # noqa: E402
+from experiments.evaluate import markdown  # noqa: E402
 from experiments.plot_runs import (FILLED_IN, commands_of, flags_said,  # noqa: E402
-                                   last_start, machines_of, read_run, unlike)
+                                   last_start, machines_of, median_speed, read_run, unlike)
 from runtime import run, shapes_of  # noqa: E402
 
 MEASURES = {"parameters": "parameters without embeddings", "flops": "FLOPs of training",
@@ -131,14 +132,11 @@ def read_sized(folder: Path) -> Sized:
         last = next((row for row in reversed(found.rows) if "val_loss" in row), {})
         if last.get("step") != flags["num_iterations"] + flags["extend"]:
             raise InputError("not a finished run")
-        tokens, loss, above_0 = last["tokens"], last["val_loss"], number(0, 1e18, include_low=False)
-        if not all(map(above_0.accepts, (tokens, loss))):
+        tokens, loss = last["tokens"], last["val_loss"]
+        if not all(map(number(0, 1e18, include_low=False).accepts, (tokens, loss))):
             raise InputError(f"its tokens are {tokens!r}, its loss is {loss!r}: each must be a "
                              "finite number above 0")
-        speeds = [*filter(above_0.accepts, (row.get("tokens_per_s") for row in found.rows
-                                            if "train_loss" in row))]
-        if not speeds:
-            raise InputError("no step of training has tokens_per_s, a finite number above 0")
+        seconds = tokens / median_speed(found)
     except (InputError, OSError, ValueError) as error:
         raise InputError(f"{folder}: {error}") from None
     config, steps = model.config, re.findall(r"^steps: \d+ of (\S+) tokens", log, re.MULTILINE)
@@ -146,8 +144,7 @@ def read_sized(folder: Path) -> Sized:
     return Sized(flags["model"], mixer_of(config), flags["seed"], tokens,
                  without_embeddings(model),
                  tokens * trainer.flops_per_token(model, config.sequence_length),
-                 tokens / statistics.median(speeds), loss, machines, flags, flags_said(log),
-                 (steps or ["?"])[-1], log)
+                 seconds, loss, machines, flags, flags_said(log), (steps or ["?"])[-1], log)
 
 
 def show_said(run: Sized, name: str) -> str:
@@ -262,23 +259,22 @@ def between(one: list[Sized], other: list[Sized], measure: str) -> str:
 
 def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
     """Return the tables of fits, and from size to size: what e times as much is worth, in nats."""
-    head = lambda what: ["", f"| tokens | mixer | {what} | {' | '.join(MEASURES.values())} |",
-                         "|" + " --- |" * (4 + len(MEASURES))]
-    row = lambda *cells: f"| {' | '.join(map(str, cells))} |"
-    fits, pairs = head("sizes | runs"), head("size | next")
+    fits, pairs = [], []
     for (tokens, mixer), found in lines.items():
-        begin = f"{tokens / 1e6:.1f}M", mixer
-        sizes = by_size(found)
-        fits.append(row(*begin, ", ".join(group[0].model for group in sizes), len(found),
-                        *(cell(found, measure) for measure in MEASURES)))
-        pairs += [row(*begin, one[0].model, other[0].model,
-                      *(between(one, other, measure) for measure in MEASURES))
+        begin, sizes = [f"{tokens / 1e6:.1f}M", mixer], by_size(found)
+        fits.append([*begin, ", ".join(group[0].model for group in sizes), len(found),
+                     *(cell(found, measure) for measure in MEASURES)])
+        pairs += [[*begin, one[0].model, other[0].model,
+                   *(between(one, other, measure) for measure in MEASURES)]
                   for one, other in itertools.pairwise(sizes)]
-    rows = [f"{SLOPES}, +- its standard error, which two runs do not have.", *fits]
-    if len(pairs) > 3:
-        rows += ["", "From a size to the next, between means over seeds. Mixers compare where "
-                 "their sizes are the same.", *pairs]
-    return "\n".join(rows) + "\n"
+    head = ["tokens", "mixer"]
+    parts = [f"{SLOPES}, +- its standard error, which two runs do not have.",
+             markdown([*head, "sizes", "runs", *MEASURES.values()], fits)]
+    if pairs:
+        parts += ["From a size to the next, between means over seeds. Mixers compare where their "
+                  "sizes are the same.",
+                  markdown([*head, "size", "next", *MEASURES.values()], pairs)]
+    return "\n\n".join(parts) + "\n"
 
 
 def draw(lines: dict[tuple[int, str], list[Sized]], output: Path):
@@ -321,8 +317,8 @@ def main(argv: list[str]) -> int:
     runs = [read_sized(folder) for folder in args.runs]
     refuse_unlike(args.runs, runs)
     lines = lines_of(runs)
-    with owned(args.output, "--output", {"table.md": HEAD, "slopes.md": SLOPES,
-                                             "sizes.png": ""}):
+    marks = {"table.md": HEAD, "slopes.md": SLOPES, "sizes.png": ""}
+    with owned(args.output, "--output", marks):
         for name, text in (("table.md", table(lines)), ("slopes.md", slopes(lines))):
             archive.write(args.output / name, text.encode())
             print(text)

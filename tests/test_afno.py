@@ -101,7 +101,7 @@ def test_toeplitz():
 
 
 def test_short_convolution():
-    short = ShortConv(3).double()
+    short = ShortConv(3, 4).double()
     x = torch.randn(2, 9, 3, dtype=torch.float64)
     assert torch.equal(short(x), x)  # begins as the identity
     with torch.no_grad():

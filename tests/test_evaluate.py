@@ -365,6 +365,34 @@ def test_a_model_that_leaks_is_refused(model, tokens, tmp_path, monkeypatch, lea
     assert (tmp_path / "out" / "table.md").read_text() == page
 
 
+@pytest.mark.parametrize("T, number", ((1024, 32), (96, 8), (65, 32), (65_536, 4), (2, 2), (1, 1)))
+def test_cuts_are_at_the_ends_of_blocks_and_spread(T, number):
+    random = np.random.default_rng(1)
+    for _ in range(20):
+        cuts = evaluate.choose_cuts(T, number, random)
+        assert len(cuts) == number and cuts.min() >= 0 and cuts.max() <= max(T - 2, 0)
+        ends = {cut for cut in cuts if cut % 64 == 63}
+        assert len(ends) >= min(number // 2, (T - 1) // 64)
+    if T == 1024:
+        assert ends >= {*range(63, 1023, 64)}  # all 15 of them
+
+
+def test_every_width_is_checked_with_few_rows(model, tokens, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(evaluate, "losses_of_batch", lambda model, x, y, runtime: (
+        shapes.append(x.shape), np.zeros(x.shape, np.float32))[1])
+    pieces = dict(stream=cut_rows(1500, 1024), documents=cut_documents(tokens, 1500, 1024))
+    text = Text("text", tokens[:1501], 1024, pieces)
+    for batch_tokens, rows, times in ((8192, 8, 4), (65_536, 32, 1), (2048, 2, 16), (100, 1, 32)):
+        shapes.clear()
+        evaluate.refuse_leaks(model, text, CPU, batch_tokens, None)
+        assert [*dict.fromkeys(T for _, T in shapes)] == text.widths()
+        assert text.widths()[0] == 64 and text.widths()[-1] == 1024
+        assert max(number for number, T in shapes) <= 32
+        assert [number for number, T in shapes if T == 1024] == [rows] * (1 + times)
+        assert len([T for _, T in shapes if T < 1024]) == 2 * len(text.widths()[:-1])
+
+
 def test_a_leak_at_few_places_is_seen_in_one_row(model, tokens, tmp_path, monkeypatch):
     pattern, hidden = write_text(tmp_path / "data", tokens), GPT.hidden
     monkeypatch.setattr(GPT, "hidden", lambda self, idx: torch.where(
