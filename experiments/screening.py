@@ -64,7 +64,7 @@ def read_techniques(path: Path) -> dict[str, str]:
         if not line.strip():
             continue
         where, (name, *flags) = f"{path}: line {number}", line.strip().split(maxsplit=1)
-        if not flags or not flags[0].startswith("--"):
+        if name.startswith("-") or not flags or not flags[0].startswith("--"):
             raise InputError(f"{where} must be a name, then flags")
         for word in (name, *(flag for flag, *_ in pairs(flags[0], where))):
             if word in line_of:

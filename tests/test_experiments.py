@@ -676,6 +676,7 @@ def test_a_design_that_is_not_whole_is_refused(tmp_path, capsys, old, new, messa
 @pytest.mark.parametrize("text, message", (
     ("", ": there is no technique"), ("\n \n", ": there is no technique"),
     ("\nt0\n", ": line 2 must be a name, then flags"), ("t0 x --flag 0\n", ": line 1 must be"),
+    ("--z --w 1\n", ": line 1 must be"),
     ("t0 --a 0\nt0 --b 1\n", ": line 2: t0 stands twice, first in line 1"),
     ("t0 --a 0\n\nt1 --b 0 --a=1\n", ": line 3: --a stands twice, first in line 1"),
     ("t0 --b 0\nt1 --a 0 --a 0\n", ": line 2: --a stands twice, first in line 2"),
