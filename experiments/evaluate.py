@@ -368,14 +368,16 @@ class Results:
 
     def is_whole(self, name: str, result: dict) -> bool:
         """Return whether a result of the file has its key, its arrays and its mean."""
+        if not result["key"]:
+            return False
+        if name.endswith(MEASURES):
+            losses, mean = self.arrays[name], result["mean"]
+            off = abs(losses.mean(dtype=np.float64) - mean)
+            return losses.shape == (result["count"],) and off < 0.01 * max(mean, 1)
         if name.endswith("/taps") and name in self.arrays:
             initial = self.arrays[name.removesuffix("taps") + "initial taps"]
-            return bool(result["key"]) and initial.shape == self.arrays[name].shape
-        if not name.endswith(MEASURES):
-            return bool(result["key"])
-        losses, mean = self.arrays[name], result["mean"]
-        off = abs(losses.mean(dtype=np.float64) - mean)
-        return losses.shape == (result["count"],) and off < 0.01 * max(mean, 1)
+            return initial.shape == self.arrays[name].shape
+        return True
 
     def stands(self, name: str, key: list) -> bool:
         """Return whether the result of this name is of this key."""
@@ -724,8 +726,8 @@ def tables_of_filters(checkpoints: list[Checkpoint], results: Results) -> str:
         rows = [[name, *map(str.format, FIGURES.values(), row)]
                 for name, row in zip(names, figures)]
         page.append(markdown([f"{label}, layer", *FIGURES], rows))
-        responses = [*map(response_by_octave, final),
-                     *(response_by_octave(np.concatenate(taps)) for taps in (final, initial))]
+        responses = [*map(response_by_octave, final)]
+        responses += [np.mean(responses, 0), np.mean([*map(response_by_octave, initial)], 0)]
         page.append(markdown(
             [f"{label}, response in cycles a token", *octaves],
             [[name, *(f"{power:.3f}" if power == power else "" for power in row)]

@@ -80,14 +80,16 @@ def documents(source: str) -> list[str]:
     return [text for _, text in sorted(found.values())]
 
 
-def tokens_of(source: str, count: int) -> np.ndarray:
+def tokens_of(source: str, count: int, typed: str = "") -> np.ndarray:
     """Return the first `count` tokens of a source, fewer where it has no more, int64.
 
-    Raises InputError where it has none.
+    typed: the flag that asked for it (--text SOURCE). Raises InputError, which names it, where the
+    source has no tokens.
     """
+    typed = typed or f"--text {source}"
     if source == "plays":
         if not PLAYS.exists():
-            raise InputError("--text plays: there are none yet, run python data/shakespeare.py")
+            raise InputError(f"{typed}: there are none yet, run python data/shakespeare.py")
         return read_bin(PLAYS)[:count].astype(np.int64)
     encoding, parts, have = gpt2_encoding(), [], 0
     for text in documents(source):
@@ -96,5 +98,5 @@ def tokens_of(source: str, count: int) -> np.ndarray:
         if have >= count:
             break
     if not parts:
-        raise InputError(f"--text {source}: no installed package has any")
+        raise InputError(f"{typed}: no installed package has any")
     return np.concatenate(parts)[:count]

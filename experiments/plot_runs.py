@@ -79,6 +79,18 @@ def read_run(path: Path) -> Run:
     return run
 
 
+def last_loss(run: Run) -> tuple[int, float]:
+    """Return the tokens and the loss at the last validation of a run that has one.
+
+    Raise InputError where one of both is no finite number above 0.
+    """
+    tokens, _, loss = run.curve[-1]
+    if not all(map(number(0, 1e18, include_low=False).accepts, (tokens, loss))):
+        raise InputError(f"{run.file}: its tokens are {tokens!r}, its loss is {loss!r}: each must "
+                         "be a finite number above 0")
+    return tokens, loss
+
+
 def median_speed(run: Run) -> float:
     """Return the median tokens/s of a run's steps, which what else the machine did hardly moves.
 

@@ -389,9 +389,9 @@ def read_lines(path: Path, is_whole) -> list[dict]:
         if not last.startswith("{"):
             raise foreign from None
         print(f"{path}: the last line was cut off and is dropped", file=sys.stderr)
-    for number, row in enumerate(rows, 1):
+    for place, row in enumerate(rows, 1):
         if not (isinstance(row, dict) and is_whole(row)):
-            raise InputError(f"{path}: line {number} is not a result of this study; {way_out}")
+            raise InputError(f"{path}: line {place} is not a result of this study; {way_out}")
     if last:
         archive.write(path, "".join(f"{line}\n" for line in lines).encode())
     return rows

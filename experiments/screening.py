@@ -26,8 +26,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.text_to_bin import InputError, Parser, number, relative, run_main  # noqa: E402
-from experiments.plot_runs import (commands_of, last_start, machines_of,  # noqa: E402
-                                   median_speed, read_run, unlike)
+from experiments.plot_runs import (commands_of, last_loss, last_start,  # noqa: E402
+                                   machines_of, median_speed, read_run, unlike)
 
 Flags = list[tuple[str, ...]]  # each with its values
 
@@ -122,14 +122,10 @@ def last_loss_and_time(folder: Path) -> tuple[int, float, float]:
 
     Raises InputError where it is not finished, or one of these is no finite number.
     """
-    found, above_0 = read_run(folder), number(0, 1e18, include_low=False)
+    found = read_run(folder)
     if found.summary is None or not found.curve:
         raise InputError(f"{folder}: not a finished run")
-    tokens, _, loss = found.curve[-1]
-    if not all(map(above_0.accepts, (tokens, loss))):
-        raise InputError(f"{found.file}: its tokens are {tokens}, its loss is {loss}: each must "
-                         "be a finite number above 0")
-    return tokens, loss, -np.log(median_speed(found))
+    return *last_loss(found), -np.log(median_speed(found))
 
 
 def fit(X: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -36,12 +36,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_gpt2_afno as trainer  # noqa: E402
-from data.text_to_bin import (FOLDER, InputError, Parser, number, owned,  # noqa: E402
-                              show, validated_on)
+from data.text_to_bin import (FOLDER, InputError, Parser, owned, show,  # noqa: E402
+                              validated_on)
 from experiments import archive  # noqa: E402
 from experiments.evaluate import markdown  # noqa: E402
 from experiments.plot_runs import (FILLED_IN, commands_of, flags_said,  # noqa: E402
-                                   last_start, machines_of, median_speed, read_run, unlike)
+                                   last_loss, last_start, machines_of, median_speed, read_run,
+                                   unlike)
 from runtime import run, shapes_of  # noqa: E402
 
 MEASURES = {"parameters": "parameters without embeddings", "flops": "FLOPs of training",
@@ -132,10 +133,7 @@ def read_sized(folder: Path) -> Sized:
         last = next((row for row in reversed(found.rows) if "val_loss" in row), {})
         if last.get("step") != flags["num_iterations"] + flags["extend"]:
             raise InputError("not a finished run")
-        tokens, loss = last["tokens"], last["val_loss"]
-        if not all(map(number(0, 1e18, include_low=False).accepts, (tokens, loss))):
-            raise InputError(f"its tokens are {tokens!r}, its loss is {loss!r}: each must be a "
-                             "finite number above 0")
+        tokens, loss = last_loss(found)
         seconds = tokens / median_speed(found)
     except (InputError, OSError, ValueError) as error:
         raise InputError(f"{folder}: {error}") from None

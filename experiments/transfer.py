@@ -144,11 +144,7 @@ def text_of(domain: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     The targets are the tokens for judging but the first one. Raise InputError where there are none.
     """
-    try:
-        tokens = package_text.tokens_of(DOMAINS[domain], MOST_TOKENS)
-    except InputError as error:  # which names evaluate.py's flag
-        raise InputError(str(error).replace(f"--text {DOMAINS[domain]}", f"--domains {domain}")) \
-            from None
+    tokens = package_text.tokens_of(DOMAINS[domain], MOST_TOKENS, f"--domains {domain}")
     if domain == "plays":
         train = read_bin(package_text.PLAYS.with_name("train_000000.bin")).astype(np.int64)
         judged = tokens
