@@ -51,8 +51,8 @@ from data.text_to_bin import (FOLDER, ROOT, InputError, Kind, Parser, integer, n
                               relative)
 from experiments import archive
 from experiments.ablation_studies import seeds
-from experiments.evaluate import code, markdown
-from runtime import Diverged, Runtime, choose_device, gpu_driver, usual_runtime
+from experiments.evaluate import code, machine, markdown
+from runtime import Diverged, Runtime, choose_device, usual_runtime
 from test_causality import refuse_leaks
 
 FILLER, MARKER, FIRST = 0, 1, 2  # tokens; keys begin at FIRST, values at half of the vocabulary
@@ -359,13 +359,6 @@ def name_of(task: str, mixer: str, seed: int) -> str:
 def setting(grid: Grid, mixer: str) -> dict:
     """Return what a result depends on besides task and seed, as JSON gives it back."""
     return json.loads(json.dumps(asdict(grid) | RECIPE | MIXERS[mixer]))
-
-
-def machine(runtime: Runtime) -> str:
-    """Return the version of torch, the device and its driver in words."""
-    chip = f"{torch.cuda.get_device_name()}, driver {gpu_driver()}" \
-        if runtime.device.type == "cuda" else "CPU"
-    return f"torch {torch.__version__}, {chip}"
 
 
 def read_lines(path: Path, is_whole) -> list[dict]:
