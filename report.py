@@ -23,7 +23,7 @@ import torch
 
 from checkpoints import (VALIDATED, Checkpoints, Process, energy_used, is_summary, load_weights,
                          loss_of, newest_run, processes, read_log, validations_of)
-from data.text_to_bin import (InputError, Parser, appears_whole, first_line, gpt2_encoding,
+from data.text_to_bin import (FOLDER, InputError, Parser, appears_whole, first_line, gpt2_encoding,
                               relative, run_main, to_path)
 from runtime import Runtime, generate
 
@@ -357,25 +357,28 @@ def export(folder: Path, out: Path) -> int:
     config = dict(model=asdict(model.config), step=state["step"], tokens=state["position"],
                   val_loss=loss, val_dtype=dtype, torch=record.last("torch ([^,]+)"),
                   commit=record.last("commit: (.*)"))
-    with appears_whole(out) as new:
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        try:
+    try:
+        with appears_whole(out) as new:
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_model(model, str(new / "model.safetensors"))  # tensors that are one, once
-        except SafetensorError as error:
-            raise InputError(f"--export {out}: {first_line(error)}") from None
-        shutil.copymode(new / "config.json", new / "model.safetensors")  # which is the owner's
-        for path in new.iterdir():
-            with open(path, "r+b") as file:
-                os.fsync(file.fileno())
+            shutil.copymode(new / "config.json", new / "model.safetensors")  # which is the owner's
+            for path in new.iterdir():
+                with open(path, "r+b") as file:
+                    os.fsync(file.fileno())
+    except SafetensorError as error:
+        raise InputError(f"--export {out}: {first_line(error)}") from None
+    except OSError as error:
+        raise InputError(f"--export {out}: {error.strerror}") from None
     return state["step"]
 
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
-    parser.add_argument("run", nargs="?", metavar="RUN_FOLDER",
+    parser.add_argument("run", nargs="?", type=FOLDER, metavar="RUN_FOLDER",
                         help="a run's folder (of those under runs/, the newest with a checkpoint)")
-    parser.add_argument("--export", metavar="DIR", help="write the model there, and no report")
+    parser.add_argument("--export", type=FOLDER, metavar="DIR",
+                        help="write the model there, and no report")
     args = parser.parse_args()
     folder = newest_run("RUN_FOLDER") if args.run is None else to_path(args.run)
     if args.export is not None:

@@ -647,7 +647,7 @@ def main(argv: list[str]) -> int:
              for seed in args.seeds for arm in study.arms}
     if args.dry_run:
         return dry_run(flags)
-    with owned(folder, "--output", {"table.md": MADE_BY, "curves.png": ""}):
+    with owned(folder, f"--output {folder}", {"table.md": MADE_BY, "curves.png": ""}):
         return run_study(study, folder, flags, args.keep_checkpoints)
 
 

@@ -26,14 +26,17 @@ movement and frequency response of AFNO's filters, and the loss without the taps
 The tables go to stdout. With --out they also go to DIR/table.md, and curves to DIR/curves.png,
 which takes matplotlib. DIR/losses.npz keeps the losses as float16 under LABEL/stream and
 LABEL/documents, where place i is the target i + 1 of the text. It keeps taps under LABEL/taps and
-LABEL/initial taps. LABEL is folder@step. What stands there for the same file, text, tokens, rows
-and code is not computed again. Groups are means of these rounded losses, each off by 0.004 at most.
-In groups of few targets the last decimals mean nothing. A standard error is that of the mean over
-rows or documents: it holds the text's noise, not that of training.
+LABEL/initial taps. LABEL is folder@step. What stands there for the same file, text, tokens, rows,
+machine and code is not computed again. The tables are of what the last call named, checkpoints and
+--filters: it says what else losses.npz holds. Groups are means of these rounded losses, each off by
+0.004 at most below 16, by 0.008 below 32. In groups of few targets the last decimals mean nothing.
+A standard error is that of the mean over rows or documents: it holds the text's noise, not that of
+training.
 """
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -59,8 +62,8 @@ from data.text_to_bin import (END_OF_TEXT, FOLDER, ROOT, InputError, Kind, Parse
                               first_line, integer, one_of, owned, relative)
 from experiments import archive, package_text  # noqa: E402
 from experiments.plot_runs import name_lines, refuse_no_file  # noqa: E402
-from runtime import (MOST_TOKENS, Diverged, Runtime, choose_device, run,  # noqa: E402
-                     shapes_of, source_digest, source_files, usual_runtime)
+from runtime import (MOST_TOKENS, Diverged, Runtime, choose_device, gpu_driver,  # noqa: E402
+                     run, shapes_of, source_digest, source_files, usual_runtime)
 
 MEASURES = ("stream", "documents")
 MOST_CUTS = 32  # after which other tokens come, to see leaks in rows of a width
@@ -73,6 +76,8 @@ FIGURES = {  # of filters, and how they are written
     "median frequency": "{:.3f}",
     "rank": "{:.2f}", "correlation": "{:.3f}", "moved": "{:.2f}", "cosine to initial": "{:.3f}"}
 OCTAVES = [0.0, *(0.5**n for n in range(9, 0, -1))]  # borders in cycles a token, up to a half
+# what the parts of a key are of, in their order
+KEY = ("checkpoint", "checkpoint", "code", "text", "text", "row length", "machine")
 HEAD = "+- is the standard error over rows (stream) or documents."
 BATCH_TOKENS = dict(cuda=65536, cpu=8192)
 TOKENS_A_SOURCE = 262_144  # at most, of --text
@@ -368,7 +373,7 @@ class Results:
 
     def is_whole(self, name: str, result: dict) -> bool:
         """Return whether a result of the file has its key, its arrays and its mean."""
-        if not result["key"]:
+        if not (isinstance(result["key"], list) and result["key"]):
             return False
         if name.endswith(MEASURES):
             losses, mean = self.arrays[name], result["mean"]
@@ -392,7 +397,8 @@ class Results:
     def put(self, name: str, key: list, arrays: dict[str, np.ndarray], **numbers):
         """Keep a result, in the file where there is one; arrays become float16."""
         if name in self.index and not self.stands(name, key):
-            print(f"{name}: in place of that of another text, row length, checkpoint or code",
+            others = [of for of, old, new in zip(KEY, self.index[name]["key"], key) if old != new]
+            print(f"{name}: in place of that of another {', '.join(dict.fromkeys(others))}",
                   file=sys.stderr)
         self.index[name] = dict(key=key, **numbers)
         self.arrays |= {where: values.astype(np.float16) for where, values in arrays.items()}
@@ -415,6 +421,13 @@ def code() -> str:
     here = [ROOT / f"experiments/{name}.py"
             for name in ("evaluate", "package_text", "recall", "transfer")]
     return source_digest([*here, *(path for path in source_files() if path.name not in said)])[:12]
+
+
+def machine(runtime: Runtime) -> str:
+    """Return the version of torch, the device and its driver, and the dtype in words."""
+    chip = f"{torch.cuda.get_device_name()}, driver {gpu_driver()}" \
+        if runtime.device.type == "cuda" else "CPU"
+    return f"torch {torch.__version__}, {chip}, {str(runtime.dtype).removeprefix('torch.')}"
 
 
 @dataclass
@@ -514,7 +527,7 @@ def read_sources(args, first: Checkpoint, T: int) -> Text:
 
 def compute(checkpoint: Checkpoint, text: Text, args, runtime: Runtime, results: Results):
     """Put a checkpoint's missing results into `results`."""
-    key = checkpoint.key(text.digest, text.count, text.T, str(runtime.dtype))
+    key = checkpoint.key(text.digest, text.count, text.T, machine(runtime))
     batch_tokens, label = args.batch_tokens or BATCH_TOKENS[runtime.device.type], checkpoint.label
 
     @functools.cache
@@ -608,9 +621,9 @@ def filter_figures(taps: np.ndarray, initial: np.ndarray) -> list[float]:
     reached = np.cumsum(unit**2, 1)
     lengths = [float((reached < share).sum(1).mean()) for share in (0.5, 0.99)]
     beyond = [float((unit[:, last + 1 :] ** 2).sum(1).mean()) for last in CUTS]
-    power = np.abs(np.fft.rfft(unit, 2 * unit.shape[1])) ** 2
+    power = np.abs(np.fft.rfft(unit, 4 * unit.shape[1])) ** 2
     below = np.cumsum(power, 1) < power.sum(1, keepdims=True) / 2
-    median = float(below.sum(1).mean()) / (2 * unit.shape[1])
+    median = float(below.sum(1).mean()) / (4 * unit.shape[1])
     shares = np.linalg.svd(unit, compute_uv=False) ** 2
     shares = shares[shares > 0] / shares.sum()
     rank = math.exp(-(shares * np.log(shares)).sum())
@@ -745,12 +758,13 @@ def tables_of_filters(checkpoints: list[Checkpoint], results: Results) -> str:
 
 
 def report(checkpoints: list[Checkpoint], text: Text, results: Results, groups: dict[str, dict],
-           filters: bool) -> str:
+           filters: bool, runtime: Runtime) -> str:
     """Return all tables as Markdown; groups are groups_of each measure."""
     labels = [checkpoint.label for checkpoint in checkpoints]
     documents = int(text.pieces["documents"].unit[-1]) + 1
-    head = (f"{text.count:,} targets of {text.name} ({text.digest}), {documents:,} documents, rows "
-            f"of {text.T:,} tokens. {HEAD}")
+    head = (f"{text.count:,} targets of {text.name} ({text.digest}), {documents:,} "
+            f"document{'s' * (documents > 1)}, rows of {text.T:,} tokens. {HEAD} "
+            f"Machine: {machine(runtime)}.")
     parts = [head, table_of_means(labels, text, results), table_of_contexts(labels, text, results)]
     parts += [tables_of_groups(labels, text, results, measure, groups[measure])
               for measure in MEASURES]
@@ -794,10 +808,18 @@ def read_groups(page: str) -> list[tuple[str, str, list[str], dict[str, list[str
     return tables
 
 
+def lines_of(by: str, groups: list[str]) -> list[list[str]]:
+    """Return which groups a line joins: hits do not go on misses, and sources have no order."""
+    if by == "source":
+        return [[group] for group in groups]
+    hits = [group for group in groups if "hit" in group]
+    return [line for line in ([group for group in groups if group not in hits], hits) if line]
+
+
 def plot(page: str, output: Path):
     """Draw the groups' losses of a report(), or differences to the first checkpoint's.
 
-    A measure is a row of panels. Bars are standard errors.
+    A measure is a row of panels, a checkpoint is a color. Bars are standard errors.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -808,9 +830,11 @@ def plot(page: str, output: Path):
     figure, panels = plt.subplots(len(MEASURES), columns, figsize=(5 * columns, 8), squeeze=False,
                                   layout="constrained")
     for axes, (measure, by, header, rows) in zip(panels.flat, tables):
-        numbers = lambda column: [float(row[column] or 0) for row in rows.values()]
-        for column in range(3, len(header), 3) if len(header) > 3 else [2]:
-            axes.errorbar([*rows], numbers(column), numbers(column + 1) if column > 2 else None,
+        numbers = lambda line, column: [float(rows[group][column] or 0) for group in line]
+        columns_drawn = range(3, len(header), 3) if len(header) > 3 else [2]
+        for (i, column), line in itertools.product(enumerate(columns_drawn), lines_of(by, [*rows])):
+            axes.errorbar(line, numbers(line, column),
+                          numbers(line, column + 1) if column > 2 else None, color=f"C{i}",
                           label=f"line {column}", marker="o", markersize=3, linewidth=1, capsize=2)
         title = f"loss less {header[2]}'s" if len(header) > 3 else "loss"
         axes.set_ylabel(title, parse_math=False)
@@ -898,15 +922,26 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def left_out(checkpoints: list[Checkpoint], filters: bool, results: Results) -> list[str]:
+    """Return what has results but no part in the tables: labels, and --filters."""
+    labels = [checkpoint.label for checkpoint in checkpoints]
+    others = dict.fromkeys(name.partition("/")[0] for name in results.index)
+    taps = any(f"{label}/taps" in results.arrays for label in labels)
+    return [label for label in others if label not in labels] + ["--filters"] * (taps > filters)
+
+
 def evaluated(checkpoints: list[Checkpoint], args, runtime: Runtime) -> str:
     """Return the tables; evaluate what is missing, and write all of it to --out."""
     text, results = read_text(args, checkpoints[0]), Results(args.out)
     for checkpoint in checkpoints:
         compute(checkpoint, text, args, runtime, results)
     groups = {measure: groups_of(text, measure) for measure in MEASURES}
-    page = report(checkpoints, text, results, groups, args.filters)
+    page = report(checkpoints, text, results, groups, args.filters, runtime)
     if args.out is not None:
         archive.write(args.out / "table.md", f"{page}\n".encode())
+        if left := left_out(checkpoints, args.filters, results):
+            print(f"{args.out / 'table.md'}: without {', '.join(left)}, not named now; "
+                  "losses.npz still holds what was found", file=sys.stderr)
         try:
             plot(page, args.out / "curves.png")
         except ImportError:

@@ -51,8 +51,8 @@ from data.text_to_bin import (FOLDER, ROOT, InputError, Kind, Parser, integer, n
                               relative)
 from experiments import archive
 from experiments.ablation_studies import seeds
-from experiments.evaluate import code, markdown
-from runtime import Diverged, Runtime, choose_device, gpu_driver, usual_runtime
+from experiments.evaluate import code, machine, markdown
+from runtime import Diverged, Runtime, choose_device, usual_runtime
 from test_causality import refuse_leaks
 
 FILLER, MARKER, FIRST = 0, 1, 2  # tokens; keys begin at FIRST, values at half of the vocabulary
@@ -361,17 +361,10 @@ def setting(grid: Grid, mixer: str) -> dict:
     return json.loads(json.dumps(asdict(grid) | RECIPE | MIXERS[mixer]))
 
 
-def machine(runtime: Runtime) -> str:
-    """Return the version of torch, the device and its driver in words."""
-    chip = f"{torch.cuda.get_device_name()}, driver {gpu_driver()}" \
-        if runtime.device.type == "cuda" else "CPU"
-    return f"torch {torch.__version__}, {chip}"
-
-
-def read_lines(path: Path, is_whole) -> list[dict]:
+def read_lines(path: Path, is_whole, only_read: bool = False) -> list[dict]:
     """Return the results in a file, one a line; raise InputError where is_whole(one) is not true.
 
-    A last line that a kill has cut off is dropped, also from the file.
+    A last line that a kill has cut off is dropped, also from the file, unless that is only read.
     """
     if not path.exists():
         return []
@@ -392,7 +385,7 @@ def read_lines(path: Path, is_whole) -> list[dict]:
     for place, row in enumerate(rows, 1):
         if not (isinstance(row, dict) and is_whole(row)):
             raise InputError(f"{path}: line {place} is not a result of this study; {way_out}")
-    if last:
+    if last and not only_read:
         archive.write(path, "".join(f"{line}\n" for line in lines).encode())
     return rows
 
@@ -406,13 +399,13 @@ def append_lines(path: Path, *rows: dict):
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
-def read_rows(path: Path, grid: Grid) -> list[dict]:
+def read_rows(path: Path, grid: Grid, only_read: bool = False) -> list[dict]:
     """Return the lines of models that are finished; raise InputError for those of another grid.
 
     Rows of counting from before 2026-11-30 are of another one: distance 0 was counted as 1 there.
     A model that stands twice would count twice: it is refused, too.
     """
-    rows, found = read_lines(path, is_whole), set()
+    rows, found = read_lines(path, is_whole, only_read), set()
     for row in rows:
         name = name_of(row["task"], row["mixer"], row["seed"])
         old = row["task"] == COUNTED and any(cell["by_distance"][0][0] > 0 for cell in row["cells"])
@@ -630,12 +623,16 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     # every task and mixer once before the next seed, so that a study cut short can be read
     wanted = [*itertools.product(args.seeds, args.tasks, args.mixers)]
-    if args.dry_run:
-        print("\n".join(name_of(task, mixer, seed) for seed, task, mixer in wanted))
+    folder = args.output.resolve() / ("recall" if args.grid == "small" else f"recall-{args.grid}")
+    if args.dry_run:  # a study may be at work there: nothing is written
+        finished = {(row["seed"], row["task"], row["mixer"]) for row in
+                    read_rows(folder / "rows.jsonl", GRIDS[args.grid], only_read=True)}
+        missing = [name_of(task, mixer, seed) for seed, task, mixer in wanted
+                   if (seed, task, mixer) not in finished]
+        print("\n".join(missing or ["nothing: all models are finished"]))
         return 0
     runtime = usual_runtime(choose_device(args.device))
-    folder = args.output.resolve() / ("recall" if args.grid == "small" else f"recall-{args.grid}")
-    with owned(folder, "--output", {"table.md": MADE_BY, "curves.png": ""}):
+    with owned(folder, f"--output {folder}", {"table.md": MADE_BY, "curves.png": ""}):
         return study(wanted, folder, GRIDS[args.grid], runtime)
 
 

@@ -43,8 +43,9 @@ from data.loader import digest_of, to_device
 from data.text_to_bin import (FOLDER, ROOT, InputError, Parser, first_line, integer, number,
                               owned, read_bin, relative)
 from experiments import archive, package_text
-from experiments.evaluate import (BATCH_TOKENS, Checkpoint, cut_rows, losses_of, markdown,
+from experiments.evaluate import (BATCH_TOKENS, Checkpoint, cut_rows, losses_of, machine, markdown,
                                   mean_and_error)
+from experiments.plot_runs import name_lines
 from experiments.recall import append_lines, names, read_lines, refuse_leaky
 from runtime import Diverged, Runtime, choose_device, usual_runtime
 
@@ -262,12 +263,13 @@ class Study:
              other_rate: float | None = None):
         """Return a result that stands, or make it: make() returns its numbers.
 
-        It stands where file, share of the operator, texts and other_rate, that of an operator from
-        another domain, are as they were. Raise Diverged where new numbers are not finite.
+        It stands where file, share of the operator, texts, machine and other_rate, that of an
+        operator from another domain, are as they were. Raise Diverged where new numbers are not
+        finite.
         """
         row = dict(label=label, domain=domain, part=part, rate=rate, operator_of=operator_of)
         made_of = [*self.checkpoints[label].key(), self.share, self.texts[domain],
-                   self.texts.get(operator_of), other_rate]
+                   self.texts.get(operator_of), other_rate, machine(self.runtime)]
         if self.rows.get(self.key(row), {}).get("made_of") != made_of:
             append_lines(self.path)  # it can be written: said before minutes of work
             begin = time.perf_counter()
@@ -393,12 +395,13 @@ def tables(study: Study) -> str:
         f"{JUDGED}: {judged}. The others "
         f"stand in a run of {RUN} tokens in the training part, too. {args.steps} steps of "
         f"{args.batch_size} rows, seed {args.seed}; of each part the best of the rates "
-        f"{', '.join(map(str, args.rates))} by these losses. +- is the standard error, over rows, "
-        "of the difference from before. Where a model has no operator, some rows of query and key "
-        "stand for it. Made by experiments/ablation_studies.py transfer.",
+        f"{', '.join(map(str, args.rates))} by these losses. Where a model has no operator, some "
+        "rows of query and key stand for it. +- is a standard error, over rows: in the first table "
+        "of the loss less that before. Made by experiments/ablation_studies.py transfer.",
+        f"Machine: {machine(study.runtime)}.",
         markdown(["checkpoint", "domain", "before", *parts], gains),
         "Models tuned with all weights, with the operator of another domain's model in place of "
-        "their own: the loss above their own.",
+        "their own: the loss above their own, and the standard error of that.",
         markdown(["model", "tuned on", "own loss",
                   *(column for other in (*args.domains, START)
                     for column in (f"operator of {other}", "+-"))], worth)))
@@ -418,11 +421,11 @@ def plot(study: Study, output: Path):
             gains = [study.before(label, domain) - study.best(label, domain, part)["loss"]
                      for part in PARTS]
             axes.bar(np.arange(len(PARTS)) + 0.8 * i / len(labels), gains, 0.8 / len(labels),
-                     label=label)
+                     label=f"checkpoint {i}")
         axes.set_xticks(np.arange(len(PARTS)) + 0.4 - 0.4 / len(labels), PARTS)
         axes.set_title(domain)
     panels[0, 0].set_ylabel("loss before less loss after")
-    panels[0, -1].legend(fontsize=7)
+    name_lines(panels[0, -1].legend(fontsize=7), labels)
     figure.tight_layout()
     figure.savefig(output, dpi=120)
     plt.close(figure)
@@ -460,7 +463,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     device = choose_device(args.device)
     runtime = usual_runtime(device)
-    with owned(args.output, "--output", {"table.md": JUDGED, "gains.png": ""}):
+    with owned(args.output, f"--output {args.output}", {"table.md": JUDGED, "gains.png": ""}):
         study = Study(args, runtime)
         page = tables(study)
         archive.write(study.folder / "table.md", f"{page}\n".encode())

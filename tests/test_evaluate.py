@@ -211,8 +211,10 @@ def test_figures_of_known_filters():
     assert (figures["moved"], figures["cosine to initial"]) == (0, pytest.approx(1))
     figures = dict(zip(FIGURES, filter_figures(np.eye(4, 600), -2 * np.eye(4, 600))))
     assert figures["rank"] == pytest.approx(4)
-    assert figures["median frequency"] == pytest.approx(0.25, abs=2e-3)
     assert (figures["moved"], figures["cosine to initial"]) == (1.5, pytest.approx(-1))
+    for lags in (1, 2, 3, 600):
+        figures = dict(zip(FIGURES, filter_figures(np.eye(1, lags), np.eye(1, lags))))
+        assert figures["median frequency"] == 0.25  # every frequency passes
     assert filter_figures(np.ones((4, 600)), np.ones((4, 600)))[-4] == pytest.approx(1)
     for step, least, most in ((1.0, 0, 0.01), (-1.0, 0.49, 0.5)):  # low and high frequencies pass
         taps = step ** np.arange(600)[None]
@@ -269,6 +271,9 @@ def test_filters_of_a_run(model, tokens, tmp_path, capsys):
         np.testing.assert_array_equal(file["begun@7/taps"], file["moved@7/initial taps"])
     assert main(command) == 0
     assert capsys.readouterr() == (first.out, "")
+    assert main(command[:-1]) == 0 and main(command) == 0
+    assert capsys.readouterr().err == f"{out}/table.md: without --filters, not named now; " \
+        "losses.npz still holds what was found\n"
     write_checkpoint(tmp_path / "moved", attention, pattern)  # in place of one that had filters
     assert main(command) == 0
     assert "moved@7: no taps." in capsys.readouterr().out
@@ -467,6 +472,51 @@ def test_a_folder_of_something_else_is_left_alone(model, tokens, tmp_path):
     assert "| a_b@7 |" in (tmp_path / "out/table.md").read_text()
 
 
+def test_a_call_says_what_it_leaves_out_and_what_it_replaces(model, tokens, tmp_path, monkeypatch,
+                                                             capsys):
+    pattern, out = write_text(tmp_path / "data", tokens), tmp_path / "out"
+    paths = [str(write_checkpoint(tmp_path / name, model, pattern)) for name in "ab"]
+    one = ["--device", "cpu", "--tokens", "200", "--out", str(out), paths[0]]
+    both = [*one, paths[1]]
+    said = lambda command: capsys.readouterr() if main(command) == 0 else None
+    assert f" Machine: torch {torch.__version__}, CPU, float32.\n" in said(both).out
+    assert said(one).err == \
+        f"{out}/table.md: without b@7, not named now; losses.npz still holds what was found\n"
+    assert not said(both).err and "| b@7 |" in (out / "table.md").read_text()
+    write_checkpoint(tmp_path / "b", model, pattern)  # the same path, another file
+    lines = said(both).err.splitlines()
+    assert "b@7/stream: in place of that of another checkpoint" in lines
+    assert not [line for line in lines if line.startswith("a@7")]
+    monkeypatch.setattr(evaluate, "code", lambda: "other")
+    monkeypatch.setattr(evaluate, "machine", lambda runtime: "torch 1, a GPU, bfloat16")
+    found = said([*both, "--rows", "48"])
+    assert " Machine: torch 1, a GPU, bfloat16.\n" in found.out
+    assert "a@7/documents: in place of that of another code, row length, machine\n" in found.err
+
+
+def test_one_document_is_no_documents(model, tokens, tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "a", model, write_text(tmp_path / "data", tokens))
+    for count, words in (("60", "), 1 document, rows"), ("71", "), 2 documents, rows")):
+        assert main([str(path), "--device", "cpu", "--tokens", count]) == 0
+        assert words in capsys.readouterr().out
+
+
+def test_losses_are_as_exact_as_the_script_says():
+    said = re.findall(r"([\d.]+)\s(?:at most )?below (\d+)", evaluate.__doc__)
+    assert [below for _, below in said] == ["16", "32"]
+    for off, below in said:
+        half_a_step = np.spacing(np.nextafter(np.float16(below), np.float16(0))) / 2
+        assert round(float(half_a_step), 3) == float(off)
+
+
+def test_a_line_joins_what_goes_on():
+    matches = ["0", "1, miss", "2-3, miss", "1, hit"]
+    assert evaluate.lines_of("longest earlier match in its row", matches) == [
+        matches[:3], matches[3:]]
+    assert evaluate.lines_of("position in its row", ["0-63", "64-95"]) == [["0-63", "64-95"]]
+    assert evaluate.lines_of("source", ["code", "plays"]) == [["code"], ["plays"]]
+
+
 def test_a_page_that_is_cut_off_is_not_drawn(model, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "plot", lambda *arguments: None)
     pattern = write_text(tmp_path / "data", tokens)
@@ -536,6 +586,10 @@ def test_sources_are_apart_and_told_apart(model, tokens, sources, tmp_path, caps
 @pytest.mark.slow
 def test_a_picture_of_every_group(tokens, tmp_path, monkeypatch):
     monkeypatch.undo()
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    drawn, errorbar = [], axes.errorbar
+    monkeypatch.setattr(axes, "errorbar", lambda self, groups, *more, **how: (
+        drawn.append((how["color"], *groups)), errorbar(self, groups, *more, **how))[1])
     labels, count = ["a@1", "b@2"], 900
     pieces = dict(stream=cut_rows(count, 96), documents=cut_documents(tokens, count, 96))
     text = Text("", tokens, 96, pieces, dict(code=500, plays=400))
@@ -549,6 +603,9 @@ def test_a_picture_of_every_group(tokens, tmp_path, monkeypatch):
         (tmp_path / "table.md").write_text(f"{page}\n")
         assert evaluate.main([str(tmp_path / "table.md")]) == 0
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert drawn[:3] == [("C0", "0-63", "64-95"), ("C0", "code"), ("C0", "plays")]
+        assert {("hit" in line[1], len({"hit" in group for group in line[1:]}))
+                for line in drawn} == {(False, 1), (True, 1)}
         tables = evaluate.read_groups(page)
         assert [table[0] for table in tables] == ["stream"] * 3 + ["documents"] * 3
         measure, by, header, rows = next(t for t in tables[3:] if t[1].startswith("longest"))
@@ -577,7 +634,7 @@ flipped[60] ^= 255  # inside of what is compressed
 
 @pytest.mark.parametrize("text", (
     b"", b"notes", bytes(flipped), damaged([]), damaged({"x": 3}), damaged({"a@7/stream": {}}),
-    damaged({"a@7/stream": dict(key=[1])})))
+    damaged({"a@7/taps": dict(key=5)}), damaged({"a@7/stream": dict(key=[1])})))
 def test_a_damaged_file_is_refused_and_kept(tmp_path, text):
     (tmp_path / "losses.npz").write_bytes(text)
     with pytest.raises(InputError, match="losses.npz: not a file of this script"):

@@ -308,11 +308,11 @@ def test_what_a_study_runs_says_so_where_it_is_started_alone(script):
 
 
 def test_a_study_owns_its_folder(pair, fake_trainer, tmp_path):
-    with owned(tmp_path / "pair", "x"), pytest.raises(InputError, match="--output is in use by"):
+    with owned(tmp_path / "pair", "x"), pytest.raises(InputError, match="t .*/pair is in use by"):
         main(["pair", "--output", str(tmp_path)])
     (tmp_path / "pair").mkdir(exist_ok=True)
     (tmp_path / "pair/table.md").write_text("mine")
-    with pytest.raises(InputError, match="--output has a table.md of something else"):
+    with pytest.raises(InputError, match="--output .*/pair has a table.md of something else"):
         main(["pair", "--output", str(tmp_path)])
 
 

@@ -180,6 +180,23 @@ def test_a_study_runs_then_goes_on_where_it_was_cut(tiny, tmp_path, capsys, monk
         ablation_studies.main(argv)
 
 
+def test_a_dry_run_leaves_out_what_is_finished_and_writes_nothing(tiny, tmp_path, capsys):
+    argv = ["--tasks", "counting", "--dry_run", "--output", str(tmp_path)]
+    folder = tmp_path / "recall"
+    assert main(argv) == 0 and not folder.exists()
+    assert capsys.readouterr().out.count("counting-") == len(MIXERS)
+    folder.mkdir()
+    recall.append_lines(folder / "rows.jsonl", whole_row(seed=1337))
+    with open(folder / "rows.jsonl", "a") as file:
+        file.write('{"task": ')  # a study that is at work there
+    before = (folder / "rows.jsonl").read_bytes()
+    assert main([*argv, "--mixers", "none,filters"]) == 0
+    assert capsys.readouterr().out == "counting-filters-seed1337\n"
+    assert main([*argv, "--mixers", "none"]) == 0
+    assert capsys.readouterr().out == "nothing: all models are finished\n"
+    assert (folder / "rows.jsonl").read_bytes() == before and len([*folder.iterdir()]) == 1
+
+
 @pytest.mark.parametrize("lengths", ((16, 32), (16,), (32,)))
 def test_a_model_that_leaks_is_not_trained(tiny, tmp_path, monkeypatch, lengths):
     conv = afno.causal_conv
@@ -240,7 +257,7 @@ def test_mixers_of_other_seeds_say_so(tmp_path):
 def test_a_page_of_something_else_is_left_alone(tiny, tmp_path):
     (tmp_path / "recall").mkdir()
     (tmp_path / "recall/table.md").write_text("mine")
-    with pytest.raises(InputError, match="--output has a table.md of something else"):
+    with pytest.raises(InputError, match="--output .*/recall has a table.md of"):
         ablation_studies.main(["recall", "--device", "cpu", "--output", str(tmp_path)])
     assert (tmp_path / "recall/table.md").read_text() == "mine"
 
@@ -357,5 +374,5 @@ def test_a_last_line_without_newline_counts_where_it_is_whole(tmp_path, capsys):
 
 
 def test_a_folder_is_one_process_alone(tiny, tmp_path):
-    with owned(tmp_path / "recall", "x"), pytest.raises(InputError, match="--output is in use by"):
+    with owned(tmp_path / "recall", "x"), pytest.raises(InputError, match="t .*/recall is in use"):
         main(["--output", str(tmp_path)])

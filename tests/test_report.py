@@ -402,10 +402,12 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         (tmp_path / "here").mkdir()
         patch.chdir(tmp_path / "here")
-        for name in (".", ""):
-            assert error(run, "--export", name) == \
-                "error: --export .: must not be the folder that you are in\n"
+        assert error(run, "--export", ".") == \
+            "error: --export .: must not be the folder that you are in\n"
         (tmp_path / "here").rmdir()
+    assert error("") == "error: RUN_FOLDER: must be a folder's name, not empty, got \n"
+    assert error(run, "--export", "") == \
+        "error: --export: must be a folder's name, not empty, got \n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
@@ -417,6 +419,8 @@ def test_an_export_that_fails_leaves_nothing(data, tmp_path, monkeypatch, capsys
         raise safetensors.SafetensorError("No space left on device")
 
     main(flags(data, tmp_path / "run"))
+    assert refused(monkeypatch, capsys, tmp_path / "run", "--export", "/dev/null/out") == \
+        "error: --export /dev/null/out: Not a directory\n"
     monkeypatch.setattr("safetensors.torch.save_model", full)
     assert refused(monkeypatch, capsys, tmp_path / "run", "--export", tmp_path / "out") == \
         f"error: --export {tmp_path}/out: No space left on device\n"

@@ -148,8 +148,9 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
         assert {*exchanged} <= {*(tmp_path / "out/rows.jsonl").read_text().splitlines()}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/table.md").write_text("mine")
-    with pytest.raises(InputError, match="--output has a table.md of something else"):
+    with pytest.raises(InputError, match="--output .*/mine has a table.md of something"):
         ablation_studies.main([*argv[:-1], str(tmp_path / "mine")])
+    assert f"\n\nMachine: torch {torch.__version__}, CPU, float32.\n" in said
     assert weights.exists() and not [*(tmp_path / "out").glob("*.part")]
     with pytest.raises(InputError, match="holds results with .*; delete it, or choose another"):
         ablation_studies.main([*argv, "--seed", "3"])
@@ -163,6 +164,21 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
         np.full(99, 50), np.zeros(99, int), np.ones(98, bool)))
     with pytest.raises(InputError, match="c@7: a vocabulary of 50, the text of --domains code"):
         ablation_studies.main([*argv[:-1], str(tmp_path / "y")])
+
+
+def test_results_of_another_machine_or_dtype_are_made_again(tmp_path, monkeypatch):
+    made, args = [], transfer.parse([str(tmp_path / "c"), "--output", str(tmp_path)])
+    monkeypatch.setattr(transfer, "judge", lambda *_: made.append(1) or np.full(42, 3.0))
+    save(tmp_path / "c", **HYBRID)
+    for number, dtype in enumerate(("float32", "bfloat16", "float32"), 1):
+        for _ in range(2):  # the second time it stands
+            study = transfer.Study(args, Runtime(CPU.device, getattr(torch, dtype), False))
+            assert study.before("c@7", "code") == 3 and len(made) == number
+    with open(study.path) as file:
+        row = json.loads(file.readline())
+    row["made_of"].pop()  # as it was before: of a machine not known
+    study.path.write_text(f"{json.dumps(row)}\n")
+    assert transfer.Study(args, CPU).before("c@7", "code") == 3 and len(made) == 4
 
 
 def test_a_checkpoint_that_leaks_has_no_result(tmp_path, monkeypatch):
@@ -254,12 +270,16 @@ def test_what_stands_in_the_training_part_is_not_judged():
 
 
 @pytest.mark.slow
-def test_a_picture_of_the_gains(tmp_path):
+def test_a_picture_of_the_gains(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     study = type("Study", (), dict(
-        args=transfer.parse(["x"]), checkpoints=dict.fromkeys(("a@1", "b@2")),
+        args=transfer.parse(["x"]), checkpoints=dict.fromkeys(("a$b_$@1", "_b@2")),
         before=lambda *_: 4.0, best=lambda *_: dict(loss=3.5)))()
+    names, name_lines = [], transfer.name_lines
+    monkeypatch.setattr(transfer, "name_lines", lambda legend, labels: names.extend(
+        name_lines(legend, labels) or [text.get_text() for text in legend.get_texts()]))
     transfer.plot(study, tmp_path / "gains.png")
+    assert names == ["a$b_$@1", "_b@2"]
     assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
 
 
