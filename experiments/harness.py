@@ -13,6 +13,8 @@ at most as many tokens as a row had in training, the last ones. Generation takes
 token; with learned positions the context is cut so that the new tokens fit into a row, too. An
 empty continuation is scored as the document's end; the harness's own models stop at one. A model
 whose outputs depend on later tokens is refused: it would read its answers.
+
+The file of --output says which model and tasks its results are of. The same command replaces it.
 """
 import argparse
 import json
@@ -27,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt2_afno as trainer  # noqa: E402
 from checkpoints import demand_like  # noqa: E402
 from data.loader import to_device  # noqa: E402
-from data.text_to_bin import (InputError, Parser, first_line, gpt2_encoding, integer,  # noqa: E402
-                              to_path)
+from data.text_to_bin import (FOLDER, InputError, Parser, first_line,  # noqa: E402
+                              gpt2_encoding, integer, to_path)
 from experiments.plot_runs import refuse_no_file  # noqa: E402
 from experiments.recall import refuse_leaky  # noqa: E402
-from runtime import Runtime, choose_device, run, usual_runtime  # noqa: E402
+from runtime import Runtime, choose_device, ran_out, run, usual_runtime  # noqa: E402
 
 try:
     from lm_eval.api.model import LM
@@ -177,18 +179,26 @@ def windows(tokens: list[int], T: int) -> list[tuple[list[int], list[int]]]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the arguments, --tasks as a list; raise InputError where they are wrong."""
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", type=to_path, metavar="DIR", help="folder of report.py --export")
     add("--tasks", required=True, metavar="NAME,NAME", help="the harness's names")
-    add("--include", metavar="FOLDER", help="of yaml files of your own tasks")
+    add("--include", type=FOLDER, metavar="FOLDER", help="of yaml files of your own tasks")
     add("--shots", type=integer(0, 100), help="examples before each question (the task's)")
     add("--limit", type=integer(1), help="questions a task (all)")
     add("--batch_size", type=trainer.FLAGS["batch_size"].kind, default=32, help="(32)")
     add("--device", type=trainer.FLAGS["device"].kind, default="auto", help="(auto)")
     add("--output", type=Path, metavar="FILE", help="for the results as JSON")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    names = [name.strip() for name in args.tasks.split(",")]
+    if not all(names):
+        raise InputError(f"--tasks must be names with commas between them, got '{args.tasks}'")
+    if args.include is not None and not args.include.is_dir():
+        raise InputError(f"--include {args.include}: no such folder")
+    args.tasks = names
+    return args
 
 
 def refuse_unwritable(path: Path):
@@ -208,9 +218,29 @@ def refuse_unwritable(path: Path):
 def is_results(text: str) -> bool:
     """Return whether a file's text is empty or what --output holds."""
     try:
-        return not text or {*json.loads(text)} == RESULTS
+        found = dict(json.loads(text)) if text else dict.fromkeys(RESULTS)
+        return {*found} - {"of"} == RESULTS and isinstance(found.get("of", {}), dict)
     except (ValueError, TypeError, RecursionError):
         return False
+
+
+def origin(args: argparse.Namespace) -> dict:
+    """Return what results are of: the exported model, and what it is asked."""
+    config = json.loads((args.model / "config.json").read_text(encoding="utf-8"))
+    return dict(folder=args.model.resolve().name, step=config.get("step"),
+                commit=config.get("commit"), tasks=",".join(sorted(args.tasks)),
+                shots=args.shots, limit=args.limit)
+
+
+def refuse_other(path: Path, of: dict):
+    """Raise InputError where a file has results of another model or other tasks."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    there = json.loads(text).get("of", {}) if text else of
+    for name in of:
+        values = ["not given" if found.get(name) is None else found[name] for found in (there, of)]
+        if values[0] != values[1]:
+            raise InputError(f"--output {path}: is of another model or other tasks ({name}: "
+                             f"{values[0]}, here {values[1]}): name another file")
 
 
 def main(argv: list[str]) -> int:
@@ -224,24 +254,31 @@ def main(argv: list[str]) -> int:
         raise InputError("experiments/harness.py needs the package lm-eval: pip install lm-eval "
                          f"({first_line(error)})") from None
 
-    tasks, manager = args.tasks.split(","), TaskManager(include_path=args.include)
-    if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise InputError(f"--tasks: the harness has no task {unknown[0]} (see `lm-eval ls tasks`)")
+    manager = TaskManager(include_path=args.include and str(args.include))
+    if unknown := [task for task in args.tasks if task not in manager.all_tasks]:
+        raise InputError(f"--tasks: the harness has no task {unknown[0]} (see `lm-eval ls tasks`)"
+                         + (f", nor has --include {args.include}" if args.include else ""))
     if args.output is not None:
         refuse_unwritable(args.output)  # before minutes of work
     device = choose_device(args.device)
     runtime = usual_runtime(device)
     adapter = Adapter(load_exported(args.model), runtime, args.batch_size)
+    of = origin(args)
+    if args.output is not None:
+        refuse_other(args.output, of)
     refuse_leaky(str(args.model), adapter.model, sorted({min(64, adapter.T), adapter.T}), runtime)
     try:
-        found = simple_evaluate(adapter, tasks=tasks, num_fewshot=args.shots, limit=args.limit,
-                                task_manager=manager)
-    except OSError as error:  # a task's texts are downloaded
-        raise InputError(f"--tasks {args.tasks}: {first_line(error)}; is the network there?"
-                         ) from None
+        found = simple_evaluate(adapter, tasks=args.tasks, num_fewshot=args.shots,
+                                limit=args.limit, task_manager=manager)
+    except Exception as error:  # a task's texts may be missing, or not what its yaml file says
+        if isinstance(error, InputError) or ran_out(error):
+            raise
+        network = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        raise InputError(f"--tasks {','.join(args.tasks)}: {type(error).__name__}: "
+                         f"{first_line(error)}{'; is the network there?' * network}") from None
     print(make_table(found))
     if args.output is not None:
-        results = {name: found[name] for name in sorted(RESULTS)}
+        results = dict(of=of, **{name: found[name] for name in sorted(RESULTS)})
         args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 

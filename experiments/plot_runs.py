@@ -258,7 +258,8 @@ def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X, log: bool = Fal
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a metrics.jsonl")
     add("--output", type=Path, default=Path("curves.png"), help="(curves.png)")

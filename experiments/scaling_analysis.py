@@ -12,9 +12,10 @@ step        forward, backward and optimizer of the trainer's model
 profile     a step's time by phase and by kernel
 
 Every run is warmed up and timed by events on the GPU, operators as CUDA graphs. The median is
-reported. Inputs are random. Rows go to rows.jsonl as they are measured. tables.md and the plots are
-made from that file, also from one of an earlier run with --parts none; only rows of the last one's
-card, torch, --model and --tokens are in them.
+reported. On a CPU this only shows that the script works: a run is timed three times. Inputs are
+random. Rows go to rows.jsonl as they are measured. tables.md and the plots are made from that file,
+also from one of an earlier run with --parts none; only rows of the last one's card, torch, --model,
+--tokens, --compile and code are in them.
 """
 import argparse
 import contextlib
@@ -25,6 +26,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,14 +41,19 @@ from data.text_to_bin import (FOLDER, InputError, Parser, first_line, integer,  
 from experiments import archive  # noqa: E402
 from experiments.recall import append_lines, read_lines  # noqa: E402
 from kernels import usable  # noqa: E402
-from runtime import Runtime, measure_matmul_rate, run, usual_runtime  # noqa: E402
+from runtime import (Runtime, measure_matmul_rate, run, source_digest, source_files,  # noqa: E402
+                     usual_runtime)
 from test_causality import random_tokens  # noqa: E402
 from train_gpt2_afno import GPT, MODELS, GPTConfig, flops_per_token, make_optimizers  # noqa: E402
 
 PARTS = ("operator", "batch", "step", "profile")
-HIDDEN = ("by_kernel_ms", "where", "model", "tokens")  # in rows.jsonl alone
+BATCH_LENGTHS, PROFILE_LENGTH = {1024, 8192}, 1024
+# What rows in a table have in common, and what stands before it in words
+COMMON = {"where": "", "model": "--model ", "tokens": "--tokens ", "compile": "--compile ",
+          "code": "code "}
+HIDDEN = ("by_kernel_ms", *COMMON)  # in rows.jsonl alone
 MADE_BY = "Made by experiments/scaling_analysis.py"  # in tables.md
-WORDS = ("part", "name", "where", "model", "error")  # what a row has beside numbers above 0
+WORDS = ("part", "name", "where", "model", "code", "error")  # what a row has beside numbers above 0
 COUNTS = ("B", "T", "tokens", "parameters")  # integers
 OR_ZERO, OR_NAN = ("range_ms", "memory_MB"), ("TFLOP_per_s", "memory_MB")  # as they are measured
 NEEDED = {  # of a row; of one with an error the first two alone
@@ -56,31 +63,38 @@ NEEDED = {  # of a row; of one with an error the first two alone
 C = 768
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION}
-STEPS = {  # of d12; filters of T taps where nothing else is said
-    "attention, 12 heads of 64": dict(mixer="attn", n_head=12),
-    "attention, 6 heads of 128": dict(mixer="attn", n_head=6),
-    "AFNO with attention in 3, 9": dict(mixer="afno", attn_layers=(3, 9)),
+AFNO_ALONE = {
     "AFNO": dict(mixer="afno"),
-    "AFNO with attention in 3, 9, 1024 taps": dict(
-        mixer="afno", attn_layers=(3, 9), afno_filter_length=1024),
-    "AFNO with 6 heads of attention in 3, 9, default taps": dict(
-        mixer="afno", attn_layers=(3, 9), n_head=6, afno_filter_length=None),
     "AFNO, 1024 taps": dict(mixer="afno", afno_filter_length=1024),
     "AFNO, --recompute 1": dict(mixer="afno", recompute=True),
-    "AFNO, form state": dict(mixer="afno", afno_form="state"),
-}
+    "AFNO, form state": dict(mixer="afno", afno_form="state")}
+STEPS = {  # by --model; filters of T taps where nothing else is said. The first two are profiled
+    "d12": {
+        "attention, 12 heads of 64": dict(mixer="attn", n_head=12),
+        "AFNO with attention in 3, 9": dict(mixer="afno", attn_layers=(3, 9)),
+        "attention, 6 heads of 128": dict(mixer="attn", n_head=6),
+        "AFNO with attention in 3, 9, 1024 taps": dict(
+            mixer="afno", attn_layers=(3, 9), afno_filter_length=1024),
+        "AFNO with 6 heads of attention in 3, 9, default taps": dict(
+            mixer="afno", attn_layers=(3, 9), n_head=6, afno_filter_length=None),
+        **AFNO_ALONE},
+    "d4": {  # for a test of this script on a CPU
+        "attention, 2 heads of 64": dict(mixer="attn", n_head=2),
+        "AFNO with attention in 1": dict(mixer="afno", attn_layers=(1,)),
+        **AFNO_ALONE}}
 
 
 def measure(run, device: torch.device, seconds: float = 0.3,
             graph: bool = False) -> tuple[float, float, float]:
     """Return median and range of run()'s time in ms, and its peak of memory above before, in MB.
 
-    A MB is 2^20 bytes; on a CPU the peak is nan. graph: what run() launches on a GPU is recorded
-    once as a CUDA graph and replayed. It is for runs of a few short kernels, which the GPU does
-    faster than the host launches them. In a training step the host is ahead. Here the GPU would
-    wait.
+    A MB is 2^20 bytes; on a CPU the peak is nan. What is timed has run before. graph: what run()
+    launches on a GPU is recorded once as a CUDA graph and replayed. It is for runs of a few short
+    kernels, which the GPU does faster than the host launches them. In a training step the host is
+    ahead. Here the GPU would wait.
     """
     if device.type == "cpu":
+        run()
         times = []
         for _ in range(3):
             begin = time.perf_counter()
@@ -277,8 +291,6 @@ def training_step(options: dict, model_name: str, B: int, T: int, runtime):
     """
     n_layer, n_embd = MODELS[model_name]
     options = dict(options)
-    if model_name == "d4":  # for a test of this script on a CPU
-        options.update(n_head=None, attn_layers=options.get("attn_layers", ())[:1] and (1,))
     recompute = options.pop("recompute", False)  # of the trainer, not of the model's configuration
     torch.manual_seed(0)
     config = GPTConfig(n_layer=n_layer, n_embd=n_embd, sequence_length=T, **options)
@@ -326,18 +338,24 @@ def measure_step(row: dict, options: dict, runtime, matmul_rate) -> dict:
     return row
 
 
-def measure_steps(lengths, tokens, model_name, residual_bf16, only, runtime, matmul_rate, emit):
-    """Emit a row for every length and every model of STEPS that `only` finds.
+def steps_at(T: int, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Yield name and options of each model whose step is measured at a length, --only aside."""
+    for name, options in STEPS[args.model].items():
+        if (options.get("afno_filter_length") or 0) < T:  # else as with T taps, all there are
+            yield step_name(name, args.residual_bf16), options
+
+
+def measure_steps(args: argparse.Namespace, runtime, matmul_rate, emit):
+    """Emit a row for every length and every model of STEPS that --only finds.
 
     A model that takes too much memory has its error instead.
     """
-    for T in lengths:
-        for name, options in STEPS.items():
-            if (options.get("afno_filter_length") or 0) >= T or not only.search(name):
-                continue  # the former has been measured: T taps are all there are
-            options = dict(afno_filter_length=T, residual_bf16=residual_bf16) | options
-            row = dict(part="step", name=step_name(name, residual_bf16), B=tokens // T, T=T,
-                       model=model_name)
+    for T in args.lengths:
+        for name, options in steps_at(T, args):
+            if not args.only.search(name):
+                continue
+            options = dict(afno_filter_length=T, residual_bf16=args.residual_bf16) | options
+            row = dict(part="step", name=name, B=args.tokens // T, T=T, model=args.model)
             try:
                 emit(measure_step(row, options, runtime, matmul_rate))
             except torch.OutOfMemoryError as error:
@@ -382,22 +400,22 @@ def kernel_times(step, device) -> dict[str, float]:
     return dict(sorted(kernels.items(), key=lambda item: -item[1]))
 
 
-def measure_profile(T, tokens, model_name, residual_bf16, runtime, emit):
+def measure_profile(args: argparse.Namespace, runtime, emit):
     """Emit the time of a step by phase (events) and by kernel (of one step)."""
-    device = runtime.device
-    for name in ("attention, 12 heads of 64", "AFNO with attention in 3, 9"):
-        options = dict(STEPS[name], residual_bf16=residual_bf16)
-        model, step, backpropagate, optimize = training_step(
-            options, model_name, max(tokens // T, 1), T, runtime)
-        x = torch.randn(tokens // T, T, model.config.n_embd, device=device, requires_grad=True)
-        targets = random_tokens((tokens // T, T), model.config.vocab_size).to(device)
+    device, T = runtime.device, min(PROFILE_LENGTH, args.tokens)
+    B = args.tokens // T
+    for name, options in itertools.islice(STEPS[args.model].items(), 2):
+        options = dict(options, residual_bf16=args.residual_bf16)
+        model, step, backpropagate, optimize = training_step(options, args.model, B, T, runtime)
+        x = torch.randn(B, T, model.config.n_embd, device=device, requires_grad=True)
+        targets = random_tokens((B, T), model.config.vocab_size).to(device)
 
         def head():
             with runtime.autocast():
                 loss, _ = model.lm_head.loss(x, targets)
             loss.backward()
 
-        row = dict(part="profile", name=step_name(name, residual_bf16), T=T, B=tokens // T)
+        row = dict(part="profile", name=step_name(name, args.residual_bf16), T=T, B=B)
         for phase, run in (("step", step), ("forward and backward", backpropagate),
                            ("head and loss alone", head), ("optimizers alone", optimize)):
             row[f"{phase}, ms"], _, _ = measure(run, device)
@@ -499,9 +517,13 @@ def profile_tables(row: dict) -> list[str]:
 def write_tables(rows: list[dict], folder: Path):
     """Write tables.md of all rows into a folder."""
     by_part = {part: [row for row in rows if row["part"] == part] for part in (*PARTS, "floor")}
-    lines = [f"{MADE_BY} from rows.jsonl. ms are medians; exponents "
+    common = ", ".join(f"{words}{rows[-1][key]}" for key, words in COMMON.items()
+                       if key in rows[-1])  # old rows do not have all
+    on_cpu = "On a CPU this only shows that the script works. " * rows[-1]["where"].endswith("CPU")
+    lines = [f"{MADE_BY} from rows.jsonl: {common}. {on_cpu}ms are medians; exponents "
              "are slopes of log ms against log T at constant tokens (0: linear cost, 1: "
-             "quadratic). AFNO's cores: the mean of twelve layers.", ""]
+             f"quadratic). Operators have {C} channels. AFNO's cores: the mean of twelve layers.",
+             ""]
     lines += ["## Floors, same run", ""] + table(by_part["floor"], dict(
         name="", B="B", T="T", ms="ms", TB_per_s="TB/s", TFLOP_per_s="TFLOP/s"))
     if by_part["operator"]:
@@ -607,20 +629,22 @@ def pattern(text: str) -> re.Pattern:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments; raise InputError where they are wrong."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     tokens = integer(1, 2**24)
     add = parser.add_argument
     add("--parts", default=",".join(PARTS),
         help=f"some of {', '.join(PARTS)}, or none: tables and plots alone")
     add("--lengths", type=lambda text: list(map(tokens, text.split(","))),
         default="256,512,1024,2048,4096,8192,16384,32768,65536",
-        help="of operator and step; batch is measured at those of 1024 and 8192 among them")
+        help="of operator and step, divisors of --tokens; batch is measured at those of 1024 and "
+             "8192 among them")
     add("--tokens", type=tokens, default=65536, help="at every length")
     add("--model", choices=("d4", "d12"), default="d12", help="of step and profile")
     add("--only", type=pattern, default=re.compile(""), metavar="PATTERN",
         help="of operator, batch and step: rows with such names")
     add("--residual_bf16", type=one_of(0, 1), default=1, help="the trainer's, of step and profile")
-    add("--compile", type=one_of(0, 1), default=1)
+    add("--compile", type=one_of(0, 1), default=1, help="the model, of step and profile, on a GPU")
     add("--output", type=FOLDER, default=Path(__file__).resolve().parent.parent / "runs/speed")
     args = parser.parse_args(argv)
     args.parts = [part for part in args.parts.split(",") if part != "none"]
@@ -628,7 +652,43 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise InputError(f"--parts must be of {', '.join(PARTS)} or none, got {', '.join(unknown)}")
     if max(args.lengths) > args.tokens:
         raise InputError(f"--lengths must be <= --tokens {args.tokens}, got {max(args.lengths)}")
+    refuse_other_tokens(args)
+    some = {*args.parts} != {*PARTS}  # of all parts batch may be missing
+    if some and "batch" in args.parts and not BATCH_LENGTHS & {*args.lengths}:
+        raise InputError("--lengths must have 1024 or 8192 for --parts batch, got "
+                         + ",".join(map(str, args.lengths)))
     return args
+
+
+def refuse_other_tokens(args: argparse.Namespace):
+    """Raise InputError where rows of a length do not add up to --tokens, which the tables name."""
+    uneven = [T for T in args.lengths if args.tokens % T]
+    if uneven and {"operator", "step"} & {*args.parts}:
+        raise InputError(f"--lengths must divide --tokens {args.tokens}, got {uneven[0]}")
+    if "profile" in args.parts and args.tokens % min(PROFILE_LENGTH, args.tokens):
+        raise InputError(f"--tokens must be < {PROFILE_LENGTH} or a multiple of it for --parts "
+                         f"profile, got {args.tokens}")
+
+
+def names(args: argparse.Namespace, runtime: Runtime) -> Iterator[str]:
+    """Yield the names that --only chooses among, from the shortest length on."""
+    for T in sorted(args.lengths):
+        if "step" in args.parts:
+            yield from (name for name, _ in steps_at(T, args))
+        if "operator" in args.parts or "batch" in args.parts and T in BATCH_LENGTHS:
+            yield from (name for name, *_ in operators(1, T, runtime.device, runtime.dtype))
+
+
+def refuse_no_name(args: argparse.Namespace, runtime: Runtime):
+    """Raise InputError where --only chooses none of the names that there are."""
+    found = {}
+    for name in names(args, runtime):
+        if args.only.search(name):
+            return
+        found[name] = None
+    if found:
+        raise InputError(f"--only {args.only.pattern}: no row has such a name (there are "
+                         f"{'; '.join(found)})")
 
 
 def measure_floors(tokens: int, device, dtype, emit) -> float:
@@ -651,13 +711,11 @@ def measure_parts(args: argparse.Namespace, runtime: Runtime, emit):
         for T in args.lengths:
             operator(args.tokens // T, T, "operator")
     if "profile" in args.parts:
-        measure_profile(min(1024, args.tokens), args.tokens, args.model, args.residual_bf16,
-                        runtime, emit)
+        measure_profile(args, runtime, emit)
     if "step" in args.parts:
-        measure_steps(args.lengths, args.tokens, args.model, args.residual_bf16, args.only,
-                      runtime, matmul_rate, emit)
+        measure_steps(args, runtime, matmul_rate, emit)
     if "batch" in args.parts:
-        for T in sorted({1024, 8192} & {*args.lengths}):
+        for T in sorted(BATCH_LENGTHS & {*args.lengths}):
             for B in (1, 4, 16):
                 if B * T <= args.tokens:
                     operator(B, T, "batch")
@@ -666,28 +724,31 @@ def measure_parts(args: argparse.Namespace, runtime: Runtime, emit):
 def main(argv: list[str]) -> int:
     """Measure what is asked for, write tables and plots, and return the exit status."""
     args = parse(argv)
-    with owned(args.output, "--output", {"tables.md": MADE_BY}):
+    with owned(args.output, f"--output {args.output}", {"tables.md": MADE_BY}):
         return analyse(args)
 
 
 def analyse(args: argparse.Namespace) -> int:
     """Do what main does, in a folder of this process alone."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # on a CPU this only shows that the script works
     runtime = usual_runtime(device, bool(args.compile) and device.type == "cuda")
     file = args.output / "rows.jsonl"
     chip = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     where = f"torch {torch.__version__}, {chip}"
     print(f"{where}; convolution: {usable('convolution', device, runtime.dtype)[1]}", flush=True)
 
+    common = dict(where=where, model=args.model, tokens=args.tokens,
+                  compile=int(runtime.compile), code=code())
+
     def emit(row: dict):
-        row = dict(row, where=where, model=args.model, tokens=args.tokens)
+        row = row | common
         append_lines(file, row)
         print({key: round(value, 4) if isinstance(value, float) else value
                for key, value in row.items() if key not in HIDDEN}, flush=True)
 
     read_lines(file, is_whole)  # before hours of measuring
     if args.parts:
+        refuse_no_name(args, runtime)
         append_lines(file)
         with contextlib.suppress(KeyboardInterrupt):  # what was measured becomes tables
             measure_parts(args, runtime, emit)
@@ -701,9 +762,15 @@ def analyse(args: argparse.Namespace) -> int:
     except ImportError as error:
         print(f"no plots: {first_line(error)}", file=sys.stderr)
     if left_out := len(measured) - len(alike(measured)):
-        print(f"left out, of another card, torch, model or number of tokens: {left_out} rows")
+        print("left out, of another card, torch, --model, --tokens, --compile or code: "
+              f"{left_out} rows")
     print(f"tables of {rows[-1]['where']}, and plots, in {args.output.name}/")
     return 0
+
+
+def code() -> str:
+    """Return what tells the code that rows depend on from other code."""
+    return source_digest([Path(__file__), *source_files()])[:12]
 
 
 def is_whole(row: dict) -> bool:
@@ -719,6 +786,8 @@ def is_good(name: str, value) -> bool:
         return isinstance(value, str)
     if name == "by_kernel_ms":
         return isinstance(value, dict) and all(is_good("ms", ms) for ms in value.values())
+    if name == "compile":
+        return one_of(0, 1).accepts(value)
     if name in COUNTS:
         return integer(1, 10**18).accepts(value)
     return type(value) in (int, float) and (
@@ -726,8 +795,11 @@ def is_good(name: str, value) -> bool:
 
 
 def alike(rows: list[dict]) -> list[dict]:
-    """Return the rows of the last one's card, torch, model and number of tokens."""
-    made = lambda row: [row.get(name) for name in ("where", "model", "tokens")]
+    """Return the rows that have in common with the last one what COMMON names.
+
+    Old rows have neither compile nor code, so they are of other code than new ones.
+    """
+    made = lambda row: [row.get(name) for name in COMMON]
     return [row for row in rows if made(row) == made(rows[-1])]
 
 

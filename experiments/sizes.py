@@ -124,6 +124,8 @@ def without_embeddings(model: trainer.GPT) -> int:
 
 def read_sized(folder: Path) -> Sized:
     """Read a finished run; raise InputError, which names it, where it is not one."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: RUN must be the folder of a run")
     try:
         found = read_run(folder)
         log = last_start((folder / "train.log").read_text(encoding="utf-8"))
@@ -135,8 +137,10 @@ def read_sized(folder: Path) -> Sized:
             raise InputError("not a finished run")
         tokens, loss = last_loss(found)
         seconds = tokens / median_speed(found)
-    except (InputError, OSError, ValueError) as error:
-        raise InputError(f"{folder}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{folder}: train.log: {error.strerror}") from None
+    except ValueError as error:  # may name one of its files
+        raise InputError(f"{folder}: {str(error).removeprefix(f'{folder}/')}") from None
     config, steps = model.config, re.findall(r"^steps: \d+ of (\S+) tokens", log, re.MULTILINE)
     flags |= {name: getattr(config, name) for name in OF_MIXER | OF_SIZE}
     return Sized(flags["model"], mixer_of(config), flags["seed"], tokens,
@@ -218,10 +222,26 @@ def why_no_fit(found: list[Sized], measure: str) -> str:
     return "several cards" if measure == "seconds" and len(cards) > 1 else ""
 
 
+def short(count: int) -> str:
+    """Return a count with three digits, or all before its point, in billions, M or k."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 1000)):
+        if count >= size:
+            decimals = max(0, 3 - len(str(count // size)))
+            return f"{count / size:.{decimals}f}{unit}"
+    return str(count)
+
+
+def labels(budgets: set[int]) -> dict[int, str]:
+    """Return numbers of tokens as text such as 45.9M, or in full where two would look alike."""
+    found = {tokens: short(tokens) for tokens in budgets}
+    return found if len({*found.values()}) == len(found) else {n: f"{n:,}" for n in budgets}
+
+
 def table(lines: dict[tuple[int, str], list[Sized]]) -> str:
     """Return the table of runs."""
     rows = [HEAD, "|" + " --- |" * 9]
-    rows += [f"| {tokens / 1e6:.1f}M | {mixer} | {of.model} | {of.seed} | {of.parameters:,} | "
+    budgets = labels({tokens for tokens, _ in lines})
+    rows += [f"| {budgets[tokens]} | {mixer} | {of.model} | {of.seed} | {of.parameters:,} | "
              f"{of.flops:.3g} | {of.seconds:.1f} | {of.loss:.4f} | {', '.join(of.machines)} |"
              for (tokens, mixer), found in lines.items() for of in found]
     if words := unlike([of.log for found in lines.values() for of in found]):
@@ -257,9 +277,9 @@ def between(one: list[Sized], other: list[Sized], measure: str) -> str:
 
 def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
     """Return the tables of fits, and from size to size: what e times as much is worth, in nats."""
-    fits, pairs = [], []
+    fits, pairs, budgets = [], [], labels({tokens for tokens, _ in lines})
     for (tokens, mixer), found in lines.items():
-        begin, sizes = [f"{tokens / 1e6:.1f}M", mixer], by_size(found)
+        begin, sizes = [budgets[tokens], mixer], by_size(found)
         fits.append([*begin, ", ".join(group[0].model for group in sizes), len(found),
                      *(cell(found, measure) for measure in MEASURES)])
         pairs += [[*begin, one[0].model, other[0].model,
@@ -282,18 +302,18 @@ def draw(lines: dict[tuple[int, str], list[Sized]], output: Path):
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, len(MEASURES), figsize=(14, 4.5), sharey=True)
-    budgets = sorted({tokens for tokens, _ in lines})
+    budgets = labels({tokens for tokens, _ in lines})
     mixers = [*dict.fromkeys((*MIXERS, *(mixer for _, mixer in lines)))]
     for (measure, words), axes in zip(MEASURES.items(), panels):
         for (tokens, mixer), found in lines.items():
             x, y = [getattr(of, measure) for of in found], [of.loss for of in found]
-            color, nth = f"C{mixers.index(mixer)}", budgets.index(tokens)
+            color, nth = f"C{mixers.index(mixer)}", sorted(budgets).index(tokens)
             if not why_no_fit(found, measure):
                 axes.plot(*([mean(group, name) for group in by_size(found)]
                             for name in (measure, "loss")),
                           color=color, linewidth=1, linestyle=("-", "--", ":")[nth % 3])
             axes.plot(x, y, color=color, marker="os^"[nth % 3], linestyle="", markersize=5,
-                      label=f"{mixer}, {tokens / 1e6:.0f}M tokens")
+                      label=f"{mixer}, {budgets[tokens]} tokens")
         axes.set(xscale="log", xlabel=words)
         axes.tick_params(axis="x", which="both", labelsize=7)
         axes.grid(alpha=0.3, which="both")
@@ -306,7 +326,8 @@ def draw(lines: dict[tuple[int, str], list[Sized]], output: Path):
 
 def main(argv: list[str]) -> int:
     """Write tables and plots of the runs; return the exit status."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
     add("--output", type=FOLDER, default=ROOT / "experiments/sizes", metavar="DIR",
@@ -316,7 +337,7 @@ def main(argv: list[str]) -> int:
     refuse_unlike(args.runs, runs)
     lines = lines_of(runs)
     marks = {"table.md": HEAD, "slopes.md": SLOPES, "sizes.png": ""}
-    with owned(args.output, "--output", marks):
+    with owned(args.output, f"--output {args.output}", marks):
         for name, text in (("table.md", table(lines)), ("slopes.md", slopes(lines))):
             archive.write(args.output / name, text.encode())
             print(text)

@@ -901,6 +901,7 @@ def test_numbers_of_text_to_bin(tmp_path, monkeypatch, capsys, options, message)
     ("scaling_analysis", "--lengths 1024,x", "--lengths: must be an integer"),
     ("scaling_analysis", "--lengths 0", "--lengths: must be an integer"),
     ("scaling_analysis", "--lengths 8192 --tokens 4096", "--lengths must be <= --tokens 4096"),
+    ("scaling_analysis", "--part none", "unrecognized arguments: --part none"),
     ("scaling_analysis", "--compile 2", "--compile: must be one of 0, 1, got 2"),
     ("scaling_analysis", "--parts x", "--parts must be of operator,"),
     ("scaling_analysis", "--only [", "--only: must be a regular expression"),
@@ -927,6 +928,8 @@ def test_numbers_of_text_to_bin(tmp_path, monkeypatch, capsys, options, message)
     ("generation_speed", "--preset shakespeare --model d48 --device cpu", "--model, --afno_num"),
     ("results", "--foo", "unrecognized arguments: --foo"),
     ("plot_runs", "x --x 3", "--x: invalid choice: '3'"),
+    ("plot_runs", "x --out y", "unrecognized arguments: --out y"),
+    ("sizes", "x --out y", "unrecognized arguments: --out y"),
 ])
 def test_numbers_of_the_experiments(tmp_path, monkeypatch, capsys, script, options, message):
     monkeypatch.setattr(runtime, "machine_memory", lambda: 2e9)

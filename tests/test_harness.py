@@ -198,13 +198,89 @@ def test_an_evaluation_that_fails_leaves_no_output(tmp_path, fake_harness):
         with pytest.raises(InputError, match="gone: not a folder of report.py --export"):
             harness.main([*argv, str(path)])
     assert old.read_text() == before and not new.exists()
-    for text in ("# mine", "{}", "[1]", "3"):
+    foreign = dict.fromkeys(("results", "versions", "n-samples"), 1)
+    for text in ("# mine", "{}", "[1]", "3", json.dumps([*foreign]),
+                 json.dumps(dict(foreign, of=3)), json.dumps(dict(foreign, mine=3))):
         old.write_text(text)
         with pytest.raises(InputError, match="old.json: is there, and not of this script"):
             harness.main([*argv, str(old)])
         assert old.read_text() == text
     with pytest.raises(InputError, match="--output .*: Is a directory"):
         harness.main([*argv, str(tmp_path)])
+
+
+@pytest.mark.parametrize("flags, message", (
+    (["--tasks", ""], "--tasks must be names with commas between them, got ''"),
+    (["--tasks", "x,"], "--tasks must be names with commas between them, got 'x,'"),
+    (["--tasks", "x", "--include", "gone"], "--include gone: no such folder"),
+    (["--tasks", "x", "--include", ""], "--include: must be a folder's name, not empty"),
+    (["--tasks", "x,y"], r"--tasks: the harness has no task y \(see `lm-eval ls tasks`\)$"),
+    (["--tasks", "y", "--include", "."], "--tasks: the harness has no task y .*, nor has "
+                                         "--include .$")))
+def test_names_of_tasks_and_their_folder_are_checked(fake_harness, flags, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        harness.main(["gone", *flags])
+
+
+@pytest.fixture
+def exported(model, tmp_path, fake_harness):
+    """A function that exports the model as of a step, into a folder of this name."""
+    save_model = pytest.importorskip("safetensors.torch").save_model
+
+    def export(name: str, step: int):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(
+            dict(model=vars(model.config), step=step, commit="abc")))
+        save_model(model, str(tmp_path / name / "model.safetensors"))
+        return str(tmp_path / name)
+
+    return export
+
+
+@pytest.mark.parametrize("error, message", (
+    (IndexError("list index\nout of range"), "--tasks x: IndexError: list index$"),
+    (FileNotFoundError("Unable to find 'x'"), "--tasks x: FileNotFoundError: Unable .* 'x'$"),
+    (ConnectionError("no"), "--tasks x: ConnectionError: no; is the network there.$"),
+    (InputError("a continuation is too long"), "a continuation is too long$"),
+    (RuntimeError("out of memory"), None), (KeyboardInterrupt(), None)))
+def test_a_task_that_cannot_be_evaluated_is_one_line(exported, monkeypatch, error, message):
+    def simple_evaluate(*_, **__):
+        raise error
+
+    monkeypatch.setattr(sys.modules["lm_eval"], "simple_evaluate", simple_evaluate)
+    with pytest.raises(InputError if message else type(error), match=message and f"^{message}"):
+        harness.main([exported("a", 1), "--tasks", "x", "--device", "cpu"])
+
+
+def test_results_of_another_model_or_other_tasks_are_not_replaced(exported, tmp_path, monkeypatch):
+    fake, out = sys.modules["lm_eval"], tmp_path / "out.json"
+    found = dict.fromkeys((*harness.RESULTS, "more"), 1)
+    monkeypatch.setattr(fake, "simple_evaluate", lambda *_, **__: found)
+    monkeypatch.setattr(fake, "make_table", lambda found: "")
+    monkeypatch.setattr(fake, "TaskManager", lambda include_path:
+                        SimpleNamespace(all_tasks=["x", "y"]))
+    first, other = exported("a", 1), exported("b", 1)
+    go = lambda folder, tasks, *more: harness.main(
+        [folder, "--tasks", tasks, "--device", "cpu", "--output", str(out), *more])
+    for tasks in ("x,y", "y, x"):  # the same again
+        assert go(first, tasks) == 0
+    of = dict(folder="a", step=1, commit="abc", tasks="x,y", shots=None, limit=None)
+    before = out.read_text()
+    assert json.loads(before) == dict(of=of, **dict.fromkeys(harness.RESULTS, 1))
+    says = f"^--output {out}: is of another model or other tasks "
+    for arguments, message in (((other, "x,y"), "folder: a, here b"),
+                               ((first, "x"), "tasks: x,y, here x"),
+                               ((first, "x,y", "--limit", "3"), "limit: not given, here 3")):
+        with pytest.raises(InputError, match=rf"{says}\({message}\): name another file$"):
+            go(*arguments)
+    (tmp_path / "a/config.json").write_text(
+        (tmp_path / "a/config.json").read_text().replace('"step": 1', '"step": 2'))
+    with pytest.raises(InputError, match=rf"{says}\(step: 1, here 2\)"):
+        go(first, "x,y")
+    assert out.read_text() == before
+    out.write_text(json.dumps(dict.fromkeys(harness.RESULTS)))  # of before it said so
+    with pytest.raises(InputError, match=rf"{says}\(folder: not given, here a\)"):
+        go(first, "x,y")
 
 
 def test_a_model_that_leaks_is_refused(model, tmp_path, fake_harness, monkeypatch):

@@ -138,15 +138,43 @@ def test_what_is_no_finished_run_is_refused(tmp_path, change, message):
 
 
 def test_files_that_are_not_there_or_no_text_are_refused(tmp_path):
-    with pytest.raises(InputError, match="No such file"):
-        sizes.read_sized(tmp_path / "nothing")
     folder = make_run(tmp_path / "bare", "", 1, 1)
+    for path in (tmp_path / "nothing", folder / "metrics.jsonl"):
+        with pytest.raises(InputError, match=f"^{path}: RUN must be the folder of a run$"):
+            sizes.read_sized(path)
     log = (folder / "train.log").read_bytes()
     for text, message in ((b"", "no line with the command"), (b"\xff", "decode"),
                           (log.replace(b"torch ", b""), "no line with the machine")):
         (folder / "train.log").write_bytes(text)
         with pytest.raises(InputError, match=f"^{folder}: .*{message}"):
             sizes.read_sized(folder)
+    for name in ("train.log", "metrics.jsonl"):
+        (folder / name).unlink()
+        with pytest.raises(InputError, match=f"^{folder}: {name}: No such file or directory$"):
+            sizes.read_sized(folder)
+
+
+@pytest.mark.parametrize("counts, words", (
+    ((45_875_200, 91_750_400), "45.9M 91.8M"), ((768, 1536), "768 1.54k"),
+    ((45_600_000, 46_400_000), "45.6M 46.4M"), ((655_360, 2_000_000_000), "655k 2.00B"),
+    ((91_750_400, 91_760_000), "91,750,400 91,760,000"), ((999_999, 1_000_000), "1000k 1.00M"),
+    ((1, 2), "1 2")))
+def test_two_budgets_never_look_alike(counts, words):
+    assert [*sizes.labels(counts).values()] == words.split()
+
+
+def test_tables_and_plots_tell_budgets_apart(tmp_path, monkeypatch):
+    lines = sizes.lines_of([sizes.read_sized(make_run(tmp_path / f"{n}", "", 1, 1, tokens=n))
+                            for n in (768, 1536)])
+    for page in (sizes.table(lines), sizes.slopes(lines)):
+        assert "| 768 | hybrid |" in page and "| 1.54k | hybrid |" in page
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    sizes.draw(lines, tmp_path / "sizes.png")
+    shown = pyplot.gcf().axes[-1].get_legend().get_texts()
+    assert [text.get_text() for text in shown] == ["hybrid, 768 tokens", "hybrid, 1.54k tokens"]
+    monkeypatch.undo()
+    pyplot.close()
 
 
 def test_a_run_that_was_made_longer_is_read_to_its_end(tmp_path):
@@ -273,15 +301,15 @@ def test_only_a_folder_of_this_script_is_written_into(tmp_path, monkeypatch):
     for _ in range(2):  # its own table is replaced
         assert sizes.main([str(folder), "--output", str(out)]) == 0
     (out / "table.md").write_text("| another | table |\n")
-    with pytest.raises(InputError, match="^--output has a table.md of something else"):
+    with pytest.raises(InputError, match=f"^--output {out} has a table.md of something else"):
         sizes.main([str(folder), "--output", str(out)])
     assert (out / "table.md").read_text() == "| another | table |\n"
     (out / "table.md").unlink()
     (out / "slopes.md").write_text("mine")
-    with pytest.raises(InputError, match="^--output has a slopes.md of something else"):
+    with pytest.raises(InputError, match=f"^--output {out} has a slopes.md of something else"):
         sizes.main([str(folder), "--output", str(out)])
     assert [file.name for file in out.glob("*.md")] == ["slopes.md"]
-    with owned(out, "x"), pytest.raises(InputError, match="--output is in use by"):
+    with owned(out, "x"), pytest.raises(InputError, match=f"--output {out} is in use by"):
         sizes.main([str(folder), "--output", str(out)])
 
 
