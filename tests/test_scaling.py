@@ -4,11 +4,14 @@ import math
 import pytest
 import torch
 
+import runtime
 from data.text_to_bin import InputError
 from experiments import scaling_analysis
 from experiments.scaling_analysis import STEPS, parse
+from runtime import Runtime
 from train_gpt2_afno import GPTConfig, MODELS
 
+CPU = Runtime(torch.device("cpu"), torch.float32, compile=False)
 ROW = dict(part="step", name="a", B=1, T=1, ms=1.0, mfu=0.1, parameters=1, tokens_per_s=1.0,
            where="torch 2, CPU", model="d4", tokens=8, compile=0, code="abc")
 
@@ -46,9 +49,18 @@ def test_a_pattern_that_no_name_has_is_refused_before_it_is_measured(
     assert not (tmp_path / "out").exists()
 
 
+def test_names_are_found_without_what_they_are_of():
+    args = parse("--parts operator --lengths 64,256".split())
+    found = lambda device: [name for T in args.lengths for name, *_ in
+                            scaling_analysis.operators(1, T, torch.device(device), torch.float32)]
+    assert [*scaling_analysis.names(args, CPU)] == found("cpu")
+    args.lengths = [2**40]  # more memory than there is
+    assert "AFNO core, T taps" in scaling_analysis.names(args, CPU)
+
+
 def test_names_of_fp32_steps_are_found_as_tables_show_them():
     args = parse("--parts step --model d4 --residual_bf16 0 --only fp32".split())
-    scaling_analysis.refuse_no_name(args, None)
+    scaling_analysis.refuse_no_name(args, CPU)
 
 
 @pytest.mark.parametrize("model", STEPS)
@@ -101,6 +113,17 @@ def test_rows_name_their_code_and_compile(tmp_path, monkeypatch):
         codes.append(row["code"])
         assert row["compile"] == 0
     assert codes[0] != codes[1]
+
+
+def test_what_only_says_words_is_no_other_code(tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in ("afno.py", "facts.py", "report.py", "start.py")]
+    monkeypatch.setattr(runtime, "source_files", lambda: paths)
+    codes = []
+    for of in ([], paths[1:], paths[:1]):
+        for path in paths:
+            path.write_text("# more\n" * (path in of))
+        codes.append(scaling_analysis.code_of([]))
+    assert codes[0] == codes[1] != codes[2]
 
 
 @pytest.mark.parametrize("values", (dict(compile=2), dict(compile=True), dict(code=5)))
