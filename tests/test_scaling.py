@@ -131,6 +131,26 @@ def test_rows_with_another_compile_or_code_are_no_rows(values):
     assert scaling_analysis.is_whole(ROW) and not scaling_analysis.is_whole(ROW | values)
 
 
+@pytest.mark.slow
+def test_steps_and_profiles_of_the_small_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(scaling_analysis, "plot", lambda *_: None)
+    monkeypatch.setattr(scaling_analysis, "measure", lambda run, *_, **how: (run(), 1.0)[1:] * 3)
+    monkeypatch.setattr(scaling_analysis, "measure_matmul_rate", lambda *_: 1e12)
+    assert scaling_analysis.main(["--parts", "step,profile", "--model", "d4", "--lengths", "64",
+                                  "--tokens", "128", "--only", "^attention|in 1$", "--output",
+                                  str(tmp_path)]) == 0
+    rows = scaling_analysis.read_lines(tmp_path / "rows.jsonl", scaling_analysis.is_whole)
+    names = [*STEPS["d4"]][:2]
+    assert [(row["name"], row["B"], row["T"]) for row in rows if row["part"] == "profile"] == [
+        (name, 1, 128) for name in names]
+    assert [(row["name"], row["B"], row["T"]) for row in rows if row["part"] == "step"] == [
+        (name, 2, 64) for name in names]
+    page = (tmp_path / "tables.md").read_text()
+    assert f" Operators have {scaling_analysis.C} channels. " in page
+    assert all(f"## Profile: {name}, 1 rows of 128" in page for name in names)
+
+
 def test_a_run_on_a_cpu_is_warm(monkeypatch):
     clock, took = [0.0], iter((9, 1, 2, 3))  # the first run is slow
 
