@@ -223,11 +223,10 @@ def why_no_fit(found: list[Sized], measure: str) -> str:
 
 
 def short(count: int) -> str:
-    """Return a count with three digits, or all before its point, in billions, M or k."""
+    """Return a count with three digits, in billions, M or k."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 1000)):
-        if count >= size:
-            decimals = max(0, 3 - len(str(count // size)))
-            return f"{count / size:.{decimals}f}{unit}"
+        if count >= 0.9995 * size:  # rounds to one of it
+            return f"{count / size:#.3g}".rstrip(".") + unit
     return str(count)
 
 
@@ -329,7 +328,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    add("runs", nargs="+", type=FOLDER, metavar="RUN", help="folders of finished runs")
     add("--output", type=FOLDER, default=ROOT / "experiments/sizes", metavar="DIR",
         help="(experiments/sizes)")
     args = parser.parse_args(argv)
