@@ -859,8 +859,7 @@ SOURCES = Kind(
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments; raise InputError where they are wrong."""
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--bin", type=trainer.NAME, metavar="PATTERN", help="shards of the text")

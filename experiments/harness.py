@@ -181,8 +181,7 @@ def windows(tokens: list[int], T: int) -> list[tuple[list[int], list[int]]]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments, --tasks as a list; raise InputError where they are wrong."""
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("model", type=to_path, metavar="DIR", help="folder of report.py --export")
     add("--tasks", required=True, metavar="NAME,NAME", help="the harness's names")

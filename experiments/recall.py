@@ -605,9 +605,7 @@ def names(known) -> Kind:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments; raise InputError where they are wrong."""
-    parser = Parser(prog="ablation_studies.py recall", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = Parser(prog="ablation_studies.py recall", description=__doc__)
     add = parser.add_argument
     add("--grid", choices=GRIDS, default="small", help="lengths and loads (small)")
     add("--tasks", type=names(TASKS), default=[*TASKS], help="(all)")

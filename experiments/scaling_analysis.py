@@ -628,8 +628,7 @@ def pattern(text: str) -> re.Pattern:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments; raise InputError where they are wrong."""
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     tokens = integer(1, 2**24)
     add = parser.add_argument
     add("--parts", default=",".join(PARTS),

@@ -19,7 +19,6 @@ that are different models; runs validated on different texts; and a run that is 
 table.md says where their code differs.
 Needs matplotlib for sizes.png.
 """
-import argparse
 import itertools
 import math
 import re
@@ -325,8 +324,7 @@ def draw(lines: dict[tuple[int, str], list[Sized]], output: Path):
 
 def main(argv: list[str]) -> int:
     """Write tables and plots of the runs; return the exit status."""
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=FOLDER, metavar="RUN", help="folders of finished runs")
     add("--output", type=FOLDER, default=ROOT / "experiments/sizes", metavar="DIR",
