@@ -264,6 +264,9 @@ def test_results_of_another_model_or_other_tasks_are_not_replaced(exported, tmp_
         [folder, "--tasks", tasks, "--device", "cpu", "--output", str(out), *more])
     for tasks in ("x,y", "y, x"):  # the same again
         assert go(first, tasks) == 0
+    with monkeypatch.context() as patch:
+        patch.chdir(first)
+        assert go(".", "x,y") == 0  # the same folder
     before = out.read_text()
     of = dict(folder="a", step=1, commit="abc", weights=json.loads(before)["of"]["weights"],
               tasks="x,y", shots=None, limit=None)

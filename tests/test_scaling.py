@@ -38,6 +38,7 @@ def test_other_lengths_and_numbers_of_tokens_are_not(flags):
 
 
 @pytest.mark.parametrize("flags, there", (
+    ("--parts batch --lengths 1024 --only nothing", "FFT, unfused, fp32"),
     ("--parts operator --lengths 64 --tokens 64 --only nothing", "FFT, unfused, fp32; AFNO, plain"),
     ("--parts step --model d4 --lengths 64 --tokens 64 --only 1024.taps", "in 1; AFNO; "),
     ("--parts step,profile --model d4 --only fp32", "attention, 2 heads of 64; AFNO with")))
