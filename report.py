@@ -373,8 +373,7 @@ def export(folder: Path, out: Path) -> int:
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", nargs="?", type=FOLDER, metavar="RUN_FOLDER",
                         help="a run's folder (of those under runs/, the newest with a checkpoint)")
     parser.add_argument("--export", type=FOLDER, metavar="DIR",

@@ -792,6 +792,13 @@ def source_digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def code_of(scripts: Iterable[Path]) -> str:
+    """Return what tells the code that results of these scripts depend on from other code."""
+    said = ("report.py", "facts.py", "start.py")  # words alone
+    return source_digest([*scripts, *(path for path in source_files()
+                                      if path.name not in said)])[:12]
+
+
 def keep_graphs():
     """Let torch.compile keep the blocks' graphs for the next start, with their gradients.
 

@@ -1415,8 +1415,7 @@ def parse_flags(argv: list[str], about: str | None = __doc__) -> dict:
     every = argv == ["--help", "all"]
     presets = "\n".join(f"  {name}: " + " ".join(f"--{flag} {show(value)}"
                         for flag, value in values.items()) for name, values in PRESETS.items())
-    parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    parser = Parser(description=about, argument_default=argparse.SUPPRESS,
                     epilog=f"presets:\n{presets}\n\n--help all shows the other flags, too.")
     groups = {}
     for flag in FLAGS.values():

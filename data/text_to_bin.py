@@ -194,6 +194,12 @@ def show(value) -> str:
 
 
 class Parser(argparse.ArgumentParser):
+    """Parse a command line without abbreviations; raise InputError where it is wrong."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         **options)
+
     def error(self, message):
         raise InputError(re.sub(r"^argument ", "", message))
 
@@ -681,7 +687,7 @@ def write_shards(paths: list[Path], out: Path, val_fraction: float = 0.05, field
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("files", nargs="+", type=to_path,
         help=".txt or .md (one document each), .jsonl (one a line)")

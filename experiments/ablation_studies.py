@@ -588,8 +588,7 @@ PREFIX = Kind(str, bool, "a folder of shards or how their paths begin, not empty
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """Return the study's arguments, and the trainer's flags after `--` and of --data."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("study", choices=(*STUDIES, *OTHERS))
     add("--data", type=PREFIX, metavar=PREFIX.metavar,

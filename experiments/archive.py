@@ -10,7 +10,6 @@ as it was, for `sha256sum --check`. Old logs begin with the source code that ran
 in source/. Archives and readable logs name each source by its sha256. runs/sources.tar.xz has each
 version once.
 """
-import argparse
 import hashlib
 import io
 import lzma
@@ -293,7 +292,7 @@ def verify(runs: Path = RUNS) -> int:
 
 def main():
     """Run one of the four commands."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, nargs in (("restore", "+"), ("pack", "+"), ("keep", "+")):
         commands.add_parser(name).add_argument("names", nargs=nargs)

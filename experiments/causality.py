@@ -6,7 +6,6 @@ Every operator at initialisation, T = 1024, 768 channels, white noise in, float6
 replaced by another one; energy is the sum over channels of the squared change of the output. Needs
 matplotlib.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ T, C, CHANGED = 1024, 768, 300
 @torch.no_grad()
 def main():
     """Print the table and write the picture."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "runs/causality.png",
                         help="(runs/causality.png)")
     output = parser.parse_args().output

@@ -62,8 +62,8 @@ from data.text_to_bin import (END_OF_TEXT, FOLDER, ROOT, InputError, Kind, Parse
                               first_line, integer, one_of, owned, relative)
 from experiments import archive, package_text  # noqa: E402
 from experiments.plot_runs import name_lines, refuse_no_file  # noqa: E402
-from runtime import (MOST_TOKENS, Diverged, Runtime, choose_device, gpu_driver,  # noqa: E402
-                     run, shapes_of, source_digest, source_files, usual_runtime)
+from runtime import (MOST_TOKENS, Diverged, Runtime, choose_device, code_of,  # noqa: E402
+                     gpu_driver, run, shapes_of, usual_runtime)
 
 MEASURES = ("stream", "documents")
 MOST_CUTS = 32  # after which other tokens come, to see leaks in rows of a width
@@ -417,10 +417,8 @@ class Results:
 @functools.cache
 def code() -> str:
     """Return what tells the code that a result depends on from other, a fork's mixers included."""
-    said = ("report.py", "facts.py", "start.py")  # words alone
-    here = [ROOT / f"experiments/{name}.py"
-            for name in ("evaluate", "package_text", "recall", "transfer")]
-    return source_digest([*here, *(path for path in source_files() if path.name not in said)])[:12]
+    return code_of(ROOT / f"experiments/{name}.py"
+                   for name in ("evaluate", "package_text", "recall", "transfer"))
 
 
 def machine(runtime: Runtime) -> str:
@@ -861,8 +859,7 @@ SOURCES = Kind(
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments; raise InputError where they are wrong."""
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--bin", type=trainer.NAME, metavar="PATTERN", help="shards of the text")

@@ -33,7 +33,8 @@ from data.text_to_bin import (FOLDER, InputError, Parser, first_line,  # noqa: E
                               gpt2_encoding, integer, to_path)
 from experiments.plot_runs import refuse_no_file  # noqa: E402
 from experiments.recall import refuse_leaky  # noqa: E402
-from runtime import Runtime, choose_device, ran_out, run, usual_runtime  # noqa: E402
+from runtime import (Runtime, choose_device, ran_out, run, source_digest,  # noqa: E402
+                     usual_runtime)
 
 try:
     from lm_eval.api.model import LM
@@ -180,8 +181,7 @@ def windows(tokens: list[int], T: int) -> list[tuple[list[int], list[int]]]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments, --tasks as a list; raise InputError where they are wrong."""
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("model", type=to_path, metavar="DIR", help="folder of report.py --export")
     add("--tasks", required=True, metavar="NAME,NAME", help="the harness's names")
@@ -228,13 +228,14 @@ def origin(args: argparse.Namespace) -> dict:
     """Return what results are of: the exported model, and what it is asked."""
     config = json.loads((args.model / "config.json").read_text(encoding="utf-8"))
     return dict(folder=args.model.resolve().name, step=config.get("step"),
-                commit=config.get("commit"), tasks=",".join(sorted(args.tasks)),
-                shots=args.shots, limit=args.limit)
+                commit=config.get("commit"),
+                weights=source_digest([args.model / "model.safetensors"])[:12],
+                tasks=",".join(sorted(args.tasks)), shots=args.shots, limit=args.limit)
 
 
 def refuse_other(path: Path, of: dict):
     """Raise InputError where a file has results of another model or other tasks."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     there = json.loads(text).get("of", {}) if text else of
     for name in of:
         values = ["not given" if found.get(name) is None else found[name] for found in (there, of)]

@@ -8,7 +8,6 @@ Points are validation losses. Thin lines are training losses, averaged over the 
 all steps. Training seconds are the trainer's: without compilation, validation and saving.
 Needs matplotlib.
 """
-import argparse
 import json
 import math
 import re
@@ -258,8 +257,7 @@ def plot(runs: list[Run], output: Path, xs: tuple[str, ...] = X, log: bool = Fal
 
 
 def main():
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a metrics.jsonl")
     add("--output", type=Path, default=Path("curves.png"), help="(curves.png)")

@@ -364,7 +364,8 @@ def setting(grid: Grid, mixer: str) -> dict:
 def read_lines(path: Path, is_whole, only_read: bool = False) -> list[dict]:
     """Return the results in a file, one a line; raise InputError where is_whole(one) is not true.
 
-    A last line that a kill has cut off is dropped, also from the file, unless that is only read.
+    A last line that is cut off is dropped: a kill has done that, or a study is about to end it.
+    From the file it goes, too, unless that is only read.
     """
     if not path.exists():
         return []
@@ -381,7 +382,8 @@ def read_lines(path: Path, is_whole, only_read: bool = False) -> list[dict]:
     except (ValueError, RecursionError):
         if not last.startswith("{"):
             raise foreign from None
-        print(f"{path}: the last line was cut off and is dropped", file=sys.stderr)
+        if not only_read:
+            print(f"{path}: the last line was cut off and is dropped", file=sys.stderr)
     for place, row in enumerate(rows, 1):
         if not (isinstance(row, dict) and is_whole(row)):
             raise InputError(f"{path}: line {place} is not a result of this study; {way_out}")
@@ -603,9 +605,7 @@ def names(known) -> Kind:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments; raise InputError where they are wrong."""
-    parser = Parser(prog="ablation_studies.py recall", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = Parser(prog="ablation_studies.py recall", description=__doc__)
     add = parser.add_argument
     add("--grid", choices=GRIDS, default="small", help="lengths and loads (small)")
     add("--tasks", type=names(TASKS), default=[*TASKS], help="(all)")

@@ -5,7 +5,6 @@
 
 THE table is read from the readable logs under runs/ alone, that of all runs from the archives.
 """
-import argparse
 import contextlib
 import json
 import re
@@ -357,7 +356,7 @@ def pages() -> dict[Path, str]:
 
 def main():
     """Write the pages, or with --check say which are out of date."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only check; write nothing")
     check = parser.parse_args().check
     old = {path: page for path, page in pages().items() if page != path.read_text()}

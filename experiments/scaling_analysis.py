@@ -41,8 +41,7 @@ from data.text_to_bin import (FOLDER, InputError, Parser, first_line, integer,  
 from experiments import archive  # noqa: E402
 from experiments.recall import append_lines, read_lines  # noqa: E402
 from kernels import usable  # noqa: E402
-from runtime import (Runtime, measure_matmul_rate, run, source_digest, source_files,  # noqa: E402
-                     usual_runtime)
+from runtime import Runtime, code_of, measure_matmul_rate, run, usual_runtime  # noqa: E402
 from test_causality import random_tokens  # noqa: E402
 from train_gpt2_afno import GPT, MODELS, GPTConfig, flops_per_token, make_optimizers  # noqa: E402
 
@@ -629,8 +628,7 @@ def pattern(text: str) -> re.Pattern:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments; raise InputError where they are wrong."""
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     tokens = integer(1, 2**24)
     add = parser.add_argument
     add("--parts", default=",".join(PARTS),
@@ -672,11 +670,13 @@ def refuse_other_tokens(args: argparse.Namespace):
 
 def names(args: argparse.Namespace, runtime: Runtime) -> Iterator[str]:
     """Yield the names that --only chooses among, from the shortest length on."""
+    # a GPU's kernels have names, too; on a CPU shapes are enough, without memory
+    device = runtime.device if runtime.device.type == "cuda" else torch.device("meta")
     for T in sorted(args.lengths):
         if "step" in args.parts:
             yield from (name for name, _ in steps_at(T, args))
         if "operator" in args.parts or "batch" in args.parts and T in BATCH_LENGTHS:
-            yield from (name for name, *_ in operators(1, T, runtime.device, runtime.dtype))
+            yield from (name for name, *_ in operators(1, T, device, runtime.dtype))
 
 
 def refuse_no_name(args: argparse.Namespace, runtime: Runtime):
@@ -738,7 +738,7 @@ def analyse(args: argparse.Namespace) -> int:
     print(f"{where}; convolution: {usable('convolution', device, runtime.dtype)[1]}", flush=True)
 
     common = dict(where=where, model=args.model, tokens=args.tokens,
-                  compile=int(runtime.compile), code=code())
+                  compile=int(runtime.compile), code=code_of([Path(__file__)]))
 
     def emit(row: dict):
         row = row | common
@@ -766,11 +766,6 @@ def analyse(args: argparse.Namespace) -> int:
               f"{left_out} rows")
     print(f"tables of {rows[-1]['where']}, and plots, in {args.output.name}/")
     return 0
-
-
-def code() -> str:
-    """Return what tells the code that rows depend on from other code."""
-    return source_digest([Path(__file__), *source_files()])[:12]
 
 
 def is_whole(row: dict) -> bool:

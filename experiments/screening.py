@@ -14,7 +14,6 @@ the logarithm of the seconds a token: a constant and one number for each techniq
 net is loss + --slope times time; the slope is in nats for e times the tokens. +- is one standard
 error, where there are more runs than numbers.
 """
-import argparse
 import csv
 import itertools
 import shlex
@@ -199,7 +198,7 @@ def effects(folder: Path, slope: float):
 
 def main():
     """Run one of the two commands."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("command", choices=("plan", "effects"))
     parser.add_argument("path", type=Path)
     parser.add_argument("--slope", type=number(0, 1e3), default=0.175)

@@ -19,7 +19,6 @@ that are different models; runs validated on different texts; and a run that is 
 table.md says where their code differs.
 Needs matplotlib for sizes.png.
 """
-import argparse
 import itertools
 import math
 import re
@@ -223,11 +222,10 @@ def why_no_fit(found: list[Sized], measure: str) -> str:
 
 
 def short(count: int) -> str:
-    """Return a count with three digits, or all before its point, in billions, M or k."""
+    """Return a count with three digits, in billions, M or k."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 1000)):
-        if count >= size:
-            decimals = max(0, 3 - len(str(count // size)))
-            return f"{count / size:.{decimals}f}{unit}"
+        if count >= 0.9995 * size:  # rounds to one of it
+            return f"{count / size:#.3g}".rstrip(".") + unit
     return str(count)
 
 
@@ -326,10 +324,9 @@ def draw(lines: dict[tuple[int, str], list[Sized]], output: Path):
 
 def main(argv: list[str]) -> int:
     """Write tables and plots of the runs; return the exit status."""
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    add("runs", nargs="+", type=FOLDER, metavar="RUN", help="folders of finished runs")
     add("--output", type=FOLDER, default=ROOT / "experiments/sizes", metavar="DIR",
         help="(experiments/sizes)")
     args = parser.parse_args(argv)

@@ -442,9 +442,7 @@ def rates(text: str) -> list[float]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments; raise InputError where they are wrong."""
-    parser = Parser(prog="ablation_studies.py transfer", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = Parser(prog="ablation_studies.py transfer", description=__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT")
     add("--domains", type=names(DOMAINS), default=[*DOMAINS], help="(all)")

@@ -18,7 +18,6 @@ the device waits for the host.
 With --device cpu they try themselves out on a tiny model, through gloo. --input_bin and
 --input_val_bin are the trainer's.
 """
-import argparse
 import contextlib
 import gc
 import json
@@ -321,8 +320,7 @@ def parts(args):
 
 def main(argv: list[str]):
     """Run speed, ends or parts; raise InputError where the arguments are wrong."""
-    parser = Parser(description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("what", choices=("speed", "ends", "parts"))
     parser.add_argument("--cards", type=one_of(1, 2, 4), nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=one_of(32, 64), default=32,

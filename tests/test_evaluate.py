@@ -492,6 +492,8 @@ def test_a_call_says_what_it_leaves_out_and_what_it_replaces(model, tokens, tmp_
     found = said([*both, "--rows", "48"])
     assert " Machine: torch 1, a GPU, bfloat16.\n" in found.out
     assert "a@7/documents: in place of that of another code, row length, machine\n" in found.err
+    found = said([*both, "--rows", "48", "--tokens", "100"])
+    assert "a@7/stream: in place of that of another text\n" in found.err
 
 
 def test_one_document_is_no_documents(model, tokens, tmp_path, capsys):

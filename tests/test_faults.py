@@ -930,6 +930,9 @@ def test_numbers_of_text_to_bin(tmp_path, monkeypatch, capsys, options, message)
     ("plot_runs", "x --x 3", "--x: invalid choice: '3'"),
     ("plot_runs", "x --out y", "unrecognized arguments: --out y"),
     ("sizes", "x --out y", "unrecognized arguments: --out y"),
+    ("archive", "restore x --out y", "unrecognized arguments: --out y"),
+    ("causality", "--out y", "unrecognized arguments: --out y"),
+    ("screening", "plan x --slo 1", "unrecognized arguments: --slo 1"),
 ])
 def test_numbers_of_the_experiments(tmp_path, monkeypatch, capsys, script, options, message):
     monkeypatch.setattr(runtime, "machine_memory", lambda: 2e9)

@@ -224,11 +224,11 @@ def test_names_of_tasks_and_their_folder_are_checked(fake_harness, flags, messag
 
 @pytest.fixture
 def exported(model, tmp_path, fake_harness):
-    """A function that exports the model as of a step, into a folder of this name."""
+    """A function that exports a model as of a step, into a folder of this name."""
     save_model = pytest.importorskip("safetensors.torch").save_model
 
-    def export(name: str, step: int):
-        (tmp_path / name).mkdir()
+    def export(name: str, step: int, model=model):
+        (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text(json.dumps(
             dict(model=vars(model.config), step=step, commit="abc")))
         save_model(model, str(tmp_path / name / "model.safetensors"))
@@ -264,8 +264,12 @@ def test_results_of_another_model_or_other_tasks_are_not_replaced(exported, tmp_
         [folder, "--tasks", tasks, "--device", "cpu", "--output", str(out), *more])
     for tasks in ("x,y", "y, x"):  # the same again
         assert go(first, tasks) == 0
-    of = dict(folder="a", step=1, commit="abc", tasks="x,y", shots=None, limit=None)
+    with monkeypatch.context() as patch:
+        patch.chdir(first)
+        assert go(".", "x,y") == 0  # the same folder
     before = out.read_text()
+    of = dict(folder="a", step=1, commit="abc", weights=json.loads(before)["of"]["weights"],
+              tasks="x,y", shots=None, limit=None)
     assert json.loads(before) == dict(of=of, **dict.fromkeys(harness.RESULTS, 1))
     says = f"^--output {out}: is of another model or other tasks "
     for arguments, message in (((other, "x,y"), "folder: a, here b"),
@@ -273,11 +277,17 @@ def test_results_of_another_model_or_other_tasks_are_not_replaced(exported, tmp_
                                ((first, "x,y", "--limit", "3"), "limit: not given, here 3")):
         with pytest.raises(InputError, match=rf"{says}\({message}\): name another file$"):
             go(*arguments)
+    twin = exported("other/a", 1, tiny(vocab_size=50257, mixer="attn"))
+    with pytest.raises(InputError, match=rf"{says}\(weights: \w{{12}}, here \w{{12}}\)"):
+        go(twin, "x,y")
     (tmp_path / "a/config.json").write_text(
         (tmp_path / "a/config.json").read_text().replace('"step": 1', '"step": 2'))
     with pytest.raises(InputError, match=rf"{says}\(step: 1, here 2\)"):
         go(first, "x,y")
     assert out.read_text() == before
+    out.write_bytes(before.encode().replace(b'"a"', b'"\xff"'))
+    with pytest.raises(InputError, match=rf"{says}\(folder: \ufffd, here a\)"):
+        go(first, "x,y")
     out.write_text(json.dumps(dict.fromkeys(harness.RESULTS)))  # of before it said so
     with pytest.raises(InputError, match=rf"{says}\(folder: not given, here a\)"):
         go(first, "x,y")

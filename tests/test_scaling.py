@@ -4,11 +4,14 @@ import math
 import pytest
 import torch
 
+import runtime
 from data.text_to_bin import InputError
 from experiments import scaling_analysis
 from experiments.scaling_analysis import STEPS, parse
+from runtime import Runtime
 from train_gpt2_afno import GPTConfig, MODELS
 
+CPU = Runtime(torch.device("cpu"), torch.float32, compile=False)
 ROW = dict(part="step", name="a", B=1, T=1, ms=1.0, mfu=0.1, parameters=1, tokens_per_s=1.0,
            where="torch 2, CPU", model="d4", tokens=8, compile=0, code="abc")
 
@@ -35,6 +38,7 @@ def test_other_lengths_and_numbers_of_tokens_are_not(flags):
 
 
 @pytest.mark.parametrize("flags, there", (
+    ("--parts batch --lengths 1024 --only nothing", "FFT, unfused, fp32"),
     ("--parts operator --lengths 64 --tokens 64 --only nothing", "FFT, unfused, fp32; AFNO, plain"),
     ("--parts step --model d4 --lengths 64 --tokens 64 --only 1024.taps", "in 1; AFNO; "),
     ("--parts step,profile --model d4 --only fp32", "attention, 2 heads of 64; AFNO with")))
@@ -46,9 +50,18 @@ def test_a_pattern_that_no_name_has_is_refused_before_it_is_measured(
     assert not (tmp_path / "out").exists()
 
 
+def test_names_are_found_without_what_they_are_of():
+    args = parse("--parts operator --lengths 64,256".split())
+    found = lambda device: [name for T in args.lengths for name, *_ in
+                            scaling_analysis.operators(1, T, torch.device(device), torch.float32)]
+    assert [*scaling_analysis.names(args, CPU)] == found("cpu")
+    args.lengths = [2**40]  # more memory than there is
+    assert "AFNO core, T taps" in scaling_analysis.names(args, CPU)
+
+
 def test_names_of_fp32_steps_are_found_as_tables_show_them():
     args = parse("--parts step --model d4 --residual_bf16 0 --only fp32".split())
-    scaling_analysis.refuse_no_name(args, None)
+    scaling_analysis.refuse_no_name(args, CPU)
 
 
 @pytest.mark.parametrize("model", STEPS)
@@ -103,9 +116,40 @@ def test_rows_name_their_code_and_compile(tmp_path, monkeypatch):
     assert codes[0] != codes[1]
 
 
+def test_what_only_says_words_is_no_other_code(tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in ("afno.py", "facts.py", "report.py", "start.py")]
+    monkeypatch.setattr(runtime, "source_files", lambda: paths)
+    codes = []
+    for of in ([], paths[1:], paths[:1]):
+        for path in paths:
+            path.write_text("# more\n" * (path in of))
+        codes.append(scaling_analysis.code_of([]))
+    assert codes[0] == codes[1] != codes[2]
+
+
 @pytest.mark.parametrize("values", (dict(compile=2), dict(compile=True), dict(code=5)))
 def test_rows_with_another_compile_or_code_are_no_rows(values):
     assert scaling_analysis.is_whole(ROW) and not scaling_analysis.is_whole(ROW | values)
+
+
+@pytest.mark.slow
+def test_steps_and_profiles_of_the_small_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(scaling_analysis, "plot", lambda *_: None)
+    monkeypatch.setattr(scaling_analysis, "measure", lambda run, *_, **how: (run(), 1.0)[1:] * 3)
+    monkeypatch.setattr(scaling_analysis, "measure_matmul_rate", lambda *_: 1e12)
+    assert scaling_analysis.main(["--parts", "step,profile", "--model", "d4", "--lengths", "64",
+                                  "--tokens", "128", "--only", "^attention|in 1$", "--output",
+                                  str(tmp_path)]) == 0
+    rows = scaling_analysis.read_lines(tmp_path / "rows.jsonl", scaling_analysis.is_whole)
+    names = [*STEPS["d4"]][:2]
+    assert [(row["name"], row["B"], row["T"]) for row in rows if row["part"] == "profile"] == [
+        (name, 1, 128) for name in names]
+    assert [(row["name"], row["B"], row["T"]) for row in rows if row["part"] == "step"] == [
+        (name, 2, 64) for name in names]
+    page = (tmp_path / "tables.md").read_text()
+    assert f" Operators have {scaling_analysis.C} channels. " in page
+    assert all(f"## Profile: {name}, 1 rows of 128" in page for name in names)
 
 
 def test_a_run_on_a_cpu_is_warm(monkeypatch):

@@ -138,6 +138,8 @@ def test_what_is_no_finished_run_is_refused(tmp_path, change, message):
 
 
 def test_files_that_are_not_there_or_no_text_are_refused(tmp_path):
+    with pytest.raises(InputError, match="^RUN: must be a folder's name, not empty"):
+        sizes.main([""])
     folder = make_run(tmp_path / "bare", "", 1, 1)
     for path in (tmp_path / "nothing", folder / "metrics.jsonl"):
         with pytest.raises(InputError, match=f"^{path}: RUN must be the folder of a run$"):
@@ -157,8 +159,9 @@ def test_files_that_are_not_there_or_no_text_are_refused(tmp_path):
 @pytest.mark.parametrize("counts, words", (
     ((45_875_200, 91_750_400), "45.9M 91.8M"), ((768, 1536), "768 1.54k"),
     ((45_600_000, 46_400_000), "45.6M 46.4M"), ((655_360, 2_000_000_000), "655k 2.00B"),
-    ((91_750_400, 91_760_000), "91,750,400 91,760,000"), ((999_999, 1_000_000), "1000k 1.00M"),
-    ((1, 2), "1 2")))
+    ((91_750_400, 91_760_000), "91,750,400 91,760,000"), ((999_499, 999_500), "999k 1.00M"),
+    ((99_991_552, 999_817_216), "100M 1.00B"), ((9_999_360, 1_000), "10.0M 1.00k"),
+    ((1, 999), "1 999"), ((999_999, 1_000_000), "999,999 1,000,000")))
 def test_two_budgets_never_look_alike(counts, words):
     assert [*sizes.labels(counts).values()] == words.split()
 
