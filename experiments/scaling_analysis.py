@@ -763,7 +763,7 @@ def analyse(args: argparse.Namespace) -> int:
         print(f"no plots: {first_line(error)}", file=sys.stderr)
     if left_out := len(measured) - len(alike(measured)):
         print("left out, of another card, torch, --model, --tokens, --compile or code: "
-              f"{left_out} rows")
+              f"{left_out} rows; for tables of both use another --output")
     print(f"tables of {rows[-1]['where']}, and plots, in {args.output.name}/")
     return 0
 
