@@ -754,7 +754,8 @@ def test_a_table_at_constant_tokens_has_one_number_of_them(tmp_path, monkeypatch
         assert scaling_analysis.main(["--parts", "operator", "--lengths", lengths, "--tokens",
                                       tokens, "--output", str(tmp_path)]) == 0
         said.append([line for line in capsys.readouterr().out.splitlines() if "left out" in line])
-    line = "left out, of another card, torch, --model, --tokens, --compile or code: 2 rows"
+    line = ("left out, of another card, torch, --model, --tokens, --compile or code: 2 rows; for "
+            "tables of both use another --output")
     assert said == [[], [line]]
     assert "| ms, T = | 256 | 1024 | exponent |" in (tmp_path / "tables.md").read_text()
 
