@@ -264,8 +264,8 @@ def main(argv: list[str]) -> int:
     device = choose_device(args.device)
     runtime = usual_runtime(device)
     adapter = Adapter(load_exported(args.model), runtime, args.batch_size)
-    of = origin(args)
     if args.output is not None:
+        of = origin(args)
         refuse_other(args.output, of)
     refuse_leaky(str(args.model), adapter.model, sorted({min(64, adapter.T), adapter.T}), runtime)
     try:
