@@ -546,7 +546,7 @@ def write_report(rows: list[dict], folder: Path, grid: Grid):
         "says what is asked.", "",
         f"Machine: {'; '.join(sorted({row['machine'] for row in rows}))}.", "",
         *["The models were made with different code. That may explain differences.", ""] * (
-            len({row["code"] for row in rows if "code" in row}) > 1),
+            len({row.get("code") for row in rows}) > 1),
         "## Controls", "",
         *(f"- {VERDICTS[holds]}: {text}." for holds, text in controls(rows)), ""]
     for task in TASKS:
@@ -574,7 +574,7 @@ def plot(rows: list[dict], output: Path, grid: Grid):
 
     tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
     figure, panels = plt.subplots(len(tasks), 2, figsize=(10, 1 + 2.6 * len(tasks)), sharey=True,
-                                  squeeze=False)
+                                  squeeze=False, layout="constrained")
     longest = max(grid.lengths)
     for (task, mixer), group in grouped(rows).items():
         left, right = panels[tasks.index(task)]
@@ -587,8 +587,8 @@ def plot(rows: list[dict], output: Path, grid: Grid):
             axes.set(xlabel=x, title=task)
             axes.grid(alpha=0.3)
         left.set_ylabel("right answers, %")
-    panels[0, 0].legend(fontsize=7)
-    figure.tight_layout()
+    named = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=len(MIXERS))
     figure.savefig(output, dpi=120)
     plt.close(figure)
 

@@ -299,7 +299,8 @@ def draw(lines: dict[tuple[int, str], list[Sized]], output: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(MEASURES), figsize=(14, 4.5), sharey=True)
+    figure, panels = plt.subplots(1, len(MEASURES), figsize=(14, 5), sharey=True,
+                                  layout="constrained")
     budgets = labels({tokens for tokens, _ in lines})
     mixers = [*dict.fromkeys((*MIXERS, *(mixer for _, mixer in lines)))]
     for (measure, words), axes in zip(MEASURES.items(), panels):
@@ -316,8 +317,8 @@ def draw(lines: dict[tuple[int, str], list[Sized]], output: Path):
         axes.tick_params(axis="x", which="both", labelsize=7)
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("validation loss")
-    panels[-1].legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=max(len(budgets), 4), fontsize=8)
     figure.savefig(output, dpi=100)
     plt.close(figure)
 

@@ -173,6 +173,10 @@ def test_a_study_runs_then_goes_on_where_it_was_cut(tiny, tmp_path, capsys, monk
     assert "recall-attention-seed1337: finished before, with other code, skipped" in \
         capsys.readouterr().out
     assert "The models were made with different code." in (folder / "table.md").read_text()
+    for row in rows[1:]:  # a study begun before rows named their code
+        row.pop("code")
+    recall.write_report(rows, folder, recall.GRIDS["small"])
+    assert "The models were made with different code." in (folder / "table.md").read_text()
 
     monkeypatch.setitem(recall.RECIPE, "swiglu", 0)
     with pytest.raises(InputError, match="rows.jsonl holds recall-attention-seed1337 with other "
@@ -376,3 +380,16 @@ def test_a_last_line_without_newline_counts_where_it_is_whole(tmp_path, capsys):
 def test_a_folder_is_one_process_alone(tiny, tmp_path):
     with owned(tmp_path / "recall", "x"), pytest.raises(InputError, match="t .*/recall is in use"):
         main(["--output", str(tmp_path)])
+
+
+def test_the_plot_names_a_mixer_that_only_the_last_task_has(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    cell = dict(T=64, load=4, answers=8, right=2, chance=0.1, by_distance=[[32, 2, 8]])
+    recall.plot([dict(task=task, mixer=mixer, seed=1, cells=[cell])
+                 for task, mixer in (("recall", "attention"), ("counting", "none"))],
+                tmp_path / "curves.png", recall.GRIDS["small"])
+    assert [text.get_text() for text in pyplot.gcf().legends[0].get_texts()] == [
+        "attention", "none"]
+    monkeypatch.undo()
+    pyplot.close()
