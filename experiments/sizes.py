@@ -55,8 +55,8 @@ OF_SIZE = {"n_layer", "n_embd", "n_head", "afno_num_blocks", "attn_layers",
 MAY_DIFFER = {"model", "mixer", "seed", "num_iterations", "warmdown_iters",
               *trainer.SAME_RUN, *trainer.MICRO_BATCH}
 DEFAULT = "the default"
-HEAD = "| tokens | mixer | size | seed | parameters without embeddings | FLOPs | seconds | " \
-    "loss | machine |"  # of table.md
+COLUMNS = ("tokens", "mixer", "size", "seed", "parameters without embeddings", "FLOPs", "seconds",
+           "loss", "machine")
 SLOPES = "Loss that e (2.7) times as much takes away"  # of slopes.md
 
 
@@ -237,14 +237,12 @@ def labels(budgets: set[int]) -> dict[int, str]:
 
 def table(lines: dict[tuple[int, str], list[Sized]]) -> str:
     """Return the table of runs."""
-    rows = [HEAD, "|" + " --- |" * 9]
     budgets = labels({tokens for tokens, _ in lines})
-    rows += [f"| {budgets[tokens]} | {mixer} | {of.model} | {of.seed} | {of.parameters:,} | "
-             f"{of.flops:.3g} | {of.seconds:.1f} | {of.loss:.4f} | {', '.join(of.machines)} |"
-             for (tokens, mixer), found in lines.items() for of in found]
-    if words := unlike([of.log for found in lines.values() for of in found]):
-        rows += ["", words]
-    return "\n".join(rows) + "\n"
+    rows = [[budgets[tokens], mixer, of.model, of.seed, f"{of.parameters:,}", f"{of.flops:.3g}",
+             f"{of.seconds:.1f}", of.loss, ", ".join(of.machines)]
+            for (tokens, mixer), found in lines.items() for of in found]
+    words = unlike([of.log for found in lines.values() for of in found])
+    return markdown([*COLUMNS], rows) + "\n" + (f"\n{words}\n" if words else "")
 
 
 def cell(found: list[Sized], measure: str) -> str:
@@ -334,7 +332,7 @@ def main(argv: list[str]) -> int:
     runs = [read_sized(folder) for folder in args.runs]
     refuse_unlike(args.runs, runs)
     lines = lines_of(runs)
-    marks = {"table.md": HEAD, "slopes.md": SLOPES, "sizes.png": ""}
+    marks = {"table.md": f"| {' | '.join(COLUMNS)} |", "slopes.md": SLOPES, "sizes.png": ""}
     with owned(args.output, f"--output {args.output}", marks):
         for name, text in (("table.md", table(lines)), ("slopes.md", slopes(lines))):
             archive.write(args.output / name, text.encode())
