@@ -4,7 +4,7 @@
     python experiments/evaluate.py runs/c/state_step000350.pt --rows 1024 --tokens 65536
     python experiments/evaluate.py runs/c --filters --out runs/compare    # also of the filters
     python experiments/evaluate.py runs/b runs/c --text all --rows 65536 --out runs/long
-    python experiments/evaluate.py runs/long/table.md                 # draws curves.png again
+    python experiments/evaluate.py runs/long/table.md                 # draws the plots again
 
 A CHECKPOINT is a file state_step*.pt of the trainer, or a run's folder, whose newest one counts.
 Two measures score the first --tokens targets of --bin (the first checkpoint's validation shards).
@@ -23,13 +23,14 @@ row. They are told apart by the longest earlier match of the tokens up to the ta
 where the token after the most recent match is the right next one. --filters adds the lengths, rank,
 movement and frequency response of AFNO's filters, and the loss without the taps beyond some lags.
 
-The tables go to stdout. With --out they also go to DIR/table.md, and curves to DIR/curves.png,
-which takes matplotlib. DIR/losses.npz keeps the losses as float16 under LABEL/stream and
-LABEL/documents, where place i is the target i + 1 of the text. It keeps taps under LABEL/taps and
-LABEL/initial taps. LABEL is folder@step. What stands there for the same file, text, tokens, rows,
-machine and code is not computed again. The tables are of what the last call named, checkpoints and
---filters: it says what else losses.npz holds. Groups are means of these rounded losses, each off by
-0.004 at most below 16, by 0.008 below 32. In groups of few targets the last decimals mean nothing.
+The tables go to stdout. With --out they also go to DIR/table.md, curves to DIR/curves.png and what
+filters look like to DIR/filters.png. Plots take matplotlib. DIR/losses.npz keeps the losses as
+float16 under LABEL/stream and LABEL/documents, where place i is the target i + 1 of the text. It
+keeps taps under LABEL/taps and LABEL/initial taps. LABEL is folder@step. What stands there for the
+same file, text, tokens, rows, machine and code is not computed again. The tables are of what the
+last call named, checkpoints and --filters: it says what else losses.npz holds. Groups are means of
+these rounded losses, each off by 0.004 at most below 16, by 0.008 below 32. In groups of few
+targets the last decimals mean nothing.
 A standard error is that of the mean over rows or documents: it holds the text's noise, not that of
 training.
 """
@@ -574,7 +575,8 @@ def cut_name(label: str, last: int) -> str:
 
 @contextlib.contextmanager
 def reported(name: str):
-    """Say on stderr how long the block took."""
+    """Say on stderr that the block begins, and how long it took."""
+    print(f"{name} ...", file=sys.stderr, flush=True)
     begin = time.perf_counter()
     yield
     print(f"{name}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
@@ -814,7 +816,65 @@ def lines_of(by: str, groups: list[str]) -> list[list[str]]:
     return [line for line in ([group for group in groups if group not in hits], hits) if line]
 
 
-def plot(page: str, output: Path):
+def plot(page: str, folder: Path):
+    """Draw the tables of a report() as curves.png and, with --filters, filters.png in a folder."""
+    plot_groups(page, folder / "curves.png")
+    if tables := read_filters(page):
+        plot_filters(tables, folder / "filters.png")
+
+
+def read_filters(page: str) -> list[tuple[str, list[str], dict[str, list[float]]]]:
+    """Return the tables of layers of a report(): label, columns, numbers by layer.
+
+    Of each checkpoint come lengths and other figures first, then the response by octave. Raise
+    ValueError where a cell is no number.
+    """
+    tables = []
+    for part in filter(str.strip, page.partition("\n## filters\n")[2].split("\n\n")):
+        lines = [[cell.strip() for cell in line.strip("|").split("|")]
+                 for line in part.strip().splitlines()]
+        label, comma, _ = lines[0][0].rpartition(", ")
+        if comma:
+            tables.append((label, lines[0][1:], {
+                row[0]: [float(cell.rstrip("%") or "nan") for cell in row[1:]]
+                for row in lines[2:]}))
+            if {len(row) for row in lines} != {len(lines[0])}:
+                raise ValueError(f"filters of {label}")
+    return tables
+
+
+def plot_filters(tables: list[tuple[str, list[str], dict[str, list[float]]]], output: Path):
+    """Draw the filters' lengths by layer, and their response by octave: a checkpoint is a row."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(len(tables) // 2, 2, figsize=(12, 2 * len(tables) + 1),
+                                  squeeze=False, layout="constrained")
+    for axes, (label, columns, layers) in zip(panels.flat, tables):
+        *trained, mean, initial = layers
+        if length := [column for column in columns if column.startswith("lags to")]:
+            for i, column in enumerate(length):
+                place = columns.index(column)
+                axes.plot(trained, [layers[layer][place] for layer in trained], color=f"C{i}",
+                          marker="o", markersize=3, label=f"{column} of the energy")
+                axes.axhline(layers[initial][place], color=f"C{i}", linestyle="--",
+                             label="as drawn, mean of all layers")
+            axes.set(xlabel="layer", ylabel="tokens", yscale="log")
+        else:
+            for i, layer in enumerate(trained):
+                axes.plot(columns, layers[layer], color=plt.cm.viridis(i / len(trained)),
+                          linewidth=1, label=f"layer {layer}")
+            axes.plot(columns, layers[initial], color="black", linestyle="--", label="as drawn")
+            axes.set(xlabel="cycles a token", ylabel="mean response", yscale="log")
+        axes.set_title(label, parse_math=False)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=6)
+    figure.savefig(output, dpi=80)
+    plt.close(figure)
+
+
+def plot_groups(page: str, output: Path):
     """Draw the groups' losses of a report(), or differences to the first checkpoint's.
 
     A measure is a row of panels, a checkpoint is a color. Bars are standard errors.
@@ -880,11 +940,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def draw_again(table: Path) -> int:
-    """Draw curves.png beside a table.md of an earlier run; return the exit status."""
+    """Draw the plots beside a table.md of an earlier run; return the exit status."""
     refuse_no_file(table)
     try:
         page = table.read_text(encoding="utf-8")
         found = read_groups(page)
+        read_filters(page)
         if found and not page.endswith("\n"):
             raise ValueError("its last line")
     except OSError as error:
@@ -894,7 +955,7 @@ def draw_again(table: Path) -> int:
     if not found:
         raise InputError(f"{table}: no tables of groups as evaluate.py writes them")
     try:
-        plot(page, table.with_name("curves.png"))
+        plot(page, table.parent)
     except ImportError as error:
         raise InputError(f"curves.png: {first_line(error)}") from None
     return 0
@@ -913,8 +974,9 @@ def main(argv: list[str]) -> int:
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise InputError(f"CHECKPOINT: two are called {twice[0]}, after folder and step")
     refuse_unlike(checkpoints, args)
+    marks = {"table.md": HEAD, "curves.png": "", "filters.png": ""}
     with contextlib.nullcontext() if args.out is None else \
-            owned(args.out, f"--out {args.out}", {"table.md": HEAD, "curves.png": ""}):
+            owned(args.out, f"--out {args.out}", marks):
         print(evaluated(checkpoints, args, runtime))
     return 0
 
@@ -940,9 +1002,9 @@ def evaluated(checkpoints: list[Checkpoint], args, runtime: Runtime) -> str:
             print(f"{args.out / 'table.md'}: without {', '.join(left)}, not named now; "
                   "losses.npz still holds what was found", file=sys.stderr)
         try:
-            plot(page, args.out / "curves.png")
+            plot(page, args.out)
         except ImportError:
-            print("no curves.png: matplotlib is not installed", file=sys.stderr)
+            print("no plots: matplotlib is not installed", file=sys.stderr)
     return page
 
 

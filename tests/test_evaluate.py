@@ -675,3 +675,42 @@ def test_bad_input_is_one_line(model, tokens, tmp_path, monkeypatch, words, mess
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=re.escape(message)):
         main([*shlex.split(words), "--device", "cpu"])
+
+
+FILTERS = """
+
+## filters
+
+| c, d@7, layer | lags to 50% | lags to 99% | energy beyond 32 |
+| --- | --- | --- | --- |
+| 0 | 3.8 | 40.7 | 5.30% |
+| 2 | 0.5 | 5.6 | 0.07% |
+| mean | 2.1 | 23.1 | 2.70% |
+| mean, initial | 4.7 | 28.2 | 1.40% |
+
+| c, d@7, response in cycles a token | to 1/512 | to 1/2 |
+| --- | --- | --- |
+| 0 | 19.267 | 0.517 |
+| 2 |  | 0.419 |
+| mean | 13.0 | 0.4 |
+| mean, initial | 1.297 | 1.010 |
+
+| stream loss when taps are cut | whole | lags 0-32, less whole | +- |
+| --- | --- | --- | --- |
+| c, d@7 | 4.2933 | 0.0307 | 0.0007 |
+"""
+
+
+def test_filters_are_drawn_from_their_tables(tmp_path):
+    (_, figures, layers), (label, octaves, response) = evaluate.read_filters(FILTERS)
+    assert label == "c, d@7" and figures[:2] == ["lags to 50%", "lags to 99%"]
+    assert layers["2"] == [0.5, 5.6, 0.07] and layers["mean, initial"][1] == 28.2
+    assert octaves == ["to 1/512", "to 1/2"] and response["0"] == [19.267, 0.517]
+    assert np.isnan(response["2"][0])  # an octave below the model's lowest frequency
+    pytest.importorskip("matplotlib")
+    evaluate.plot_filters(evaluate.read_filters(FILTERS), tmp_path / "filters.png")
+    assert (tmp_path / "filters.png").read_bytes().startswith(b"\x89PNG")
+    for damaged in (FILTERS.replace("| 5.6 ", ""), FILTERS.replace("40.7", "many")):
+        with pytest.raises(ValueError):
+            evaluate.read_filters(damaged)
+    assert evaluate.read_filters("## stream, by group") == []
