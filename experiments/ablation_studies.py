@@ -132,17 +132,18 @@ STUDIES = {
             "states-copies": f"{MIXERS['states']} --copy_layers 2,5,8,11",
         }),
     "context": Study(
-        "Longer rows, with as many tokens a step. Every loss is at the arm's own length: compare "
-        "mixers at one length, or by position (evaluate.py RUN... --rows T, with "
-        "--keep_checkpoints here). Arms called taps have filters as long as the rows.", {
-            **{f"{name}-{T}": f"{flags} --sequence_length {T} --batch_size {65_536 // T}"
+        "Longer rows for d6, with as many tokens a step. Every loss is at the arm's own length: "
+        "compare mixers at one length, or by position (evaluate.py RUN... --rows T). Arms called "
+        "taps have filters as long as the rows. `-- --model d12 --n_head 3` is not enough for "
+        "d12: its layers of attention and states are 5 and 10.", {
+            **{f"{name}-{T}": f"{SIZED[f'd6-{name}']} --sequence_length {T} "
+                              f"--batch_size {65_536 // T}"
                for T in (1024, 2048, 4096, 16_384)
-               for name, flags in (("hybrid", HYBRID), ("attention", ATTENTION),
-                                   ("states", MIXERS["states"]), ("filters", AFNO))},
-            **{f"{name}-16384-taps": f"{flags} --sequence_length 16384 --batch_size 4 "
-                                     "--afno_filter_length 16384"
-               for name, flags in (("hybrid", HYBRID), ("filters", AFNO))},
-        }),
+               for name in ("hybrid", "attention", "states", "filters")},
+            **{f"{name}-16384-taps": f"{SIZED[f'd6-{name}']} --sequence_length 16384 "
+                                     "--batch_size 4 --afno_filter_length 16384"
+               for name in ("hybrid", "filters")},
+        }, tokens=700 * 65_536),
     "recipe": Study(
         "The recipe of the hybrid less one thing, or with one changed; the same for attention, "
         "the control.", {

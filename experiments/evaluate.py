@@ -507,8 +507,13 @@ def read_sources(args, first: Checkpoint, T: int) -> Text:
     if first.config.vocab_size <= END_OF_TEXT:
         raise InputError(f"--text: the {first.config.vocab_size} tokens of {first.label} are not "
                          "GPT-2's")
+    sources = args.text
+    if {*package_text.SOURCES} == {*sources} and not package_text.PLAYS.exists():
+        sources = [source for source in sources if source != "plays"]
+        print(f"--text all: {', '.join(sources)}; no plays, as there are none yet (python "
+              "data/shakespeare.py fetches them)", file=sys.stderr)
     found = {source: package_text.tokens_of(source, args.tokens or TOKENS_A_SOURCE)
-             for source in args.text}
+             for source in sources}
     for source, part in found.items():
         if part.max() >= first.config.vocab_size:
             raise InputError(f"--text {source}: token {part.max()} is in it, {first.label} has "
@@ -868,6 +873,7 @@ def plot_filters(tables: list[tuple[str, list[str], dict[str, list[float]]]], ou
             axes.plot(columns, layers[initial], color="black", linestyle="--", label="as drawn")
             axes.set(xlabel="cycles a token", ylabel="mean response", yscale="log")
         axes.set_title(label, parse_math=False)
+        axes.tick_params(axis="x", labelsize=7)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=6)
     figure.savefig(output, dpi=80)

@@ -16,7 +16,8 @@ rows that it has never seen. The load is the number of pairs, triggers, needles,
 string, kinds of symbols. The distance, in tokens, is from a question to what it asks for. In
 counting it is to the symbol's first place, 0 at that place. Mixers have the trainer's recipe,
 without soft cap, value residual and weight decay. They see the same rows in the same order, in as
-many steps. They take fewer steps only where all answers are right.
+many steps. A model stops before only where its mean loss of two rounds is below 0.005: nearly all
+of its answers are right.
 
 A model whose outputs depend on later tokens is refused before it is trained: it would read its
 answers.

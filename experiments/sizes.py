@@ -1,7 +1,7 @@
 """Fit how loss falls with size: against parameters, FLOPs and training seconds, by mixer.
 
-    python experiments/ablation_studies.py sizes --data data/web
-    python experiments/ablation_studies.py sizes-92M --data data/web
+    python experiments/ablation_studies.py sizes --data data/mine        # on a GPU
+    python experiments/ablation_studies.py sizes-92M --data data/mine
     python experiments/sizes.py experiments/studies/sizes*/*-seed* --output experiments/sizes
 
 Writes table.md, slopes.md and sizes.png, with a plot for each measure, to --output. Runs of one

@@ -553,6 +553,18 @@ def test_a_page_that_is_cut_off_is_not_drawn(model, tokens, tmp_path, monkeypatc
         main(["--filters", str(table)])
 
 
+def test_all_sources_are_those_that_are_there(model, tokens, sources, tmp_path, capsys,
+                                              monkeypatch):
+    pattern = write_text(tmp_path / "data", tokens)
+    command = [str(write_checkpoint(tmp_path / "a", model, pattern)), "--device", "cpu", "--text"]
+    monkeypatch.setattr(evaluate.package_text, "SOURCES", dict(code=None, plays=None))
+    monkeypatch.setattr(evaluate.package_text, "PLAYS", tmp_path / "none.bin")
+    assert main([*command, "all"]) == 0
+    said = capsys.readouterr()
+    assert "300 targets of code of installed packages (" in said.out
+    assert "--text all: code; no plays, as there are none yet (python data/shakes" in said.err
+
+
 def test_sources_are_apart_and_told_apart(model, tokens, sources, tmp_path, capsys, monkeypatch):
     pattern, out = write_text(tmp_path / "data", tokens), tmp_path / "out"
     command = [str(write_checkpoint(tmp_path / "a", model, pattern)), "--device", "cpu"]
