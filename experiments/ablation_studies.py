@@ -647,6 +647,9 @@ def main(argv: list[str]) -> int:
              for seed in args.seeds for arm in study.arms}
     if args.dry_run:
         return dry_run(flags)
+    if study.common == GPU and "--device" not in more and not torch.cuda.is_available():
+        print(f"no GPU here: {args.study} is for one, on a CPU it may take days, and all memory "
+              "(-- --batch_size 2 --grad_accumulation_steps 32 takes less)", file=sys.stderr)
     with owned(folder, f"--output {folder}", {"table.md": MADE_BY, "curves.png": ""}):
         return run_study(study, folder, flags, args.keep_checkpoints)
 
@@ -673,7 +676,8 @@ def run_study(study: Study, folder: Path, flags: dict[tuple[str, int], dict],
             status |= finish(of_run, keep_checkpoints)
             write_report(study, folder, runs, flags)
         else:
-            print(f"error: {name}: not finished, exit status {exit_status}: {last}",
+            killed = " (killed, as where memory is short)" * (exit_status == -signal.SIGKILL)
+            print(f"error: {name}: not finished, exit status {exit_status}{killed}: {last}",
                   file=sys.stderr, flush=True)
             status = 1
     print(f"{relative(str(folder))}: {len(runs)} of {len(flags)} runs finished")

@@ -366,6 +366,20 @@ def test_a_failed_arm_is_reported_and_the_others_go_on(pair, fake_trainer, tmp_p
     assert (unfinished / "state_step000001.pt").exists()
 
 
+def test_a_study_for_a_gpu_says_so_on_a_cpu_and_of_a_killed_run_that_memory_may_be_short(
+        pair, fake_trainer, tmp_path, capsys, monkeypatch):
+    fake_trainer.write_text("import os\nprint('a line', flush=True)\nos.kill(os.getpid(), 9)")
+    monkeypatch.setattr(STUDIES["pair"], "common", ablation_studies.GPU)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["pair", "--output", str(tmp_path / "studies")]) == 1
+    warning, error, _ = capsys.readouterr().err.splitlines()
+    assert warning.startswith("no GPU here: pair is for one, on a CPU it may take days")
+    assert error == ("error: one-seed1337: not finished, exit status -9 (killed, as where memory "
+                     "is short): a line")
+    main(["pair", "--output", str(tmp_path / "studies"), "--", "--device", "cpu"])
+    assert "no GPU" not in capsys.readouterr().err  # it was asked for
+
+
 def test_an_unfinished_run_is_resumed(pair, fake_trainer, tmp_path):
     fake_trainer.write_text("import sys\nprint(sys.argv[-2:])")
     assert ablation_studies.train({"--output_dir": "run"}) == (0, "['--output_dir', 'run']")
