@@ -6,7 +6,8 @@
 A CHECKPOINT is what evaluate.py takes. It is tuned for --steps steps on each domain's text, and
 judged on another part of it. The operator is AFNO's MLPs in frequency, which make the filters.
 Attention has none. In its place some rows of query and key are trained, which decide what is mixed.
-They are as large a share of the weights. Each part has its own best rate of --rates.
+They are as large a share of the weights. Of a hybrid such rows are trained, too: a part of its own,
+called rows. Each part has its own best rate of --rates.
 
 code     the Python files of installed packages; the last tenth is judged
 plays    Shakespeare's plays, training and validation shard (python data/shakespeare.py)
@@ -52,6 +53,7 @@ from runtime import Diverged, Runtime, choose_device, usual_runtime
 JUDGED = "Losses on the part of a domain's text that was not trained on"  # in table.md
 DOMAINS = {"code": "code", "plays": "plays", "law": "licences"}
 PARTS = ("all", "rest", "operator")  # which weights are trained
+ROWS = "rows"  # the part of a hybrid that compares its attention with its operator
 MOST_TOKENS = 4_000_000  # of a domain's text
 RUN = 16  # tokens: what stands in both parts in such a run is not judged
 START = "start"  # in place of a domain: the checkpoint as it was
@@ -64,15 +66,17 @@ Masks = dict[str, Tensor | None]  # of parameters by name: which numbers, None f
 
 
 def operator_of(model: trainer.GPT, share: float) -> Masks:
-    """Return masks of the operator's weights; where a model has none, of rows of query and key.
+    """Return masks of the operator's weights; where a model has none, rows_of it."""
+    own = {name: None for name, _ in model.named_parameters() if ".mixer.operator." in name}
+    return own or rows_of(model, share)
 
-    Those rows are `share` of all weights. They are the same in query and key, and evenly spread
-    over the heads' channels.
+
+def rows_of(model: trainer.GPT, share: float) -> Masks:
+    """Return masks of rows of query and key, `share` of all weights, or all where they are fewer.
+
+    They are the same in query and key, and evenly spread over the heads' channels.
     """
     named = dict(model.named_parameters())
-    own = {name: None for name in named if ".mixer.operator." in name}
-    if own:
-        return own
     C, projections = model.config.n_embd, [name for name in named if name.endswith("c_attn.weight")]
     total = sum(p.numel() for p in named.values())
     rows = max(1, round(share * total / (2 * C * len(projections))))
@@ -91,6 +95,13 @@ def part_of(model: trainer.GPT, part: str, operator: Masks) -> Masks:
         return dict.fromkeys(named)
     return {name: None if name not in operator else ~operator[name] for name in named
             if name not in operator or operator[name] is not None}
+
+
+def parts_of(model: trainer.GPT) -> tuple[str, ...]:
+    """Return the parts that are tuned of a model: ROWS where it has operator and attention."""
+    names = [name for name, _ in model.named_parameters()]
+    both = all(any(word in name for name in names) for word in (".mixer.operator.", "c_attn."))
+    return PARTS + (ROWS,) * both
 
 
 def count(model: trainer.GPT, masks: Masks) -> int:
@@ -213,8 +224,10 @@ def is_whole(row: dict) -> bool:
     error = lambda value: size(value) or type(value) is float and math.isnan(value)
     if (part, operator_of) == ("none", START):
         needed = {}
-    elif part in PARTS and operator_of == domain:
+    elif part in (*PARTS, ROWS) and operator_of == domain:
         needed = dict(error=error, trained=number(0, 1).accepts)
+        if part == "rest":
+            needed |= dict(less_all=number(-1e18, 1e18).accepts, less_all_error=error)
     elif part == "all" and operator_of in (*DOMAINS, START):
         needed = dict(error=error, difference=number(-1e18, 1e18).accepts)
     else:
@@ -263,9 +276,9 @@ class Study:
              other_rate: float | None = None):
         """Return a result that stands, or make it: make() returns its numbers.
 
-        It stands where file, share of the operator, texts, machine and other_rate, that of an
-        operator from another domain, are as they were. Raise Diverged where new numbers are not
-        finite.
+        It stands where file, share of the operator, texts, machine and other_rate are as they were:
+        the rate of the other model that it is compared with, or has the operator of. Raise
+        Diverged where new numbers are not finite.
         """
         row = dict(label=label, domain=domain, part=part, rate=rate, operator_of=operator_of)
         made_of = [*self.checkpoints[label].key(), self.share, self.texts[domain],
@@ -281,6 +294,14 @@ class Study:
             print(f"{label}, {domain}, {part}, rate {rate}, operator of {operator_of}: "
                   f"{row['loss']:.4f}, {time.perf_counter() - begin:.0f} s", flush=True)
         return self.rows[self.key(row)]
+
+    def parts(self, label: str) -> tuple[str, ...]:
+        """Return the parts that are tuned of a checkpoint."""
+        return parts_of(self.checkpoints[label].shapes)
+
+    def shown(self) -> tuple[str, ...]:
+        """Return the parts that any checkpoint has, in the order of the tables."""
+        return max(map(self.parts, self.checkpoints), key=len)
 
     def model(self, label: str) -> trainer.GPT:
         """Return a checkpoint's model; the first time, raise InputError where it leaks."""
@@ -309,22 +330,29 @@ class Study:
     def tuned(self, label: str, domain: str, part: str, rate: float) -> dict:
         """Return the result of tuning a part; weights of `all` are kept for exchanges.
 
-        Its error is that of the difference from the checkpoint as it is.
+        Its error is that of the difference from the checkpoint as it is. Of `rest` the difference
+        from the best of `all` is there, too, with its error.
         """
+        all_rate = self.best(label, domain, "all")["rate"] if part == "rest" else None
+
         def make() -> dict:
             model = self.model(label)
-            masks = part_of(model, part, operator_of(model, self.share))
+            masks = rows_of(model, self.share) if part == ROWS else \
+                part_of(model, part, operator_of(model, self.share))
             tune(model, masks, domain, rate, self.args, self.runtime)
             if part == "all":
                 path = self.weights(label, domain, rate)
                 torch.save(model.state_dict(), path.with_suffix(".part"))
                 os.replace(path.with_suffix(".part"), path)
-            total = sum(p.numel() for p in model.parameters())
-            found = above(judge(model, domain, self.runtime), self.judged(label, domain),
-                          domain, model.config.sequence_length)
+            total, T = sum(p.numel() for p in model.parameters()), model.config.sequence_length
+            losses = judge(model, domain, self.runtime)
+            found = above(losses, self.judged(label, domain), domain, T)
+            if part == "rest":
+                less = above(losses, self.judged(label, domain, all_rate), domain, T)
+                found |= dict(less_all=less["difference"], less_all_error=less["error"])
             return found | dict(trained=count(model, masks) / total)
 
-        return self.find(label, domain, part, rate, domain, make)
+        return self.find(label, domain, part, rate, domain, make, all_rate)
 
     def best(self, label: str, domain: str, part: str) -> dict:
         """Return the best result of a part over the rates; delete the weights of the others."""
@@ -374,20 +402,23 @@ class Study:
 
 def tables(study: Study) -> str:
     """Return all tables as Markdown; make what is missing."""
-    args, gains, worth = study.args, [], []
+    args, gains, worth, shown = study.args, [], [], study.shown()
     for label, domain in itertools.product(study.checkpoints, args.domains):
         before = study.before(label, domain)
-        best = [study.best(label, domain, part) for part in PARTS]
         gains.append([label, domain, before])
-        for row in best:
-            gains[-1] += [f"{row['trained']:.2%}", row["loss"], row["error"], f"{row['rate']:g}"]
+        for part in shown:
+            row = study.best(label, domain, part) if part in study.parts(label) else {}
+            gains[-1] += [f"{row['trained']:.2%}", row["loss"], row["error"],
+                          f"{row['rate']:g}"] if row else [""] * 4
+            gains[-1] += [row["less_all"], row["less_all_error"]] if part == "rest" else []
     for label, domain in itertools.product(study.checkpoints, args.domains):
         own = study.best(label, domain, "all")["loss"]
         worth.append([label, domain, own])
         for other in (*args.domains, START):
             row = {} if other == domain else study.exchanged(label, domain, other)
             worth[-1] += [row.get("difference", ""), row.get("error", "")]
-    parts = [column for part in PARTS for column in (f"{part}: weights", "loss", "+-", "rate")]
+    parts = [column for part in shown for column in (
+        f"{part}: weights", "loss", "+-", "rate", *["less all", "+-"] * (part == "rest"))]
     judged = ", ".join(f"{counts.sum():,} of {len(counts):,} targets of {domain}" for domain in
                        args.domains for counts in text_of(domain)[2:])
     return "\n\n".join((
@@ -397,7 +428,8 @@ def tables(study: Study) -> str:
         f"{args.batch_size} rows, seed {args.seed}; of each part the best of the rates "
         f"{', '.join(map(str, args.rates))} by these losses. Where a model has no operator, some "
         "rows of query and key stand for it. +- is a standard error, over rows: in the first table "
-        "of the loss less that before. Made by experiments/ablation_studies.py transfer.",
+        "of the loss less that before, and of the loss of rest less that of all. Made by "
+        "experiments/ablation_studies.py transfer.",
         f"Machine: {machine(study.runtime)}.",
         markdown(["checkpoint", "domain", "before", *parts], gains),
         "Models tuned with all weights, with the operator of another domain's model in place of "
@@ -413,16 +445,16 @@ def plot(study: Study, output: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    domains, labels = study.args.domains, [*study.checkpoints]
+    domains, labels, shown = study.args.domains, [*study.checkpoints], study.shown()
     figure, panels = plt.subplots(1, len(domains), figsize=(1 + 4 * len(domains), 4), sharey=True,
                                   squeeze=False)
     for domain, axes in zip(domains, panels[0]):
         for i, label in enumerate(labels):
             gains = [study.before(label, domain) - study.best(label, domain, part)["loss"]
-                     for part in PARTS]
-            axes.bar(np.arange(len(PARTS)) + 0.8 * i / len(labels), gains, 0.8 / len(labels),
+                     if part in study.parts(label) else math.nan for part in shown]
+            axes.bar(np.arange(len(shown)) + 0.8 * i / len(labels), gains, 0.8 / len(labels),
                      label=f"checkpoint {i}")
-        axes.set_xticks(np.arange(len(PARTS)) + 0.4 - 0.4 / len(labels), PARTS)
+        axes.set_xticks(np.arange(len(shown)) + 0.4 - 0.4 / len(labels), shown)
         axes.set_title(domain)
     panels[0, 0].set_ylabel("loss before less loss after")
     name_lines(panels[0, -1].legend(fontsize=7), labels)

@@ -9,7 +9,8 @@ import afno
 import train_gpt2_afno as trainer
 from data.text_to_bin import InputError
 from experiments import ablation_studies, package_text, transfer
-from experiments.transfer import PARTS, count, exchange, operator_of, part_of, text_of, tune
+from experiments.transfer import (PARTS, ROWS, count, exchange, operator_of, part_of,
+                                  parts_of, rows_of, text_of, tune)
 from runtime import Diverged, Runtime
 from train_gpt2_afno import GPT, GPTConfig
 
@@ -44,6 +45,16 @@ def save(folder, seed: int = 1, **options):
 def moved(model: GPT, before: dict) -> dict[str, torch.Tensor]:
     """Return which numbers of each parameter differ from a state."""
     return {name: (p != before[name]).detach() for name, p in model.named_parameters()}
+
+
+def test_rows_are_a_part_of_hybrids_alone():
+    hybrid, attention = make(**HYBRID), make(**ATTENTION)
+    assert parts_of(hybrid) == (*PARTS, ROWS) and parts_of(attention) == PARTS
+    assert parts_of(make(mixer="afno", attn_layers=())) == PARTS
+    rows = rows_of(hybrid, 0.02)
+    assert all(".1." in name and name.endswith("c_attn.weight") for name in rows)
+    assert 0 < count(hybrid, rows) == pytest.approx(
+        0.02 * count(hybrid, part_of(hybrid, "all", {})), abs=2 * 16)
 
 
 @pytest.mark.parametrize("options", (HYBRID, ATTENTION))
@@ -108,8 +119,8 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
     assert ablation_studies.main(argv) == 0
     said = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
-    # of two checkpoints and two domains: before, three parts at two rates, two exchanges
-    assert len(rows) == 2 * 2 * (1 + 3 * 2 + 2)
+    # of two domains: before, three parts (of c four) at two rates, two exchanges
+    assert len(rows) == 2 * (1 + 4 * 2 + 2) + 2 * (1 + 3 * 2 + 2)
     assert said.count("c@7: causality check") == said.count("b@7: causality check") == 1
     loss = {(row["label"], row["domain"], row["part"], row["rate"], row["operator_of"]):
             row["loss"] for row in rows}
@@ -117,6 +128,18 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
     assert best < loss["c@7", "code", "none", 0.0, "start"]
     assert f"| c@7 | code | {loss['c@7', 'code', 'none', 0.0, 'start']:.4f} | 100.00% | " \
         f"{best:.4f} | " in said and " | 0.01 | " in said
+    found = {(row["label"], row["domain"], row["part"], row["rate"]): row for row in rows
+             if row["operator_of"] == row["domain"]}
+    rest = min((found["c@7", "code", "rest", rate] for rate in (0.01, 0.001)),
+               key=lambda row: row["loss"])
+    assert rest["less_all"] == pytest.approx(rest["loss"] - best, abs=1e-6)
+    assert f" | {rest['less_all']:.4f} | {rest['less_all_error']:.4f} | " in said
+    of_c, of_b = (line for line in said.splitlines() if line.startswith(("| c@7 | code | ",
+                                                                         "| b@7 | code | "))
+                  and line.count("%") > 2)
+    assert of_c.count("%") == 4 and of_b.count("%") == 3 and of_b.endswith(" |  |  |  |  |")
+    rows_of_c = found["c@7", "code", "rows", 0.01]["trained"]
+    assert rows_of_c == pytest.approx(found["b@7", "code", "operator", 0.01]["trained"], rel=0.9)
     kept = {path.name for path in (tmp_path / "out").glob("*.pt")}
     assert len(kept) == 4 and "c@7-code-0.01.pt" in kept
     other = loss["c@7", "code", "all", 0.01, "law"] - best
@@ -195,7 +218,8 @@ def test_a_checkpoint_that_leaks_has_no_result(tmp_path, monkeypatch):
 ROW = dict(label="c@7", domain="code", rate=0.01, setting={}, made_of=[], loss=3.0)
 BEFORE, TUNED, EXCHANGED = (ROW | more for more in (
     dict(part="none", rate=0.0, operator_of="start"),
-    dict(part="rest", operator_of="code", error=0.1, trained=0.5),
+    dict(part="rest", operator_of="code", error=0.1, trained=0.5, less_all=-0.1,
+         less_all_error=0.1),
     dict(part="all", operator_of="law", error=0.1, difference=-0.5)))
 
 
@@ -205,7 +229,8 @@ BEFORE, TUNED, EXCHANGED = (ROW | more for more in (
         dict(label=["a"]), dict(domain="poems"), dict(domain=["code"]), dict(rate="0"),
         dict(operator_of="law"), dict(operator_of=[1]))),
     *((TUNED, values) for values in (
-        dict(trained=None), dict(trained=1.5), dict(error=None), dict(error="x"), dict(error=-1),
+        dict(less_all=None), dict(less_all_error=-1), dict(trained=None), dict(trained=1.5),
+        dict(error=None), dict(error="x"), dict(error=-1),
         dict(part="half"), dict(part=["all"]), dict(loss=True), dict(rate=float("inf")))),
     *((EXCHANGED, values) for values in (
         dict(difference=None), dict(difference=float("nan")), dict(error=float("inf")),
@@ -274,7 +299,8 @@ def test_a_picture_of_the_gains(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     study = type("Study", (), dict(
         args=transfer.parse(["x"]), checkpoints=dict.fromkeys(("a$b_$@1", "_b@2")),
-        before=lambda *_: 4.0, best=lambda *_: dict(loss=3.5)))()
+        before=lambda *_: 4.0, best=lambda *_: dict(loss=3.5), shown=lambda _: (*PARTS, ROWS),
+        parts=lambda _, label: PARTS))()
     names, name_lines = [], transfer.name_lines
     monkeypatch.setattr(transfer, "name_lines", lambda legend, labels: names.extend(
         name_lines(legend, labels) or [text.get_text() for text in legend.get_texts()]))
