@@ -133,7 +133,8 @@ STUDIES = {
         }),
     "context": Study(
         "Longer rows for d6, with as many tokens a step. Every loss is at the arm's own length: "
-        "compare mixers at one length, or by position (evaluate.py RUN... --rows T). Arms called "
+        "compare mixers at one length, or by position (evaluate.py RUN... --rows T, with "
+        "--keep_checkpoints here). Arms called "
         "taps have filters as long as the rows. `-- --model d12 --n_head 3` is not enough for "
         "d12: its layers of attention and states are 5 and 10.", {
             **{f"{name}-{T}": f"{SIZED[f'd6-{name}']} --sequence_length {T} "
@@ -647,9 +648,9 @@ def main(argv: list[str]) -> int:
              for seed in args.seeds for arm in study.arms}
     if args.dry_run:
         return dry_run(flags)
-    if study.common == GPU and "--device" not in more and not torch.cuda.is_available():
-        print(f"no GPU here: {args.study} is for one, on a CPU it may take days, and all memory "
-              "(-- --batch_size 2 --grad_accumulation_steps 32 takes less)", file=sys.stderr)
+    if study.common.startswith(GPU) and "--device" not in more and not torch.cuda.is_available():
+        print(f"no GPU here: {args.study} is for one, on a CPU it may take days, and all memory",
+              file=sys.stderr)
     with owned(folder, f"--output {folder}", {"table.md": MADE_BY, "curves.png": ""}):
         return run_study(study, folder, flags, args.keep_checkpoints)
 

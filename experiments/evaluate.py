@@ -79,6 +79,7 @@ FIGURES = {  # of filters, and how they are written
 OCTAVES = [0.0, *(0.5**n for n in range(9, 0, -1))]  # borders in cycles a token, up to a half
 # what the parts of a key are of, in their order
 KEY = ("checkpoint", "checkpoint", "code", "text", "text", "row length", "machine")
+FILTER_TABLES = ("layer", "response in cycles a token")
 HEAD = "+- is the standard error over rows (stream) or documents."
 BATCH_TOKENS = dict(cuda=65536, cpu=8192)
 TOKENS_A_SOURCE = 262_144  # at most, of --text
@@ -508,8 +509,10 @@ def read_sources(args, first: Checkpoint, T: int) -> Text:
         raise InputError(f"--text: the {first.config.vocab_size} tokens of {first.label} are not "
                          "GPT-2's")
     sources = args.text
-    if {*package_text.SOURCES} == {*sources} and not package_text.PLAYS.exists():
-        sources = [source for source in sources if source != "plays"]
+    if sources == ["all"]:
+        sources = [source for source in package_text.SOURCES
+                   if source != "plays" or package_text.PLAYS.exists()]
+    if args.text == ["all"] and "plays" not in sources:
         print(f"--text all: {', '.join(sources)}; no plays, as there are none yet (python "
               "data/shakespeare.py fetches them)", file=sys.stderr)
     found = {source: package_text.tokens_of(source, args.tokens or TOKENS_A_SOURCE)
@@ -743,11 +746,11 @@ def tables_of_filters(checkpoints: list[Checkpoint], results: Results) -> str:
         figures += [np.mean(figures, 0), np.mean(before, 0)]
         rows = [[name, *map(str.format, FIGURES.values(), row)]
                 for name, row in zip(names, figures)]
-        page.append(markdown([f"{label}, layer", *FIGURES], rows))
+        page.append(markdown([f"{label}, {FILTER_TABLES[0]}", *FIGURES], rows))
         responses = [*map(response_by_octave, final)]
         responses += [np.mean(responses, 0), np.mean([*map(response_by_octave, initial)], 0)]
         page.append(markdown(
-            [f"{label}, response in cycles a token", *octaves],
+            [f"{label}, {FILTER_TABLES[1]}", *octaves],
             [[name, *(f"{power:.3f}" if power == power else "" for power in row)]
              for name, row in zip(names, responses)]))
         found = [results.index.get(cut_name(label, last), {}) for last in CUTS]
@@ -822,60 +825,73 @@ def lines_of(by: str, groups: list[str]) -> list[list[str]]:
 
 
 def plot(page: str, folder: Path):
-    """Draw the tables of a report() as curves.png and, with --filters, filters.png in a folder."""
+    """Draw the tables of a report() as curves.png and filters.png; without filters, drop that."""
     plot_groups(page, folder / "curves.png")
-    if tables := read_filters(page):
-        plot_filters(tables, folder / "filters.png")
+    if found := read_filters(page):
+        plot_filters(found, folder / "filters.png")
+    else:
+        (folder / "filters.png").unlink(missing_ok=True)  # of other checkpoints
 
 
-def read_filters(page: str) -> list[tuple[str, list[str], dict[str, list[float]]]]:
-    """Return the tables of layers of a report(): label, columns, numbers by layer.
+def read_filters(page: str) -> dict[str, dict[str, tuple[list[str], dict[str, list[float]]]]]:
+    """Return columns and numbers by layer of a report()'s filters, by label and FILTER_TABLES.
 
-    Of each checkpoint come lengths and other figures first, then the response by octave. Raise
-    ValueError where a cell is no number.
+    Pages from before 2026-11-30 have no response. Raise ValueError where the page is cut off or a
+    cell is no number.
     """
-    tables = []
+    found = {}
     for part in filter(str.strip, page.partition("\n## filters\n")[2].split("\n\n")):
         lines = [[cell.strip() for cell in line.strip("|").split("|")]
                  for line in part.strip().splitlines()]
-        label, comma, _ = lines[0][0].rpartition(", ")
-        if comma:
-            tables.append((label, lines[0][1:], {
-                row[0]: [float(cell.rstrip("%") or "nan") for cell in row[1:]]
-                for row in lines[2:]}))
-            if {len(row) for row in lines} != {len(lines[0])}:
-                raise ValueError(f"filters of {label}")
-    return tables
+        label, _, what = lines[0][0].rpartition(", ")
+        if what not in FILTER_TABLES:
+            continue
+        tables = found.setdefault(label, {})
+        layers = {row[0]: [float(cell.rstrip("%") or "nan") for cell in row[1:]]
+                  for row in lines[2:]}
+        if [*layers][1:][-2:] != ["mean", "mean, initial"] \
+                or {len(row) for row in lines} != {len(lines[0])} \
+                or any([*layers] != [*other] for _, other in tables.values()):
+            raise ValueError(f"filters of {label}")
+        tables[what] = lines[0][1:], layers
+    if any([*tables][:1] != [*FILTER_TABLES[:1]] for tables in found.values()):
+        raise ValueError("filters")
+    return found
 
 
-def plot_filters(tables: list[tuple[str, list[str], dict[str, list[float]]]], output: Path):
-    """Draw the filters' lengths by layer, and their response by octave: a checkpoint is a row."""
+def plot_filters(found: dict, output: Path):
+    """Draw what read_filters found: lengths by layer and response by octave, a row a checkpoint."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(len(tables) // 2, 2, figsize=(12, 2 * len(tables) + 1),
-                                  squeeze=False, layout="constrained")
-    for axes, (label, columns, layers) in zip(panels.flat, tables):
-        *trained, mean, initial = layers
-        if length := [column for column in columns if column.startswith("lags to")]:
-            for i, column in enumerate(length):
-                place = columns.index(column)
-                axes.plot(trained, [layers[layer][place] for layer in trained], color=f"C{i}",
-                          marker="o", markersize=3, label=f"{column} of the energy")
-                axes.axhline(layers[initial][place], color=f"C{i}", linestyle="--",
-                             label="as drawn, mean of all layers")
-            axes.set(xlabel="layer", ylabel="tokens", yscale="log")
-        else:
-            for i, layer in enumerate(trained):
-                axes.plot(columns, layers[layer], color=plt.cm.viridis(i / len(trained)),
-                          linewidth=1, label=f"layer {layer}")
-            axes.plot(columns, layers[initial], color="black", linestyle="--", label="as drawn")
-            axes.set(xlabel="cycles a token", ylabel="mean response", yscale="log")
-        axes.set_title(label, parse_math=False)
-        axes.tick_params(axis="x", labelsize=7)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=6)
+    figure, panels = plt.subplots(len(found), 2, figsize=(12, 4 * len(found) + 1), squeeze=False,
+                                  layout="constrained")
+    for (left, right), (label, tables) in zip(panels, found.items()):
+        columns, layers = tables[FILTER_TABLES[0]]
+        *trained, _, initial = layers
+        for i, column in enumerate(column for column in columns if column.startswith("lags to")):
+            place = columns.index(column)
+            left.plot(trained, [layers[layer][place] for layer in trained], color=f"C{i}",
+                      marker="o", markersize=3, label=f"{column} of the energy")
+            left.axhline(layers[initial][place], color=f"C{i}", linestyle="--",
+                         label="as drawn, mean of all layers")
+        left.set_yscale("symlog", linthresh=1)  # 0.0 is less than 0.05
+        left.set(xlabel="layer", ylabel="tokens", ylim=(0, None))
+        columns, layers = tables.get(FILTER_TABLES[1], ([], {}))
+        right.set_visible(bool(layers))
+        for i, layer in enumerate([*layers][:-2]):
+            right.plot(columns, layers[layer], color=plt.cm.viridis(i / len(trained)), marker="o",
+                       markersize=3, linewidth=1, label=f"layer {layer}")
+        if layers:
+            right.plot(columns, layers[initial], "ko--", markersize=3, label="as drawn")
+        right.set(xlabel="cycles a token", ylabel="mean response", yscale="log")
+        for axes in (left, right):
+            axes.set_title(label, parse_math=False)
+            axes.tick_params(axis="x", labelsize=7)
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend(fontsize=6)
     figure.savefig(output, dpi=80)
     plt.close(figure)
 
@@ -918,8 +934,9 @@ def plot_groups(page: str, output: Path):
 # command line
 
 SOURCES = Kind(
-    lambda text: [*package_text.SOURCES] if text == "all" else [*dict.fromkeys(text.split(","))],
-    {*package_text.SOURCES}.issuperset, f"all, or of {', '.join(package_text.SOURCES)}",
+    lambda text: [*dict.fromkeys(text.split(","))],
+    lambda found: found == ["all"] or {*package_text.SOURCES}.issuperset(found),
+    f"all, or of {', '.join(package_text.SOURCES)}",
     "SOURCE,SOURCE")
 
 

@@ -6,8 +6,9 @@
 A CHECKPOINT is what evaluate.py takes. It is tuned for --steps steps on each domain's text, and
 judged on another part of it. The operator is AFNO's MLPs in frequency, which make the filters.
 Attention has none. In its place some rows of query and key are trained, which decide what is mixed.
-They are as large a share of the weights. Of a hybrid such rows are trained, too: a part of its own,
-called rows. Each part has its own best rate of --rates.
+They are as large a share of the weights, that of the first CHECKPOINT with an operator, or all such
+rows where they are fewer. Of a hybrid they are trained, too: a part of its own, called rows. Each
+part has its own best rate of --rates.
 
 code     the Python files of installed packages; the last tenth is judged
 plays    Shakespeare's plays, training and validation shard (python data/shakespeare.py)
@@ -226,7 +227,7 @@ def is_whole(row: dict) -> bool:
         needed = {}
     elif part in (*PARTS, ROWS) and operator_of == domain:
         needed = dict(error=error, trained=number(0, 1).accepts)
-        if part == "rest":
+        if part == "rest" and "less_all" in row:  # there since 2026-11-30
             needed |= dict(less_all=number(-1e18, 1e18).accepts, less_all_error=error)
     elif part == "all" and operator_of in (*DOMAINS, START):
         needed = dict(error=error, difference=number(-1e18, 1e18).accepts)
@@ -283,7 +284,8 @@ class Study:
         row = dict(label=label, domain=domain, part=part, rate=rate, operator_of=operator_of)
         made_of = [*self.checkpoints[label].key(), self.share, self.texts[domain],
                    self.texts.get(operator_of), other_rate, machine(self.runtime)]
-        if self.rows.get(self.key(row), {}).get("made_of") != made_of:
+        there = self.rows.get(self.key(row), {})
+        if there.get("made_of") != made_of or part == "rest" and "less_all" not in there:
             append_lines(self.path)  # it can be written: said before minutes of work
             begin = time.perf_counter()
             row |= dict(setting=self.setting, made_of=made_of, **make())

@@ -559,6 +559,10 @@ def test_all_sources_are_those_that_are_there(model, tokens, sources, tmp_path, 
     command = [str(write_checkpoint(tmp_path / "a", model, pattern)), "--device", "cpu", "--text"]
     monkeypatch.setattr(evaluate.package_text, "SOURCES", dict(code=None, plays=None))
     monkeypatch.setattr(evaluate.package_text, "PLAYS", tmp_path / "none.bin")
+    with pytest.raises(InputError, match="--text: must be all, or of code"):
+        main([*command, "all,code"])
+    monkeypatch.setattr(evaluate.package_text, "tokens_of",
+                        lambda name, n: sources[name][:n] if name == "code" else None)
     assert main([*command, "all"]) == 0
     said = capsys.readouterr()
     assert "300 targets of code of installed packages (" in said.out
@@ -714,15 +718,40 @@ FILTERS = """
 
 
 def test_filters_are_drawn_from_their_tables(tmp_path):
-    (_, figures, layers), (label, octaves, response) = evaluate.read_filters(FILTERS)
-    assert label == "c, d@7" and figures[:2] == ["lags to 50%", "lags to 99%"]
+    found = evaluate.read_filters(FILTERS)
+    (figures, layers), (octaves, response) = found["c, d@7"].values()
+    assert [*found] == ["c, d@7"] and figures[:2] == ["lags to 50%", "lags to 99%"]
     assert layers["2"] == [0.5, 5.6, 0.07] and layers["mean, initial"][1] == 28.2
     assert octaves == ["to 1/512", "to 1/2"] and response["0"] == [19.267, 0.517]
     assert np.isnan(response["2"][0])  # an octave below the model's lowest frequency
     pytest.importorskip("matplotlib")
     evaluate.plot_filters(evaluate.read_filters(FILTERS), tmp_path / "filters.png")
     assert (tmp_path / "filters.png").read_bytes().startswith(b"\x89PNG")
-    for damaged in (FILTERS.replace("| 5.6 ", ""), FILTERS.replace("40.7", "many")):
-        with pytest.raises(ValueError):
-            evaluate.read_filters(damaged)
-    assert evaluate.read_filters("## stream, by group") == []
+
+
+def test_a_page_draws_its_filters_or_says_that_they_are_cut_off(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the fixture's
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(evaluate, "read_groups", lambda page: [page])
+    monkeypatch.setattr(evaluate, "plot_groups", lambda page, output: output.touch())
+    table, picture = tmp_path / "table.md", tmp_path / "filters.png"
+    whole = FILTERS.splitlines(keepends=True)
+    first, response, cut = (next(i for i, line in enumerate(whole) if words in line)
+                            for words in ("layer |", "response", "stream loss"))
+    for end in range(first + 1, len(whole)):
+        table.write_text("".join(whole[:end]))
+        if end in (first + 6, first + 7) or end >= response + 6:  # old pages have no response
+            assert main([str(table)]) == 0 and picture.exists()
+            picture.unlink()
+        else:
+            with pytest.raises(InputError, match="table.md: damaged or cut off"):
+                main([str(table)])
+    two = FILTERS + FILTERS.replace("c, d@7", "$e_|@7").replace("## filters", "")
+    for page in (FILTERS.replace("5.6 |", ""), FILTERS.replace("40.7", "many"),
+                 FILTERS.replace("| 2 |  |", "| 3 |  |"), two[: two.index("| 0 |")]):
+        table.write_text(page)
+        with pytest.raises(InputError, match="table.md: damaged or cut off"):
+            main([str(table)])
+    table.write_text("## stream, by group\n\n## filters\n\nb@7: no taps.\n")
+    picture.touch()
+    assert main([str(table)]) == 0 and not picture.exists()  # it was of other checkpoints

@@ -369,7 +369,7 @@ def test_a_failed_arm_is_reported_and_the_others_go_on(pair, fake_trainer, tmp_p
 def test_a_study_for_a_gpu_says_so_on_a_cpu_and_of_a_killed_run_that_memory_may_be_short(
         pair, fake_trainer, tmp_path, capsys, monkeypatch):
     fake_trainer.write_text("import os\nprint('a line', flush=True)\nos.kill(os.getpid(), 9)")
-    monkeypatch.setattr(STUDIES["pair"], "common", ablation_studies.GPU)
+    monkeypatch.setattr(STUDIES["pair"], "common", f"{ablation_studies.GPU} --n_head 3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["pair", "--output", str(tmp_path / "studies")]) == 1
     warning, error, _ = capsys.readouterr().err.splitlines()

@@ -138,8 +138,6 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
                                                                          "| b@7 | code | "))
                   and line.count("%") > 2)
     assert of_c.count("%") == 4 and of_b.count("%") == 3 and of_b.endswith(" |  |  |  |  |")
-    rows_of_c = found["c@7", "code", "rows", 0.01]["trained"]
-    assert rows_of_c == pytest.approx(found["b@7", "code", "operator", 0.01]["trained"], rel=0.9)
     kept = {path.name for path in (tmp_path / "out").glob("*.pt")}
     assert len(kept) == 4 and "c@7-code-0.01.pt" in kept
     other = loss["c@7", "code", "all", 0.01, "law"] - best
@@ -149,6 +147,8 @@ def test_a_study_stands_and_its_tables_are_its_losses(tmp_path, capsys, monkeypa
     assert again == said[said.index("# transfer"):]  # nothing was trained again
     fewer = [*argv[:5], "--rates", "0.001", *argv[7:]]  # whose weights were deleted, perhaps
     assert ablation_studies.main(fewer) == 0
+    rest = found["c@7", "code", "rest", 0.001]["loss"] - found["c@7", "code", "all", 0.001]["loss"]
+    assert f" | {rest:.4f} | " in capsys.readouterr().out  # less all at its rate of now
     assert ablation_studies.main(argv) == 0
     capsys.readouterr()
     save(tmp_path / "b", seed=2, **ATTENTION)  # another file of the same name
@@ -202,6 +202,33 @@ def test_results_of_another_machine_or_dtype_are_made_again(tmp_path, monkeypatc
     row["made_of"].pop()  # as it was before: of a machine not known
     study.path.write_text(f"{json.dumps(row)}\n")
     assert transfer.Study(args, CPU).before("c@7", "code") == 3 and len(made) == 4
+
+
+def test_results_from_before_a_difference_was_kept_are_read_and_made_again(tmp_path, monkeypatch):
+    losses = iter(range(1, 9))
+    monkeypatch.setattr(transfer, "judge", lambda *_: np.full(42, float(next(losses))))
+    monkeypatch.setattr(transfer, "tune", lambda *_: None)
+    save(tmp_path / "c", **HYBRID)
+    args = transfer.parse([str(tmp_path / "c"), "--output", str(tmp_path), "--rates", "0.01"])
+    row = transfer.Study(args, CPU).tuned("c@7", "code", "rest", 0.01)
+    assert row["less_all"] == -1 and row["less_all_error"] == 0  # 3, less 4 of the kept weights
+    path = tmp_path / "rows.jsonl"
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    del kept[-1]["less_all"], kept[-1]["less_all_error"]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+    assert "less_all" in transfer.Study(args, CPU).tuned("c@7", "code", "rest", 0.01)
+
+
+def test_a_study_takes_the_share_of_rows_that_the_operator_has(tmp_path):
+    save(tmp_path / "c", **HYBRID | dict(n_embd=64, afno_num_blocks=16))
+    args = transfer.parse([str(tmp_path / "c"), "--output", str(tmp_path)])
+    study = transfer.Study(args, CPU)
+    model = study.checkpoints["c@7"].shapes
+    study.share = 0.01
+    assert count(model, rows_of(model, study.share)) == pytest.approx(
+        0.01 * count(model, part_of(model, "all", {})), abs=64)
+    study.args.steps, study.args.batch_size = 1, 1
+    assert study.tuned("c@7", "code", ROWS, 0.001)["trained"] == pytest.approx(0.01, abs=0.002)
 
 
 def test_a_checkpoint_that_leaks_has_no_result(tmp_path, monkeypatch):
