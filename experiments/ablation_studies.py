@@ -134,9 +134,8 @@ STUDIES = {
     "context": Study(
         "Longer rows for d6, with as many tokens a step. Every loss is at the arm's own length: "
         "compare mixers at one length, or by position (evaluate.py RUN... --rows T, with "
-        "--keep_checkpoints here). Arms called "
-        "taps have filters as long as the rows. `-- --model d12 --n_head 3` is not enough for "
-        "d12: its layers of attention and states are 5 and 10.", {
+        "--keep_checkpoints here). Arms called taps have filters as long as the rows. `-- --model "
+        "d12 --n_head 3` is not enough for d12: its layers of attention and states are 5 and 10.", {
             **{f"{name}-{T}": f"{SIZED[f'd6-{name}']} --sequence_length {T} "
                               f"--batch_size {65_536 // T}"
                for T in (1024, 2048, 4096, 16_384)

@@ -510,11 +510,11 @@ def read_sources(args, first: Checkpoint, T: int) -> Text:
                          "GPT-2's")
     sources = args.text
     if sources == ["all"]:
-        sources = [source for source in package_text.SOURCES
-                   if source != "plays" or package_text.PLAYS.exists()]
-    if args.text == ["all"] and "plays" not in sources:
-        print(f"--text all: {', '.join(sources)}; no plays, as there are none yet (python "
-              "data/shakespeare.py fetches them)", file=sys.stderr)
+        sources = [*package_text.SOURCES]
+        if not package_text.PLAYS.exists():
+            sources.remove("plays")
+            print(f"--text all: {', '.join(sources)}; no plays, as there are none yet (python "
+                  "data/shakespeare.py fetches them)", file=sys.stderr)
     found = {source: package_text.tokens_of(source, args.tokens or TOKENS_A_SOURCE)
              for source in sources}
     for source, part in found.items():
@@ -785,6 +785,12 @@ def report(checkpoints: list[Checkpoint], text: Text, results: Results, groups: 
 # plots
 
 
+def cells_of(table: str) -> list[list[str]]:
+    """Return the cells of a Markdown table, line by line."""
+    return [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in table.strip().splitlines()]
+
+
 def read_groups(page: str) -> list[tuple[str, str, list[str], dict[str, list[str]]]]:
     """Return the tables of groups of a report(): measure, what tells groups apart, header, rows.
 
@@ -798,9 +804,7 @@ def read_groups(page: str) -> list[tuple[str, str, list[str], dict[str, list[str
         if rest != " by group":
             continue
         for part in parts:
-            lines = [[cell.strip() for cell in line.strip("|").split("|")]
-                     for line in part.strip().splitlines()]
-            header, _, *rows = lines
+            header, _, *rows = cells_of(part)
             if {len(row) for row in rows} != {len(header)}:
                 raise ValueError(f"{measure}, by {header[0]}")
             for row in rows:
@@ -841,8 +845,7 @@ def read_filters(page: str) -> dict[str, dict[str, tuple[list[str], dict[str, li
     """
     found = {}
     for part in filter(str.strip, page.partition("\n## filters\n")[2].split("\n\n")):
-        lines = [[cell.strip() for cell in line.strip("|").split("|")]
-                 for line in part.strip().splitlines()]
+        lines = cells_of(part)
         label, _, what = lines[0][0].rpartition(", ")
         if what not in FILTER_TABLES:
             continue
@@ -854,7 +857,7 @@ def read_filters(page: str) -> dict[str, dict[str, tuple[list[str], dict[str, li
                 or any([*layers] != [*other] for _, other in tables.values()):
             raise ValueError(f"filters of {label}")
         tables[what] = lines[0][1:], layers
-    if any([*tables][:1] != [*FILTER_TABLES[:1]] for tables in found.values()):
+    if any(next(iter(tables)) != FILTER_TABLES[0] for tables in found.values()):
         raise ValueError("filters")
     return found
 
@@ -878,14 +881,15 @@ def plot_filters(found: dict, output: Path):
                          label="as drawn, mean of all layers")
         left.set_yscale("symlog", linthresh=1)  # 0.0 is less than 0.05
         left.set(xlabel="layer", ylabel="tokens", ylim=(0, None))
-        columns, layers = tables.get(FILTER_TABLES[1], ([], {}))
-        right.set_visible(bool(layers))
-        for i, layer in enumerate([*layers][:-2]):
-            right.plot(columns, layers[layer], color=plt.cm.viridis(i / len(trained)), marker="o",
-                       markersize=3, linewidth=1, label=f"layer {layer}")
-        if layers:
+        if FILTER_TABLES[1] in tables:
+            columns, layers = tables[FILTER_TABLES[1]]
+            for i, layer in enumerate(trained):
+                right.plot(columns, layers[layer], color=plt.cm.viridis(i / len(trained)),
+                           marker="o", markersize=3, linewidth=1, label=f"layer {layer}")
             right.plot(columns, layers[initial], "ko--", markersize=3, label="as drawn")
-        right.set(xlabel="cycles a token", ylabel="mean response", yscale="log")
+            right.set(xlabel="cycles a token", ylabel="mean response", yscale="log")
+        else:
+            right.set_visible(False)
         for axes in (left, right):
             axes.set_title(label, parse_math=False)
             axes.tick_params(axis="x", labelsize=7)

@@ -57,6 +57,7 @@ PARTS = ("all", "rest", "operator")  # which weights are trained
 ROWS = "rows"  # the part of a hybrid that compares its attention with its operator
 MOST_TOKENS = 4_000_000  # of a domain's text
 RUN = 16  # tokens: what stands in both parts in such a run is not judged
+OPERATOR, ATTENTION = ".mixer.operator.", "c_attn.weight"  # what names of their weights hold
 START = "start"  # in place of a domain: the checkpoint as it was
 
 Masks = dict[str, Tensor | None]  # of parameters by name: which numbers, None for all of them
@@ -66,10 +67,14 @@ Masks = dict[str, Tensor | None]  # of parameters by name: which numbers, None f
 # which weights
 
 
+def names_with(model: trainer.GPT, word: str) -> list[str]:
+    """Return the names of the parameters that hold a word."""
+    return [name for name, _ in model.named_parameters() if word in name]
+
+
 def operator_of(model: trainer.GPT, share: float) -> Masks:
     """Return masks of the operator's weights; where a model has none, rows_of it."""
-    own = {name: None for name, _ in model.named_parameters() if ".mixer.operator." in name}
-    return own or rows_of(model, share)
+    return dict.fromkeys(names_with(model, OPERATOR)) or rows_of(model, share)
 
 
 def rows_of(model: trainer.GPT, share: float) -> Masks:
@@ -77,9 +82,8 @@ def rows_of(model: trainer.GPT, share: float) -> Masks:
 
     They are the same in query and key, and evenly spread over the heads' channels.
     """
-    named = dict(model.named_parameters())
-    C, projections = model.config.n_embd, [name for name in named if name.endswith("c_attn.weight")]
-    total = sum(p.numel() for p in named.values())
+    C, projections = model.config.n_embd, names_with(model, ATTENTION)
+    total = sum(p.numel() for p in model.parameters())
     rows = max(1, round(share * total / (2 * C * len(projections))))
     chosen = torch.linspace(0, C - 1, min(rows, C)).long()
     mask = torch.zeros(3 * C, 1, dtype=torch.bool)
@@ -100,9 +104,8 @@ def part_of(model: trainer.GPT, part: str, operator: Masks) -> Masks:
 
 def parts_of(model: trainer.GPT) -> tuple[str, ...]:
     """Return the parts that are tuned of a model: ROWS where it has operator and attention."""
-    names = [name for name, _ in model.named_parameters()]
-    both = all(any(word in name for name in names) for word in (".mixer.operator.", "c_attn."))
-    return PARTS + (ROWS,) * both
+    both = names_with(model, OPERATOR) and names_with(model, ATTENTION)
+    return (*PARTS, ROWS) if both else PARTS
 
 
 def count(model: trainer.GPT, masks: Masks) -> int:
@@ -119,7 +122,7 @@ def share_of_operators(checkpoints: list[Checkpoint]) -> float:
     """
     for checkpoint in checkpoints:
         model = checkpoint.shapes
-        if any(".mixer.operator." in name for name, _ in model.named_parameters()):
+        if names_with(model, OPERATOR):
             return count(model, operator_of(model, 0)) / count(model, part_of(model, "all", {}))
     raise InputError("CHECKPOINT: one must have AFNO layers; attention's share follows from it")
 
