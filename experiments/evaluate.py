@@ -19,9 +19,11 @@ documents   a token is predicted from its own document alone, from token 50256 o
             of a document's last token is the 50256 of the next one, and it counts
 
 Losses are also told apart by position, by source, and by whether a document ended before in the
-row. They are told apart by the longest earlier match of the tokens up to the target, too. A hit is
-where the token after the most recent match is the right next one. --filters adds the lengths, rank,
-movement and frequency response of AFNO's filters, and the loss without the taps beyond some lags.
+row. Few documents have far positions. So of documents of at least --rows tokens there is a table of
+their own: it has the same ones at each position, and says how many. Losses are told apart by the
+longest earlier match of the tokens up to the target, too. A hit is where the token after the most
+recent match is the right next one. --filters adds the lengths, rank, movement and frequency
+response of AFNO's filters, and the loss without the taps beyond some lags.
 
 The tables go to stdout. With --out they also go to DIR/table.md, curves to DIR/curves.png and what
 filters look like to DIR/filters.png. Plots take matplotlib. DIR/losses.npz keeps the losses as
@@ -252,13 +254,14 @@ def longest_matches(tokens: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, 
 
 
 def groups_of(text: "Text", measure: str) -> dict[str, dict[str, np.ndarray]]:
-    """Return {what it is by: {group: mask (N,)}} of a measure's targets, without empty groups."""
+    """Return {what it is by: {group: mask (N,)}} of a measure's targets, without what is empty."""
     pieces, T = text.pieces[measure], text.T
     start, inputs = pieces.spread(pieces.start), np.arange(text.count)
     place = inputs - start
     context = dict(stream="row", documents="piece")[measure]
-    groups = {f"position in its {context}": {f"{low}-{high - 1}": (place >= low) & (place < high)
-                           for low, high in position_groups(T)}}
+    positions = {f"{low}-{high - 1}": (place >= low) & (place < high)
+                 for low, high in position_groups(T)}
+    groups = {f"position in its {context}": positions}
     if len(text.sources) > 1:
         ends = np.cumsum([*text.sources.values()])
         groups["source"] = {name: (inputs >= end - size) & (inputs < end)
@@ -266,6 +269,10 @@ def groups_of(text: "Text", measure: str) -> dict[str, dict[str, np.ndarray]]:
     if measure == "stream":
         after = text.after_an_end()
         groups["a document's end before it in its row"] = dict(no=~after, yes=after)
+    else:
+        full = (np.diff(pieces.unit, prepend=-1) > 0) & (pieces.length == T)  # first pieces
+        by = f"a document's position, the {full.sum():,} of {T:,} tokens or more"
+        groups[by] = {group: mask & pieces.spread(full) for group, mask in positions.items()}
     match, hit = longest_matches(text.tokens, start)
     matches = {"0": match == 0}
     for low, high in zip(MATCHES, [*MATCHES[1:], math.inf]):
@@ -275,8 +282,9 @@ def groups_of(text: "Text", measure: str) -> dict[str, dict[str, np.ndarray]]:
                     for word, right in (("miss", ~hit), ("hit", hit))}
     matches |= {"all misses": (match > 0) & ~hit, "all hits": hit}
     groups[f"longest earlier match in its {context}"] = matches
-    return {by: {name: mask for name, mask in masks.items() if mask.any()}
-            for by, masks in groups.items()}
+    groups = {by: {name: mask for name, mask in masks.items() if mask.any()}
+              for by, masks in groups.items()}
+    return {by: masks for by, masks in groups.items() if masks}
 
 
 def mean_and_error(values: np.ndarray, unit: np.ndarray) -> tuple[float, float]:

@@ -7,8 +7,10 @@
 Writes table.md, slopes.md and sizes.png, with a plot for each measure, to --output. Runs of one
 mixer on as many tokens make a line, with the fit loss = a - b ln(x), by least squares, and the
 standard error of b. Seeds count as runs of their own. As lines bend, slopes.md also has the slope
-from each size to the next, between means over seeds, which sizes.png joins. Parameters are those
-without embeddings, tables and head. FLOPs are flops_per_token's, times the tokens of the run.
+from each size to the next, between means over seeds, which sizes.png joins. Read off on the line so
+joined, it says how far each size of another mixer is from attention of as many parameters, FLOPs
+and seconds. Parameters are those without embeddings, tables and head. FLOPs are flops_per_token's,
+times the tokens of the run. It counts attention's products of queries and keys, no convolution.
 Seconds are the tokens over the median speed of the steps, so what else the card did at times does
 not count; of a run with a curriculum they are wrong. They compare on one kind of card: a line whose
 runs are of several kinds has no fit to them.
@@ -58,6 +60,7 @@ DEFAULT = "the default"
 COLUMNS = ("tokens", "mixer", "size", "seed", "parameters without embeddings", "FLOPs", "seconds",
            "loss", "machine")
 SLOPES = "Loss that e (2.7) times as much takes away"  # of slopes.md
+NEAR = 1.25  # times: so far beyond its ends a line is read off
 
 
 @dataclass
@@ -271,8 +274,41 @@ def between(one: list[Sized], other: list[Sized], measure: str) -> str:
     return f"{fit(x, y)[1]:.4f}"
 
 
+def read_off(line: list[Sized], measure: str, x: float) -> float:
+    """Return a line's loss at x of a measure, between means of sizes; nan far beyond its ends.
+
+    It is straight in ln(x). Up to NEAR beyond an end it goes on as between the last two sizes.
+    """
+    points = sorted((mean(group, measure), mean(group, "loss")) for group in by_size(line))
+    places, losses = zip(*points)
+    if len(points) < 2 or not places[0] / NEAR <= x <= places[-1] * NEAR:
+        return math.nan
+    i = min(max(int(np.searchsorted(places, x)), 1), len(points) - 1)
+    a, b, _ = fit(places[i - 1:i + 1], losses[i - 1:i + 1])
+    return a - b * math.log(x)
+
+
+def less_attention(lines: dict[tuple[int, str], list[Sized]]) -> list[list]:
+    """Return rows: by how much each size's loss is above attention's, at equal name and measures.
+    """
+    rows, budgets = [], labels({tokens for tokens, _ in lines})
+    show = lambda value: "" if math.isnan(value) else f"{value:+.4f}"
+    for (tokens, mixer), found in lines.items():
+        attention = lines.get((tokens, "attention"), [])
+        for group in by_size(found) if attention and mixer != "attention" else []:
+            loss, twins = mean(group, "loss"), [of for of in attention
+                                                if of.model == group[0].model]
+            row = [show(loss - mean(twins, "loss")) if twins else ""]
+            for measure in MEASURES:
+                several = why_no_fit(group + attention, measure) == "several cards"
+                row.append("several cards" if several else show(
+                    loss - read_off(attention, measure, mean(group, measure))))
+            rows.append([budgets[tokens], mixer, group[0].model, *row])
+    return rows
+
+
 def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
-    """Return the tables of fits, and from size to size: what e times as much is worth, in nats."""
+    """Return the tables of fits, from size to size, and at equal measures, all in nats."""
     fits, pairs, budgets = [], [], labels({tokens for tokens, _ in lines})
     for (tokens, mixer), found in lines.items():
         begin, sizes = [budgets[tokens], mixer], by_size(found)
@@ -288,6 +324,13 @@ def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
         parts += ["From a size to the next, between means over seeds. Mixers compare where their "
                   "sizes are the same.",
                   markdown([*head, "size", "next", *MEASURES.values()], pairs)]
+    if differences := less_attention(lines):
+        parts += ["Loss less attention's: of the same size, then of as many parameters, FLOPs and "
+                  "seconds. These are read off between the means of attention's sizes, straight "
+                  f"in the logarithm. Up to {NEAR} times beyond an end the last two sizes say how "
+                  "the line goes on. These differences hold the noise of all runs they are made "
+                  "of.",
+                  markdown([*head, "size", "the same size", *MEASURES.values()], differences)]
     return "\n\n".join(parts) + "\n"
 
 

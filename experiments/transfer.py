@@ -4,11 +4,17 @@
     python experiments/ablation_studies.py transfer runs/c runs/b --domains law --rates 0.001
 
 A CHECKPOINT is what evaluate.py takes. It is tuned for --steps steps on each domain's text, and
-judged on another part of it. The operator is AFNO's MLPs in frequency, which make the filters.
-Attention has none. In its place some rows of query and key are trained, which decide what is mixed.
-They are as large a share of the weights, that of the first CHECKPOINT with an operator, or all such
-rows where they are fewer. Of a hybrid they are trained, too: a part of its own, called rows. Each
-part has its own best rate of --rates.
+judged on another part of it. The parts that are tuned:
+
+all        all weights
+rest       all but the operator; of a model without one, all but the rows
+operator   AFNO's MLPs in frequency, which make the filters
+rows       of attention: some rows of query and key, which decide what is mixed; as large a share
+           of the weights as the operator of the first CHECKPOINT that has one, or all such rows
+           where they are fewer. A hybrid has operator and rows
+
+Each part has its own best rate of --rates. Where that is the lowest or the highest, a better one
+may lie beyond.
 
 code     the Python files of installed packages; the last tenth is judged
 plays    Shakespeare's plays, training and validation shard (python data/shakespeare.py)
@@ -53,8 +59,7 @@ from runtime import Diverged, Runtime, choose_device, usual_runtime
 
 JUDGED = "Losses on the part of a domain's text that was not trained on"  # in table.md
 DOMAINS = {"code": "code", "plays": "plays", "law": "licences"}
-PARTS = ("all", "rest", "operator")  # which weights are trained
-ROWS = "rows"  # the part of a hybrid that compares its attention with its operator
+PARTS = ("all", "rest", "operator", "rows")  # which weights are trained
 MOST_TOKENS = 4_000_000  # of a domain's text
 RUN = 16  # tokens: what stands in both parts in such a run is not judged
 OPERATOR, ATTENTION = ".mixer.operator.", "c_attn.weight"  # what names of their weights hold
@@ -91,11 +96,13 @@ def rows_of(model: trainer.GPT, share: float) -> Masks:
     return dict.fromkeys(projections, mask)
 
 
-def part_of(model: trainer.GPT, part: str, operator: Masks) -> Masks:
-    """Return masks of the weights of one of PARTS."""
-    named = dict(model.named_parameters())
+def part_of(model: trainer.GPT, part: str, share: float) -> Masks:
+    """Return masks of the weights of one of PARTS; rows are `share` of all weights."""
+    named, operator = dict(model.named_parameters()), operator_of(model, share)
     if part == "operator":
         return operator
+    if part == "rows":
+        return rows_of(model, share)
     if part == "all":
         return dict.fromkeys(named)
     return {name: None if name not in operator else ~operator[name] for name in named
@@ -103,9 +110,9 @@ def part_of(model: trainer.GPT, part: str, operator: Masks) -> Masks:
 
 
 def parts_of(model: trainer.GPT) -> tuple[str, ...]:
-    """Return the parts that are tuned of a model: ROWS where it has operator and attention."""
-    both = names_with(model, OPERATOR) and names_with(model, ATTENTION)
-    return (*PARTS, ROWS) if both else PARTS
+    """Return the parts that a model has, in the order of PARTS."""
+    needed = {"operator": OPERATOR, "rows": ATTENTION}
+    return tuple(part for part in PARTS if part not in needed or names_with(model, needed[part]))
 
 
 def count(model: trainer.GPT, masks: Masks) -> int:
@@ -123,7 +130,7 @@ def share_of_operators(checkpoints: list[Checkpoint]) -> float:
     for checkpoint in checkpoints:
         model = checkpoint.shapes
         if names_with(model, OPERATOR):
-            return count(model, operator_of(model, 0)) / count(model, part_of(model, "all", {}))
+            return count(model, operator_of(model, 0)) / count(model, part_of(model, "all", 0))
     raise InputError("CHECKPOINT: one must have AFNO layers; attention's share follows from it")
 
 
@@ -228,7 +235,7 @@ def is_whole(row: dict) -> bool:
     error = lambda value: size(value) or type(value) is float and math.isnan(value)
     if (part, operator_of) == ("none", START):
         needed = {}
-    elif part in (*PARTS, ROWS) and operator_of == domain:
+    elif part in PARTS and operator_of == domain:
         needed = dict(error=error, trained=number(0, 1).accepts)
         if part == "rest" and "less_all" in row:  # there since 2026-11-30
             needed |= dict(less_all=number(-1e18, 1e18).accepts, less_all_error=error)
@@ -306,7 +313,8 @@ class Study:
 
     def shown(self) -> tuple[str, ...]:
         """Return the parts that any checkpoint has, in the order of the tables."""
-        return max(map(self.parts, self.checkpoints), key=len)
+        there = {part for label in self.checkpoints for part in self.parts(label)}
+        return tuple(part for part in PARTS if part in there)
 
     def model(self, label: str) -> trainer.GPT:
         """Return a checkpoint's model; the first time, raise InputError where it leaks."""
@@ -342,8 +350,7 @@ class Study:
 
         def make() -> dict:
             model = self.model(label)
-            masks = rows_of(model, self.share) if part == ROWS else \
-                part_of(model, part, operator_of(model, self.share))
+            masks = part_of(model, part, self.share)
             tune(model, masks, domain, rate, self.args, self.runtime)
             if part == "all":
                 path = self.weights(label, domain, rate)
@@ -431,21 +438,22 @@ def tables(study: Study) -> str:
         f"{JUDGED}: {judged}. The others "
         f"stand in a run of {RUN} tokens in the training part, too. {args.steps} steps of "
         f"{args.batch_size} rows, seed {args.seed}; of each part the best of the rates "
-        f"{', '.join(map(str, args.rates))} by these losses. Where a model has no operator, some "
-        "rows of query and key stand for it. +- is a standard error, over rows: in the first table "
+        f"{', '.join(map(str, args.rates))} by these losses. Of a model without operator, rest is "
+        "all but the rows. +- is a standard error, over rows: in the first table "
         "of the loss less that before, and of the loss of rest less that of all. Made by "
         "experiments/ablation_studies.py transfer.",
         f"Machine: {machine(study.runtime)}.",
         markdown(["checkpoint", "domain", "before", *parts], gains),
-        "Models tuned with all weights, with the operator of another domain's model in place of "
-        "their own: the loss above their own, and the standard error of that.",
+        "Models tuned with all weights, with the operator (where there is none, the rows) of "
+        "another domain's model in place of their own: the loss above their own, and the standard "
+        "error of that.",
         markdown(["model", "tuned on", "own loss",
                   *(column for other in (*args.domains, START)
                     for column in (f"operator of {other}", "+-"))], worth)))
 
 
 def plot(study: Study, output: Path):
-    """Draw what tuning each part gains, a panel for a domain, bars for checkpoints."""
+    """Draw what tuning each part gains with its standard error, a panel for a domain."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -455,9 +463,11 @@ def plot(study: Study, output: Path):
                                   squeeze=False)
     for domain, axes in zip(domains, panels[0]):
         for i, label in enumerate(labels):
-            gains = [study.before(label, domain) - study.best(label, domain, part)["loss"]
-                     if part in study.parts(label) else math.nan for part in shown]
-            axes.bar(np.arange(len(shown)) + 0.8 * i / len(labels), gains, 0.8 / len(labels),
+            best = [study.best(label, domain, part) if part in study.parts(label)
+                    else dict(loss=math.nan, error=math.nan) for part in shown]
+            axes.bar(np.arange(len(shown)) + 0.8 * i / len(labels),
+                     [study.before(label, domain) - row["loss"] for row in best],
+                     0.8 / len(labels), yerr=[row["error"] for row in best], capsize=2,
                      label=f"checkpoint {i}")
         axes.set_xticks(np.arange(len(shown)) + 0.4 - 0.4 / len(labels), shown)
         axes.set_title(domain)

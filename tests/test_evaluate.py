@@ -181,8 +181,19 @@ def test_groups_are_told_apart(tokens):
     tokens[576] = END_OF_TEXT  # where a row begins
     pieces = dict(stream=cut_rows(count, T), documents=cut_documents(tokens, count, T))
     text = Text("", tokens, T, pieces)
+    ends = [0, *np.flatnonzero(tokens[:count] == END_OF_TEXT), count]
+    begins = [begin for begin, end in zip(ends, ends[1:]) if end - begin >= T]
+    assert 1 < len(begins) < len(ends) - 1
+    full = groups_of(text, "documents")[f"a document's position, the {len(begins)} of 96 tokens "
+                                        "or more"]
+    for (low, high), mask in zip(((0, 64), (64, 96)), full.values(), strict=True):
+        assert mask.nonzero()[0].tolist() == [i for begin in begins
+                                              for i in range(begin + low, begin + high)]
+    no_end = Text("", np.arange(40), T, dict(documents=cut_documents(np.arange(40), 39, T)))
+    assert len(groups_of(no_end, "documents")) == 2  # position and match: none has 96 tokens
     for measure in pieces:
-        position, *rest = groups_of(text, measure).values()
+        position, *rest = (masks for by, masks in groups_of(text, measure).items()
+                           if not by.startswith("a document's position"))
         assert [*position] == ["0-63", "64-95"]
         for masks in (position, *rest):
             masks = {name: mask for name, mask in masks.items() if not name.startswith("all ")}

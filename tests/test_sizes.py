@@ -92,6 +92,31 @@ def test_two_sizes_make_tables_and_plots(tmp_path):
     assert (tmp_path / "out/sizes.png").stat().st_size > 1000
 
 
+def test_sizes_are_compared_with_attention_of_as_much(tmp_path):
+    curve = lambda seconds: 6 - 0.3 * math.log(seconds)  # attention's; the hybrid is 0.1 above it
+    make = lambda name, size, more, seconds, above=0.0: make_run(
+        tmp_path / f"{name}-{size}", f"--model {size} --n_head 2 {more}", seconds,
+        curve(seconds) + above)
+    runs = [*(make("b", size, "--mixer attn", seconds)
+              for size, seconds in (("d6", 10), ("d18", 40))),
+            *(make("c", size, "--attn_layers 2", seconds, 0.1)
+              for size, seconds in (("d6", 9), ("d12", 20), ("d18", 60)))]
+    lines = sizes.lines_of([sizes.read_sized(folder) for folder in runs])
+    rows = sizes.less_attention(lines)
+    assert [row[1:3] for row in rows] == [["hybrid", size] for size in ("d6", "d12", "d18")]
+    assert [row[-1] for row in rows] == ["+0.1000", "+0.1000", ""]  # 60 s: far beyond
+    assert [row[3] for row in rows] == [
+        f"{curve(9) + 0.1 - curve(10):+.4f}", "", f"{curve(60) + 0.1 - curve(40):+.4f}"]
+    one, two = (lines[TOKENS, "attention"][i].parameters for i in (0, 1))
+    middle = lines[TOKENS, "hybrid"][1]
+    part = math.log(middle.parameters / one) / math.log(two / one)
+    wanted = middle.loss - (curve(10) * (1 - part) + curve(40) * part)
+    assert rows[1][4] == f"{wanted:+.4f}"
+    assert sizes.less_attention({key: found for key, found in lines.items()
+                                 if key[1] != "attention"}) == []
+    assert "of as many parameters" in sizes.slopes(lines)
+
+
 @pytest.mark.parametrize("cards, further, machines", (
     (("CPU", "CPU"), "", ("1 x CPU", "1 x CPU")),
     (("NVIDIA H200, CUDA 13.0", "NVIDIA H200, CUDA 13.0, driver 580.1"), "",
