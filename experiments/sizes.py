@@ -7,10 +7,10 @@
 Writes table.md, slopes.md and sizes.png, with a plot for each measure, to --output. Runs of one
 mixer on as many tokens make a line, with the fit loss = a - b ln(x), by least squares, and the
 standard error of b. Seeds count as runs of their own. As lines bend, slopes.md also has the slope
-from each size to the next, between means over seeds, which sizes.png joins. Read off on the line so
-joined, it says how far each size of another mixer is from attention of as many parameters, FLOPs
-and seconds. Parameters are those without embeddings, tables and head. FLOPs are flops_per_token's,
-times the tokens of the run. It counts attention's products of queries and keys, no convolution.
+from each size to the next, between means over seeds, which sizes.png joins. It also says how far
+each size of another mixer is from attention of as many parameters, FLOPs and seconds. Parameters
+are those without embeddings, tables and head. FLOPs are flops_per_token's, times the tokens of the
+run. It counts attention's products of queries and keys, no convolution.
 Seconds are the tokens over the median speed of the steps, so what else the card did at times does
 not count; of a run with a curriculum they are wrong. They compare on one kind of card: a line whose
 runs are of several kinds has no fit to them.
@@ -275,17 +275,17 @@ def between(one: list[Sized], other: list[Sized], measure: str) -> str:
 
 
 def read_off(line: list[Sized], measure: str, x: float) -> float:
-    """Return a line's loss at x of a measure, between means of sizes; nan far beyond its ends.
+    """Return a line's loss at x of a measure, from the means of its sizes; nan far beyond its ends.
 
-    It is straight in ln(x). Up to NEAR beyond an end it goes on as between the last two sizes.
+    It is a parabola in ln(x) through the three nearest sizes. Of two it is straight, and then too
+    high between them where a line bends.
     """
-    points = sorted((mean(group, measure), mean(group, "loss")) for group in by_size(line))
-    places, losses = zip(*points)
-    if len(points) < 2 or not places[0] / NEAR <= x <= places[-1] * NEAR:
+    means = {mean(group, measure): mean(group, "loss") for group in by_size(line)}
+    if len(means) < 2 or not min(means) / NEAR <= x <= max(means) * NEAR:
         return math.nan
-    i = min(max(int(np.searchsorted(places, x)), 1), len(points) - 1)
-    a, b, _ = fit(places[i - 1:i + 1], losses[i - 1:i + 1])
-    return a - b * math.log(x)
+    near = sorted(means, key=lambda place: abs(math.log(place / x)))[:3]
+    distances = [math.log(place / x) for place in near]
+    return float(np.polyfit(distances, [means[place] for place in near], len(near) - 1)[-1])
 
 
 def less_attention(lines: dict[tuple[int, str], list[Sized]]) -> list[list]:
@@ -326,10 +326,11 @@ def slopes(lines: dict[tuple[int, str], list[Sized]]) -> str:
                   markdown([*head, "size", "next", *MEASURES.values()], pairs)]
     if differences := less_attention(lines):
         parts += ["Loss less attention's: of the same size, then of as many parameters, FLOPs and "
-                  "seconds. These are read off between the means of attention's sizes, straight "
-                  f"in the logarithm. Up to {NEAR} times beyond an end the last two sizes say how "
-                  "the line goes on. These differences hold the noise of all runs they are made "
-                  "of.",
+                  "seconds. These are read off a parabola in the logarithm through the three "
+                  "nearest of attention's sizes, between means. Of two sizes it is a straight "
+                  "line, which is too high between them where a line bends. A cell is empty "
+                  "where attention has no such size, one size, or none within "
+                  f"{NEAR} times. The differences hold the noise of all runs they are made of.",
                   markdown([*head, "size", "the same size", *MEASURES.values()], differences)]
     return "\n\n".join(parts) + "\n"
 

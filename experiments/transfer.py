@@ -1,4 +1,4 @@
-"""Tune checkpoints on other text: all weights, all but the operator, the operator alone.
+"""Tune checkpoints on other text: all weights, all but the operator, it or some rows alone.
 
     python experiments/ablation_studies.py transfer runs/c runs/b       # on a GPU
     python experiments/ablation_studies.py transfer runs/c runs/b --domains law --rates 0.001
@@ -98,13 +98,14 @@ def rows_of(model: trainer.GPT, share: float) -> Masks:
 
 def part_of(model: trainer.GPT, part: str, share: float) -> Masks:
     """Return masks of the weights of one of PARTS; rows are `share` of all weights."""
-    named, operator = dict(model.named_parameters()), operator_of(model, share)
-    if part == "operator":
-        return operator
-    if part == "rows":
-        return rows_of(model, share)
+    named = dict(model.named_parameters())
     if part == "all":
         return dict.fromkeys(named)
+    if part == "rows":
+        return rows_of(model, share)
+    operator = operator_of(model, share)
+    if part == "operator":
+        return operator
     return {name: None if name not in operator else ~operator[name] for name in named
             if name not in operator or operator[name] is not None}
 

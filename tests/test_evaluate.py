@@ -189,6 +189,16 @@ def test_groups_are_told_apart(tokens):
     for (low, high), mask in zip(((0, 64), (64, 96)), full.values(), strict=True):
         assert mask.nonzero()[0].tolist() == [i for begin in begins
                                               for i in range(begin + low, begin + high)]
+    sizes = (3 * T, T - 1, T, T + 1, 5, T)  # the first begins where the text does, the last is cut
+    cut = np.ones(sum(sizes), int)
+    cut[np.cumsum(sizes)[:-1]] = END_OF_TEXT
+    found = groups_of(Text("", cut, T, dict(documents=cut_documents(cut, len(cut) - 1, T))),
+                      "documents")
+    full = found["a document's position, the 3 of 96 tokens or more"]
+    begins = [0, 4 * T - 1, 5 * T - 1]
+    assert [mask.nonzero()[0].tolist() for mask in full.values()] == [
+        [i for begin in begins for i in range(begin + low, begin + high)]
+        for low, high in ((0, 64), (64, T))]
     no_end = Text("", np.arange(40), T, dict(documents=cut_documents(np.arange(40), 39, T)))
     assert len(groups_of(no_end, "documents")) == 2  # position and match: none has 96 tokens
     for measure in pieces:

@@ -93,28 +93,54 @@ def test_two_sizes_make_tables_and_plots(tmp_path):
 
 
 def test_sizes_are_compared_with_attention_of_as_much(tmp_path):
-    curve = lambda seconds: 6 - 0.3 * math.log(seconds)  # attention's; the hybrid is 0.1 above it
-    make = lambda name, size, more, seconds, above=0.0: make_run(
-        tmp_path / f"{name}-{size}", f"--model {size} --n_head 2 {more}", seconds,
-        curve(seconds) + above)
-    runs = [*(make("b", size, "--mixer attn", seconds)
-              for size, seconds in (("d6", 10), ("d18", 40))),
-            *(make("c", size, "--attn_layers 2", seconds, 0.1)
-              for size, seconds in (("d6", 9), ("d12", 20), ("d18", 60)))]
+    curve = lambda seconds: 6 - 0.3 * math.log(seconds) + 0.05 * math.log(seconds)**2
+    runs = []
+
+    def make(mixer, size, seconds, loss, more="", **others):
+        flags = f"--model {size} --n_head 2 {mixer} {more} --seed {len(runs)}"
+        runs.append(make_run(tmp_path / f"{len(runs)}", flags, seconds, loss, **others))
+
+    for size, seconds in (("d6", 10), ("d12", 80), ("d18", 40), ("d24", 100)):  # d12 is slow
+        for noise in (-0.2, 0.2):  # means over seeds count
+            make("--mixer attn", size, seconds, curve(seconds) + noise)
+        make("--mixer attn", size, seconds, 1.0, tokens=TOKENS // 2)  # another budget
+    inside, outside = 0.99 * sizes.NEAR, 1.01 * sizes.NEAR
+    hybrid = (("d6", 10 / inside), ("d12", 20), ("d18", 100 * inside), ("d24", 100 * outside),
+              ("d36", 10 / outside))
+    for size, seconds in hybrid:
+        for noise in (-0.3, 0.3):
+            make("--attn_layers 2", size, seconds, curve(seconds) + 0.1 + noise)
     lines = sizes.lines_of([sizes.read_sized(folder) for folder in runs])
-    rows = sizes.less_attention(lines)
-    assert [row[1:3] for row in rows] == [["hybrid", size] for size in ("d6", "d12", "d18")]
-    assert [row[-1] for row in rows] == ["+0.1000", "+0.1000", ""]  # 60 s: far beyond
-    assert [row[3] for row in rows] == [
-        f"{curve(9) + 0.1 - curve(10):+.4f}", "", f"{curve(60) + 0.1 - curve(40):+.4f}"]
-    one, two = (lines[TOKENS, "attention"][i].parameters for i in (0, 1))
-    middle = lines[TOKENS, "hybrid"][1]
-    part = math.log(middle.parameters / one) / math.log(two / one)
-    wanted = middle.loss - (curve(10) * (1 - part) + curve(40) * part)
-    assert rows[1][4] == f"{wanted:+.4f}"
-    assert sizes.less_attention({key: found for key, found in lines.items()
-                                 if key[1] != "attention"}) == []
+    rows = {row[2]: row[3:] for row in sizes.less_attention(lines)}
+    assert [*rows] == ["d6", "d12", "d18", "d24", "d36"]
+    # through the three nearest of four points of a parabola: the parabola
+    assert [row[3] for row in rows.values()] == ["+0.1000"] * 3 + [""] * 2
+    for (size, seconds), theirs in zip(hybrid[:4], (10, 80, 40, 100)):
+        assert rows[size][0] == f"{curve(seconds) + 0.1 - curve(theirs):+.4f}"
+    assert rows["d36"][0] == ""  # attention has no d36
+
+    attention = {of.model: of for of in lines[TOKENS, "attention"]}
+    of = next(of for of in lines[TOKENS, "hybrid"] if of.model == "d12")
+    for i, measure in ((1, "parameters"), (2, "flops")):
+        near = sorted(attention.values(), key=lambda other: abs(
+            math.log(getattr(other, measure) / getattr(of, measure))))[:3]
+        x, y = math.log(getattr(of, measure)), 0.0
+        places = [math.log(getattr(other, measure)) for other in near]
+        for j, other in enumerate(near):  # Lagrange's form
+            weight = math.prod((x - places[k]) / (places[j] - places[k])
+                               for k in range(3) if k != j)
+            y += weight * curve(other.seconds)
+        assert rows["d12"][i] == f"{curve(20) + 0.1 - y:+.4f}"
     assert "of as many parameters" in sizes.slopes(lines)
+
+    two = {key: [of for of in found if of.model in ("d6", "d24")] for key, found in lines.items()}
+    straight = sizes.read_off(two[TOKENS, "attention"], "seconds", 10**1.5)
+    assert straight == pytest.approx((curve(10) + curve(100)) / 2)
+    no_attention = {key: found for key, found in lines.items() if key[1] != "attention"}
+    assert sizes.less_attention(no_attention) == []
+    for of in lines[TOKENS, "hybrid"]:
+        of.machines = ("1 x NVIDIA H100",)
+    assert {row[-1] for row in sizes.less_attention(lines)} == {"several cards"}
 
 
 @pytest.mark.parametrize("cards, further, machines", (

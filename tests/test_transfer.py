@@ -1,5 +1,6 @@
 """Tuning parts of a model on other text: what moves, what stands, what is exchanged."""
 import json
+import math
 
 import numpy as np
 import pytest
@@ -231,6 +232,19 @@ def test_a_study_takes_the_share_of_rows_that_the_operator_has(tmp_path):
     assert study.tuned("c@7", "code", "rows", 0.001)["trained"] == pytest.approx(0.01, abs=0.002)
 
 
+def test_tables_have_the_parts_of_all_checkpoints(tmp_path):
+    for name, options in (("b", ATTENTION), ("f", dict(mixer="afno", attn_layers=()))):
+        save(tmp_path / name, **options)
+    for order in ("bf", "fb"):
+        study = transfer.Study(transfer.parse([
+            *(str(tmp_path / name) for name in order), "--domains", "code", "--output",
+            str(tmp_path / "out")]), CPU)
+        assert study.shown() == PARTS
+        assert study.parts("b@7") == ("all", "rest", "rows")
+    alone = transfer.parse([str(tmp_path / "f"), "--domains", "code", "--output", str(tmp_path)])
+    assert transfer.Study(alone, CPU).shown() == ("all", "rest", "operator")
+
+
 def test_a_checkpoint_that_leaks_has_no_result(tmp_path, monkeypatch):
     conv = afno.causal_conv
     monkeypatch.setattr(afno, "causal_conv",
@@ -323,16 +337,23 @@ def test_what_stands_in_the_training_part_is_not_judged():
 
 @pytest.mark.slow
 def test_a_picture_of_the_gains(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
+    plt = pytest.importorskip("matplotlib.pyplot")
     study = type("Study", (), dict(
         args=transfer.parse(["x"]), checkpoints=dict.fromkeys(("a$b_$@1", "_b@2")),
-        before=lambda *_: 4.0, best=lambda *_: dict(loss=3.5, error=0.1), shown=lambda _: PARTS,
-        parts=lambda _, label: PARTS[:3]))()
+        before=lambda *_: 4.0, shown=lambda _: PARTS, parts=lambda _, label: PARTS[:3],
+        best=lambda _, label, domain, part: dict(loss=3.5 - PARTS.index(part), error=0.1)))()
+    bars, bar = [], plt.Axes.bar
+    monkeypatch.setattr(plt.Axes, "bar", lambda axes, x, height, *arguments, **named: bars.append(
+        (height, named["yerr"])) or bar(axes, x, height, *arguments, **named))
     names, name_lines = [], transfer.name_lines
     monkeypatch.setattr(transfer, "name_lines", lambda legend, labels: names.extend(
         name_lines(legend, labels) or [text.get_text() for text in legend.get_texts()]))
     transfer.plot(study, tmp_path / "gains.png")
     assert names == ["a$b_$@1", "_b@2"]
+    assert len(bars) == 2 * 3  # checkpoints and domains
+    for heights, errors in bars:  # the last is what neither has
+        assert heights[:3] == [0.5, 1.5, 2.5] and math.isnan(heights[3])
+        assert errors[:3] == [0.1] * 3
     assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
 
 
