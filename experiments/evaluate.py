@@ -254,7 +254,7 @@ def longest_matches(tokens: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, 
 
 
 def groups_of(text: "Text", measure: str) -> dict[str, dict[str, np.ndarray]]:
-    """Return {what it is by: {group: mask (N,)}} of a measure's targets, without what is empty."""
+    """Return {what it is by: {group: mask (N,)}} of a measure's targets, without empty groups."""
     pieces, T = text.pieces[measure], text.T
     start, inputs = pieces.spread(pieces.start), np.arange(text.count)
     place = inputs - start
@@ -271,8 +271,9 @@ def groups_of(text: "Text", measure: str) -> dict[str, dict[str, np.ndarray]]:
         groups["a document's end before it in its row"] = dict(no=~after, yes=after)
     else:
         full = (np.diff(pieces.unit, prepend=-1) > 0) & (pieces.length == T)  # first pieces
-        by = f"a document's position, the {full.sum():,} of {T:,} tokens or more"
-        groups[by] = {group: mask & pieces.spread(full) for group, mask in positions.items()}
+        if full.any():
+            by = f"a document's position, the {full.sum():,} of {T:,} tokens or more"
+            groups[by] = {group: mask & pieces.spread(full) for group, mask in positions.items()}
     match, hit = longest_matches(text.tokens, start)
     matches = {"0": match == 0}
     for low, high in zip(MATCHES, [*MATCHES[1:], math.inf]):
@@ -282,9 +283,8 @@ def groups_of(text: "Text", measure: str) -> dict[str, dict[str, np.ndarray]]:
                     for word, right in (("miss", ~hit), ("hit", hit))}
     matches |= {"all misses": (match > 0) & ~hit, "all hits": hit}
     groups[f"longest earlier match in its {context}"] = matches
-    groups = {by: {name: mask for name, mask in masks.items() if mask.any()}
-              for by, masks in groups.items()}
-    return {by: masks for by, masks in groups.items() if masks}
+    return {by: {name: mask for name, mask in masks.items() if mask.any()}
+            for by, masks in groups.items()}
 
 
 def mean_and_error(values: np.ndarray, unit: np.ndarray) -> tuple[float, float]:

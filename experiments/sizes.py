@@ -215,13 +215,17 @@ def lines_of(runs: list[Sized]) -> dict[tuple[int, str], list[Sized]]:
         key=lambda of: (of.parameters, of.seed)) for tokens, i in keys}
 
 
+def why_not_compared(found: list[Sized], measure: str) -> str:
+    """Return why a measure of the runs does not compare, in two words; empty if it does."""
+    cards = {machine for of in found for machine in of.machines}
+    return "several cards" if measure == "seconds" and len(cards) > 1 else ""
+
+
 def why_no_fit(found: list[Sized], measure: str) -> str:
     """Return why the runs of a line are not fitted to a measure, in two words; empty if they are.
     """
-    if len({of.model for of in found}) < 2:
-        return "one size"
-    cards = {machine for of in found for machine in of.machines}
-    return "several cards" if measure == "seconds" and len(cards) > 1 else ""
+    one = len({of.model for of in found}) < 2
+    return "one size" if one else why_not_compared(found, measure)
 
 
 def short(count: int) -> str:
@@ -288,22 +292,26 @@ def read_off(line: list[Sized], measure: str, x: float) -> float:
     return float(np.polyfit(distances, [means[place] for place in near], len(near) - 1)[-1])
 
 
-def less_attention(lines: dict[tuple[int, str], list[Sized]]) -> list[list]:
-    """Return rows: by how much each size's loss is above attention's, at equal name and measures.
-    """
+def above(group: list[Sized], line: list[Sized], measure: str) -> str:
+    """Return how far the loss of a size is above a line's at as much of a measure, or why not."""
+    if words := why_not_compared(group + line, measure):
+        return words
+    difference = mean(group, "loss") - read_off(line, measure, mean(group, measure))
+    return "" if math.isnan(difference) else f"{difference:+.4f}"
+
+
+def less_attention(lines: dict[tuple[int, str], list[Sized]]) -> list[list[str]]:
+    """Return rows: how far each size's loss is above attention's of its name, then at MEASURES."""
     rows, budgets = [], labels({tokens for tokens, _ in lines})
-    show = lambda value: "" if math.isnan(value) else f"{value:+.4f}"
     for (tokens, mixer), found in lines.items():
-        attention = lines.get((tokens, "attention"), [])
-        for group in by_size(found) if attention and mixer != "attention" else []:
-            loss, twins = mean(group, "loss"), [of for of in attention
-                                                if of.model == group[0].model]
-            row = [show(loss - mean(twins, "loss")) if twins else ""]
-            for measure in MEASURES:
-                several = why_no_fit(group + attention, measure) == "several cards"
-                row.append("several cards" if several else show(
-                    loss - read_off(attention, measure, mean(group, measure))))
-            rows.append([budgets[tokens], mixer, group[0].model, *row])
+        attention = lines.get((tokens, "attention"))
+        if mixer == "attention" or not attention:
+            continue
+        for group in by_size(found):
+            twins = [of for of in attention if of.model == group[0].model]
+            same = f"{mean(group, 'loss') - mean(twins, 'loss'):+.4f}" if twins else ""
+            rows.append([budgets[tokens], mixer, group[0].model, same,
+                         *(above(group, attention, measure) for measure in MEASURES)])
     return rows
 
 
