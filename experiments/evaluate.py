@@ -69,6 +69,8 @@ from runtime import (MOST_TOKENS, Diverged, Runtime, choose_device, code_of,  # 
                      gpu_driver, run, shapes_of, usual_runtime)
 
 MEASURES = ("stream", "documents")
+END_BEFORE = "a document's end before it in its row"  # what its table is by
+LONG = "a document's position, the "  # what its table is by begins so
 MOST_CUTS = 32  # after which other tokens come, to see leaks in rows of a width
 BLOCK = 64  # tokens: kernels and convolutions cut rows at multiples of it
 SHORTEST = 64  # tokens: shorter pieces are padded to it
@@ -268,12 +270,7 @@ def groups_of(text: "Text", measure: str) -> dict[str, dict[str, np.ndarray]]:
                             for (name, size), end in zip(text.sources.items(), ends)}
     if measure == "stream":
         after = text.after_an_end()
-        groups["a document's end before it in its row"] = dict(no=~after, yes=after)
-    else:
-        full = (np.diff(pieces.unit, prepend=-1) > 0) & (pieces.length == T)  # first pieces
-        if full.any():
-            by = f"a document's position, the {full.sum():,} of {T:,} tokens or more"
-            groups[by] = {group: mask & pieces.spread(full) for group, mask in positions.items()}
+        groups[END_BEFORE] = dict(no=~after, yes=after)
     match, hit = longest_matches(text.tokens, start)
     matches = {"0": match == 0}
     for low, high in zip(MATCHES, [*MATCHES[1:], math.inf]):
@@ -283,6 +280,10 @@ def groups_of(text: "Text", measure: str) -> dict[str, dict[str, np.ndarray]]:
                     for word, right in (("miss", ~hit), ("hit", hit))}
     matches |= {"all misses": (match > 0) & ~hit, "all hits": hit}
     groups[f"longest earlier match in its {context}"] = matches
+    full = (np.diff(pieces.unit, prepend=-1) > 0) & (pieces.length == T)  # first pieces
+    if measure == "documents" and full.any():
+        by = f"{LONG}{full.sum():,} of {T:,} tokens or more"
+        groups[by] = {group: mask & pieces.spread(full) for group, mask in positions.items()}
     return {by: {name: mask for name, mask in masks.items() if mask.any()}
             for by, masks in groups.items()}
 
@@ -802,8 +803,8 @@ def cells_of(table: str) -> list[list[str]]:
 def read_groups(page: str) -> list[tuple[str, str, list[str], dict[str, list[str]]]]:
     """Return the tables of groups of a report(): measure, what tells groups apart, header, rows.
 
-    Rows are cells by group, hits after misses; groups that are sums of others are left out. Raise
-    ValueError where the page is cut off, or a cell is no number.
+    Rows are cells by group, hits after misses; groups that are sums of others are left out, and so
+    is END_BEFORE. Raise ValueError where the page is cut off, or a cell is no number.
     """
     tables = []
     for section in f"\n{page}".split("\n## "):
@@ -822,8 +823,9 @@ def read_groups(page: str) -> list[tuple[str, str, list[str], dict[str, list[str
             rows = sorted((row for row in rows if not row[0].startswith("all ")),
                           key=lambda row: "hit" in row[0])
             tables.append((measure, header[0], header, {row[0]: row for row in rows}))
-    tables = [table for table in tables if not table[1].startswith("a document")]
-    if len({sum(table[0] == measure for table in tables) for measure in MEASURES}) > 1:
+    tables = [table for table in tables if table[1] != END_BEFORE]
+    if len({sum(table[0] == measure and not table[1].startswith(LONG) for table in tables)
+            for measure in MEASURES}) > 1:
         raise ValueError(f"not as many tables of {' as of '.join(MEASURES)}")
     return tables
 
@@ -918,21 +920,15 @@ def plot_groups(page: str, output: Path):
     import matplotlib.pyplot as plt
 
     tables = read_groups(page)
-    columns = len(tables) // len(MEASURES)
+    rows = [[table for table in tables if table[0] == measure] for measure in MEASURES]
+    columns = max(map(len, rows))
     figure, panels = plt.subplots(len(MEASURES), columns, figsize=(5 * columns, 8), squeeze=False,
                                   layout="constrained")
-    for axes, (measure, by, header, rows) in zip(panels.flat, tables):
-        numbers = lambda line, column: [float(rows[group][column] or 0) for group in line]
-        columns_drawn = range(3, len(header), 3) if len(header) > 3 else [2]
-        for (i, column), line in itertools.product(enumerate(columns_drawn), lines_of(by, [*rows])):
-            axes.errorbar(line, numbers(line, column),
-                          numbers(line, column + 1) if column > 2 else None, color=f"C{i}",
-                          label=f"line {column}", marker="o", markersize=3, linewidth=1, capsize=2)
-        title = f"loss less {header[2]}'s" if len(header) > 3 else "loss"
-        axes.set_ylabel(title, parse_math=False)
-        axes.set(title=f"{measure}, by {by}")
-        axes.tick_params(axis="x", rotation=60, labelsize=7)
-        axes.grid(alpha=0.3)
+    for axes, table in itertools.chain(*map(itertools.zip_longest, panels, rows)):
+        if table:
+            draw_groups(axes, *table)
+        else:
+            axes.set_visible(False)
     legend = figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center",
                            ncols=4)
     header = tables[0][2]
@@ -940,6 +936,20 @@ def plot_groups(page: str, output: Path):
                or header[2:3])
     figure.savefig(output, dpi=80)
     plt.close(figure)
+
+
+def draw_groups(axes, measure: str, by: str, header: list[str], rows: dict[str, list[str]]):
+    """Draw one table of read_groups into a panel."""
+    numbers = lambda line, column: [float(rows[group][column] or 0) for group in line]
+    columns_drawn = range(3, len(header), 3) if len(header) > 3 else [2]
+    for (i, column), line in itertools.product(enumerate(columns_drawn), lines_of(by, [*rows])):
+        axes.errorbar(line, numbers(line, column),
+                      numbers(line, column + 1) if column > 2 else None, color=f"C{i}",
+                      label=f"line {column}", marker="o", markersize=3, linewidth=1, capsize=2)
+    axes.set_ylabel(f"loss less {header[2]}'s" if len(header) > 3 else "loss", parse_math=False)
+    axes.set_title(f"{measure}, by {by}".replace(", the", ",\nthe"), fontsize=10)
+    axes.tick_params(axis="x", rotation=60, labelsize=7)
+    axes.grid(alpha=0.3)
 
 
 # -----------------------------------------------------------------------------

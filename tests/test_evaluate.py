@@ -627,6 +627,9 @@ def test_a_picture_of_every_group(tokens, tmp_path, monkeypatch):
     monkeypatch.undo()
     axes = pytest.importorskip("matplotlib.axes").Axes
     drawn, errorbar = [], axes.errorbar
+    titles, set_title = [], axes.set_title
+    monkeypatch.setattr(axes, "set_title", lambda self, title, **how: (
+        titles.append(title.replace("\n", " ")), set_title(self, title, **how))[1])
     monkeypatch.setattr(axes, "errorbar", lambda self, groups, *more, **how: (
         drawn.append((how["color"], *groups)), errorbar(self, groups, *more, **how))[1])
     labels, count = ["a@1", "b@2"], 900
@@ -646,7 +649,10 @@ def test_a_picture_of_every_group(tokens, tmp_path, monkeypatch):
         assert {("hit" in line[1], len({"hit" in group for group in line[1:]}))
                 for line in drawn} == {(False, 1), (True, 1)}
         tables = evaluate.read_groups(page)
-        assert [table[0] for table in tables] == ["stream"] * 3 + ["documents"] * 3
+        assert [table[0] for table in tables] == ["stream"] * 3 + ["documents"] * 4
+        assert titles == [*(f"{measure}, by {by}" for measure in evaluate.MEASURES
+                            for by in groups[measure] if "end before" not in by)]
+        titles.clear()
         measure, by, header, rows = next(t for t in tables[3:] if t[1].startswith("longest"))
         assert len(header) == 3 + 3 * (len(shown) - 1) and by.startswith("longest")
         for group, row in rows.items():
