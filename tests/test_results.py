@@ -209,10 +209,23 @@ def test_pages_have_no_words_of_the_workshop(name):
     assert "sitting" not in (HERE / name).read_text().lower()
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, made as GitHub makes them."""
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall("^#+ (.*)$", page.read_text(), re.MULTILINE)}
+
+
 def test_links_lead_somewhere():
-    for page in map(HERE.joinpath, ("README.md", "LOG.md", "benchmark_results.md")):
-        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            assert (HERE / link).exists(), f"{page.name}: {link}"
+    pages = [*HERE.glob("*.md"), HERE.parent / "README.md"]
+    assert len(pages) > 3
+    for page in pages:
+        text, where = re.sub("```.*?```", "", page.read_text(), flags=re.DOTALL), page.parent
+        links = re.findall(r"\]\(([^) ]+)\)", text) + re.findall(r"^\[.*\]: (\S+)$", text, re.M)
+        for link in (link for link in links if "://" not in link):
+            path, _, anchor = link.partition("#")
+            target = where / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
 
 def test_archive_round_trip_and_what_it_refuses(packed, tmp_path):
