@@ -626,12 +626,14 @@ def test_sources_are_apart_and_told_apart(model, tokens, sources, tmp_path, caps
 def test_a_picture_of_every_group(tokens, tmp_path, monkeypatch):
     monkeypatch.undo()
     axes = pytest.importorskip("matplotlib.axes").Axes
-    drawn, errorbar = [], axes.errorbar
+    drawn, numbers, hidden, errorbar = [], [], [], axes.errorbar
     titles, set_title = [], axes.set_title
     monkeypatch.setattr(axes, "set_title", lambda self, title, **how: (
         titles.append(title.replace("\n", " ")), set_title(self, title, **how))[1])
     monkeypatch.setattr(axes, "errorbar", lambda self, groups, *more, **how: (
-        drawn.append((how["color"], *groups)), errorbar(self, groups, *more, **how))[1])
+        drawn.append((how["color"], *groups)), numbers.append(more[0]),
+        errorbar(self, groups, *more, **how))[2])
+    monkeypatch.setattr(axes, "set_visible", lambda self, visible: hidden.append(visible))
     labels, count = ["a@1", "b@2"], 900
     pieces = dict(stream=cut_rows(count, 96), documents=cut_documents(tokens, count, 96))
     text = Text("", tokens, 96, pieces, dict(code=500, plays=400))
@@ -652,7 +654,10 @@ def test_a_picture_of_every_group(tokens, tmp_path, monkeypatch):
         assert [table[0] for table in tables] == ["stream"] * 3 + ["documents"] * 4
         assert titles == [*(f"{measure}, by {by}" for measure in evaluate.MEASURES
                             for by in groups[measure] if "end before" not in by)]
-        titles.clear()
+        *_, (_, by, _, rows) = tables
+        assert by.startswith("a document's position, the ") and hidden == [False]
+        assert numbers[-1] == [float(row[-3 if len(shown) > 1 else 2]) for row in rows.values()]
+        titles.clear(), hidden.clear()
         measure, by, header, rows = next(t for t in tables[3:] if t[1].startswith("longest"))
         assert len(header) == 3 + 3 * (len(shown) - 1) and by.startswith("longest")
         for group, row in rows.items():
