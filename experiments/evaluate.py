@@ -280,10 +280,11 @@ def groups_of(text: "Text", measure: str) -> dict[str, dict[str, np.ndarray]]:
                     for word, right in (("miss", ~hit), ("hit", hit))}
     matches |= {"all misses": (match > 0) & ~hit, "all hits": hit}
     groups[f"longest earlier match in its {context}"] = matches
-    full = (np.diff(pieces.unit, prepend=-1) > 0) & (pieces.length == T)  # first pieces
-    if measure == "documents" and full.any():
-        by = f"{LONG}{full.sum():,} of {T:,} tokens or more"
-        groups[by] = {group: mask & pieces.spread(full) for group, mask in positions.items()}
+    if measure == "documents":
+        full = (np.diff(pieces.unit, prepend=-1) > 0) & (pieces.length == T)  # first pieces
+        if full.any():
+            by, inside = f"{LONG}{full.sum():,} of {T:,} tokens or more", pieces.spread(full)
+            groups[by] = {group: mask & inside for group, mask in positions.items()}
     return {by: {name: mask for name, mask in masks.items() if mask.any()}
             for by, masks in groups.items()}
 

@@ -657,7 +657,8 @@ def test_a_picture_of_every_group(tokens, tmp_path, monkeypatch):
         *_, (_, by, _, rows) = tables
         assert by.startswith("a document's position, the ") and hidden == [False]
         assert numbers[-1] == [float(row[-3 if len(shown) > 1 else 2]) for row in rows.values()]
-        titles.clear(), hidden.clear()
+        titles.clear()
+        hidden.clear()
         measure, by, header, rows = next(t for t in tables[3:] if t[1].startswith("longest"))
         assert len(header) == 3 + 3 * (len(shown) - 1) and by.startswith("longest")
         for group, row in rows.items():
